@@ -1,0 +1,119 @@
+// The Python module gradpruner._cpu: addresses in, numbers out. Every call releases the interpreter lock.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+#include "ops.h"
+
+namespace py = pybind11;
+using namespace gradpruner;
+
+namespace {
+
+using Address = uintptr_t;
+// Address and element type of a and b; then rank, in, out.
+using PairTuple = std::tuple<Address, int, Address, int, int64_t, int64_t, int64_t>;
+// Addresses of a (steps, rank, in) and b (steps, out, rank), element type, steps, rank, in, out.
+using FactorTuple = std::tuple<Address, Address, int, int64_t, int64_t, int64_t, int64_t>;
+// Address of the donor, of its importance, threshold value and index, scale.
+using DonorTuple = std::tuple<Address, Address, float, int64_t, double>;
+using FactorDonorTuple = std::tuple<Address, FactorTuple, float, int64_t, double>;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Array array(Address address, int dtype) { return {pointer<const void>(address), static_cast<DType>(dtype)}; }
+
+Factors factors(const FactorTuple& tuple) {
+  const auto& [a, b, dtype, steps, rank, in, out] = tuple;
+  return {pointer<const void>(a), pointer<const void>(b), static_cast<DType>(dtype), steps, rank, out, in, out, in, 1, 1};
+}
+
+std::tuple<float, int64_t> tuple_of(const Threshold& threshold) { return {threshold.value, threshold.index}; }
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "Kernels for the CPU. Private: call gradpruner.ops.";
+  m.attr("FLOAT32") = static_cast<int>(DType::float32);
+  m.attr("BFLOAT16") = static_cast<int>(DType::bfloat16);
+  m.attr("FLOAT16") = static_cast<int>(DType::float16);
+  m.attr("FLOAT64") = static_cast<int>(DType::float64);
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+
+  m.def("select_variant", [](const std::string& name) { return std::string(select_variant(name.c_str())); });
+
+  m.def(
+      "gram_norm",
+      [](const std::vector<PairTuple>& tuples, Address norms, int threads) {
+        std::vector<Pair> pairs;
+        for (const auto& [a, a_dtype, b, b_dtype, rank, in, out] : tuples) {
+          pairs.push_back({array(a, a_dtype), array(b, b_dtype), rank, in, out});
+        }
+        gram_norm(pairs, pointer<double>(norms), threads);
+      },
+      no_gil);
+  m.def(
+      "square_accumulate",
+      [](Address igia, Address grad, int dtype, int64_t count, int threads) {
+        square_accumulate(pointer<float>(igia), array(grad, dtype), count, threads);
+      },
+      no_gil);
+  m.def(
+      "outer_square_accumulate",
+      [](Address igia, const FactorTuple& tuple, int threads) {
+        outer_square_accumulate(pointer<float>(igia), factors(tuple), threads);
+      },
+      no_gil);
+  m.def(
+      "all_finite",
+      [](Address data, int dtype, int64_t count, int threads) {
+        return all_finite(array(data, dtype), count, threads);
+      },
+      no_gil);
+  m.def(
+      "square_product",
+      [](Address product, int dtype, Address igia, Address grad, int grad_dtype, int64_t count, int threads) {
+        return square_product(array(product, dtype), pointer<float>(igia), pointer<void>(grad),
+                              static_cast<DType>(grad_dtype), count, threads);
+      },
+      no_gil);
+  m.def(
+      "threshold",
+      [](Address igia, int64_t count, int64_t k, int threads) {
+        return tuple_of(threshold(pointer<const float>(igia), count, k, threads));
+      },
+      no_gil);
+  m.def(
+      "factor_threshold",
+      [](const FactorTuple& tuple, int64_t k, int threads) {
+        return tuple_of(factor_threshold(factors(tuple), k, threads));
+      },
+      no_gil);
+  m.def(
+      "sign_merge",
+      [](Address weight, int dtype, int64_t count, const std::vector<DonorTuple>& tuples, int threads) {
+        std::vector<Donor> donors;
+        for (const auto& [donor, igia, value, index, scale] : tuples) {
+          donors.push_back({pointer<const void>(donor), pointer<const float>(igia), {}, {value, index}, scale});
+        }
+        sign_merge(pointer<void>(weight), static_cast<DType>(dtype), count, donors, threads);
+      },
+      no_gil);
+  m.def(
+      "factor_sign_merge",
+      [](Address weight, int dtype, const std::vector<FactorDonorTuple>& tuples, int threads) {
+        std::vector<Donor> donors;
+        for (const auto& [donor, tuple, value, index, scale] : tuples) {
+          donors.push_back({pointer<const void>(donor), nullptr, factors(tuple), {value, index}, scale});
+        }
+        factor_sign_merge(pointer<void>(weight), static_cast<DType>(dtype), donors, threads);
+      },
+      no_gil);
+}

@@ -1,0 +1,68 @@
+// Which instruction set runs. Chosen at load time by what the machine has, or by name.
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace gradpruner {
+
+namespace portable {
+extern const Kernels table;
+}
+#ifdef GRADPRUNER_X86
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+#endif
+
+namespace {
+
+struct Variant {
+  const Kernels* table;
+  bool (*supported)();
+};
+
+// Best first.
+const Variant kVariants[] = {
+#ifdef GRADPRUNER_X86
+    {&avx512::table,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("fma");
+     }},
+    {&avx2::table, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {&portable::table, [] { return true; }},
+};
+
+const Kernels* choose(const std::string& name) {
+  std::string usable;
+  for (const Variant& variant : kVariants) {
+    if (!variant.supported()) continue;
+    if (name.empty() || name == variant.table->name) return variant.table;
+    usable += (usable.empty() ? "" : ", ") + std::string(variant.table->name);
+  }
+  throw std::invalid_argument("instruction set '" + name + "' cannot run here; this machine and build have " + usable);
+}
+
+std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> table{choose("")};
+  return table;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *current().load(); }
+
+const char* select_variant(const char* name) {
+  const Kernels* table = choose(name);
+  current().store(table);
+  return table->name;
+}
+
+}  // namespace gradpruner

@@ -1,0 +1,34 @@
+"""Cheaper LLM fine-tuning and serving: remove the decoder layers a task does not need (GradPruner, ICLR 2026)."""
+
+from gradpruner.checkpoint import save
+from gradpruner.errors import (
+    CheckpointError,
+    GradPrunerError,
+    InvalidArgument,
+    ModelMismatch,
+    ProbeError,
+    UnsupportedModel,
+)
+from gradpruner.igia import Igia
+from gradpruner.merge import apply, rebuild_optimizer
+from gradpruner.ops import available_backends
+from gradpruner.plan import Plan
+from gradpruner.probe import Probe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "GradPrunerError",
+    "Igia",
+    "InvalidArgument",
+    "ModelMismatch",
+    "Plan",
+    "Probe",
+    "ProbeError",
+    "UnsupportedModel",
+    "apply",
+    "available_backends",
+    "rebuild_optimizer",
+    "save",
+]

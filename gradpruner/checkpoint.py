@@ -1,0 +1,117 @@
+"""Saving: an ordinary Hugging Face checkpoint, verified before it gets its name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from gradpruner.decoder import is_peft, unwrap
+from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
+from gradpruner.files import atomic_folder, write_json
+from gradpruner.logits import differ, logits_of
+from gradpruner.plan import Plan
+
+PLAN_FILE = "gradpruner.json"
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    plan: Plan | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the model as safetensors with its config, verify it by reading it back, and only then name it `folder`.
+
+    Verified: the files describe a model with exactly these keys and shapes, and, where the model fits in memory a
+    second time, every tensor bit for bit and the logits. tokenizer: saved beside it. plan: kept as gradpruner.json for the record.
+    Raises InvalidArgument (adapters not merged, folder in use) or CheckpointError; the folder is then as it was.
+    """
+    base = unwrap(model)
+    if is_peft(model) or any(hasattr(m, "lora_A") for m in base.modules()):
+        raise InvalidArgument("model still has adapters; expected a plain model (merge_and_unload first)")
+    if not hasattr(base, "save_pretrained"):
+        raise InvalidArgument(f"model is a {type(base).__name__}; expected a transformers model")
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        try:
+            with _quiet():
+                base.save_pretrained(temporary)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(temporary)
+            if plan is not None:
+                write_json(temporary / PLAN_FILE, plan.to_dict())
+        except (SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"could not write {folder}: {error}; nothing was written") from error
+        verify(base, temporary)
+    return Path(folder)
+
+
+def verify(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError unless the stock class loads `folder` as exactly `model`."""
+    kind: Any = type(model)
+    expected = model.state_dict()
+    size = sum(t.numel() * t.element_size() for t in expected.values())
+    # a model too large for a second copy is loaded as names and shapes only
+    placement = {} if 2 * size < _free_memory() else {"device_map": {"": "meta"}}
+    try:
+        with _quiet():
+            again, info = kind.from_pretrained(
+                folder, output_loading_info=True, use_safetensors=True, dtype="auto", **placement
+            )
+    except GradPrunerError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"the checkpoint does not load again: {error}") from error
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        names = [name for name in info.get(what, ()) if name not in tied]
+        if names:
+            raise CheckpointError(f"the checkpoint does not reload: {what} {sorted(map(str, names))[:3]}")
+    actual = again.state_dict()
+    if actual.keys() != expected.keys():
+        raise CheckpointError(f"the checkpoint does not reload: keys differ, {sorted(actual.keys() ^ expected.keys())[:3]}")
+    for name, tensor in expected.items():
+        if actual[name].shape != tensor.shape:
+            raise CheckpointError(f"{name} reloads with shape {tuple(actual[name].shape)}, not {tuple(tensor.shape)}")
+        if not actual[name].is_meta and not _same(actual[name], tensor):
+            raise CheckpointError(f"{name} reloads with other values")
+    if not placement:
+        first = next(model.parameters())
+        gap = differ(logits_of(model), logits_of(again.to(first.device)))
+        if gap is not None:
+            raise CheckpointError(f"the checkpoint reloads with the same weights but other logits (by {gap:.3g})")
+
+
+def _same(reloaded: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Bit for bit; a model of mixed dtypes reloads in one, so then as rounded to it."""
+    a, b = reloaded.cpu().contiguous(), tensor.detach().cpu().to(reloaded.dtype).contiguous()
+    return a.numel() == 0 or torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+
+
+def _free_memory() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Saving and reading back are steps of ours: no progress bars of theirs."""
+    was = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            transformers_logging.enable_progress_bar()

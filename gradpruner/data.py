@@ -1,0 +1,342 @@
+"""From JSONL, JSON, CSV or a hub data set to tokenised examples, ready for a training loop."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gradpruner.errors import InvalidArgument
+
+FILE_TYPES = (".jsonl", ".json", ".csv")
+# Column pairs that need no template; the first pair that a data set has is taken.
+KNOWN_COLUMNS = (
+    *(("prompt", answer) for answer in ("completion", "answer", "response")),
+    ("question", "answer"),
+    *(("instruction", answer) for answer in ("output", "response")),
+    *(("text", answer) for answer in ("label", "category", "answer")),
+)
+IGNORED = -100  # the label that cross entropy skips
+
+Row = Mapping[str, Any]
+Template = list[tuple[str, str | None]]  # text, then the column that follows it
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and the answer to learn; an empty answer makes the prompt plain language-model text."""
+
+    prompt: str
+    answer: str
+
+
+def load_examples(
+    source: str | PathLike[str],
+    *,
+    split: str = "train",
+    prompt: str | None = None,
+    answer: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+) -> list[Example]:
+    r"""Read examples from a file or a hub data set; shuffle if `seed` is given, then keep at most `limit`.
+
+    `prompt` and `answer` are templates such as "Question: {text}\nIntent:" and "{category}"; a prompt
+    template alone makes plain text. Without templates the usual column pairs are recognised, or "text" alone.
+
+    Raises:
+        InvalidArgument: source, split, template, limit or a row's content is wrong; the message says which.
+    """
+    if limit is not None and limit < 1:
+        raise InvalidArgument(f"limit is {limit}; accepted: a number of examples from 1 on, or None")
+    rows = _read_file(Path(source), split) if _is_file(source) else _read_hub(str(source), split)
+    if not rows:
+        raise InvalidArgument(f"source {source} has no rows")
+    prompt_template, answer_template = _templates(rows[0], prompt, answer)
+    examples = [
+        _example(row, prompt_template, answer_template, f"row {number} of {source}")
+        for number, row in enumerate(rows, 1)
+    ]
+    if seed is not None:
+        random.Random(seed).shuffle(examples)
+    return examples[:limit]
+
+
+def split_examples(
+    examples: Sequence[Example], held_out: int | float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Split shuffled examples into (train, held out): a count if `held_out` is an int, a share if a float.
+
+    Raises:
+        InvalidArgument: one of the two parts would be empty.
+    """
+    count = round(held_out * len(examples)) if isinstance(held_out, float) else held_out
+    if not 0 < count < len(examples):
+        raise InvalidArgument(
+            f"held_out is {held_out}, which is {count} of {len(examples)} examples; "
+            "accepted: a count (int) or a share (float) that leaves both parts at least one"
+        )
+    shuffled = list(examples)
+    random.Random(seed).shuffle(shuffled)
+    return shuffled[count:], shuffled[:count]
+
+
+def tokenize(
+    examples: Iterable[Example],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    train_on: Literal["answer", "all"] = "answer",
+) -> list[dict[str, list[int]]]:
+    """Token ids and labels of each example: [BOS] prompt answer EOS, at most `max_length` tokens.
+
+    Prompt and answer are tokenised apart, so that the answer's tokens do not depend on the prompt's end and
+    generation from the prompt can reproduce them. A prompt that is too long loses its beginning. Labels are
+    -100 on the prompt, unless `train_on` is "all" or the answer is empty (plain text).
+
+    Raises:
+        InvalidArgument: an answer does not fit, `train_on` is unknown, or the tokenizer has no end token.
+    """
+    if train_on not in ("answer", "all"):
+        raise InvalidArgument(f"train_on is {train_on!r}; accepted: 'answer', 'all'")
+    if tokenizer.eos_token_id is None:
+        raise InvalidArgument("tokenizer has no end token (eos_token), which marks where an answer ends")
+    examples = list(examples)
+    bos = _bos(tokenizer)
+    adds_space = _adds_space(tokenizer)
+    prompts = _encode(tokenizer, [example.prompt for example in examples])
+    answers = _encode(tokenizer, [_answer_text(example, adds_space) for example in examples])
+    rows = []
+    for number, (example, prompt_ids, answer_ids) in enumerate(
+        zip(examples, prompts, answers, strict=True), 1
+    ):
+        tail = [*answer_ids, tokenizer.eos_token_id]
+        # The first answer token is predicted from something: BOS, or at least one token of the prompt.
+        needed = len(tail) + min(1, len(bos) + len(prompt_ids))
+        if needed > max_length:
+            raise InvalidArgument(
+                f"max_length is {max_length}, but the answer of example {number} "
+                f"({example.answer[:40]!r}) needs {needed} tokens"
+            )
+        room = max_length - len(bos) - len(tail)
+        head = bos + prompt_ids[max(0, len(prompt_ids) - room) :]
+        learn_all = train_on == "all" or not example.answer
+        labels = (head if learn_all else [IGNORED] * len(head)) + tail
+        rows.append({"input_ids": head + tail, "labels": labels})
+    return rows
+
+
+class Collator:
+    """Tokenised rows to one batch of tensors, padded on the right to a multiple of 8 tokens.
+
+    Usable as `data_collator`: input_ids, attention_mask and labels, int64 of shape (rows, tokens).
+    """
+
+    multiple = 8  # tensor cores want it, and fewer different shapes are compiled
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        if self.pad_id is None:
+            raise InvalidArgument("tokenizer has neither a padding token nor an end token")
+
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+        """Pad `rows` into one batch; token ids get the padding token, labels -100."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        shape = (len(rows), -(-longest // self.multiple) * self.multiple)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+            "labels": torch.full(shape, IGNORED),
+        }
+        for index, row in enumerate(rows):
+            length = len(row["input_ids"])
+            batch["input_ids"][index, :length] = torch.tensor(row["input_ids"])
+            batch["attention_mask"][index, :length] = 1
+            batch["labels"][index, :length] = torch.tensor(row["labels"])
+        return batch
+
+
+def _is_file(source: str | PathLike[str]) -> bool:
+    path = Path(source)
+    if path.is_dir():
+        raise InvalidArgument(
+            f"source {source} is a folder; accepted: a {', '.join(FILE_TYPES)} file or a hub id"
+        )
+    return path.suffix.lower() in FILE_TYPES or path.is_file()
+
+
+def _read_file(path: Path, split: str) -> list[Row]:
+    if split != "train":
+        raise InvalidArgument(
+            f"split is {split!r}, but {path} is a file and has no splits: name another file"
+        )
+    if not path.is_file():
+        raise InvalidArgument(f"source {path} does not exist")
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+    if path.suffix.lower() not in readers:
+        raise InvalidArgument(f"source {path} is not a {', '.join(FILE_TYPES)} file")
+    try:
+        return list(readers[path.suffix.lower()](path))
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(
+            f"source {path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from None
+    except OSError as error:
+        raise InvalidArgument(f"source {path} cannot be read: {error.strerror}") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _json_object(line, path, number)
+
+
+def _json_object(line: str, path: Path, number: int) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InvalidArgument(f"{path}, line {number}: broken JSON: {error.msg}") from None
+    if not isinstance(row, dict):
+        raise InvalidArgument(f"{path}, line {number}: {type(row).__name__} instead of an object of columns")
+    return row
+
+
+def _read_json(path: Path) -> list[Row]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise InvalidArgument(f"{path}, line {error.lineno}: broken JSON: {error.msg}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InvalidArgument(f"{path} is not a JSON list of objects")
+    return rows
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                # DictReader files surplus cells under None and fills missing ones with None
+                if None in row or None in row.values():
+                    columns = len(reader.fieldnames or ())
+                    raise InvalidArgument(
+                        f"{path}, line {reader.line_num}: not {columns} cells as in the header"
+                    )
+                yield row
+        except csv.Error as error:
+            raise InvalidArgument(f"{path}, line {reader.line_num}: broken CSV: {error}") from None
+
+
+def _read_hub(name: str, split: str) -> list[Row]:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise InvalidArgument(
+            f"source {name!r} is neither a {', '.join(FILE_TYPES)} file nor a hub id ('name' or 'owner/name')"
+        )
+    import datasets  # slow to import, and a file does not need it
+
+    try:
+        table = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InvalidArgument(f"data set {name!r}, split {split!r}: {reason}") from error
+    names = {column: getattr(feature, "names", None) for column, feature in table.features.items()}
+    return [{column: _class_name(value, names[column]) for column, value in row.items()} for row in table]
+
+
+def _class_name(value: Any, names: list[str] | None) -> Any:
+    """The name of a class label, which a language model can say; None for -1, which means unlabelled."""
+    if names is None or value is None:
+        return value
+    return names[value] if value >= 0 else None
+
+
+def _templates(row: Row, prompt: str | None, answer: str | None) -> tuple[Template, Template]:
+    if prompt is not None:
+        return _parse("prompt", prompt, row), _parse("answer", answer or "", row)
+    if answer is not None:
+        raise InvalidArgument("answer is given without prompt; accepted: both, a prompt alone, or neither")
+    for prompt_column, answer_column in KNOWN_COLUMNS:
+        if prompt_column in row and answer_column in row:
+            return [("", prompt_column)], [("", answer_column)]
+    if "text" in row:
+        return [("", "text")], []
+    raise InvalidArgument(f"prompt is missing, and the columns {_listed(row)} hold no known pair")
+
+
+def _parse(argument: str, template: str, row: Row) -> Template:
+    template = template.replace("\\n", "\n").replace("\\t", "\t")  # as typed on a command line
+    try:
+        # str.format itself would also follow attributes and indices; here a field is a column's name, no more
+        fields = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise InvalidArgument(f"{argument} is a broken template ({error}): {template!r}") from None
+    for _, column, spec, conversion in fields:
+        if spec or conversion:
+            raise InvalidArgument(
+                f"{argument} may hold only {{column}} fields, without a format: {template!r}"
+            )
+        if column is not None and column not in row:
+            raise InvalidArgument(f"{argument} names the column {column!r}; there are: {_listed(row)}")
+    return [(text, column) for text, column, _, _ in fields]
+
+
+def _listed(row: Row) -> str:
+    return ", ".join(repr(column) for column in row)
+
+
+def _example(row: Row, prompt: Template, answer: Template, where: str) -> Example:
+    example = Example(_fill(prompt, row, where), _fill(answer, row, where))
+    if answer and not example.answer.strip():
+        raise InvalidArgument(f"{where} has an empty answer")
+    if not answer and not example.prompt.strip():
+        raise InvalidArgument(f"{where} has an empty text")
+    return example
+
+
+def _fill(template: Template, row: Row, where: str) -> str:
+    return "".join(
+        text + (_cell(row, column, where) if column is not None else "") for text, column in template
+    )
+
+
+def _cell(row: Row, column: str, where: str) -> str:
+    value = row.get(column)
+    missing = value is None or value != value  # NaN is how pandas writes a missing cell
+    if isinstance(value, str | int | float) and not missing:
+        return str(value)
+    found = "no value" if missing else f"a {type(value).__name__}"
+    raise InvalidArgument(f"{where}, column {column!r}: {found}; accepted: text or a number")
+
+
+def _bos(tokenizer: Any) -> list[int]:
+    """The begin token, as a list, if this tokenizer puts one before every text."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def _adds_space(tokenizer: Any) -> bool:
+    """Whether this tokenizer, as SentencePiece's do, reads every text as if a space stood before it."""
+    return tokenizer.tokenize("a")[0].startswith("\u2581")
+
+
+def _answer_text(example: Example, adds_space: bool) -> str:
+    prompt, answer = example.prompt, example.answer
+    if not prompt or not answer or prompt[-1].isspace() or answer[0].isspace() or adds_space:
+        return answer
+    return " " + answer
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:  # a fast tokenizer takes an empty batch for a mistake
+        return []
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]

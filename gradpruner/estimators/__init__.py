@@ -1,0 +1,42 @@
+"""How a step's gradient is read, one estimator a file. All of them look like `Reader` to the probe."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from gradpruner.decoder import Weight
+from gradpruner.igia import Dense, Factors
+
+
+class Reader(Protocol):
+    """What the probe needs of an estimator."""
+
+    name: str
+    weights: tuple[Weight, ...]
+
+    def read(self, inverse_scale: Tensor | None) -> Tensor:
+        """||G||_F^2 of every weight for the step about to be taken, float64 (n,) in host memory.
+
+        The copy may still be under way on a GPU until the next synchronisation. inverse_scale: 1 / loss scale
+        where gradients are still scaled.
+        """
+        ...
+
+    @property
+    def full(self) -> bool:
+        """Whether enough is pending that `settle` should be called now."""
+        ...
+
+    def settle(self, usable: list[Tensor | None]) -> None:
+        """Keep the pending steps whose square norms are given, forget those that are None."""
+        ...
+
+    def importance(self) -> dict[tuple[int, str], Factors | Dense]:
+        """What was kept, by layer and weight name; empty if only sums were asked for."""
+        ...
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        ...

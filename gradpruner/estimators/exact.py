@@ -1,0 +1,95 @@
+"""The true gradient of every linear weight, squared inside the backward pass that computes it (D, `exact`)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from gradpruner.decoder import Decoder, Weight, is_transposed, linear_modules
+from gradpruner.errors import InvalidArgument, ProbeError
+from gradpruner.igia import Dense, Factors
+from gradpruner.ops.linear import WeightSquares, linear_square_accumulate
+
+
+class ExactReader:
+    """Replaces the forward of each linear in the decoder layers while the probe watches.
+
+    Its unit is the micro-batch, before clipping, on one process. A frozen weight's gradient is never stored; F
+    stays on the weight's device (4 bytes an entry; importance=False keeps only sums). Costs the weight-gradient
+    product that a frozen weight otherwise skips. Raises ProbeError if no plain linear is found.
+    """
+
+    name = "exact"
+
+    def __init__(self, decoder: Decoder, *, importance: bool, micro_batches: int) -> None:
+        if not isinstance(micro_batches, int) or micro_batches < 1:
+            raise InvalidArgument(f"micro_batches = {micro_batches!r}; expected 1 or more")
+        self._importance, self._micro_batches = importance, micro_batches
+        found: list[tuple[Weight, nn.Module]] = []
+        for index in range(len(decoder.layers)):
+            modules = linear_modules(decoder, index)
+            for weight in decoder.weights:
+                module = modules.get(weight.name) if weight.layer == index else None
+                if type(module) is nn.Linear or (module is not None and is_transposed(module)):
+                    found.append((weight, module))
+        if not found:
+            raise ProbeError("estimator 'exact': the decoder layers hold no plain linear layer")
+        hooked = [weight.name for weight, module in found if "forward" in vars(module)]
+        if hooked:
+            raise ProbeError(f"estimator 'exact': something else has replaced the forward of {hooked[0]}")
+        self.weights: tuple[Weight, ...] = tuple(weight for weight, _ in found)
+        self._modules = [module for _, module in found]
+        self._squares = [self._new_squares(module) for module in self._modules]
+        for module, squares in zip(self._modules, self._squares, strict=True):
+            module.forward = functools.partial(_forward, module, squares)  # type: ignore[method-assign]
+
+    def _new_squares(self, module: nn.Module) -> WeightSquares:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        igia = torch.zeros(weight.shape, device=weight.device) if self._importance else None
+        return WeightSquares(weight.new_zeros((), dtype=torch.float64), igia, self._micro_batches)
+
+    def read(self, inverse_scale: Tensor | None) -> Tensor:
+        """The sums since the last step, then zero."""
+        if inverse_scale is not None:
+            raise ProbeError("estimator 'exact' squares gradients before they are unscaled; use it without GradScaler")
+        for squares, module, weight in zip(self._squares, self._modules, self.weights, strict=True):
+            if module.weight.requires_grad and squares.calls % squares.micro_batches:  # type: ignore[union-attr]
+                raise ProbeError(
+                    f"estimator 'exact': layer {weight.layer} {weight.name} saw {squares.calls} backward calls in a "
+                    f"step; expected micro_batches = {squares.micro_batches}"
+                )
+            squares.calls = 0
+        norms = torch.stack([squares.total.cpu() for squares in self._squares])
+        for squares in self._squares:
+            squares.total.zero_()
+        return norms
+
+    @property
+    def full(self) -> bool:
+        """Nothing is ever pending."""
+        return False
+
+    def settle(self, usable: list[Tensor | None]) -> None:
+        """Nothing is ever pending: the op itself leaves out what is not finite."""
+
+    def importance(self) -> dict[tuple[int, str], Factors | Dense]:
+        """F of every weight, moved to host memory."""
+        return {
+            (weight.layer, weight.name): Dense(squares.igia.to("cpu"))
+            for weight, squares in zip(self.weights, self._squares, strict=True)
+            if squares.igia is not None
+        }
+
+    def close(self) -> None:
+        """Give every linear its own forward back."""
+        for module in self._modules:
+            vars(module).pop("forward", None)
+
+
+def _forward(module: nn.Module, squares: WeightSquares, x: Tensor) -> Tensor:
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+    return linear_square_accumulate(x, weight, bias, squares, transposed=is_transposed(module))

@@ -1,0 +1,164 @@
+"""LoRA: the simulated weight gradient G = gB gA of each adapter, kept as its two factors (P eq. 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gradpruner import ops
+from gradpruner.decoder import Decoder, Weight
+from gradpruner.errors import ProbeError
+from gradpruner.igia import Dense, Factors
+
+
+@dataclass
+class _Kept:
+    """What is stored of one weight: pending raw pairs, then factors, or a matrix once that is smaller."""
+
+    pending: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+    factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    dense: Tensor | None = None
+    exponents: tuple[int, int] | None = None
+
+
+class LoraReader:
+    """Reads gA (r, in) and gB (out, r) of every adapter in the decoder layers, once an optimizer step.
+
+    Norms come from Gram matrices; the factors go to host memory. A weight's factors are folded into one dense
+    float32 matrix as soon as they would take more room than it (the crossover: t r (in + out) against in out,
+    in elements weighted by their size), so host memory is bounded whatever t and r. Raises ProbeError if
+    the decoder layers hold no LoRA adapter.
+    """
+
+    name = "lora"
+
+    def __init__(self, decoder: Decoder, *, importance: bool, factor_dtype: torch.dtype) -> None:
+        self._importance, self._dtype = importance, factor_dtype
+        known = {(w.layer, w.name) for w in decoder.weights}
+        found = []
+        for index, layer in enumerate(decoder.layers):
+            for path, module in layer.named_modules():
+                if not (hasattr(module, "lora_A") and hasattr(module, "lora_B") and hasattr(module, "base_layer")):
+                    continue
+                name = ".".join(p for p in path.split(".") if p != "base_layer") + ".weight"
+                if (index, name) in known:
+                    found.append((index, name, module))
+        if not found:
+            raise ProbeError("estimator 'lora': the decoder layers hold no LoRA adapter on a linear layer")
+        self._modules = [module for _, _, module in found]
+        by_name = {(w.layer, w.name): w for w in decoder.weights}
+        self.weights: tuple[Weight, ...] = tuple(by_name[index, name] for index, name, _ in found)
+        self._kept = [_Kept() for _ in found]
+
+    def read(self, inverse_scale: Tensor | None) -> Tensor:
+        """Norms of this step's pairs; the pairs themselves are queued for `settle`."""
+        pairs = [_pair(module, inverse_scale) for module in self._modules]
+        norms = torch.zeros(len(pairs), dtype=torch.float64)
+        for device in {pair[0].device for pair in pairs if pair is not None}:
+            here = [(i, pair) for i, pair in enumerate(pairs) if pair is not None and pair[0].device == device]
+            values = ops.gram_norm([a for _, (a, _) in here], [b for _, (_, b) in here])
+            norms[[i for i, _ in here]] = values.cpu()
+        if self._importance:
+            for kept, pair in zip(self._kept, pairs, strict=True):
+                kept.pending.append(None if pair is None else (self._to_host(pair[0]), self._to_host(pair[1])))
+        return norms
+
+    def _to_host(self, gradient: Tensor) -> Tensor:
+        # a clone on the CPU: the optimizer's zero_grad may write into the gradient's own memory
+        return gradient.to("cpu", self._dtype, copy=True)
+
+    @property
+    def full(self) -> bool:
+        """Whether some weight's pending pairs outweigh its dense matrix."""
+        return any(_weight_of(k.pending) >= 4 * _entries(w) for k, w in zip(self._kept, self.weights, strict=True))
+
+    def settle(self, usable: list[Tensor | None]) -> None:
+        """Scale the usable pairs by powers of two and store them, as factors or added into F."""
+        for n, (kept, weight) in enumerate(zip(self._kept, self.weights, strict=True)):
+            for norms, pair in zip(usable, kept.pending, strict=True):
+                # a zero pair (B = 0 before the first step) adds nothing to F
+                if norms is not None and pair is not None and float(norms[n]) > 0:
+                    kept.factors.append(_scaled(kept, *pair))
+            kept.pending.clear()
+            if kept.dense is None and _weight_of(kept.factors) >= 4 * _entries(weight):
+                kept.dense = torch.zeros(weight.shape)
+            if kept.dense is not None:
+                for a, b in kept.factors:
+                    ops.outer_square_accumulate_(kept.dense, *_oriented(a, b, weight))
+                kept.factors.clear()
+
+    def importance(self) -> dict[tuple[int, str], Factors | Dense]:
+        """Factors or F of every weight that had a gradient."""
+        found: dict[tuple[int, str], Factors | Dense] = {}
+        for kept, weight in zip(self._kept, self.weights, strict=True):
+            if kept.dense is not None:
+                found[weight.layer, weight.name] = Dense(kept.dense)
+            elif kept.factors:
+                pairs = [_oriented(a, b, weight) for a, b in kept.factors]
+                kept.factors.clear()
+                found[weight.layer, weight.name] = Factors(
+                    torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
+                )
+        return found
+
+    def close(self) -> None:
+        """Nothing was changed in the model."""
+
+
+def _pair(module: nn.Module, inverse_scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """This step's (gA, gB), several active adapters side by side along r; None without a gradient."""
+    parts = []
+    for adapter in module.active_adapters:  # type: ignore[union-attr]
+        if adapter not in module.lora_A:  # type: ignore[operator]
+            continue
+        grads = module.lora_A[adapter].weight.grad, module.lora_B[adapter].weight.grad  # type: ignore[index]
+        if grads[0] is None or grads[1] is None:
+            continue
+        for grad in grads:
+            if hasattr(grad, "full_tensor"):
+                raise ProbeError("the gradients are sharded DTensors (FSDP2); this version reads whole gradients only")
+        parts.append(grads)
+    if not parts:
+        return None
+    a, b = (parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts], 1)))
+    if inverse_scale is not None:
+        scale = inverse_scale.to(a.device)
+        a, b = a.float() * scale, b.float() * scale
+    return a.detach(), b.detach()
+
+
+def _scaled(kept: _Kept, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """F is only ranked: bring the factors near 1 by powers of two, so that their fourth powers do not underflow."""
+    if kept.exponents is None:
+        kept.exponents = _exponent(a), _exponent(b)
+    return _ldexp(a, -kept.exponents[0]), _ldexp(b, -kept.exponents[1])
+
+
+def _exponent(tensor: Tensor) -> int:
+    return int(torch.frexp(tensor.abs().max().double()).exponent)
+
+
+def _ldexp(tensor: Tensor, exponent: int) -> Tensor:
+    return (tensor.double() * 2.0**exponent).to(tensor.dtype)
+
+
+def _oriented(a: Tensor, b: Tensor, weight: Weight) -> tuple[Tensor, Tensor]:
+    """Factors of G in the layout the weight is stored in."""
+    return (b.T.contiguous(), a.T.contiguous()) if weight.transposed else (a, b)
+
+
+def _weight_of(pairs: list[tuple[Tensor, Tensor]] | list[tuple[Tensor, Tensor] | None]) -> int:
+    return sum(t.numel() * t.element_size() for pair in pairs if pair is not None for t in pair)
+
+
+def _entries(weight: Weight) -> int:
+    return weight.shape[0] * weight.shape[1]
+
+
+def has_lora(decoder: Decoder) -> bool:
+    """Whether any decoder layer holds a LoRA adapter."""
+    return any(hasattr(m, "lora_A") and hasattr(m, "lora_B") for m in decoder.layers.modules())
+
+

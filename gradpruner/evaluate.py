@@ -1,0 +1,223 @@
+"""How good and how fast a model is on the user's own data.
+
+Rows are what `gradpruner.data.tokenize` makes; labels other than -100 mark the tokens that count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from gradpruner.data import IGNORED
+from gradpruner.errors import InvalidArgument
+
+Rows = Sequence[Mapping[str, list[int]]]
+Collate = Callable[[Any], Mapping[str, torch.Tensor]]
+LOGITS_AT_ONCE = 2**24  # entries widened to float32 at a time: 64 MiB
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on `examples` examples; None where a measure was not asked for."""
+
+    exact_match: float | None  # share of answers reproduced in full, 0 to 1
+    perplexity: float | None
+    rouge_l: float | None  # mean F-measure, 0 to 1
+    examples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+def exact_match(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> float:
+    """Share of rows whose answer, end token included, greedy generation would reproduce: 0 to 1.
+
+    Raises:
+        InvalidArgument: there are no rows, or a row has no answer.
+    """
+    return statistics.fmean(exact_matches(model, rows, collate=collate, batch_size=batch_size))
+
+
+def exact_matches(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> list[bool]:
+    """For each row, in order, whether greedy generation would reproduce its answer.
+
+    No token is generated. Greedy generation yields exactly the answer if and only if, given the prompt and
+    the answer so far, every answer token (and the end token) is the most likely one: one forward shows all.
+
+    Raises:
+        InvalidArgument: there are no rows, or a row has no answer.
+    """
+    result = [False] * len(rows)
+    for indices, logits, labels in _answer_logits(model, rows, collate, batch_size):
+        right = (logits.argmax(-1) == labels) | (labels == IGNORED)
+        for index, row_is_right in zip(indices, right.all(-1).tolist(), strict=True):
+            result[index] = row_is_right
+    return result
+
+
+def perplexity(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> float:
+    """Exponential of the mean cross entropy of all labelled tokens of all rows, summed in float64.
+
+    Raises:
+        InvalidArgument: there are no rows, or a row has no labels.
+    """
+    total, tokens = 0.0, 0
+    for _, logits, labels in _answer_logits(model, rows, collate, batch_size):
+        counted = labels != IGNORED
+        total += _cross_entropy_sum(logits[counted], labels[counted])
+        tokens += int(counted.sum())
+    try:
+        return math.exp(total / tokens)
+    except OverflowError:
+        return math.inf
+
+
+def rouge_l(model: Any, rows: Rows, tokenizer: Any, *, max_new_tokens: int, batch_size: int) -> float:
+    """Mean ROUGE-L F-measure, 0 to 1, of greedy generation against the answers.
+
+    Raises:
+        InvalidArgument: the rouge-score package is missing, or a row has no prompt or no answer.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise InvalidArgument(
+            "rouge_l needs the rouge-score package: pip install gradpruner[rouge]"
+        ) from None
+    _check(rows, batch_size)
+    scorer = RougeScorer(["rougeL"])
+    scores = []
+    for indices in _batches(rows, batch_size):
+        prompts = [_prompt(rows[index], index) for index in indices]
+        answers = [[token for token in rows[index]["labels"] if token != IGNORED] for index in indices]
+        written = _generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        for answer, tokens in zip(answers, written, strict=True):
+            pair = [tokenizer.decode(text, skip_special_tokens=True) for text in (answer, tokens)]
+            scores.append(scorer.score(*pair)["rougeL"].fmeasure)
+    return statistics.fmean(scores)
+
+
+def generation_speed(
+    model: Any, tokenizer: Any, *, new_tokens: int = 64, prompt: str = "Once upon a time"
+) -> float:
+    """Tokens per second of greedy generation with a cache, one sequence: median of three after a warm-up.
+
+    Raises:
+        InvalidArgument: `new_tokens` is not positive.
+    """
+    if new_tokens < 1:
+        raise InvalidArgument(f"new_tokens is {new_tokens}; accepted: 1 or more")
+    prompts = [tokenizer(prompt)["input_ids"]]
+
+    def run() -> float:
+        start = time.perf_counter()
+        _generate(model, tokenizer, prompts, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+        return time.perf_counter() - start  # the tokens are on the host, so the device has finished
+
+    run()
+    return new_tokens / statistics.median(run() for _ in range(3))
+
+
+def _answer_logits(
+    model: Any, rows: Rows, collate: Collate, batch_size: int
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Row indices, logits (rows, positions, vocabulary) and the labels (rows, positions) they predict.
+
+    Only positions that predict a label of some row of the batch are there, in the model's own dtype.
+    """
+    _check(rows, batch_size)
+    some = "logits_to_keep" in inspect.signature(_transformer(model).forward).parameters
+    with _inference(model):
+        for indices in _batches(rows, batch_size):
+            batch = {name: t.to(model.device) for name, t in collate([rows[i] for i in indices]).items()}
+            labels = batch.pop("labels")[:, 1:]  # the logits at one position predict the next token
+            positions = (labels != IGNORED).any(0).nonzero().flatten()
+            if some:
+                logits = model(**batch, use_cache=False, logits_to_keep=positions).logits
+            else:
+                logits = model(**batch, use_cache=False).logits[:, positions]
+            yield indices, logits, labels[:, positions]
+
+
+def _cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Sum over tokens, widening only some of the logits (tokens, vocabulary) to float32 at a time."""
+    step = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+    total = 0.0
+    for part, targets in zip(logits.split(step), labels.split(step), strict=True):
+        losses = torch.nn.functional.cross_entropy(part.float(), targets, reduction="none")
+        total += float(losses.double().sum())
+    return total
+
+
+def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], **limits: int) -> list[list[int]]:
+    """Greedy continuations of `prompts`, padded on the left so that all end where generation starts."""
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    with _inference(model):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=pad,
+            **limits,
+        )
+    return out[:, longest:].tolist()
+
+
+@contextlib.contextmanager
+def _inference(model: Any) -> Iterator[None]:
+    """No gradients and no dropout; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _transformer(model: Any) -> Any:
+    """The transformers model inside a PEFT model, whose own `forward` hides its arguments."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _batches(rows: Rows, batch_size: int) -> Iterator[list[int]]:
+    """Row indices, longest first: little padding, and a batch too large for the memory fails at once."""
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _check(rows: Rows, batch_size: int) -> None:
+    if batch_size < 1:
+        raise InvalidArgument(f"batch_size is {batch_size}; accepted: 1 or more")
+    if not rows:
+        raise InvalidArgument("rows is empty: there is nothing to evaluate")
+    for index, row in enumerate(rows):
+        if all(label == IGNORED for label in row["labels"][1:]):
+            raise InvalidArgument(
+                f"row {index} has no label after its first token: there is nothing to predict"
+            )
+
+
+def _prompt(row: Mapping[str, list[int]], index: int) -> list[int]:
+    length = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
+    if length == 0:
+        raise InvalidArgument(
+            f"row {index} has no prompt to generate from: tokenise it with train_on='answer'"
+        )
+    return row["input_ids"][:length]

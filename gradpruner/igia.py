@@ -1,0 +1,240 @@
+"""Igia: what a probe has seen of a model. Layer scores, and the importance of every entry of every weight."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gradpruner import ops
+from gradpruner.decoder import Weight
+from gradpruner.errors import CheckpointError, InvalidArgument, ProbeError
+from gradpruner.files import atomic_path
+from gradpruner.plan import Plan, select
+
+FORMAT = "gradpruner.igia/1"
+SCORES = ("squared", "norm", "normalized")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Importance as factors: F is, up to a positive constant, sum over steps of (b_i @ a_i) ** 2 (P eq. 2, 3).
+
+    a: (t, r, in), b: (t, out, r), float32 or bfloat16, in host memory, scaled by powers of two.
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def dense(self) -> Dense:
+        """The same importance as one float32 matrix."""
+        f = torch.zeros(self.b.shape[1], self.a.shape[2], device=self.a.device)
+        for a, b in zip(self.a, self.b, strict=True):
+            ops.outer_square_accumulate_(f, a, b)
+        return Dense(f)
+
+    def to(self, device: torch.device) -> Factors:
+        """A copy on another device."""
+        return Factors(self.a.to(device), self.b.to(device))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Importance as it is: F up to a positive constant, float32, in the shape and layout of the weight."""
+
+    f: Tensor
+
+    def dense(self) -> Dense:
+        """Itself."""
+        return self
+
+    def to(self, device: torch.device) -> Dense:
+        """A copy on another device."""
+        return Dense(self.f.to(device))
+
+
+@dataclass(frozen=True)
+class Igia:
+    """Scores and importance of one model on one task, with the fingerprint of the model they belong to.
+
+    weights: the linear weights watched, n of them. square_norms: float64 (t, n), ||G_i||_F^2 of each usable
+    optimizer step. importance: by (layer, name); may lack weights when only scores were asked for.
+    skipped: steps with a non-finite gradient, left out. estimator: "lora", "gradient", "adam" or "exact".
+    structures, layer_parameters: one entry a layer. total_parameters: of the whole model.
+    """
+
+    model: str
+    estimator: str
+    layers: int
+    weights: tuple[Weight, ...]
+    square_norms: Tensor
+    structures: tuple[str, ...]
+    layer_parameters: tuple[int, ...]
+    total_parameters: int
+    importance: dict[tuple[int, str], Factors | Dense] = field(default_factory=dict)
+    skipped: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Number of usable optimizer steps seen."""
+        return int(self.square_norms.shape[0])
+
+    def layer_scores(self, kind: str = "squared", *, steps: int | None = None) -> Tensor:
+        """One score a layer, float64 (L,), from the first `steps` usable steps (default all).
+
+        kind: "squared" (P eq. 4), "norm" (C) or "normalized" (D). Raises ProbeError if no step was usable, or
+        every gradient was zero; InvalidArgument for another kind.
+        """
+        if kind not in SCORES:
+            raise InvalidArgument(f"kind = {kind!r}; accepted are {', '.join(SCORES)}")
+        squares = self.square_norms[:steps]
+        if not bool((squares > 0).any()):
+            raise ProbeError(
+                f"the probe saw no usable step ({self.steps} steps, {self.skipped} skipped as not finite): no scores"
+            )
+        layer_of = torch.tensor([weight.layer for weight in self.weights])
+
+        def by_layer(values: Tensor) -> Tensor:
+            return torch.zeros(values.shape[0], self.layers, dtype=torch.float64).index_add_(1, layer_of, values)
+
+        if kind == "norm":
+            return by_layer(squares.sqrt()).sum(0)
+        totals = by_layer(squares)
+        if kind == "squared":
+            return totals.mean(0)
+        usable = totals[totals.sum(1) > 0]
+        return (usable / usable.sum(1, keepdim=True)).mean(0)
+
+    def plan(
+        self,
+        ratio: float | None = None,
+        *,
+        count: int | None = None,
+        of: str = "layers",
+        kind: str = "squared",
+        merge: str | int = "auto",
+        protect: Iterable[int] = (0,),
+    ) -> Plan:
+        """Decide which layers go (see `gradpruner.plan.select`). Raises InvalidArgument, ProbeError."""
+        return self._plan(self.layer_scores(kind), ratio, count, of, merge, protect)
+
+    def _plan(
+        self,
+        scores: Tensor,
+        ratio: float | None,
+        count: int | None,
+        of: str,
+        merge: str | int,
+        protect: Iterable[int],
+    ) -> Plan:
+        return select(
+            scores.tolist(),
+            ratio=ratio,
+            count=count,
+            of=of,
+            merge=merge,
+            protect=protect,
+            structures=self.structures,
+            layer_parameters=self.layer_parameters,
+            total_parameters=self.total_parameters,
+            model=self.model,
+        )
+
+    def margin(self, plan: Plan, kind: str = "squared", *, protect: Iterable[int] = (0,)) -> float:
+        """How clear the cut is: 1 - (highest removed score / lowest kept score), 0 where they are equal (D)."""
+        scores = self.layer_scores(kind)
+        kept = [float(scores[j]) for j in plan.kept if j not in set(protect)]
+        removed = [float(scores[j]) for j in plan.removed]
+        if not kept or not removed or min(kept) == 0:
+            return 0.0
+        return 1.0 - max(removed) / min(kept)
+
+    def stability(self, plan: Plan, kind: str = "squared", *, protect: Iterable[int] = (0,)) -> list[float]:
+        """Rank stability: after each step, the share of `plan.removed` that would already be removed (D)."""
+        final, shares = set(plan.removed), []
+        protected = list(protect)
+        for steps in range(1, self.steps + 1):
+            if not final or not bool((self.square_norms[:steps] > 0).any()):
+                shares.append(0.0)
+                continue
+            early = self._plan(
+                self.layer_scores(kind, steps=steps), None, len(final), "layers", 0, protected
+            )
+            shares.append(len(final & set(early.removed)) / len(final))
+        return shares
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write igia.safetensors atomically, every tensor with a checksum. Raises CheckpointError (disk full)."""
+        tensors = {"square_norms": self.square_norms.contiguous()}
+        for (layer, name), kept in self.importance.items():
+            parts = {"f": kept.f} if isinstance(kept, Dense) else {"a": kept.a, "b": kept.b}
+            tensors |= {f"{layer}/{name}/{part}": tensor.contiguous() for part, tensor in parts.items()}
+        header = {
+            "format": FORMAT,
+            "model": self.model,
+            "estimator": self.estimator,
+            "layers": self.layers,
+            "weights": [[w.layer, w.name, list(w.shape), w.transposed] for w in self.weights],
+            "structures": list(self.structures),
+            "layer_parameters": list(self.layer_parameters),
+            "total_parameters": self.total_parameters,
+            "skipped": self.skipped,
+            "crc32": {name: _crc32(tensor) for name, tensor in tensors.items()},
+        }
+        with atomic_path(path) as temporary:
+            try:
+                save_file(tensors, temporary, metadata={"gradpruner": json.dumps(header)})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Igia:
+        """Read what `save` wrote. Raises InvalidArgument if there is no file, CheckpointError if it is damaged."""
+        if not Path(path).is_file():
+            raise InvalidArgument(f"igia file {str(path)!r} does not exist")
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("gradpruner", "{}"))
+                if header.get("format") != FORMAT:
+                    raise CheckpointError(f"{path} is not an igia file: expected format {FORMAT!r}")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            for name, checksum in header["crc32"].items():
+                if _crc32(tensors[name]) != checksum:
+                    raise CheckpointError(f"{path} is corrupted: checksum of {name!r} does not match")
+            return cls(
+                model=header["model"],
+                estimator=header["estimator"],
+                layers=header["layers"],
+                weights=tuple(Weight(j, name, tuple(shape), t) for j, name, shape, t in header["weights"]),
+                square_norms=tensors["square_norms"],
+                structures=tuple(header["structures"]),
+                layer_parameters=tuple(header["layer_parameters"]),
+                total_parameters=header["total_parameters"],
+                importance=_importance(header["weights"], tensors),
+                skipped=header["skipped"],
+            )
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is not an igia file, or is corrupted: {error}") from error
+
+
+def _importance(weights: Sequence[Any], tensors: dict[str, Tensor]) -> dict[tuple[int, str], Factors | Dense]:
+    found: dict[tuple[int, str], Factors | Dense] = {}
+    for layer, name, *_ in weights:
+        if f"{layer}/{name}/f" in tensors:
+            found[layer, name] = Dense(tensors[f"{layer}/{name}/f"])
+        elif f"{layer}/{name}/a" in tensors:
+            found[layer, name] = Factors(tensors[f"{layer}/{name}/a"], tensors[f"{layer}/{name}/b"])
+    return found
+
+
+def _crc32(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy()) if tensor.numel() else 0

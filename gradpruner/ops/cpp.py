@@ -1,0 +1,158 @@
+"""The CPU backend: tensors become addresses, sizes and dtype codes for the C++ extension `gradpruner._cpu`.
+
+Every function here keeps its tensors alive until the call returns. `GRADPRUNER_CPU_ISA` (portable, avx2,
+avx512) forces an instruction set; by default it is the best that the machine has.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from gradpruner.errors import InvalidArgument
+
+try:
+    from gradpruner import _cpu
+except ImportError as error:
+    raise ImportError(
+        f"the C++ extension is not there ({error}); it is built at install time where a C++ compiler is found "
+        "and GRADPRUNER_NO_EXT is not set"
+    ) from error
+
+try:
+    ISA: str = _cpu.select_variant(os.environ.get("GRADPRUNER_CPU_ISA", ""))
+except ValueError as error:
+    raise InvalidArgument(f"GRADPRUNER_CPU_ISA: {error}") from error
+
+_CODES = {
+    torch.float32: _cpu.FLOAT32,
+    torch.bfloat16: _cpu.BFLOAT16,
+    torch.float16: _cpu.FLOAT16,
+    torch.float64: _cpu.FLOAT64,
+}
+# The weight gradient is made in panels of about so many entries, few enough to stay in the cache.
+_PANEL_ENTRIES = 1 << 20
+
+
+def _array(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), _CODES[tensor.dtype]
+
+
+def _factors(a: Tensor, b: Tensor) -> tuple[int, int, int, int, int, int, int]:
+    steps, rank, width = a.shape
+    return a.data_ptr(), b.data_ptr(), _CODES[a.dtype], steps, rank, width, b.shape[1]
+
+
+def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """||b_i a_i||_F^2 of every pair, float64 (n,), from two r x r Gram matrices (source: D)."""
+    norms = torch.empty(len(a), dtype=torch.float64)
+    pairs = [
+        (*_array(ai), *_array(bi), ai.shape[0], ai.shape[1], bi.shape[0]) for ai, bi in zip(a, b, strict=True)
+    ]
+    _cpu.gram_norm(pairs, norms.data_ptr(), torch.get_num_threads())
+    return norms
+
+
+def square_accumulate_(igia: Tensor, grad: Tensor) -> None:
+    """igia += grad ** 2 (source: P eq. 3)."""
+    _cpu.square_accumulate(igia.data_ptr(), *_array(grad), igia.numel(), torch.get_num_threads())
+
+
+def outer_square_accumulate_(igia: Tensor, a: Tensor, b: Tensor) -> None:
+    """igia += (b @ a) ** 2 (source: P eq. 2 and 3)."""
+    factors = _factors(a.unsqueeze(0), b.unsqueeze(0))
+    _cpu.outer_square_accumulate(igia.data_ptr(), factors, torch.get_num_threads())
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return _cpu.all_finite(*_array(tensor), tensor.numel(), torch.get_num_threads())
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Plain float32 products, also where the user allows oneDNN to compute them in bfloat16."""
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        yield
+
+
+def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: Tensor | None) -> Tensor:
+    """g = dy^T x, plus grad where given; igia += g ** 2 unless x, dy or g is not finite (source: D).
+
+    The product is made in row panels by torch and squared by the extension while it is in the cache.
+    """
+    finite = _all_finite(x) and _all_finite(dy)
+    if not finite and grad is None:
+        return torch.full((), math.nan, dtype=torch.float64)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x_wide = x.to(wide)
+    rows, width = dy.shape[1], x.shape[1]
+    height = min(rows, max(1, _PANEL_ENTRIES // width))
+    buffer = torch.empty(height, width, dtype=wide)
+    total = 0.0
+    for first in range(0, rows, height):
+        dy_panel = dy[:, first : first + height]
+        panel = buffer[: dy_panel.shape[1]]
+        with _full_precision():
+            torch.mm(dy_panel.to(wide).T, x_wide, out=panel)
+            if wide == torch.float32 and not _all_finite(panel):
+                panel = dy_panel.double().T @ x.double()  # an overflow of float32, which float64 has room for
+        total += _cpu.square_product(
+            *_array(panel),
+            igia[first:].data_ptr() if igia is not None and finite else 0,
+            *(_array(grad[first:]) if grad is not None else (0, 0)),
+            panel.numel(),
+            torch.get_num_threads(),
+        )
+    return torch.tensor(total, dtype=torch.float64)
+
+
+def _threshold_tensors(value: float, index: int) -> tuple[Tensor, Tensor]:
+    return torch.tensor(value, dtype=torch.float32), torch.tensor(index, dtype=torch.int64)
+
+
+def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k-th largest positive entry and the flat index of the last tie that is kept (METHOD section 3)."""
+    return _threshold_tensors(*_cpu.threshold(igia.data_ptr(), igia.numel(), k, torch.get_num_threads()))
+
+
+def factor_threshold(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`threshold` of the importance that the factors stand for (METHOD section 3)."""
+    return _threshold_tensors(*_cpu.factor_threshold(_factors(a, b), k, torch.get_num_threads()))
+
+
+def sign_merge_(
+    weight: Tensor,
+    donors: list[Tensor],
+    igias: list[Tensor],
+    values: list[Tensor],
+    indices: list[Tensor],
+    scales: list[float],
+) -> None:
+    """weight += sum_k scale_k * mask_k * [sign(donor_k) == sign(weight)] * donor_k (METHOD section 3)."""
+    terms = [
+        (donor.data_ptr(), igia.data_ptr(), value.item(), index.item(), scale)
+        for donor, igia, value, index, scale in zip(donors, igias, values, indices, scales, strict=True)
+    ]
+    _cpu.sign_merge(*_array(weight), weight.numel(), terms, torch.get_num_threads())
+
+
+def factor_sign_merge_(
+    weight: Tensor,
+    donors: list[Tensor],
+    a: list[Tensor],
+    b: list[Tensor],
+    values: list[Tensor],
+    indices: list[Tensor],
+    scales: list[float],
+) -> None:
+    """`sign_merge_` with each donor's importance given by its factors (METHOD section 3)."""
+    terms = [
+        (donor.data_ptr(), _factors(ak, bk), value.item(), index.item(), scale)
+        for donor, ak, bk, value, index, scale in zip(donors, a, b, values, indices, scales, strict=True)
+    ]
+    _cpu.factor_sign_merge(*_array(weight), terms, torch.get_num_threads())

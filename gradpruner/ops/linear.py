@@ -1,0 +1,75 @@
+"""The autograd path of the fused backward: a linear layer that squares its weight gradient as it computes it.
+
+Unit: one backward call, that is the micro-batch, on one process, before clipping (METHOD, estimator `exact`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gradpruner.ops.definitions import wgrad_square_accumulate_
+
+
+@dataclass
+class WeightSquares:
+    """Where one weight's squares go.
+
+    total: float64 (), gets sum(g ** 2) of every squared call. igia: float32, the weight's shape, gets g ** 2;
+    None to keep only the sum. micro_batches: backward calls that make one gradient of a trainable weight; it is
+    squared on the last of them. A frozen weight's gradient is squared on every call, and never stored.
+    """
+
+    total: Tensor
+    igia: Tensor | None = None
+    micro_batches: int = 1
+    calls: int = 0
+
+
+class _SquaredLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, transposed: bool, squares: WeightSquares) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.transposed, ctx.squares = transposed, squares
+        return functional.linear(x, weight.t() if transposed else weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (dy,) = grads
+        x, weight = ctx.saved_tensors
+        squares: WeightSquares = ctx.squares
+        dx = None
+        if ctx.needs_input_grad[0]:
+            matrix = weight.t() if ctx.transposed else weight
+            dx = (dy.to(weight.dtype) @ matrix).to(x.dtype)
+        flat_dy = dy.reshape(-1, dy.shape[-1])
+        flat_x = x.detach().reshape(-1, x.shape[-1]).to(dy.dtype)
+        # a transposed weight has the gradient x^T dy: the same op with the two exchanged
+        first, second = (flat_dy, flat_x) if ctx.transposed else (flat_x, flat_dy)
+        squares.calls += 1
+        if not weight.requires_grad:
+            squares.total += wgrad_square_accumulate_(squares.igia, first, second, None)
+            return dx, None, None, None
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        last = squares.calls % squares.micro_batches == 0
+        total = wgrad_square_accumulate_(squares.igia if last else None, first, second, weight.grad)
+        if last:
+            squares.total += total
+        return dx, None, None, None  # the op has added into weight.grad: nothing is left for autograd to add
+
+
+def linear_square_accumulate(
+    x: Tensor, weight: Tensor, bias: Tensor | None, squares: WeightSquares, *, transposed: bool = False
+) -> Tensor:
+    """`functional.linear` whose backward pass squares and accumulates the weight's gradient (source: D, `exact`).
+
+    x: (..., in); weight: (out, in), or (in, out) if transposed; bias: (out,) or None. For a trainable weight the
+    gradient goes straight into `weight.grad`: autograd hooks on the weight (DistributedDataParallel's) do not see it.
+    """
+    out = _SquaredLinear.apply(x, weight, transposed, squares)
+    return out if bias is None else out + bias.to(out.dtype)

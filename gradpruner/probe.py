@@ -1,0 +1,198 @@
+"""Probe: watches the first steps of any training loop and fills an Igia."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpruner.decoder import Decoder
+from gradpruner.errors import InvalidArgument, ProbeError
+from gradpruner.estimators import Reader
+from gradpruner.estimators.exact import ExactReader
+from gradpruner.estimators.gradient import AdamReader, GradientReader, why_not_adam
+from gradpruner.estimators.lora import LoraReader, has_lora
+from gradpruner.igia import Igia
+
+ESTIMATORS = ("auto", "lora", "gradient", "adam", "exact")
+
+
+class Probe:
+    """Reads the gradients of a model once an optimizer step, as the optimizer is about to use them.
+
+    model: PEFT (LoRA, DoRA) or plain. layers: path of the ModuleList of decoder layers for a model that is not
+    Hugging Face's. estimator: "auto" takes "lora" where there are adapters, else "adam" where Adam's state is fit
+    for it, else "gradient"; "exact" squares the true gradient of frozen or trainable weights inside the
+    backward pass. importance: False keeps layer scores only, for plans that merge nothing. factor_dtype: of
+    stored LoRA factors; bfloat16 halves the host memory and changes about 0.1 % of a mask. micro_batches: backward
+    calls an optimizer step, needed by "exact" on trainable weights. Source: P eq. 2 to 4, METHOD section 1.
+
+    Raises InvalidArgument, UnsupportedModel, and ProbeError where gradients cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: str | nn.ModuleList | None = None,
+        estimator: str = "auto",
+        importance: bool = True,
+        factor_dtype: torch.dtype = torch.float32,
+        micro_batches: int = 1,
+    ) -> None:
+        if estimator not in ESTIMATORS:
+            raise InvalidArgument(f"estimator = {estimator!r}; accepted are {', '.join(ESTIMATORS)}")
+        if factor_dtype not in (torch.float32, torch.bfloat16):
+            raise InvalidArgument(f"factor_dtype = {factor_dtype}; accepted are torch.float32 and torch.bfloat16")
+        self._decoder = Decoder(model, layers)
+        self._model = self._decoder.fingerprint()
+        self._estimator, self._importance, self._factor_dtype = estimator, importance, factor_dtype
+        self._micro_batches = micro_batches
+        self._reader: Reader | None = None
+        self._handles: list[Any] = []
+        self._left = 0
+        self._pending: list[Tensor] = []
+        self._usable: list[Tensor] = []
+        self._skipped = 0
+        self._igia: Igia | None = None
+        if estimator == "exact":  # the first backward pass already counts
+            self._reader = self._make_reader(None, None)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps seen so far, skipped ones included."""
+        return len(self._pending) + len(self._usable) + self._skipped
+
+    @property
+    def done(self) -> bool:
+        """Whether the probe has finished."""
+        return self._igia is not None
+
+    @contextlib.contextmanager
+    def watching(self, optimizer: Any, steps: int) -> Iterator[Probe]:
+        """Watch `steps` optimizer steps of the loop inside; stops by itself after them, or when the block ends.
+
+        optimizer: the torch optimizer, or accelerate's wrapper around it. Raises InvalidArgument.
+        """
+        self.start(optimizer, steps)
+        try:
+            yield self
+        finally:
+            self.stop()
+
+    def start(self, optimizer: Any, steps: int) -> None:
+        """Begin to watch; `watching` without the block. Raises InvalidArgument."""
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise InvalidArgument(f"steps = {steps!r}; expected a number of optimizer steps, 1 or more")
+        if self._handles or self._igia is not None:
+            raise InvalidArgument("this probe is already watching, or has finished; make a new one")
+        while not hasattr(optimizer, "register_step_pre_hook") and hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer  # accelerate's wrapper: the one inside really steps
+        if not hasattr(optimizer, "register_step_pre_hook"):
+            raise InvalidArgument(
+                f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer (or call probe.record() "
+                "before each step)"
+            )
+        self._reader = self._reader or self._make_reader(optimizer, steps)
+        self._left = steps
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: self._before_step(optimizer)),
+            # the last step has to be in Adam's state before that is read
+            optimizer.register_step_post_hook(lambda optimizer, args, kwargs: self._after_step()),
+        ]
+
+    def stop(self) -> None:
+        """Stop watching and give the model back as it was. What was seen is kept."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._igia is None and self.steps:
+            self._finish()
+        elif self._reader is not None:
+            self._reader.close()
+
+    def record(self, optimizer: Any = None) -> None:
+        """Read the gradients now, just before optimizer.step(): for loops whose optimizer has no hooks.
+
+        optimizer: where given, its `grad_scale` and `found_inf` (a fused optimizer under GradScaler) are honoured.
+        """
+        if self._igia is not None:
+            raise ProbeError("this probe has finished; make a new one")
+        if self._reader is None:
+            self._reader = self._make_reader(None, None)
+        scale = getattr(optimizer, "grad_scale", None)
+        norms = self._reader.read(None if scale is None else 1.0 / scale)
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None:
+            norms = torch.where(found_inf.to(norms.device).reshape(()) > 0, float("nan"), norms)
+        self._pending.append(norms)
+        if self._reader.full:
+            self._settle()
+
+    @property
+    def igia(self) -> Igia:
+        """What was seen; asking for it ends the probe. Raises ProbeError if no step was."""
+        if self._igia is None:
+            if self.steps == 0:
+                raise ProbeError("the probe has seen no optimizer step")
+            self.stop()
+        assert self._igia is not None
+        return self._igia
+
+    def _before_step(self, optimizer: Any) -> None:
+        if self._left > 0:
+            self.record(optimizer)
+
+    def _after_step(self) -> None:
+        self._left -= 1
+        if self._left == 0:  # the hooks stay until `stop`: torch is iterating over them just now
+            self._finish()
+
+    def _settle(self) -> None:
+        finite = [norms if bool(norms.isfinite().all()) else None for norms in self._pending]
+        assert self._reader is not None
+        self._reader.settle(finite)
+        self._usable += [norms for norms in finite if norms is not None]
+        self._skipped += sum(norms is None for norms in finite)
+        self._pending.clear()
+
+    def _finish(self) -> None:
+        assert self._reader is not None
+        self._settle()
+        decoder, reader = self._decoder, self._reader
+        reader.close()
+        n = len(reader.weights)
+        self._igia = Igia(
+            model=self._model,
+            estimator=reader.name,
+            layers=len(decoder.layers),
+            weights=reader.weights,
+            square_norms=torch.stack(self._usable) if self._usable else torch.zeros(0, n, dtype=torch.float64),
+            structures=tuple(decoder.structure(j) for j in range(len(decoder.layers))),
+            layer_parameters=tuple(decoder.parameters_of(j) for j in range(len(decoder.layers))),
+            total_parameters=decoder.total_parameters(),
+            importance=reader.importance(),
+            skipped=self._skipped,
+        )
+
+    def _make_reader(self, optimizer: Any, steps: int | None) -> Reader:
+        kind, decoder = self._estimator, self._decoder
+        if kind == "auto":
+            if has_lora(decoder):
+                kind = "lora"
+            elif steps is not None and why_not_adam(decoder, optimizer, steps) is None:
+                kind = "adam"
+            else:
+                kind = "gradient"
+        if kind == "lora":
+            return LoraReader(decoder, importance=self._importance, factor_dtype=self._factor_dtype)
+        if kind == "exact":
+            return ExactReader(decoder, importance=self._importance, micro_batches=self._micro_batches)
+        if kind == "gradient":
+            return GradientReader(decoder, importance=self._importance)
+        if steps is None:
+            raise InvalidArgument("estimator 'adam' reads the optimizer: use probe.watching(optimizer, steps)")
+        return AdamReader(decoder, optimizer, steps=steps, importance=self._importance)

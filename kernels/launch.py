@@ -1,0 +1,21 @@
+"""The Triton backend: every op of `gradpruner.ops`, by the names and signatures of its reference."""
+
+from gradpruner.kernels.factor_sign_merge import factor_sign_merge_
+from gradpruner.kernels.factor_threshold import factor_threshold
+from gradpruner.kernels.gram_norm import gram_norm
+from gradpruner.kernels.outer_square_accumulate import outer_square_accumulate_
+from gradpruner.kernels.sign_merge import sign_merge_
+from gradpruner.kernels.square_accumulate import square_accumulate_
+from gradpruner.kernels.threshold import threshold
+from gradpruner.kernels.wgrad_square_accumulate import wgrad_square_accumulate_
+
+__all__ = [
+    "factor_sign_merge_",
+    "factor_threshold",
+    "gram_norm",
+    "outer_square_accumulate_",
+    "sign_merge_",
+    "square_accumulate_",
+    "threshold",
+    "wgrad_square_accumulate_",
+]

@@ -1,0 +1,71 @@
+"""Fold donors into a weight where they matter and agree in sign, all in one pass (METHOD section 3)."""
+
+from __future__ import annotations
+
+import struct
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradpruner.kernels.device import common_alignment, on_device_of, table_on
+from gradpruner.kernels.merge_rule import add_agreeing
+from gradpruner.kernels.numeric import narrow, widen
+
+# Without fused multiply-adds `merged + scale * donor` rounds twice, as it does in torch.
+LAUNCH = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": False}
+
+
+@triton.jit
+def sign_merge_kernel(weight, table, donors, entries, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
+    """One block of consecutive entries through all donors.
+
+    table rows: addresses of donor, igia, value and index, then the bits of the scale as float64.
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < entries
+    raw = tl.load(weight + at, mask=inside, other=0.0)
+    original = widen(raw)
+    merged = original
+    changed = tl.zeros((BLOCK,), tl.int1)
+    for _ in range(donors):
+        donor = tl.multiple_of(tl.load(table).to(weight.dtype), ALIGN)
+        igia = tl.multiple_of(tl.load(table + 1).to(tl.pointer_type(tl.float32)), ALIGN)
+        value = tl.load(tl.load(table + 2).to(tl.pointer_type(tl.float32)))
+        index = tl.load(tl.load(table + 3).to(tl.pointer_type(tl.int64)))
+        scale = tl.load(table + 4).to(tl.float64, bitcast=True).to(original.dtype)
+        v = widen(tl.load(donor + at, mask=inside, other=0.0))
+        f = tl.load(igia + at, mask=inside, other=0.0)
+        merged, changed = add_agreeing(merged, changed, original, v, f, at, value, index, scale)
+        table += 5
+    tl.store(weight + at, tl.where(changed, narrow(merged, raw.dtype), raw), mask=inside)
+
+
+def float64_bits(number: float) -> int:
+    """The bits of a float64 as a signed integer, to travel in a table of integers."""
+    return struct.unpack("q", struct.pack("d", number))[0]
+
+
+def sign_merge_(
+    weight: Tensor,
+    donors: list[Tensor],
+    igias: list[Tensor],
+    values: list[Tensor],
+    indices: list[Tensor],
+    scales: list[float],
+) -> None:
+    """weight += sum_k scale_k * mask_k * [sign(donor_k) == sign(weight)] * donor_k (METHOD section 3)."""
+    rows = [
+        [v.data_ptr(), f.data_ptr(), value.data_ptr(), index.data_ptr(), float64_bits(scale)]
+        for v, f, value, index, scale in zip(donors, igias, values, indices, scales, strict=True)
+    ]
+    entries = weight.numel()
+    with on_device_of(weight):
+        sign_merge_kernel[(triton.cdiv(entries, LAUNCH["BLOCK"]),)](
+            weight,
+            table_on(weight.device, rows),
+            len(rows),
+            entries,
+            common_alignment(address for row in rows for address in row[:2]),
+            **LAUNCH,
+        )
