@@ -71,7 +71,8 @@ def build_file(output: Path) -> str:
     """The text of build.ninja, which makes `output` out of csrc/."""
     import pybind11
 
-    module_flags = f"-isystem {shlex.quote(pybind11.get_include())} -isystem {shlex.quote(sysconfig.get_path('include'))}"
+    includes = (pybind11.get_include(), sysconfig.get_path("include"))
+    module_flags = " ".join(f"-isystem {shlex.quote(folder)}" for folder in includes)
     link = "-shared -pthread" + (" -undefined dynamic_lookup" if sys.platform == "darwin" else "")
     lines = [
         "ninja_required_version = 1.5",

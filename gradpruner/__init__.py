@@ -11,9 +11,11 @@ from gradpruner.errors import (
 )
 from gradpruner.igia import Igia
 from gradpruner.merge import apply, rebuild_optimizer
+from gradpruner.oneshot import prune
 from gradpruner.ops import available_backends
 from gradpruner.plan import Plan
 from gradpruner.probe import Probe
+from gradpruner.trainer import ProbeCallback
 
 __version__ = "0.1.0"
 
@@ -25,10 +27,12 @@ __all__ = [
     "ModelMismatch",
     "Plan",
     "Probe",
+    "ProbeCallback",
     "ProbeError",
     "UnsupportedModel",
     "apply",
     "available_backends",
+    "prune",
     "rebuild_optimizer",
     "save",
 ]

@@ -33,10 +33,10 @@ def save(
     """Write the model as safetensors with its config, verify it by reading it back, and only then name it `folder`.
 
     Verified: the files describe a model with exactly these keys and shapes, and, where the model fits in memory a
-    second time, every tensor bit for bit and the logits. tokenizer: saved beside it. plan: kept as gradpruner.json for the record.
+    second time, every tensor bit for bit, and the logits. tokenizer: saved beside it. plan: kept as gradpruner.json.
     Raises InvalidArgument (adapters not merged, folder in use) or CheckpointError; the folder is then as it was.
     """
-    base = unwrap(model)
+    base: Any = unwrap(model)
     if is_peft(model) or any(hasattr(m, "lora_A") for m in base.modules()):
         raise InvalidArgument("model still has adapters; expected a plain model (merge_and_unload first)")
     if not hasattr(base, "save_pretrained"):
@@ -78,7 +78,9 @@ def verify(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             raise CheckpointError(f"the checkpoint does not reload: {what} {sorted(map(str, names))[:3]}")
     actual = again.state_dict()
     if actual.keys() != expected.keys():
-        raise CheckpointError(f"the checkpoint does not reload: keys differ, {sorted(actual.keys() ^ expected.keys())[:3]}")
+        raise CheckpointError(
+            f"the checkpoint does not reload: keys differ, {sorted(actual.keys() ^ expected.keys())[:3]}"
+        )
     for name, tensor in expected.items():
         if actual[name].shape != tensor.shape:
             raise CheckpointError(f"{name} reloads with shape {tuple(actual[name].shape)}, not {tuple(tensor.shape)}")

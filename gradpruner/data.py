@@ -116,9 +116,7 @@ def tokenize(
     prompts = _encode(tokenizer, [example.prompt for example in examples])
     answers = _encode(tokenizer, [_answer_text(example, adds_space) for example in examples])
     rows = []
-    for number, (example, prompt_ids, answer_ids) in enumerate(
-        zip(examples, prompts, answers, strict=True), 1
-    ):
+    for number, (example, prompt_ids, answer_ids) in enumerate(zip(examples, prompts, answers, strict=True), 1):
         tail = [*answer_ids, tokenizer.eos_token_id]
         # The first answer token is predicted from something: BOS, or at least one token of the prompt.
         needed = len(tail) + min(1, len(bos) + len(prompt_ids))
@@ -168,17 +166,13 @@ class Collator:
 def _is_file(source: str | PathLike[str]) -> bool:
     path = Path(source)
     if path.is_dir():
-        raise InvalidArgument(
-            f"source {source} is a folder; accepted: a {', '.join(FILE_TYPES)} file or a hub id"
-        )
+        raise InvalidArgument(f"source {source} is a folder; accepted: a {', '.join(FILE_TYPES)} file or a hub id")
     return path.suffix.lower() in FILE_TYPES or path.is_file()
 
 
 def _read_file(path: Path, split: str) -> list[Row]:
     if split != "train":
-        raise InvalidArgument(
-            f"split is {split!r}, but {path} is a file and has no splits: name another file"
-        )
+        raise InvalidArgument(f"split is {split!r}, but {path} is a file and has no splits: name another file")
     if not path.is_file():
         raise InvalidArgument(f"source {path} does not exist")
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
@@ -187,9 +181,7 @@ def _read_file(path: Path, split: str) -> list[Row]:
     try:
         return list(readers[path.suffix.lower()](path))
     except UnicodeDecodeError as error:
-        raise InvalidArgument(
-            f"source {path} is not UTF-8 text: {error.reason} at byte {error.start}"
-        ) from None
+        raise InvalidArgument(f"source {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except OSError as error:
         raise InvalidArgument(f"source {path} cannot be read: {error.strerror}") from None
 
@@ -229,9 +221,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 # DictReader files surplus cells under None and fills missing ones with None
                 if None in row or None in row.values():
                     columns = len(reader.fieldnames or ())
-                    raise InvalidArgument(
-                        f"{path}, line {reader.line_num}: not {columns} cells as in the header"
-                    )
+                    raise InvalidArgument(f"{path}, line {reader.line_num}: not {columns} cells as in the header")
                 yield row
         except csv.Error as error:
             raise InvalidArgument(f"{path}, line {reader.line_num}: broken CSV: {error}") from None
@@ -282,9 +272,7 @@ def _parse(argument: str, template: str, row: Row) -> Template:
         raise InvalidArgument(f"{argument} is a broken template ({error}): {template!r}") from None
     for _, column, spec, conversion in fields:
         if spec or conversion:
-            raise InvalidArgument(
-                f"{argument} may hold only {{column}} fields, without a format: {template!r}"
-            )
+            raise InvalidArgument(f"{argument} may hold only {{column}} fields, without a format: {template!r}")
         if column is not None and column not in row:
             raise InvalidArgument(f"{argument} names the column {column!r}; there are: {_listed(row)}")
     return [(text, column) for text, column, _, _ in fields]
@@ -304,9 +292,7 @@ def _example(row: Row, prompt: Template, answer: Template, where: str) -> Exampl
 
 
 def _fill(template: Template, row: Row, where: str) -> str:
-    return "".join(
-        text + (_cell(row, column, where) if column is not None else "") for text, column in template
-    )
+    return "".join(text + (_cell(row, column, where) if column is not None else "") for text, column in template)
 
 
 def _cell(row: Row, column: str, where: str) -> str:

@@ -196,7 +196,7 @@ def linear_modules(decoder: Decoder, index: int) -> dict[str, nn.Module]:
 
 
 def _owner(layer: nn.Module, path: str) -> nn.Module:
-    module = layer
+    module: Any = layer
     for part in path.split(".") if path else []:
         if not hasattr(module, part):
             module = getattr(module, "base_layer", None) or getattr(module, "original_module", module)
@@ -204,16 +204,14 @@ def _owner(layer: nn.Module, path: str) -> nn.Module:
     return getattr(module, "base_layer", module)
 
 
-def _full_shape(parameter: Tensor, owner: nn.Module | None = None) -> torch.Size:
+def _full_shape(parameter: Tensor, owner: Any = None) -> torch.Size:
     if owner is not None and not parameter.is_floating_point() and hasattr(owner, "in_features"):
         return torch.Size((int(owner.out_features), int(owner.in_features)))  # packed by a quantiser
     return parameter.shape
 
 
 def _find(base: nn.Module, layers: str | nn.ModuleList | None) -> str:
-    lists = {
-        name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList) and len(module)
-    }
+    lists = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
     if isinstance(layers, nn.ModuleList):
         for name, module in lists.items():
             if module is layers:
@@ -241,7 +239,7 @@ def _find(base: nn.Module, layers: str | nn.ModuleList | None) -> str:
 
 
 def _configured_layers(base: nn.Module) -> int | None:
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     count = getattr(config, "num_hidden_layers", None)

@@ -53,9 +53,7 @@ def paragraphs() -> list[tuple[str, str]]:
         GradPrunerError: this interpreter was installed without `pydoc_data`.
     """
     topics = _topics()
-    known = [
-        (topic, chapter) for chapter, names in CHAPTERS.items() for topic in names.split() if topic in topics
-    ]
+    known = [(topic, chapter) for chapter, names in CHAPTERS.items() for topic in names.split() if topic in topics]
     seen: set[tuple[str, ...]] = set()
     kept = []
     for topic, chapter in sorted(known, key=lambda pair: (len(topics[pair[0]]), pair[0])):
@@ -107,9 +105,7 @@ def _topics() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:  # some distributions leave it out of a minimal Python
-        raise GradPrunerError(
-            "the demo reads pydoc_data.topics, which this Python was installed without"
-        ) from error
+        raise GradPrunerError("the demo reads pydoc_data.topics, which this Python was installed without") from error
     return topics
 
 

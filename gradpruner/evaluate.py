@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from gradpruner.data import IGNORED
 from gradpruner.errors import InvalidArgument
@@ -72,9 +73,8 @@ def perplexity(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> 
     """
     total, tokens = 0.0, 0
     for _, logits, labels in _answer_logits(model, rows, collate, batch_size):
-        counted = labels != IGNORED
-        total += _cross_entropy_sum(logits[counted], labels[counted])
-        tokens += int(counted.sum())
+        total += _cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
+        tokens += int((labels != IGNORED).sum())
     try:
         return math.exp(total / tokens)
     except OverflowError:
@@ -90,9 +90,7 @@ def rouge_l(model: Any, rows: Rows, tokenizer: Any, *, max_new_tokens: int, batc
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise InvalidArgument(
-            "rouge_l needs the rouge-score package: pip install gradpruner[rouge]"
-        ) from None
+        raise InvalidArgument("rouge_l needs the rouge-score package: pip install gradpruner[rouge]") from None
     _check(rows, batch_size)
     scorer = RougeScorer(["rougeL"])
     scores = []
@@ -106,9 +104,7 @@ def rouge_l(model: Any, rows: Rows, tokenizer: Any, *, max_new_tokens: int, batc
     return statistics.fmean(scores)
 
 
-def generation_speed(
-    model: Any, tokenizer: Any, *, new_tokens: int = 64, prompt: str = "Once upon a time"
-) -> float:
+def generation_speed(model: Any, tokenizer: Any, *, new_tokens: int = 64) -> float:
     """Tokens per second of greedy generation with a cache, one sequence: median of three after a warm-up.
 
     Raises:
@@ -116,7 +112,7 @@ def generation_speed(
     """
     if new_tokens < 1:
         raise InvalidArgument(f"new_tokens is {new_tokens}; accepted: 1 or more")
-    prompts = [tokenizer(prompt)["input_ids"]]
+    prompts = [tokenizer("Once upon a time")["input_ids"]]
 
     def run() -> float:
         start = time.perf_counter()
@@ -149,11 +145,11 @@ def _answer_logits(
 
 
 def _cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Sum over tokens, widening only some of the logits (tokens, vocabulary) to float32 at a time."""
+    """Sum over labelled tokens; widens only some of the logits (tokens, vocabulary) to float32 at a time."""
     step = max(1, LOGITS_AT_ONCE // logits.shape[-1])
     total = 0.0
     for part, targets in zip(logits.split(step), labels.split(step), strict=True):
-        losses = torch.nn.functional.cross_entropy(part.float(), targets, reduction="none")
+        losses = cross_entropy(part.float(), targets, ignore_index=IGNORED, reduction="none")
         total += float(losses.double().sum())
     return total
 
@@ -170,8 +166,10 @@ def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], **limits: in
             attention_mask=mask,
             do_sample=False,
             num_beams=1,
+            repetition_penalty=1.0,  # greedy, whatever the model's own generation config prefers
             use_cache=True,
             pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
             **limits,
         )
     return out[:, longest:].tolist()
@@ -209,15 +207,11 @@ def _check(rows: Rows, batch_size: int) -> None:
         raise InvalidArgument("rows is empty: there is nothing to evaluate")
     for index, row in enumerate(rows):
         if all(label == IGNORED for label in row["labels"][1:]):
-            raise InvalidArgument(
-                f"row {index} has no label after its first token: there is nothing to predict"
-            )
+            raise InvalidArgument(f"row {index} has no label after its first token: there is nothing to predict")
 
 
 def _prompt(row: Mapping[str, list[int]], index: int) -> list[int]:
     length = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
     if length == 0:
-        raise InvalidArgument(
-            f"row {index} has no prompt to generate from: tokenise it with train_on='answer'"
-        )
+        raise InvalidArgument(f"row {index} has no prompt to generate from: tokenise it with train_on='answer'")
     return row["input_ids"][:length]

@@ -166,9 +166,7 @@ class Igia:
             if not final or not bool((self.square_norms[:steps] > 0).any()):
                 shares.append(0.0)
                 continue
-            early = self._plan(
-                self.layer_scores(kind, steps=steps), None, len(final), "layers", 0, protected
-            )
+            early = self._plan(self.layer_scores(kind, steps=steps), None, len(final), "layers", 0, protected)
             shares.append(len(final & set(early.removed)) / len(final))
         return shares
 
@@ -237,4 +235,4 @@ def _importance(weights: Sequence[Any], tensors: dict[str, Tensor]) -> dict[tupl
 
 
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy()) if tensor.numel() else 0
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data) if tensor.numel() else 0

@@ -60,13 +60,11 @@ def _load_weights(where: str, **options: Any) -> Any:
     if "gguf_file" not in options:
         options["use_safetensors"] = True
     elif hasattr(transformers, "GgufConfig"):
-        # else weights stay packed wherever a kernel for that is installed, and cannot be trained
+        # else the model counts as quantised, and transformers neither saves nor trains it; where a kernel for
+        # packed weights is installed, they would even stay packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _refusing("model", where, options):
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, **options)
-    if "gguf_file" in options:
-        _forget_quantization(model)
-    return model
+        return transformers.AutoModelForCausalLM.from_pretrained(where, **options)
 
 
 @contextlib.contextmanager
@@ -78,14 +76,6 @@ def _refusing(what: str, where: str, options: dict[str, Any]) -> Iterator[None]:
         source = Path(where, options["gguf_file"]) if "gguf_file" in options else where
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InvalidArgument(f"source {str(source)!r}: no {what} could be loaded: {reason}") from error
-
-
-def _forget_quantization(model: Any) -> None:
-    """Leave a dequantised model as any other: transformers neither saves nor trains one marked as GGUF."""
-    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
-        vars(model).pop(name, None)
-    for name in ("quantization_config", "_is_quantized"):
-        vars(model.config).pop(name, None)
 
 
 def _demo_gguf() -> Path:

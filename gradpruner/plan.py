@@ -115,7 +115,11 @@ class Plan:
         try:
             merge = {int(layer): target for layer, target in content["merge"].items()}
             plan = cls(
-                content["layers"], content["drop"], merge, content.get("model"), content.get("parameter_ratio")
+                content["layers"],
+                content["drop"],
+                merge,
+                content.get("model"),
+                content.get("parameter_ratio"),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, InvalidArgument):
@@ -207,7 +211,9 @@ def _how_many(
     if of == "layers":
         wanted = round(Fraction(str(ratio)) * total)
         if wanted == 0:
-            raise InvalidArgument(f"ratio = {ratio} of {total} layers rounds to none; expected {0.5 / total:.2f} or more")
+            raise InvalidArgument(
+                f"ratio = {ratio} of {total} layers rounds to none; expected {0.5 / total:.2f} or more"
+            )
         return wanted
     if layer_parameters is None or not total_parameters:
         raise InvalidArgument("of = 'parameters' needs layer_parameters and total_parameters")

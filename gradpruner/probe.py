@@ -89,8 +89,8 @@ class Probe:
             raise InvalidArgument(f"steps = {steps!r}; expected a number of optimizer steps, 1 or more")
         if self._handles or self._igia is not None:
             raise InvalidArgument("this probe is already watching, or has finished; make a new one")
-        while not hasattr(optimizer, "register_step_pre_hook") and hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer  # accelerate's wrapper: the one inside really steps
+        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = optimizer.optimizer  # accelerate's wrapper: hooks belong on the one that really steps
         if not hasattr(optimizer, "register_step_pre_hook"):
             raise InvalidArgument(
                 f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer (or call probe.record() "

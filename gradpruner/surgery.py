@@ -126,7 +126,9 @@ def cut_config(config: Any, kept: tuple[int, ...], layers: int) -> Any:
         try:
             setattr(text, name, value)
         except (AttributeError, TypeError, ValueError) as error:
-            raise UnsupportedModel(f"config.{name} of {type(old).__name__} cannot be set to {value!r}: {error}") from error
+            raise UnsupportedModel(
+                f"config.{name} of {type(old).__name__} cannot be set to {value!r}: {error}"
+            ) from error
     return new
 
 
@@ -192,16 +194,20 @@ def _compare(surgery: Surgery, dense: nn.Module, small: nn.Module) -> None:
         other = small.get_submodule(name)
         live = base.get_submodule(name)
         for attribute, value in _plain(other).items():  # e.g. a count of layers, "has any sliding layer"
-            if attribute in _plain(module) and not _equal(_plain(module)[attribute], value) and hasattr(live, attribute):
+            if (
+                attribute in _plain(module)
+                and not _equal(_plain(module)[attribute], value)
+                and hasattr(live, attribute)
+            ):
                 surgery.attributes.append((live, attribute, value))
 
 
-def _compare_modules(
-    surgery: Surgery, old: nn.Module, new: nn.Module, live: nn.Module, where: str, shift: int
-) -> None:
+def _compare_modules(surgery: Surgery, old: nn.Module, new: nn.Module, live: nn.Module, where: str, shift: int) -> None:
     old_modules, new_modules = dict(old.named_modules()), dict(new.named_modules())
     if {n: type(m) for n, m in old_modules.items()} != {n: type(m) for n, m in new_modules.items()}:
-        raise UnsupportedModel(f"{where} would become another kind of layer: its config has a rule on the layer's index")
+        raise UnsupportedModel(
+            f"{where} would become another kind of layer: its config has a rule on the layer's index"
+        )
     if _shapes(old) != _shapes(new):
         raise UnsupportedModel(f"{where} would change its shape: its config has a rule on the layer's index")
     for name, module in old_modules.items():
@@ -215,7 +221,8 @@ def _compare_modules(
                 surgery.attributes.append((target, attribute, b))
             else:
                 raise UnsupportedModel(
-                    f"{where}: {name or 'the layer'}.{attribute} depends on the layer's index ({a!r} would become {b!r})"
+                    f"{where}: {name or 'the layer'}.{attribute} depends on the layer's index "
+                    f"({a!r} would become {b!r})"
                 )
 
 

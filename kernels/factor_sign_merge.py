@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradpruner.kernels.device import common_alignment, on_device_of, table_on
-from gradpruner.kernels.factor_tile import TILE, factor_tile
+from gradpruner.kernels.factor_tile import TILE, factor_tile, tile_offsets, tile_origin
 from gradpruner.kernels.merge_rule import add_agreeing
 from gradpruner.kernels.numeric import narrow, widen
 from gradpruner.kernels.sign_merge import float64_bits
@@ -33,13 +33,9 @@ def factor_sign_merge_kernel(
     FLOATS, HALVES: some donor has float32, bfloat16 factors. table rows: addresses of donor, a, b, value and
     index, then steps, rank, whether the factors are bfloat16, and the bits of the scale as float64.
     """
-    col_tiles = tl.cdiv(n_in, COLS)
-    pid = tl.program_id(0)
-    rows = pid // col_tiles * ROWS + tl.arange(0, ROWS)
-    cols = pid % col_tiles * COLS + tl.arange(0, COLS)
-    at = rows[:, None].to(tl.int64) * n_in + cols[None, :]
-    inside = (rows[:, None] < n_out) & (cols[None, :] < n_in)
-    raw = tl.load(weight + at, mask=inside, other=0.0)
+    row, col = tile_origin(n_in, ROWS, COLS)
+    first, offset, inside = tile_offsets(row, col, n_out, n_in, ROWS, COLS)
+    raw = tl.load(weight + first + offset, mask=inside, other=0.0)
     original = widen(raw)
     merged = original
     changed = tl.zeros((ROWS, COLS), tl.int1)
@@ -54,17 +50,17 @@ def factor_sign_merge_kernel(
         scale = tl.load(table + 8).to(tl.float64, bitcast=True).to(original.dtype)
         if FLOATS and HALVES:
             if tl.load(table + 7) != 0:
-                f = _tile_at(a, b, tl.bfloat16, steps, rank, n_out, n_in, rows, cols, ALIGN, ROWS, COLS, RANK)
+                f = _tile_at(a, b, tl.bfloat16, steps, rank, n_out, n_in, row, col, ALIGN, ROWS, COLS, RANK)
             else:
-                f = _tile_at(a, b, tl.float32, steps, rank, n_out, n_in, rows, cols, ALIGN, ROWS, COLS, RANK)
+                f = _tile_at(a, b, tl.float32, steps, rank, n_out, n_in, row, col, ALIGN, ROWS, COLS, RANK)
         elif HALVES:
-            f = _tile_at(a, b, tl.bfloat16, steps, rank, n_out, n_in, rows, cols, ALIGN, ROWS, COLS, RANK)
+            f = _tile_at(a, b, tl.bfloat16, steps, rank, n_out, n_in, row, col, ALIGN, ROWS, COLS, RANK)
         else:
-            f = _tile_at(a, b, tl.float32, steps, rank, n_out, n_in, rows, cols, ALIGN, ROWS, COLS, RANK)
-        v = widen(tl.load(donor + at, mask=inside, other=0.0))
-        merged, changed = add_agreeing(merged, changed, original, v, f, at, value, index, scale)
+            f = _tile_at(a, b, tl.float32, steps, rank, n_out, n_in, row, col, ALIGN, ROWS, COLS, RANK)
+        v = widen(tl.load(donor + first + offset, mask=inside, other=0.0))
+        merged, changed = add_agreeing(merged, changed, original, v, f, first, offset, value, index, scale)
         table += 9
-    tl.store(weight + at, tl.where(changed, narrow(merged, raw.dtype), raw), mask=inside)
+    tl.store(weight + first + offset, tl.where(changed, narrow(merged, raw.dtype), raw), mask=inside)
 
 
 @triton.jit
@@ -76,8 +72,8 @@ def _tile_at(
     rank,
     n_out,
     n_in,
-    rows,
-    cols,
+    row,
+    col,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -85,7 +81,7 @@ def _tile_at(
 ):
     a = tl.multiple_of(a.to(tl.pointer_type(DTYPE)), ALIGN)
     b = tl.multiple_of(b.to(tl.pointer_type(DTYPE)), ALIGN)
-    return factor_tile(a, b, steps, rank, n_out, n_in, rows, cols, ROWS, COLS, RANK)
+    return factor_tile(a, b, steps, rank, n_out, n_in, row, col, ROWS, COLS, RANK)
 
 
 def factor_sign_merge_(

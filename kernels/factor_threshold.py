@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradpruner.kernels.device import on_device_of
-from gradpruner.kernels.factor_tile import TILE, factor_tile
+from gradpruner.kernels.factor_tile import TILE, factor_tile, tile_origin
 from gradpruner.kernels.selection import add_counts, count_buckets, positive_bits, select, store_boundary
 
 
@@ -33,10 +33,8 @@ def factor_count_kernel(
     RANK: tl.constexpr,
 ):
     """Count the entries of one tile by the bits of one pass."""
-    col_tiles = tl.cdiv(n_in, COLS)
-    rows = tl.program_id(0) // col_tiles * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(0) % col_tiles * COLS + tl.arange(0, COLS)
-    f = factor_tile(a, b, steps, rank, n_out, n_in, rows, cols, ROWS, COLS, RANK)
+    row, col = tile_origin(n_in, ROWS, COLS)
+    f = factor_tile(a, b, steps, rank, n_out, n_in, row, col, ROWS, COLS, RANK)
     bits = tl.reshape(positive_bits(f), (ROWS * COLS,))
     add_counts(count_buckets(bits, state, SHIFT, BINS, FIRST), histogram, BINS)
 
@@ -56,13 +54,11 @@ def factor_count_ties_kernel(
     RANK: tl.constexpr,
 ):
     """Count the entries that equal the value in each row of one tile."""
-    col_tiles = tl.cdiv(n_in, COLS)
-    col_tile = tl.program_id(0) % col_tiles
-    rows = tl.program_id(0) // col_tiles * ROWS + tl.arange(0, ROWS)
-    cols = col_tile * COLS + tl.arange(0, COLS)
-    f = factor_tile(a, b, steps, rank, n_out, n_in, rows, cols, ROWS, COLS, RANK)
+    row, col = tile_origin(n_in, ROWS, COLS)
+    f = factor_tile(a, b, steps, rank, n_out, n_in, row, col, ROWS, COLS, RANK)
     tie = positive_bits(f) == tl.load(state)
-    cells = rows.to(tl.int64) * col_tiles + col_tile
+    rows = row + tl.arange(0, ROWS)
+    cells = rows.to(tl.int64) * tl.cdiv(n_in, COLS) + col // COLS
     tl.store(ties + cells, tl.sum(tie.to(tl.int32), axis=1), mask=rows < n_out)
 
 
@@ -84,14 +80,13 @@ def factor_locate_kernel(
     """Find the last kept tie in its row of its tile. One program."""
     col_tiles = tl.cdiv(n_in, COLS)
     cell = tl.load(state + 2)
-    row = (cell // col_tiles).to(tl.int32)
-    first_col = (cell % col_tiles).to(tl.int32) * COLS
+    tie_row = (cell // col_tiles).to(tl.int32)
     # The tile as every other pass cut it, so that the row is rebuilt with the same bits.
-    rows = row // ROWS * ROWS + tl.arange(0, ROWS)
-    cols = first_col + tl.arange(0, COLS)
-    f = factor_tile(a, b, steps, rank, n_out, n_in, rows, cols, ROWS, COLS, RANK)
-    tie = (positive_bits(f) == tl.load(state)) & (rows == row)[:, None]
-    first = row.to(tl.int64) * n_in + first_col
+    row = tie_row // ROWS * ROWS
+    col = (cell % col_tiles).to(tl.int32) * COLS
+    f = factor_tile(a, b, steps, rank, n_out, n_in, row, col, ROWS, COLS, RANK)
+    tie = (positive_bits(f) == tl.load(state)) & (row + tl.arange(0, ROWS) == tie_row)[:, None]
+    first = tie_row.to(tl.int64) * n_in + col
     store_boundary(tl.sum(tie.to(tl.int32), axis=0), first, state, value, index)
 
 

@@ -39,9 +39,7 @@ def gram_norm_kernel(
         inside = k[None, :] < n_in
         left = tl.load(a + p[:, None] * n_in + k[None, :], mask=(p[:, None] < rank) & inside, other=0.0)
         right = tl.load(a + q[:, None] * n_in + k[None, :], mask=(q[:, None] < rank) & inside, other=0.0)
-        gram_a = tl.dot(
-            widen(left).to(tl.float64), tl.trans(widen(right).to(tl.float64)), gram_a, out_dtype=tl.float64
-        )
+        gram_a = tl.dot(widen(left).to(tl.float64), tl.trans(widen(right).to(tl.float64)), gram_a, out_dtype=tl.float64)
 
     gram_b = tl.zeros((TILE, TILE), tl.float64)
     for start in range(0, n_out, BLOCK):
@@ -49,9 +47,7 @@ def gram_norm_kernel(
         inside = k[:, None] < n_out
         left = tl.load(b + k[:, None] * rank + p[None, :], mask=(p[None, :] < rank) & inside, other=0.0)
         right = tl.load(b + k[:, None] * rank + q[None, :], mask=(q[None, :] < rank) & inside, other=0.0)
-        gram_b = tl.dot(
-            tl.trans(widen(left).to(tl.float64)), widen(right).to(tl.float64), gram_b, out_dtype=tl.float64
-        )
+        gram_b = tl.dot(tl.trans(widen(left).to(tl.float64)), widen(right).to(tl.float64), gram_b, out_dtype=tl.float64)
 
     tl.store(partial + pid, tl.sum(tl.sum(gram_a * gram_b, axis=1), axis=0))
 
@@ -61,9 +57,7 @@ def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     if len({t.dtype for t in (*a, *b)}) > 1:  # never within a step of one optimizer, so a copy will do
         a, b = [t.double() for t in a], [t.double() for t in b]
     device = a[0].device
-    rows = [
-        [x.data_ptr(), y.data_ptr(), x.shape[0], x.shape[1], y.shape[0]] for x, y in zip(a, b, strict=True)
-    ]
+    rows = [[x.data_ptr(), y.data_ptr(), x.shape[0], x.shape[1], y.shape[0]] for x, y in zip(a, b, strict=True)]
     largest = max(row[2] for row in rows)
     tile = next((size for size in RANK_TILES if largest <= size), RANK_TILES[-1])
     tiles = max(1, triton.cdiv(largest, tile))

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradpruner.kernels.device import on_device_of
-from gradpruner.kernels.factor_tile import TILE, factor_tile
+from gradpruner.kernels.factor_tile import TILE, factor_tile, tile_offsets, tile_origin
 
 
 @triton.jit
@@ -15,13 +15,10 @@ def outer_square_accumulate_kernel(
     igia, a, b, rank, n_out, n_in, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr
 ):
     """One tile of igia."""
-    col_tiles = tl.cdiv(n_in, COLS)
-    pid = tl.program_id(0)
-    rows = pid // col_tiles * ROWS + tl.arange(0, ROWS)
-    cols = pid % col_tiles * COLS + tl.arange(0, COLS)
-    f = factor_tile(a, b, 1, rank, n_out, n_in, rows, cols, ROWS, COLS, RANK)
-    at = igia + rows[:, None].to(tl.int64) * n_in + cols[None, :]
-    inside = (rows[:, None] < n_out) & (cols[None, :] < n_in)
+    row, col = tile_origin(n_in, ROWS, COLS)
+    f = factor_tile(a, b, 1, rank, n_out, n_in, row, col, ROWS, COLS, RANK)
+    first, offset, inside = tile_offsets(row, col, n_out, n_in, ROWS, COLS)
+    at = igia + first + offset
     tl.store(at, tl.load(at, mask=inside, other=0.0) + f, mask=inside)
 
 

@@ -13,7 +13,7 @@ from gradpruner.kernels.merge_rule import add_agreeing
 from gradpruner.kernels.numeric import narrow, widen
 
 # Without fused multiply-adds `merged + scale * donor` rounds twice, as it does in torch.
-LAUNCH = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": False}
+LAUNCH = {"BLOCK": 2048, "num_warps": 8, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -22,9 +22,10 @@ def sign_merge_kernel(weight, table, donors, entries, ALIGN: tl.constexpr, BLOCK
 
     table rows: addresses of donor, igia, value and index, then the bits of the scale as float64.
     """
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < entries
-    raw = tl.load(weight + at, mask=inside, other=0.0)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    offset = tl.arange(0, BLOCK)
+    inside = first + offset < entries
+    raw = tl.load(weight + first + offset, mask=inside, other=0.0)
     original = widen(raw)
     merged = original
     changed = tl.zeros((BLOCK,), tl.int1)
@@ -34,11 +35,11 @@ def sign_merge_kernel(weight, table, donors, entries, ALIGN: tl.constexpr, BLOCK
         value = tl.load(tl.load(table + 2).to(tl.pointer_type(tl.float32)))
         index = tl.load(tl.load(table + 3).to(tl.pointer_type(tl.int64)))
         scale = tl.load(table + 4).to(tl.float64, bitcast=True).to(original.dtype)
-        v = widen(tl.load(donor + at, mask=inside, other=0.0))
-        f = tl.load(igia + at, mask=inside, other=0.0)
-        merged, changed = add_agreeing(merged, changed, original, v, f, at, value, index, scale)
+        v = widen(tl.load(donor + first + offset, mask=inside, other=0.0))
+        f = tl.load(igia + first + offset, mask=inside, other=0.0)
+        merged, changed = add_agreeing(merged, changed, original, v, f, first, offset, value, index, scale)
         table += 5
-    tl.store(weight + at, tl.where(changed, narrow(merged, raw.dtype), raw), mask=inside)
+    tl.store(weight + first + offset, tl.where(changed, narrow(merged, raw.dtype), raw), mask=inside)
 
 
 def float64_bits(number: float) -> int:

@@ -12,7 +12,7 @@ from gradpruner.kernels.numeric import narrow, widen
 
 # By the bytes of an entry of x and dy.
 LAUNCH = {
-    2: {"ROWS": 128, "COLS": 128, "TOKENS": 32, "num_warps": 8, "num_stages": 3},
+    2: {"ROWS": 128, "COLS": 64, "TOKENS": 64, "num_warps": 8, "num_stages": 3},
     4: {"ROWS": 64, "COLS": 64, "TOKENS": 16, "num_warps": 4, "num_stages": 3},
     8: {"ROWS": 32, "COLS": 32, "TOKENS": 16, "num_warps": 4, "num_stages": 2},
 }

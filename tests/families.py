@@ -6,9 +6,23 @@ import torch
 import transformers as hf
 
 LAYERS = 6
-BASE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=4, bos_token_id=1, eos_token_id=2)
+BASE = dict(
+    vocab_size=97,
+    hidden_size=32,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 GQA = dict(**BASE, num_key_value_heads=2, intermediate_size=64, max_position_embeddings=64, pad_token_id=0)
-MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+MIXED = [
+    "sliding_attention",
+    "full_attention",
+    "sliding_attention",
+    "full_attention",
+    "full_attention",
+    "sliding_attention",
+]
 
 CONFIGS = {
     "llama": lambda: hf.LlamaConfig(**GQA, attention_bias=True, mlp_bias=True),
@@ -54,7 +68,12 @@ CONFIGS = {
 # a rule on the layer's index that no config can carry over to fewer layers
 REFUSED = {
     "gpt2-inverse-index": lambda: hf.GPT2Config(
-        vocab_size=97, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=64, scale_attn_by_inverse_layer_idx=True
+        vocab_size=97,
+        n_embd=32,
+        n_layer=LAYERS,
+        n_head=4,
+        n_positions=64,
+        scale_attn_by_inverse_layer_idx=True,
     ),
     "diffllama": lambda: hf.DiffLlamaConfig(**GQA),
 }
@@ -81,7 +100,9 @@ def skipped_logits(model, removed, ids):
     handles = []
     count = model.config.get_text_config().num_hidden_layers
     layers = next(
-        m for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count and not re.search(r"\d", n)
+        m
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.ModuleList) and len(m) == count and not re.search(r"\d", n)
     )
 
     def hook(module, args, kwargs, output):

@@ -42,10 +42,7 @@ def merge(weight: Tensor, donors: list[Tensor], masks: list[Tensor], scale: floa
 def square_norms(steps: list[list[list[tuple[Tensor, Tensor]]]]) -> Tensor:
     """n_ij from steps[i][layer] = list of (gA, gB): float64 (t, L), the products built densely."""
     return torch.tensor(
-        [
-            [sum(float((b.double() @ a.double()).square().sum()) for a, b in layer) for layer in step]
-            for step in steps
-        ],
+        [[sum(float((b.double() @ a.double()).square().sum()) for a, b in layer) for layer in step] for step in steps],
         dtype=torch.float64,
     )
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,15 +30,14 @@ def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     inner.decoder = decoders.ByteLevel()
     if bos:
         inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def make_sentencepiece_like() -> PreTrainedTokenizerFast:
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", "▁q", "▁yes", "▁", "▁a"])}
+    """As Llama 2's: a space is put before every text, also before one that starts with a space."""
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", "▁q", "▁yes", "▁a"])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
 
 
@@ -167,9 +166,7 @@ def stub_datasets(monkeypatch, load_dataset):
 
 def test_hub_data_set_with_class_names(monkeypatch):
     class Table(list):
-        features = types.MappingProxyType(
-            {"text": object(), "label": types.SimpleNamespace(names=["bad", "good"])}
-        )
+        features = types.MappingProxyType({"text": object(), "label": types.SimpleNamespace(names=["bad", "good"])})
 
     def load_dataset(name, split):
         assert (name, split) == ("owner/reviews", "test")
@@ -375,7 +372,5 @@ def test_demo_model_saves_and_reloads_like_any_other(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     chat = [{"role": "user", "content": "Hi"}]
     options = {"tokenize": False, "add_generation_prompt": True}
-    assert tokenizer_again.apply_chat_template(chat, **options) == tokenizer.apply_chat_template(
-        chat, **options
-    )
+    assert tokenizer_again.apply_chat_template(chat, **options) == tokenizer.apply_chat_template(chat, **options)
     assert tokenizer_again.pad_token_id is not None

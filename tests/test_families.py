@@ -34,7 +34,12 @@ def igia_of(model, seed=0):
 def generate(model, ids, cache):
     torch.manual_seed(0)
     return model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, use_cache=cache, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=12,
+        do_sample=False,
+        use_cache=cache,
+        pad_token_id=0,
     )
 
 
@@ -96,7 +101,12 @@ def test_layers_of_different_structure_are_not_merged_by_hand():
 
 @pytest.mark.parametrize(
     ("name", "wrong"),
-    [("smollm3", "no_rope_layers"), ("qwen3", "layer_types"), ("gpt2", "layer_idx"), ("qwen3-moe-mlp-only", "mlp_only_layers")],
+    [
+        ("smollm3", "no_rope_layers"),
+        ("qwen3", "layer_types"),
+        ("gpt2", "layer_idx"),
+        ("qwen3-moe-mlp-only", "mlp_only_layers"),
+    ],
 )
 def test_the_checks_see_what_goes_wrong_when_a_step_is_left_out(name, wrong, monkeypatch):
     """Break the surgery in the ways peers do: each must be refused, none may pass in silence."""

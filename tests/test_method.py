@@ -48,10 +48,7 @@ def adapters(model):
 def seen_gradients(model):
     """What a reader of the method would write down before each step: gA and gB of every adapter, cloned."""
     return [
-        [
-            (m.lora_A["default"].weight.grad.clone(), m.lora_B["default"].weight.grad.clone())
-            for m in layer
-        ]
+        [(m.lora_A["default"].weight.grad.clone(), m.lora_B["default"].weight.grad.clone()) for m in layer]
         for layer in adapters(model)
     ]
 
@@ -131,9 +128,7 @@ def check_merged_weights(dtype, stored):
     model = llama(dtype)
     dense = copy.deepcopy(model)
     plan = gradpruner.Plan(LAYERS, drop=[4], merge=[3, 6, 7])
-    factors = {
-        (w.layer, w.name): whole_factors(31 * w.layer + n, 3, *w.shape) for n, w in enumerate(igia.weights)
-    }
+    factors = {(w.layer, w.name): whole_factors(31 * w.layer + n, 3, *w.shape) for n, w in enumerate(igia.weights)}
     importance = {key: Factors(*pair) for key, pair in factors.items()}
     if stored == "dense":
         importance = {key: value.dense() for key, value in importance.items()}
@@ -145,9 +140,7 @@ def check_merged_weights(dtype, stored):
         for name, got in small.model.layers[new].named_parameters():
             before = dense.model.layers[old].get_parameter(name)
             if (old, name) in factors:
-                masks = [
-                    oracle.mask_of(oracle.importance(*factors[d, name]), before.numel() * 2 // 10) for d in donors
-                ]
+                masks = [oracle.mask_of(oracle.importance(*factors[d, name]), before.numel() * 2 // 10) for d in donors]
                 values = [dense.model.layers[d].get_parameter(name) for d in donors]
                 before = oracle.merge(before.detach(), [v.detach() for v in values], masks)
                 assert not donors or not torch.equal(before, dense.model.layers[old].get_parameter(name))

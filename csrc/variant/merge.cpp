@@ -11,6 +11,18 @@ namespace {
 
 constexpr int64_t kBlock = 512;
 
+// Chosen by value: a choice between two structs in memory does not vectorise.
+template <class T>
+T choose(int32_t first, T left, T right) {
+  return first ? left : right;
+}
+BFloat16 choose(int32_t first, BFloat16 left, BFloat16 right) {
+  return {static_cast<uint16_t>(first ? left.bits : right.bits)};
+}
+Float16 choose(int32_t first, Float16 left, Float16 right) {
+  return {static_cast<uint16_t>(first ? left.bits : right.bits)};
+}
+
 template <class T, class Wide>
 void add_donor(const T* __restrict donor, const float* __restrict importance, float value, int32_t last, Wide scale,
                const Wide* __restrict original, Wide* __restrict sum, int32_t* __restrict changed, int64_t count) {
@@ -40,8 +52,7 @@ void merge_block(T* weight, int64_t first, int64_t count, const MergeTerm* terms
               count);
   }
   for (int64_t i = 0; i < count; ++i) {
-    const T merged = narrow<T>(sum[i]);
-    weight[i] = changed[i] ? merged : weight[i];
+    weight[i] = choose(changed[i], narrow<T>(sum[i]), weight[i]);
   }
 }
 

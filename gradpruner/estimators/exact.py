@@ -43,7 +43,7 @@ class ExactReader:
         self._modules = [module for _, module in found]
         self._squares = [self._new_squares(module) for module in self._modules]
         for module, squares in zip(self._modules, self._squares, strict=True):
-            module.forward = functools.partial(_forward, module, squares)  # type: ignore[method-assign]
+            module.forward = functools.partial(_forward, module, squares)
 
     def _new_squares(self, module: nn.Module) -> WeightSquares:
         weight = module.weight
@@ -56,7 +56,7 @@ class ExactReader:
         if inverse_scale is not None:
             raise ProbeError("estimator 'exact' squares gradients before they are unscaled; use it without GradScaler")
         for squares, module, weight in zip(self._squares, self._modules, self.weights, strict=True):
-            if module.weight.requires_grad and squares.calls % squares.micro_batches:  # type: ignore[union-attr]
+            if module.weight.requires_grad and squares.calls % squares.micro_batches:
                 raise ProbeError(
                     f"estimator 'exact': layer {weight.layer} {weight.name} saw {squares.calls} backward calls in a "
                     f"step; expected micro_batches = {squares.micro_batches}"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradpruner import ops
 from gradpruner.decoder import Decoder, Weight
@@ -107,13 +108,13 @@ class LoraReader:
         """Nothing was changed in the model."""
 
 
-def _pair(module: nn.Module, inverse_scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def _pair(module: Any, inverse_scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """This step's (gA, gB), several active adapters side by side along r; None without a gradient."""
     parts = []
-    for adapter in module.active_adapters:  # type: ignore[union-attr]
-        if adapter not in module.lora_A:  # type: ignore[operator]
+    for adapter in module.active_adapters:
+        if adapter not in module.lora_A:
             continue
-        grads = module.lora_A[adapter].weight.grad, module.lora_B[adapter].weight.grad  # type: ignore[index]
+        grads = module.lora_A[adapter].weight.grad, module.lora_B[adapter].weight.grad
         if grads[0] is None or grads[1] is None:
             continue
         for grad in grads:
@@ -122,7 +123,7 @@ def _pair(module: nn.Module, inverse_scale: Tensor | None) -> tuple[Tensor, Tens
         parts.append(grads)
     if not parts:
         return None
-    a, b = (parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts], 1)))
+    a, b = parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts], 1))
     if inverse_scale is not None:
         scale = inverse_scale.to(a.device)
         a, b = a.float() * scale, b.float() * scale
@@ -160,5 +161,3 @@ def _entries(weight: Weight) -> int:
 def has_lora(decoder: Decoder) -> bool:
     """Whether any decoder layer holds a LoRA adapter."""
     return any(hasattr(m, "lora_A") and hasattr(m, "lora_B") for m in decoder.layers.modules())
-
-

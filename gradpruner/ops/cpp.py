@@ -17,11 +17,11 @@ from torch import Tensor
 from gradpruner.errors import InvalidArgument
 
 try:
-    from gradpruner import _cpu
+    import gradpruner._cpu as _cpu
 except ImportError as error:
     raise ImportError(
-        f"the C++ extension is not there ({error}); it is built at install time where a C++ compiler is found "
-        "and GRADPRUNER_NO_EXT is not set"
+        f"the C++ extension is not there ({error}); installing builds it where a C++ compiler is found and "
+        "GRADPRUNER_NO_EXT is not set"
     ) from error
 
 try:
@@ -75,8 +75,9 @@ def _all_finite(tensor: Tensor) -> bool:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Plain float32 products, also where the user allows oneDNN to compute them in bfloat16."""
-    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+    """Plain float32 products, also where the user allows oneDNN, and so torch.mm, to use bfloat16."""
+    without_onednn = torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None)
+    with torch.no_grad(), without_onednn:
         yield
 
 

@@ -160,9 +160,9 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
     total = backend_for(x.device).wgrad_square_accumulate_(
         igia_target, x.contiguous(), dy.contiguous(), grad_target
     )
-    if igia is not None and igia_target is not igia:
+    if igia is not None and igia_target is not None and igia_target is not igia:
         igia.copy_(igia_target)
-    if grad is not None and grad_target is not grad:
+    if grad is not None and grad_target is not None and grad_target is not grad:
         grad.copy_(grad_target)
     return total
 

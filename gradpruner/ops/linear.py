@@ -32,13 +32,15 @@ class WeightSquares:
 
 class _SquaredLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, transposed: bool, squares: WeightSquares) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor, transposed: bool, squares: WeightSquares
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.transposed, ctx.squares = transposed, squares
         return functional.linear(x, weight.t() if transposed else weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (dy,) = grads
         x, weight = ctx.saved_tensors
         squares: WeightSquares = ctx.squares
@@ -53,14 +55,14 @@ class _SquaredLinear(torch.autograd.Function):
         squares.calls += 1
         if not weight.requires_grad:
             squares.total += wgrad_square_accumulate_(squares.igia, first, second, None)
-            return dx, None, None, None
+            return dx, None, None, None, None
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
         last = squares.calls % squares.micro_batches == 0
         total = wgrad_square_accumulate_(squares.igia if last else None, first, second, weight.grad)
         if last:
             squares.total += total
-        return dx, None, None, None  # the op has added into weight.grad: nothing is left for autograd to add
+        return dx, None, None, None, None  # the op has added into weight.grad: nothing is left for autograd to add
 
 
 def linear_square_accumulate(
@@ -71,5 +73,7 @@ def linear_square_accumulate(
     x: (..., in); weight: (out, in), or (in, out) if transposed; bias: (out,) or None. For a trainable weight the
     gradient goes straight into `weight.grad`: autograd hooks on the weight (DistributedDataParallel's) do not see it.
     """
-    out = _SquaredLinear.apply(x, weight, transposed, squares)
+    # behind frozen embeddings neither x nor the weight needs a gradient: the anchor brings backward here all the same
+    anchor = torch.zeros((), device=x.device, requires_grad=True)
+    out = _SquaredLinear.apply(x, weight, anchor, transposed, squares)
     return out if bias is None else out + bias.to(out.dtype)

@@ -1,0 +1,374 @@
+"""Command line: arguments to calls; no logic. Exit codes: 0 done, 2 wrong usage, 1 anything that went wrong later."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gradpruner import __version__
+from gradpruner.errors import GradPrunerError, InvalidArgument
+
+DATA_HELP = """\
+data:
+  a .jsonl, .json or .csv file, or the id of a hub data set. Templates fill in columns:
+    --prompt 'Question: {text}\\nIntent:' --answer '{category}'
+  Without templates the usual column pairs are recognised (prompt/completion, question/answer, text/label, ...).
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        result = options.call(options)
+    except InvalidArgument as error:
+        return _fail(error, 2)
+    except (GradPrunerError, OSError, MemoryError) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what is finished is kept, and the same command goes on from there", 1)
+    print(json.dumps(result["json"], indent=2) if options.json else result["line"])
+    return 0
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"gradpruner: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    return code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="gradpruner",
+        description="Remove the decoder layers that a task does not need, chosen by the gradients of the first steps.",
+        epilog="Start with: gradpruner demo    Then, on your own model and data: gradpruner run --help",
+    )
+    parser.add_argument("--version", action="version", version=f"gradpruner {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (_add_run, _add_probe, _add_plan, _add_apply, _add_finetune, _add_evaluate, _add_report, _add_demo,
+                _add_backends):  # fmt: skip
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, call: Any, summary: str, example: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=summary, description=summary, epilog=f"{DATA_HELP if '--data' in example else ''}example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(call=call)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, for a program")
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    parser = _command(
+        commands, "run", _run, "The whole job: probe, plan, cut, fine-tune, evaluate, report.",
+        "gradpruner run --model meta-llama/Llama-3.2-1B --data train.jsonl --steps 1000 --ratio 0.4 --out small",
+    )  # fmt: skip
+    _model_options(parser)
+    _data_options(parser, testing=True)
+    _plan_options(parser)
+    _recipe_options(parser)
+    parser.add_argument("--probe-steps", type=int, metavar="N", help="steps of the probe (default: 1 %%, 20 at least)")
+    parser.add_argument(
+        "--top", type=float, default=0.2, metavar="P", help="share of a merged weight kept (default 0.2)"
+    )
+    parser.add_argument("--no-dense", action="store_true", help="do not fine-tune the uncut model for comparison")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything goes; run again to resume")
+
+
+def _add_probe(commands: Any) -> None:
+    parser = _command(
+        commands, "probe", _probe, "Watch the gradients of the first steps; write igia.safetensors.",
+        "gradpruner probe --model M --data train.jsonl --steps 40 --out igia.safetensors",
+    )  # fmt: skip
+    _model_options(parser)
+    _data_options(parser, testing=False)
+    _recipe_options(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help="igia.safetensors to write")
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _command(
+        commands, "plan", _plan, "Decide which layers go; write plan.json. No model is loaded.",
+        "gradpruner plan igia.safetensors --ratio 0.4 --out plan.json",
+    )  # fmt: skip
+    parser.add_argument("igia", help="igia.safetensors, from the probe")
+    _plan_options(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help="plan.json to write")
+
+
+def _add_apply(commands: Any) -> None:
+    parser = _command(
+        commands, "apply", _apply, "Fold and remove layers; write a smaller, verified checkpoint.",
+        "gradpruner apply --model M --plan plan.json --igia igia.safetensors --out small",
+    )  # fmt: skip
+    _model_options(parser)
+    parser.add_argument("--plan", required=True, metavar="FILE", help="plan.json")
+    parser.add_argument("--igia", metavar="FILE", help="igia.safetensors; not needed if the plan merges nothing")
+    parser.add_argument(
+        "--top", type=float, default=0.2, metavar="P", help="share of a merged weight kept (default 0.2)"
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+
+
+def _add_finetune(commands: Any) -> None:
+    parser = _command(
+        commands, "finetune", _finetune, "Fine-tune a checkpoint and write an ordinary one.",
+        "gradpruner finetune --model small --data train.jsonl --steps 1000 --out tuned",
+    )  # fmt: skip
+    _model_options(parser)
+    _data_options(parser, testing=False)
+    _recipe_options(parser)
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(
+        commands, "evaluate", _evaluate, "Exact match, perplexity and, if asked for, ROUGE-L of a checkpoint.",
+        "gradpruner evaluate --model tuned --data test.jsonl",
+    )  # fmt: skip
+    _model_options(parser)
+    _data_options(parser, testing=False)
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument("--rouge", type=int, metavar="TOKENS", help="generate up to so many tokens and score ROUGE-L")
+
+
+def _add_report(commands: Any) -> None:
+    parser = _command(
+        commands, "report", _report, "Draw the report of a finished run again.", "gradpruner report small"
+    )
+    parser.add_argument("folder", help="the --out of gradpruner run")
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands, "demo", _demo, "The whole job on a model and data that need no hub: a few minutes on two cores.",
+        "gradpruner demo --out gradpruner-demo",
+    )  # fmt: skip
+    parser.add_argument("--out", default="gradpruner-demo", metavar="FOLDER", help="default: gradpruner-demo")
+
+
+def _add_backends(commands: Any) -> None:
+    _command(commands, "backends", _backends, "Which kernels this installation can run.", "gradpruner backends")
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="M", help="checkpoint folder, hub id, .gguf file, or smollm2")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                        help="to load in (default: as stored)")  # fmt: skip
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _data_options(parser: argparse.ArgumentParser, *, testing: bool) -> None:
+    parser.add_argument("--data", required=True, metavar="D", help="file or hub id; see below")
+    parser.add_argument("--split", default="train", help="split of a hub data set (default train)")
+    parser.add_argument("--prompt", metavar="T", help="template of the prompt")
+    parser.add_argument("--answer", metavar="T", help="template of the answer")
+    parser.add_argument("--limit", type=int, metavar="N", help="use N examples of --data, shuffled by --data-seed")
+    parser.add_argument("--data-seed", type=int, default=0, metavar="N", help="shuffling of the data (default 0)")
+    parser.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of an example (default 512)")
+    parser.add_argument("--train-on", choices=("answer", "all"), default="answer", help="tokens that count")
+    if testing:
+        parser.add_argument("--test-data", metavar="D", help="evaluated at the end (default: held out of --data)")
+        parser.add_argument("--test-split", default="test", help="split of a hub data set for --test-data")
+        parser.add_argument("--test-limit", type=int, metavar="N", help="use N of them")
+        parser.add_argument("--held-out", type=float, default=0.1, metavar="P", help="share held out (default 0.1)")
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--ratio", type=float, metavar="P", help="share of the layers to remove (default 0.4)")
+    amount.add_argument("--count", type=int, metavar="N", help="how many layers to remove")
+    parser.add_argument("--of", choices=("layers", "parameters"), default="layers", help="what --ratio is a share of")
+    parser.add_argument("--kind", choices=("squared", "norm", "normalized"), default="squared", help="layer score")
+    parser.add_argument("--merge", type=_merge, default="auto", metavar="N", help="layers to fold, not drop, or auto")
+
+
+def _merge(text: str) -> str | int:
+    return text if text == "auto" else int(text)
+
+
+def _recipe_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, required=True, metavar="N", help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples at a time (default 16)")
+    parser.add_argument("--accumulation", type=int, default=1, metavar="N", help="batches of a step (default 1)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default 1e-4)")
+    parser.add_argument("--rank", type=int, default=8, metavar="R", help="LoRA rank; 0 trains all weights (default 8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="order of the data, adapters (default 0)")
+
+
+def _recipe(options: argparse.Namespace) -> Any:
+    from gradpruner.finetune import Recipe
+
+    return Recipe(batch_size=options.batch_size, accumulation=options.accumulation, learning_rate=options.lr,
+                  rank=options.rank, seed=options.seed)  # fmt: skip
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Any]:
+    from gradpruner.models import load_model
+    from gradpruner.pipeline import torch_dtype
+
+    return load_model(options.model, dtype=torch_dtype(options.dtype), trust_remote_code=options.trust_remote_code)
+
+
+def _training(options: argparse.Namespace, recipe: Any) -> tuple[Any, Any, list[Any]]:
+    from gradpruner.data import tokenize
+    from gradpruner.finetune import schedule
+
+    examples = _examples(options)
+    model, tokenizer = _load(options)
+    rows = tokenize(examples, tokenizer, max_length=options.max_length, train_on=options.train_on)
+    return model, tokenizer, schedule(rows, options.steps, recipe)
+
+
+def _examples(options: argparse.Namespace) -> list[Any]:
+    from gradpruner.data import load_examples
+
+    return load_examples(options.data, split=options.split, prompt=options.prompt, answer=options.answer,
+                         limit=options.limit, seed=options.data_seed)  # fmt: skip
+
+
+def _amount(options: argparse.Namespace) -> dict[str, Any]:
+    ratio = 0.4 if options.ratio is None and options.count is None else options.ratio
+    return {
+        "ratio": ratio,
+        "count": options.count,
+        "of": options.of,
+        "kind": options.kind,
+        "merge": options.merge,
+    }
+
+
+def _say(options: argparse.Namespace) -> Any:
+    return (lambda line: None) if options.json else (lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.data import load_examples, split_examples
+    from gradpruner.pipeline import Job, Run
+
+    job = Job(source=options.model, steps=options.steps, recipe=_recipe(options), **_amount(options), top=options.top,
+              probe_steps=options.probe_steps, max_length=options.max_length, train_on=options.train_on,
+              dtype=options.dtype, trust_remote_code=options.trust_remote_code)  # fmt: skip
+    train_examples = _examples(options)
+    if options.test_data:
+        test_examples = load_examples(options.test_data, split=options.test_split, prompt=options.prompt,
+                                      answer=options.answer, limit=options.test_limit, seed=options.data_seed)  # fmt: skip
+    else:
+        train_examples, test_examples = split_examples(train_examples, options.held_out, options.data_seed)
+        test_examples = test_examples[: options.test_limit]
+    run = Run(job, train_examples, test_examples, options.out, say=_say(options), quiet=options.json)
+    return _results(run.everything(dense=not options.no_dense), options.out)
+
+
+def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
+    from gradpruner.pipeline import comparison
+    from gradpruner.report import table
+
+    line = f"{table(comparison(results['rows']))}\n\ncheckpoint: {folder}/model    report: {folder}/report.html"
+    return {"json": results, "line": line}
+
+
+def _probe(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.pipeline import watch
+
+    recipe = _recipe(options)
+    model, tokenizer, ordered = _training(options, recipe)
+    igia = watch(model, tokenizer, ordered, recipe, quiet=options.json)
+    scores = igia.layer_scores()
+    igia.save(options.out)
+    return {
+        "json": {"igia": options.out, "steps": igia.steps, "skipped": igia.skipped, "layer_scores": scores.tolist()},
+        "line": f"{options.out}: {igia.steps} usable steps, {igia.skipped} skipped, weakest layers first: "
+                f"{scores.argsort().tolist()}",
+    }  # fmt: skip
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.igia import Igia
+
+    igia = Igia.load(options.igia)
+    plan = igia.plan(**_amount(options))
+    plan.save(options.out)
+    margin, stability = igia.margin(plan, options.kind), igia.stability(plan, options.kind)
+    return {
+        "json": {**plan.to_dict(), "margin": margin, "stability": stability},
+        "line": f"{options.out}: {plan.summary()}; margin at the cut {margin:.3f}, "
+                f"settled after half of the probe {stability[(len(stability) - 1) // 2]:.0%}",
+    }  # fmt: skip
+
+
+def _apply(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.checkpoint import save
+    from gradpruner.igia import Igia
+    from gradpruner.merge import apply
+    from gradpruner.plan import Plan
+
+    plan = Plan.load(options.plan)
+    igia = Igia.load(options.igia) if options.igia else None
+    model, tokenizer = _load(options)
+    folder = save(apply(model, plan, igia, top=options.top), options.out, tokenizer=tokenizer, plan=plan,
+                  overwrite=options.overwrite)  # fmt: skip
+    return {
+        "json": {"folder": str(folder), "plan": plan.to_dict()},
+        "line": f"{folder}: verified; {plan.summary()}",
+    }
+
+
+def _finetune(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.checkpoint import save
+    from gradpruner.pipeline import tune
+
+    recipe = _recipe(options)
+    model, tokenizer, ordered = _training(options, recipe)
+    tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json)
+    save(tuned, options.out, tokenizer=tokenizer, overwrite=options.overwrite)
+    return {
+        "json": {"folder": options.out, **training.to_dict()},
+        "line": f"{options.out}: {training.steps} steps of {training.step_seconds:.2f} s, loss {training.losses[0]:.3f} "
+                f"to {training.losses[-1]:.3f}",
+    }  # fmt: skip
+
+
+def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.pipeline import measure
+
+    examples = _examples(options)
+    model, tokenizer = _load(options)
+    result = measure(model, tokenizer, examples, max_length=options.max_length, train_on=options.train_on,
+                     batch_size=options.batch_size, rouge_tokens=options.rouge).to_dict()  # fmt: skip
+    shown = [f"{name} {value:.4g}" for name, value in result.items() if value is not None and name != "examples"]
+    return {"json": result, "line": f"{options.model}: {', '.join(shown)} on {len(examples)} examples"}
+
+
+def _report(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.pipeline import write_report
+
+    path = write_report(Path(options.folder))
+    return {"json": {"report": str(path)}, "line": str(path)}
+
+
+def _demo(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.demo import demo
+
+    return _results(demo(options.out, say=_say(options), quiet=options.json), options.out)
+
+
+def _backends(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.ops import available_backends
+
+    found = available_backends()
+    return {"json": found, "line": "\n".join(f"{name}: {state}" for name, state in found.items())}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""The standard fine-tuning run: transformers.Trainer and peft, configured. One order of data for every run."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from gradpruner.decoder import Decoder, is_linear, is_peft, linear_modules
+from gradpruner.errors import GradPrunerError, InvalidArgument
+from gradpruner.memory import peak_memory, reset_peak_memory
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to fine-tune; the defaults are the paper's LoRA setting (METHOD sections 1 and 4).
+
+    batch_size: examples of one forward pass. accumulation: forward passes of one optimizer step. warmup: share of
+    the steps with a rising learning rate; then it falls linearly. rank: of the adapters, on every linear of
+    every decoder layer; 0 trains all weights. Raises InvalidArgument.
+    """
+
+    batch_size: int = 16
+    accumulation: int = 1
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.1
+    warmup: float = 0.03
+    max_grad_norm: float = 1.0
+    rank: int = 8
+    alpha: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value by name."""
+        for name, least in (("batch_size", 1), ("accumulation", 1), ("rank", 0), ("alpha", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise InvalidArgument(f"{name} = {value!r}; expected a whole number, {least} or more")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise InvalidArgument(f"{name} = {getattr(self, name)!r}; expected a number above 0")
+        if not 0 <= self.warmup < 1:
+            raise InvalidArgument(f"warmup = {self.warmup!r}; accepted is a share from 0 to below 1")
+        if self.weight_decay < 0:
+            raise InvalidArgument(f"weight_decay = {self.weight_decay!r}; expected 0 or more")
+
+    @property
+    def rows_a_step(self) -> int:
+        """Examples that one optimizer step sees."""
+        return self.batch_size * self.accumulation
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run did. losses: one a step. step_seconds: median. peak_bytes: host memory, or the GPU's."""
+
+    steps: int
+    losses: tuple[float, ...]
+    step_seconds: float
+    peak_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {**asdict(self), "losses": [round(loss, 4) for loss in self.losses]}
+
+
+def schedule(rows: Sequence[Row], steps: int, recipe: Recipe) -> list[Row]:
+    """The rows in the order in which `steps` optimizer steps use them, each epoch shuffled anew by the seed.
+
+    A probe takes the first of them and the pruned model goes on with the rest: one budget. Raises InvalidArgument.
+    """
+    if not rows:
+        raise InvalidArgument("rows is empty; expected at least one training example")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise InvalidArgument(f"steps = {steps!r}; expected a number of optimizer steps, 1 or more")
+    shuffler, ordered = random.Random(recipe.seed), list[Row]()
+    while len(ordered) < steps * recipe.rows_a_step:
+        epoch = list(rows)
+        shuffler.shuffle(epoch)
+        ordered += epoch
+    return ordered[: steps * recipe.rows_a_step]
+
+
+def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """A PeftModel with LoRA on every linear of every decoder layer, routers left out (C)."""
+    decoder = Decoder(model)
+    targets = [
+        f"{decoder.path}.{index}.{name.removesuffix('.weight')}"
+        for index in range(len(decoder.layers))
+        for name, module in linear_modules(decoder, index).items()
+        if is_linear(module)
+    ]
+    torch.manual_seed(recipe.seed)  # the same adapters whatever ran before
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def train(
+    model: nn.Module,
+    ordered: Sequence[Row],
+    collate: Callable[[Any], Any],
+    recipe: Recipe,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    quiet: bool = False,
+) -> Training:
+    """Train `model` in place on rows already in order (see `schedule`), one pass.
+
+    Raises InvalidArgument where the rows do not fill the last step, GradPrunerError if the loss is not finite.
+    """
+    steps, rest = divmod(len(ordered), recipe.rows_a_step)
+    if not steps or rest:
+        raise InvalidArgument(f"{len(ordered)} rows; expected a multiple of {recipe.rows_a_step}, the rows of a step")
+    watch = _Watch()
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=recipe.batch_size,
+            gradient_accumulation_steps=recipe.accumulation,
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            warmup_steps=round(recipe.warmup * steps),
+            max_grad_norm=recipe.max_grad_norm,
+            lr_scheduler_type="linear",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            logging_strategy="steps",
+            save_strategy="no",
+            report_to=[],
+            remove_unused_columns=False,
+            disable_tqdm=quiet,
+            seed=recipe.seed,
+        )
+        trainer = _InOrder(
+            model=model, args=arguments, train_dataset=list(ordered), data_collator=collate,
+            callbacks=[watch, *callbacks],
+        )  # fmt: skip
+        for printer in ("ProgressCallback", "PrinterCallback"):
+            _replace_printer(trainer, printer, quiet)
+        reset_peak_memory()
+        trainer.train()
+    return Training(steps, tuple(watch.losses), statistics.median(watch.seconds), peak_memory())
+
+
+def finish(model: nn.Module) -> nn.Module:
+    """The plain model after training: adapters folded into the weights. A plain model comes back as it is."""
+    return model.merge_and_unload() if is_peft(model) else model  # type: ignore[operator]
+
+
+class _InOrder(Trainer):
+    """The Trainer, with the rows in the order in which they are given."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        ordered: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(ordered)
+
+
+class _Watch(TrainerCallback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._began)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None:
+            self.losses.append(float(loss))
+            if not torch.isfinite(torch.tensor(float(loss))):
+                raise GradPrunerError(f"the loss of step {state.global_step} is {loss}; lower the learning rate")
+
+
+def _replace_printer(trainer: Trainer, name: str, quiet: bool) -> None:
+    """The progress bar stays; one printed line a step goes."""
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ == name:
+            if name == "PrinterCallback" or quiet:
+                trainer.remove_callback(callback)
+            else:
+                callback.on_log = lambda *args, **kwargs: None

@@ -1,0 +1,304 @@
+"""The main job, stage by stage: dense run, probe, plan, cut, fine-tune, evaluate, report.
+
+Every stage reads the files of those before it and writes its own last, so a run that was stopped goes on
+from the first stage whose file is missing.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradpruner.checkpoint import save
+from gradpruner.data import Collator, Example, tokenize
+from gradpruner.decoder import Decoder
+from gradpruner.errors import InvalidArgument
+from gradpruner.evaluate import Evaluation, exact_match, generation_speed, perplexity, rouge_l
+from gradpruner.files import read_json, write_json
+from gradpruner.finetune import Recipe, Row, Training, add_adapters, finish, schedule, train
+from gradpruner.igia import Igia
+from gradpruner.merge import apply
+from gradpruner.models import load_model
+from gradpruner.plan import Plan
+from gradpruner.report import html_report, plot_layer_scores
+from gradpruner.trainer import ProbeCallback
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PROBE_SHARE, PROBE_LEAST = 0.01, 20  # P: the first 1 % of the steps; below 20 the ranking has not settled (D)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. source: what `load_model` takes. steps: optimizer steps in all, the probe's included.
+
+    train_on: "answer" or "all" tokens. probe_steps: default 1 % of the steps, at least 20 and at most half.
+    Raises InvalidArgument.
+    """
+
+    source: str
+    steps: int
+    recipe: Recipe = field(default_factory=Recipe)
+    ratio: float | None = 0.4
+    count: int | None = None
+    of: str = "layers"
+    kind: str = "squared"
+    merge: str | int = "auto"
+    top: float = 0.2
+    probe_steps: int | None = None
+    max_length: int = 512
+    train_on: str = "answer"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what no later stage checks before time is spent."""
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 2:
+            raise InvalidArgument(f"steps = {self.steps!r}; expected 2 or more: some to probe, the rest to train")
+        if not 1 <= self.probing < self.steps:
+            raise InvalidArgument(f"probe_steps = {self.probe_steps!r}; accepted are 1 to {self.steps - 1}")
+
+    @property
+    def probing(self) -> int:
+        """Steps of the probe."""
+        if self.probe_steps is not None:
+            return self.probe_steps
+        return max(1, min(self.steps // 2, max(PROBE_LEAST, round(PROBE_SHARE * self.steps))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it; what a resumed run must agree with."""
+        return {**vars(self), "recipe": self.recipe.to_dict(), "probe_steps": self.probing}
+
+
+class Run:
+    """A job, its data and the folder it works in. Raises InvalidArgument if the folder holds another job."""
+
+    def __init__(
+        self,
+        job: Job,
+        train_examples: Sequence[Example],
+        test_examples: Sequence[Example],
+        folder: str | os.PathLike[str],
+        *,
+        say: Callable[[str], None] = lambda line: None,
+        quiet: bool = False,
+    ) -> None:
+        if not train_examples or not test_examples:
+            raise InvalidArgument("no training or no test examples; expected at least one of each")
+        self.job, self.folder, self.say, self.quiet = job, Path(folder), say, quiet
+        self._examples = train_examples, test_examples
+        settings = {
+            **job.to_dict(),
+            "train_examples": len(train_examples),
+            "test_examples": len(test_examples),
+        }
+        known = self.folder / "run.json"
+        if known.exists():
+            before = read_json(known, "run")
+            changed = sorted(name for name in settings if before.get(name) != settings[name])
+            if changed:
+                raise InvalidArgument(
+                    f"folder {str(self.folder)!r} holds a run with another {', '.join(changed)}; "
+                    "expected a new folder, or the same settings to resume it"
+                )
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(known, settings)
+
+    def everything(self, *, dense: bool = True) -> dict[str, Any]:
+        """All stages; the results as `results.json` holds them. dense: train the uncut model too, to compare."""
+        rows = [self.dense()] if dense else []
+        plan = self.plan()
+        self.cut(plan)
+        rows.append(self.pruned(plan))
+        igia = Igia.load(self.folder / "igia.safetensors")
+        results = {
+            "rows": rows,
+            "plan": plan.to_dict(),
+            "probe": {
+                "steps": igia.steps,
+                "skipped": igia.skipped,
+                "margin": igia.margin(plan, self.job.kind),
+                "stability": igia.stability(plan, self.job.kind),
+                "layer_scores": igia.layer_scores(self.job.kind).tolist(),
+            },
+        }
+        write_json(self.folder / "results.json", results)
+        write_report(self.folder)
+        return results
+
+    def dense(self) -> dict[str, Any]:
+        """Fine-tune and evaluate the model as it is, with all the steps."""
+        return self._stage("dense.json", self._dense)
+
+    def probe(self) -> Igia:
+        """Train throw-away adapters for the first steps and write igia.safetensors."""
+        path = self.folder / "igia.safetensors"
+        if not path.exists():
+            self.say(f"probe: {self.job.probing} steps")
+            model, tokenizer = self._load(self.job.source)
+            rows = self._rows(tokenizer)[: self.job.probing * self.job.recipe.rows_a_step]
+            watch(model, tokenizer, rows, self.job.recipe, quiet=self.quiet).save(path)
+        return Igia.load(path)
+
+    def plan(self) -> Plan:
+        """Score the layers and write plan.json."""
+        path, job = self.folder / "plan.json", self.job
+        if not path.exists():
+            igia = self.probe()
+            igia.plan(job.ratio if job.count is None else None, count=job.count, of=job.of, kind=job.kind,
+                      merge=job.merge).save(path)  # fmt: skip
+        plan = Plan.load(path)
+        self.say(f"plan: {plan.summary()}")
+        return plan
+
+    def cut(self, plan: Plan) -> Path:
+        """Fold and remove the layers; the smaller, not yet fine-tuned checkpoint is `cut/`."""
+        path = self.folder / "cut"
+        if not path.exists():
+            model, tokenizer = self._load(self.job.source)
+            igia = Igia.load(self.folder / "igia.safetensors") if plan.merge else None
+            save(apply(model, plan, igia, top=self.job.top), path, tokenizer=tokenizer, plan=plan)
+        return path
+
+    def pruned(self, plan: Plan) -> dict[str, Any]:
+        """Fine-tune the smaller model with the steps that the probe left, evaluate it, write `model/`."""
+        return self._stage("pruned.json", lambda: self._pruned(plan))
+
+    def _dense(self) -> dict[str, Any]:
+        self.say(f"dense: {self.job.steps} steps")
+        model, tokenizer = self._load(self.job.source)
+        return self._train_and_measure("dense", model, tokenizer, self._rows(tokenizer), "dense")
+
+    def _pruned(self, plan: Plan) -> dict[str, Any]:
+        self.say(f"pruned: {self.job.steps - self.job.probing} steps")
+        model, tokenizer = self._load(str(self.folder / "cut"))
+        rows = self._rows(tokenizer)[self.job.probing * self.job.recipe.rows_a_step :]
+        return self._train_and_measure("pruned", model, tokenizer, rows, "model", plan)
+
+    def _train_and_measure(
+        self, name: str, model: Any, tokenizer: Any, rows: list[Row], folder: str, plan: Plan | None = None
+    ) -> dict[str, Any]:
+        model, training = tune(model, tokenizer, rows, self.job.recipe, quiet=self.quiet)
+        self.say(f"{name}: evaluating {len(self._examples[1])} examples")
+        saved = save(model, self.folder / folder, tokenizer=tokenizer, plan=plan, overwrite=True)
+        evaluation = measure(model, tokenizer, self._examples[1], max_length=self.job.max_length,
+                           train_on=self.job.train_on, batch_size=self.job.recipe.batch_size)  # fmt: skip
+        decoder = Decoder(model)
+        return {
+            "name": name,
+            "layers": len(decoder.layers),
+            "parameters": decoder.total_parameters(),
+            **evaluation.to_dict(),
+            "step_seconds": training.step_seconds,
+            "peak_bytes": training.peak_bytes,
+            "tokens_per_second": generation_speed(model, tokenizer),
+            "checkpoint_bytes": sum(f.stat().st_size for f in saved.glob("*.safetensors")),
+            "training": training.to_dict(),
+        }
+
+    def _stage(self, file: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = self.folder / file
+        if not path.exists():
+            write_json(path, work())
+            gc.collect()
+        return read_json(path, "results")
+
+    def _load(self, source: str) -> tuple[Any, Any]:
+        return load_model(source, dtype=torch_dtype(self.job.dtype), trust_remote_code=self.job.trust_remote_code)
+
+    def _rows(self, tokenizer: Any) -> list[Row]:
+        tokens = tokenize(self._examples[0], tokenizer, max_length=self.job.max_length, train_on=self.job.train_on)  # type: ignore[arg-type]
+        return schedule(tokens, self.job.steps, self.job.recipe)
+
+
+def watch(model: Any, tokenizer: Any, ordered: Sequence[Row], recipe: Recipe, *, quiet: bool = False) -> Igia:
+    """Train on `ordered`, on throw-away adapters unless rank is 0, with a probe watching every step."""
+    watched = add_adapters(model, recipe) if recipe.rank else model
+    probe = ProbeCallback(len(ordered) // recipe.rows_a_step)
+    train(watched, ordered, Collator(tokenizer), recipe, callbacks=[probe], quiet=quiet)
+    return probe.igia
+
+
+def tune(
+    model: Any, tokenizer: Any, ordered: Sequence[Row], recipe: Recipe, *, quiet: bool = False
+) -> tuple[Any, Training]:
+    """Fine-tune on `ordered`; the plain model, adapters folded in, and what the run did."""
+    trained = add_adapters(model, recipe) if recipe.rank else model
+    training = train(trained, ordered, Collator(tokenizer), recipe, quiet=quiet)
+    return finish(trained), training
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_length: int,
+    train_on: str,
+    batch_size: int,
+    rouge_tokens: int | None = None,
+) -> Evaluation:
+    """Exact match and ROUGE-L of the answers (None for text without), perplexity of the tokens trained on."""
+    collate = Collator(tokenizer)
+    answered = tokenize([e for e in examples if e.answer], tokenizer, max_length=max_length)
+    rows = tokenize(examples, tokenizer, max_length=max_length, train_on=train_on)  # type: ignore[arg-type]
+    exact = rouge = None
+    if answered:
+        exact = exact_match(model, answered, collate=collate, batch_size=batch_size)
+    if answered and rouge_tokens is not None:
+        rouge = rouge_l(model, answered, tokenizer, max_new_tokens=rouge_tokens, batch_size=batch_size)
+    return Evaluation(exact, perplexity(model, rows, collate=collate, batch_size=batch_size), rouge, len(examples))
+
+
+def torch_dtype(name: str) -> Any:
+    """Dtype of a name, "auto" as it is. Raises InvalidArgument."""
+    if name not in DTYPES:
+        raise InvalidArgument(f"dtype = {name!r}; accepted are {', '.join(DTYPES)}")
+    return name if name == "auto" else getattr(torch, name)
+
+
+def write_report(folder: Path) -> Path:
+    """Draw layer_scores.png and write report.html from results.json. Raises InvalidArgument if there is none."""
+    results, settings = read_json(folder / "results.json", "results"), read_json(folder / "run.json", "run")
+    plan, probe, picture = Plan.from_dict(results["plan"]), results["probe"], folder / "layer_scores.png"
+    plot_layer_scores(probe["layer_scores"], plan, picture)
+    stability = probe["stability"]
+    summary = {
+        "model": settings["source"],
+        "plan": plan.summary(),
+        "steps": f"{settings['steps']}, {settings['probe_steps']} of them to probe",
+        "margin at the cut": f"{probe['margin']:.3f}",
+        "removed layers settled after half of the probe": f"{stability[(len(stability) - 1) // 2]:.0%}",
+    }
+    html_report(folder / "report.html", title="gradpruner", summary=summary, rows=comparison(results["rows"]),
+                plots=[picture])  # fmt: skip
+    return folder / "report.html"
+
+
+def comparison(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Results as a table a person can read: one line a measure, one column a model, and pruned over dense."""
+    shown = {
+        "layers": ("layers", 1, "{:.0f}"),
+        "parameters (M)": ("parameters", 1e6, "{:.1f}"),
+        "exact match": ("exact_match", 1, "{:.3f}"),
+        "perplexity": ("perplexity", 1, "{:.3f}"),
+        "training step (s)": ("step_seconds", 1, "{:.2f}"),
+        "generation (tokens/s)": ("tokens_per_second", 1, "{:.1f}"),
+        "peak memory, training (GB)": ("peak_bytes", 1e9, "{:.2f}"),
+        "checkpoint (MB)": ("checkpoint_bytes", 1e6, "{:.1f}"),
+    }
+    table = []
+    for label, (key, unit, style) in shown.items():
+        if any(row[key] is None for row in rows):
+            continue
+        line: dict[str, Any] = {"": label, **{row["name"]: style.format(row[key] / unit) for row in rows}}
+        if len(rows) == 2:
+            line["pruned / dense"] = f"{rows[1][key] / rows[0][key]:.1%}" if rows[0][key] else "-"
+        table.append(line)
+    return table
