@@ -61,9 +61,11 @@ Bracket guess_bracket(const Sample& sample, double share_kept) {
   const double positive_share = static_cast<double>(positive.size()) / total;
   const float pivot = share_kept < positive_share ? ranked(share_kept) : 0.0f;
   const double error = share_error(sample, pivot);
+  const double fewest = share_kept - error;
+  const double most = share_kept + error;
   Bracket bracket;
-  if (share_kept - error > 0 && share_kept - error < positive_share) bracket.high = bits_of(ranked(share_kept - error));
-  if (share_kept + error < positive_share) bracket.low = bits_of(ranked(share_kept + error));
+  if (fewest > 0 && fewest < positive_share) bracket.high = bits_of(ranked(fewest));
+  if (most < positive_share) bracket.low = bits_of(ranked(most));
   return bracket;
 }
 

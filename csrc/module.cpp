@@ -32,7 +32,8 @@ Array array(Address address, int dtype) { return {pointer<const void>(address), 
 
 Factors factors(const FactorTuple& tuple) {
   const auto& [a, b, dtype, steps, rank, in, out] = tuple;
-  return {pointer<const void>(a), pointer<const void>(b), static_cast<DType>(dtype), steps, rank, out, in, out, in, 1, 1};
+  return {pointer<const void>(a), pointer<const void>(b), static_cast<DType>(dtype), steps, rank, out,
+          in, out, in, 1, 1};
 }
 
 std::tuple<float, int64_t> tuple_of(const Threshold& threshold) { return {threshold.value, threshold.index}; }

@@ -47,7 +47,8 @@ const Kernels* choose(const std::string& name) {
     if (name.empty() || name == variant.table->name) return variant.table;
     usable += (usable.empty() ? "" : ", ") + std::string(variant.table->name);
   }
-  throw std::invalid_argument("instruction set '" + name + "' cannot run here; this machine and build have " + usable);
+  throw std::invalid_argument("instruction set '" + name + "' cannot run here; this machine and build have " +
+                              usable);
 }
 
 std::atomic<const Kernels*>& current() {

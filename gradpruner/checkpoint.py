@@ -65,7 +65,12 @@ def verify(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     try:
         with _quiet():
             again, info = kind.from_pretrained(
-                folder, output_loading_info=True, use_safetensors=True, dtype="auto", **placement
+                folder,
+                output_loading_info=True,
+                use_safetensors=True,
+                dtype="auto",
+                attn_implementation=getattr(model.config, "_attn_implementation", None),
+                **placement,
             )
     except GradPrunerError:
         raise
@@ -88,7 +93,7 @@ def verify(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             raise CheckpointError(f"{name} reloads with other values")
     if not placement:
         first = next(model.parameters())
-        gap = differ(logits_of(model), logits_of(again.to(first.device)))
+        gap = differ(logits_of(model), logits_of(again.to(first.device)), first.dtype)
         if gap is not None:
             raise CheckpointError(f"the checkpoint reloads with the same weights but other logits (by {gap:.3g})")
 

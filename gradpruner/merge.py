@@ -55,7 +55,7 @@ def apply(
                     _fold(decoder, kept, donors, igia, share, weight, undo_merge)
         expected = _skipping_logits(decoder, plan.removed)
         undo_cut = surgery.perform()
-        _check_logits(expected, _skipping_logits(decoder, ()))
+        _check_logits(expected, _skipping_logits(decoder, ()), next(decoder.base.parameters()).dtype)
     except BaseException:
         if undo_cut is not None:
             undo_cut()
@@ -191,8 +191,8 @@ def _pass_input_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
-def _check_logits(expected: Tensor | None, actual: Tensor | None) -> None:
-    gap = differ(expected, actual)
+def _check_logits(expected: Tensor | None, actual: Tensor | None, dtype: torch.dtype) -> None:
+    gap = differ(expected, actual, dtype)
     if gap is not None:
         raise UnsupportedModel(
             f"the smaller model's logits are not those of the dense model with the same layers skipped (by {gap:.3g}): "

@@ -51,7 +51,9 @@ void pack_b(const T* b, const Factors& factors, int64_t first_step, int64_t step
       for (int64_t step = 0; step < steps; ++step) {
         const T* from = b + ((first_step + step) * factors.out + source_row) * factors.rank;
         float* to = packed + step * factors.rank * kBlockRows + i;
-        for (int64_t k = 0; k < factors.rank; ++k) to[k * kBlockRows] = filled ? static_cast<float>(widen(from[k])) : 0.0f;
+        for (int64_t k = 0; k < factors.rank; ++k) {
+          to[k * kBlockRows] = filled ? static_cast<float>(widen(from[k])) : 0.0f;
+        }
       }
     }
   }

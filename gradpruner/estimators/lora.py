@@ -77,6 +77,8 @@ class LoraReader:
 
     def settle(self, usable: list[Tensor | None]) -> None:
         """Scale the usable pairs by powers of two and store them, as factors or added into F."""
+        if not self._importance:
+            return
         for n, (kept, weight) in enumerate(zip(self._kept, self.weights, strict=True)):
             for norms, pair in zip(usable, kept.pending, strict=True):
                 # a zero pair (B = 0 before the first step) adds nothing to F
