@@ -179,7 +179,7 @@ def _data_options(parser: argparse.ArgumentParser, *, testing: bool) -> None:
     parser.add_argument("--train-on", choices=("answer", "all"), default="answer", help="tokens that count")
     if testing:
         parser.add_argument("--test-data", metavar="D", help="evaluated at the end (default: held out of --data)")
-        parser.add_argument("--test-split", default="test", help="split of a hub data set for --test-data")
+        parser.add_argument("--test-split", help="split of a hub data set for --test-data (default test)")
         parser.add_argument("--test-limit", type=int, metavar="N", help="use N of them")
         parser.add_argument("--held-out", type=float, default=0.1, metavar="P", help="share held out (default 0.1)")
 
@@ -253,7 +253,7 @@ def _say(options: argparse.Namespace) -> Any:
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.data import load_examples, split_examples
+    from gradpruner.data import is_file, load_examples, split_examples
     from gradpruner.pipeline import Job, Run
 
     job = Job(source=options.model, steps=options.steps, recipe=_recipe(options), **_amount(options), top=options.top,
@@ -261,7 +261,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
               dtype=options.dtype, trust_remote_code=options.trust_remote_code)  # fmt: skip
     train_examples = _examples(options)
     if options.test_data:
-        test_examples = load_examples(options.test_data, split=options.test_split, prompt=options.prompt,
+        split = options.test_split or ("train" if is_file(options.test_data) else "test")
+        test_examples = load_examples(options.test_data, split=split, prompt=options.prompt,
                                       answer=options.answer, limit=options.test_limit, seed=options.data_seed)  # fmt: skip
     else:
         train_examples, test_examples = split_examples(train_examples, options.held_out, options.data_seed)

@@ -58,7 +58,7 @@ def load_examples(
     """
     if limit is not None and limit < 1:
         raise InvalidArgument(f"limit is {limit}; accepted: a number of examples from 1 on, or None")
-    rows = _read_file(Path(source), split) if _is_file(source) else _read_hub(str(source), split)
+    rows = _read_file(Path(source), split) if is_file(source) else _read_hub(str(source), split)
     if not rows:
         raise InvalidArgument(f"source {source} has no rows")
     prompt_template, answer_template = _templates(rows[0], prompt, answer)
@@ -163,7 +163,7 @@ class Collator:
         return batch
 
 
-def _is_file(source: str | PathLike[str]) -> bool:
+def is_file(source: str | PathLike[str]) -> bool:
     path = Path(source)
     if path.is_dir():
         raise InvalidArgument(f"source {source} is a folder; accepted: a {', '.join(FILE_TYPES)} file or a hub id")

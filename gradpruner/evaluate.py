@@ -5,7 +5,6 @@ Rows are what `gradpruner.data.tokenize` makes; labels other than -100 mark the 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 import statistics
@@ -19,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from gradpruner.data import IGNORED
 from gradpruner.errors import InvalidArgument
+from gradpruner.logits import evaluating
 
 Rows = Sequence[Mapping[str, list[int]]]
 Collate = Callable[[Any], Mapping[str, torch.Tensor]]
@@ -132,7 +132,7 @@ def _answer_logits(
     """
     _check(rows, batch_size)
     some = "logits_to_keep" in inspect.signature(_transformer(model).forward).parameters
-    with _inference(model):
+    with evaluating(model):
         for indices in _batches(rows, batch_size):
             batch = {name: t.to(model.device) for name, t in collate([rows[i] for i in indices]).items()}
             labels = batch.pop("labels")[:, 1:]  # the logits at one position predict the next token
@@ -160,7 +160,7 @@ def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], **limits: in
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    with _inference(model):
+    with evaluating(model):
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -173,19 +173,6 @@ def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], **limits: in
             **limits,
         )
     return out[:, longest:].tolist()
-
-
-@contextlib.contextmanager
-def _inference(model: Any) -> Iterator[None]:
-    """No gradients and no dropout; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _transformer(model: Any) -> Any:

@@ -56,7 +56,7 @@ def factor_count_ties_kernel(
     """Count the entries that equal the value in each row of one tile."""
     row, col = tile_origin(n_in, ROWS, COLS)
     f = factor_tile(a, b, steps, rank, n_out, n_in, row, col, ROWS, COLS, RANK)
-    tie = positive_bits(f) == tl.load(state)
+    tie = positive_bits(f) == tl.load(state).to(tl.int32)
     rows = row + tl.arange(0, ROWS)
     cells = rows.to(tl.int64) * tl.cdiv(n_in, COLS) + col // COLS
     tl.store(ties + cells, tl.sum(tie.to(tl.int32), axis=1), mask=rows < n_out)
@@ -85,7 +85,7 @@ def factor_locate_kernel(
     row = tie_row // ROWS * ROWS
     col = (cell % col_tiles).to(tl.int32) * COLS
     f = factor_tile(a, b, steps, rank, n_out, n_in, row, col, ROWS, COLS, RANK)
-    tie = (positive_bits(f) == tl.load(state)) & (row + tl.arange(0, ROWS) == tie_row)[:, None]
+    tie = (positive_bits(f) == tl.load(state).to(tl.int32)) & (row + tl.arange(0, ROWS) == tie_row)[:, None]
     first = tie_row.to(tl.int64) * n_in + col
     store_boundary(tl.sum(tie.to(tl.int32), axis=0), first, state, value, index)
 

@@ -10,8 +10,8 @@ import triton.language as tl
 def add_agreeing(merged, changed, original, donor, f, first, offset, value, index, scale):
     """Add scale * donor where it is kept and agrees in sign with the original, and note it in `changed`.
 
-    first: flat index of the block's first entry, offset: every entry's distance from it, 32 bits. What does not
-    take part is selected around, not given a zero: -0.0 and NaN keep their bits.
+    first: flat index of the block's first entry, offset: every entry's distance from it, 32 bits. What does
+    not take part is selected around, not given a zero: -0.0 and NaN keep their bits.
     """
     last = tl.minimum(tl.maximum(index - first, -1), 0x7FFFFFFF).to(tl.int32)
     kept = (f > 0) & ((f > value) | ((f == value) & (offset <= last)))

@@ -40,7 +40,7 @@ def count_ties_kernel(f, state, ties, entries, BLOCK: tl.constexpr):
     block = tl.program_id(0)
     at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     bits = positive_bits(tl.load(f + at, mask=at < entries, other=0.0))
-    tl.store(ties + block, tl.sum((bits == tl.load(state)).to(tl.int32), axis=0))
+    tl.store(ties + block, tl.sum((bits == tl.load(state).to(tl.int32)).to(tl.int32), axis=0))
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def locate_kernel(f, state, value, index, entries, BLOCK: tl.constexpr):
     first = tl.load(state + 2) * BLOCK
     at = first + tl.arange(0, BLOCK)
     bits = positive_bits(tl.load(f + at, mask=at < entries, other=0.0))
-    store_boundary(bits == tl.load(state), first, state, value, index)
+    store_boundary(bits == tl.load(state).to(tl.int32), first, state, value, index)
 
 
 def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:

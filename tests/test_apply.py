@@ -169,9 +169,7 @@ def test_experts_are_merged_expert_by_expert():
         want = oracle.merge(w[expert].detach(), [v[expert].detach()], [mask])
         assert torch.equal(smaller.model.layers[1].get_parameter(name)[expert], want)
     router = "mlp.gate.weight"
-    assert torch.equal(
-        smaller.model.layers[1].get_parameter(router), dense.model.layers[1].get_parameter(router)
-    )
+    assert torch.equal(smaller.model.layers[1].get_parameter(router), dense.model.layers[1].get_parameter(router))
 
 
 class Plain(nn.Module):
