@@ -10,7 +10,7 @@ from torch import Tensor
 from gradpruner.kernels.device import TRITON_DTYPES, common_alignment, on_device_of, table_on
 from gradpruner.kernels.numeric import widen
 
-LAUNCH = {"BLOCK": 64, "num_warps": 4}
+LAUNCH = {"BLOCK": 64, "num_warps": 4, "enable_fp_fusion": False}
 RANK_TILES = (16, 32)  # the first that holds every rank of the step, or the last, several times
 
 

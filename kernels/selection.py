@@ -23,8 +23,8 @@ PASSES = (
     {"SHIFT": 10, "BINS": 1024, "FIRST": False},
     {"SHIFT": 0, "BINS": 1024, "FIRST": False},
 )
-PICK = {"num_warps": 4}
-FIND = {"BLOCK": 4096, "num_warps": 8}
+PICK = {"num_warps": 4, "enable_fp_fusion": False}
+FIND = {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False}
 
 
 @triton.jit

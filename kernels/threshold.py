@@ -9,7 +9,7 @@ from torch import Tensor
 from gradpruner.kernels.device import on_device_of
 from gradpruner.kernels.selection import add_counts, count_buckets, positive_bits, select, store_boundary
 
-LAUNCH = {"BLOCK": 4096, "num_warps": 8}
+LAUNCH = {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False}
 PROGRAMS = 1024  # each walks many blocks and adds its counts to the shared histogram once
 
 

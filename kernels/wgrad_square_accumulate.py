@@ -12,9 +12,9 @@ from gradpruner.kernels.numeric import narrow, widen
 
 # By the bytes of an entry of x and dy.
 LAUNCH = {
-    2: {"ROWS": 128, "COLS": 64, "TOKENS": 64, "num_warps": 8, "num_stages": 3},
-    4: {"ROWS": 64, "COLS": 64, "TOKENS": 16, "num_warps": 4, "num_stages": 3},
-    8: {"ROWS": 32, "COLS": 32, "TOKENS": 16, "num_warps": 4, "num_stages": 2},
+    2: {"ROWS": 128, "COLS": 64, "TOKENS": 64, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": False},
+    4: {"ROWS": 64, "COLS": 64, "TOKENS": 16, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
+    8: {"ROWS": 32, "COLS": 32, "TOKENS": 16, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": False},
 }
 GROUP = tl.constexpr(8)  # tiles of a column taken together, so that the second-level cache holds their tokens
 

@@ -133,8 +133,8 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
     grad: (out, in) in any float dtype or None; where given the weight trains: dy^T x is added into it and
     the squares are those of the sum, as stored. Returns sum(g ** 2), float64 ().
 
-    If x or dy holds a NaN or Inf, igia is left as it was; a square that overflows adds nothing to igia. The
-    returned sum is then not finite, which is how the caller knows. grad receives what torch would put there.
+    If x or dy holds a NaN or Inf, igia is left as it was and the returned sum is not finite, which is how the
+    caller knows; grad receives what torch would put there. A square that overflows float32 adds nothing to igia.
     Raises InvalidArgument. Source: D (estimator `exact`).
     """
     _need_dtype("x", x, FLOATS)

@@ -19,6 +19,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gradpruner.errors import InvalidArgument
 from gradpruner.kernels import (
     device,
     factor_sign_merge,
@@ -32,10 +36,6 @@ from gradpruner.kernels import (
     wgrad_square_accumulate,
 )
 from gradpruner.kernels.factor_tile import TILE
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from gradpruner.errors import InvalidArgument
 
 if device.INTERPRETED:
     pytest.skip("the interpreter excludes compilation in one process", allow_module_level=True)
