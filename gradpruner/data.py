@@ -164,6 +164,7 @@ class Collator:
 
 
 def is_file(source: str | PathLike[str]) -> bool:
+    """Whether `source` names a file rather than a hub data set. Raises InvalidArgument for a folder."""
     path = Path(source)
     if path.is_dir():
         raise InvalidArgument(f"source {source} is a folder; accepted: a {', '.join(FILE_TYPES)} file or a hub id")
