@@ -58,7 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _command(commands: Any, name: str, call: Any, summary: str, example: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(
-        name, help=summary, description=summary, epilog=f"{DATA_HELP if '--data' in example else ''}example:\n  {example}",
+        name, help=summary, description=summary,
+        epilog=f"{DATA_HELP if '--data' in example else ''}example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.set_defaults(call=call)
@@ -259,11 +260,11 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     job = Job(source=options.model, steps=options.steps, recipe=_recipe(options), **_amount(options), top=options.top,
               probe_steps=options.probe_steps, max_length=options.max_length, train_on=options.train_on,
               dtype=options.dtype, trust_remote_code=options.trust_remote_code)  # fmt: skip
-    train_examples = _examples(options)
+    train_examples, templates = _examples(options), {"prompt": options.prompt, "answer": options.answer}
     if options.test_data:
         split = options.test_split or ("train" if is_file(options.test_data) else "test")
-        test_examples = load_examples(options.test_data, split=split, prompt=options.prompt,
-                                      answer=options.answer, limit=options.test_limit, seed=options.data_seed)  # fmt: skip
+        test_examples = load_examples(options.test_data, split=split, **templates, limit=options.test_limit,
+                                      seed=options.data_seed)  # fmt: skip
     else:
         train_examples, test_examples = split_examples(train_examples, options.held_out, options.data_seed)
         test_examples = test_examples[: options.test_limit]
@@ -335,8 +336,8 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     save(tuned, options.out, tokenizer=tokenizer, overwrite=options.overwrite)
     return {
         "json": {"folder": options.out, **training.to_dict()},
-        "line": f"{options.out}: {training.steps} steps of {training.step_seconds:.2f} s, loss {training.losses[0]:.3f} "
-                f"to {training.losses[-1]:.3f}",
+        "line": f"{options.out}: {training.steps} steps of {training.step_seconds:.2f} s, "
+                f"loss {training.losses[0]:.3f} to {training.losses[-1]:.3f}",
     }  # fmt: skip
 
 

@@ -215,7 +215,8 @@ def test_a_model_that_is_no_decoder(home, tmp_path, capsys):
     "command",
     [
         ["apply", "--model", "model", "--plan", "plan.json", "--igia", "igia.safetensors", "--out", "small"],
-        ["apply", "--model", "model", "--plan", "plan.json", "--igia", "igia.safetensors", "--out", "old", "--overwrite"],
+        ["apply", "--model", "model", "--plan", "plan.json", "--igia", "igia.safetensors", "--out", "old",
+         "--overwrite"],
         ["plan", "igia.safetensors", "--count", "3", "--out", "plan.json"],
         ["probe", "--model", "model", "--data", "data.jsonl", "--steps", "3", "--batch-size", "4", "--out",
          "igia.safetensors"],

@@ -140,9 +140,10 @@ def test_exact_on_trainable_weights_trains_as_autograd_does(micro_batches):
 def test_exact_with_the_wrong_number_of_micro_batches_is_refused():
     model = llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with gradpruner.Probe(model, estimator="exact", micro_batches=2).watching(optimizer, 2):
-        with pytest.raises(gradpruner.ProbeError, match="expected micro_batches = 2"):
-            step(model, optimizer, 0)
+    probe = gradpruner.Probe(model, estimator="exact", micro_batches=2)
+    refused = pytest.raises(gradpruner.ProbeError, match="expected micro_batches = 2")
+    with probe.watching(optimizer, 2), refused:
+        step(model, optimizer, 0)
 
 
 def test_exact_through_autocast_and_adapters():
@@ -217,7 +218,7 @@ def test_record_for_loops_without_hooks_equals_the_hooks():
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_under_grad_scaler(fused):
-    """A fused optimizer is handed scaled gradients, the scale and the verdict; the other steps unscaled or not at all."""
+    """A fused optimizer is handed scaled gradients, the scale and the verdict; the other unscaled ones."""
 
     def watch(scale):
         model = lora(llama())

@@ -157,9 +157,7 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
         return x.new_zeros((), dtype=torch.float64)
     igia_target = None if igia is None else igia.contiguous()
     grad_target = None if grad is None else grad.contiguous()
-    total = backend_for(x.device).wgrad_square_accumulate_(
-        igia_target, x.contiguous(), dy.contiguous(), grad_target
-    )
+    total = backend_for(x.device).wgrad_square_accumulate_(igia_target, x.contiguous(), dy.contiguous(), grad_target)
     if igia is not None and igia_target is not None and igia_target is not igia:
         igia.copy_(igia_target)
     if grad is not None and grad_target is not None and grad_target is not grad:

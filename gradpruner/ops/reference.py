@@ -12,10 +12,7 @@ from torch import Tensor
 
 def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """||b_i a_i||_F^2 of every pair, float64 (n,), from two r x r Gram matrices (source: D)."""
-    norms = [
-        ((bi.double().T @ bi.double()) * (ai.double() @ ai.double().T)).sum()
-        for ai, bi in zip(a, b, strict=True)
-    ]
+    norms = [((bi.double().T @ bi.double()) * (ai.double() @ ai.double().T)).sum() for ai, bi in zip(a, b, strict=True)]
     return torch.stack(norms)
 
 
