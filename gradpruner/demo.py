@@ -11,15 +11,15 @@ from gradpruner.finetune import Recipe
 from gradpruner.models import DEMO_MODEL
 from gradpruner.pipeline import Job, Run
 
-# Sized for a few minutes on two cores: SmolLM2-135M, 60 steps of 8 paragraphs of the Python reference.
+# Sized for a few minutes on two cores: SmolLM2-135M, 64 steps of 8 paragraphs of the Python reference.
 JOB = Job(
     source=DEMO_MODEL,
-    steps=60,
+    steps=64,
     recipe=Recipe(batch_size=8, learning_rate=1e-3),
     ratio=0.4,
     probe_steps=10,
-    max_length=192,
-    train_on="all",
+    max_length=160,
+    train_on="answer",
     dtype="bfloat16",
 )
 
