@@ -147,8 +147,8 @@ def _fold(
     if not found:
         return
     undo.append((parameter, parameter.to("cpu", copy=True)))
-    own = {w.layer: decoder.parameter(w).data.to(parameter.device) for w in decoder.weights if w.name == kept.name}
-    values = [own[donor] for donor, _ in found]
+    own = {w.layer: w for w in decoder.weights if w.name == kept.name}
+    values = [decoder.parameter(own[donor]).data.to(parameter.device) for donor, _ in found]
     importance = [f.to(parameter.device) for _, f in found]
     if parameter.ndim == 2:
         _merge_matrix(parameter, values, importance, share, scale)
