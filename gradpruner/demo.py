@@ -11,14 +11,14 @@ from gradpruner.finetune import Recipe
 from gradpruner.models import DEMO_MODEL
 from gradpruner.pipeline import Job, Run
 
-# Sized for a few minutes on two cores: SmolLM2-135M, 88 steps of 8 paragraphs of the Python reference.
+# Sized for a few minutes on two cores: SmolLM2-135M, 80 steps of 8 paragraphs of the Python reference.
 JOB = Job(
     source=DEMO_MODEL,
-    steps=88,
+    steps=80,
     recipe=Recipe(batch_size=8, learning_rate=1e-3),
     ratio=0.4,
     probe_steps=10,
-    max_length=80,
+    max_length=192,
     train_on="answer",
     dtype="bfloat16",
 )
