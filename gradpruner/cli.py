@@ -152,7 +152,7 @@ def _add_report(commands: Any) -> None:
 
 def _add_demo(commands: Any) -> None:
     parser = _command(
-        commands, "demo", _demo, "The whole job on a model and data that need no hub: a few minutes on two cores.",
+        commands, "demo", _demo, "The whole job on a model and data that need no hub: ten minutes on two cores.",
         "gradpruner demo --out gradpruner-demo",
     )  # fmt: skip
     parser.add_argument("--out", default="gradpruner-demo", metavar="FOLDER", help="default: gradpruner-demo")

@@ -11,7 +11,7 @@ from gradpruner.finetune import Recipe
 from gradpruner.models import DEMO_MODEL
 from gradpruner.pipeline import Job, Run
 
-# Sized for a few minutes on two cores: SmolLM2-135M, 80 steps of 8 paragraphs of the Python reference.
+# Sized for less than ten minutes on two cores: SmolLM2-135M, 80 steps of 8 paragraphs of the Python reference.
 JOB = Job(
     source=DEMO_MODEL,
     steps=80,

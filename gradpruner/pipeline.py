@@ -7,6 +7,7 @@ from the first stage whose file is missing.
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,6 +97,7 @@ class Run:
             **job.to_dict(),
             "train_examples": len(train_examples),
             "test_examples": len(test_examples),
+            "data": hashlib.sha256(repr([*train_examples, *test_examples]).encode()).hexdigest()[:16],
         }
         known = self.folder / "run.json"
         if known.exists():

@@ -66,11 +66,6 @@ class Probe:
         """Optimizer steps seen so far, skipped ones included."""
         return len(self._pending) + len(self._usable) + self._skipped
 
-    @property
-    def done(self) -> bool:
-        """Whether the probe has finished."""
-        return self._igia is not None
-
     @contextlib.contextmanager
     def watching(self, optimizer: Any, steps: int) -> Iterator[Probe]:
         """Watch `steps` optimizer steps of the loop inside; stops by itself after them, or when the block ends.
@@ -123,12 +118,11 @@ class Probe:
             raise ProbeError("this probe has finished; make a new one")
         if self._reader is None:
             self._reader = self._make_reader(None, None)
-        scale = getattr(optimizer, "grad_scale", None)
-        norms = self._reader.read(None if scale is None else 1.0 / scale)
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None:
-            norms = torch.where(found_inf.to(norms.device).reshape(()) > 0, float("nan"), norms)
-        self._pending.append(norms)
+        found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        if found_inf is not None and bool(found_inf > 0):  # the optimizer is about to reject this step
+            self._skipped += 1
+            return
+        self._pending.append(self._reader.read(None if scale is None else 1.0 / scale))
         if self._reader.full:
             self._settle()
 

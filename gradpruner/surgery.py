@@ -106,21 +106,23 @@ def cut_config(config: Any, kept: tuple[int, ...], layers: int) -> Any:
     old = config.get_text_config(decoder=True)
     changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
     for name in PER_LAYER:
-        values = _own(old, name)
+        values = getattr(old, name, None)
         if isinstance(values, (list, tuple)) and len(values) == layers:
             changes[name] = type(values)(values[i] for i in kept)
     for name in INDEX_LISTS:
-        values = _own(old, name)
+        values = getattr(old, name, None)
         if isinstance(values, (list, tuple)):
             changes[name] = type(values)(i for i, layer in enumerate(kept) if layer in values)
     for name in LEADING_DENSE:
-        if isinstance(_own(old, name), int):
-            changes[name] = sum(layer < _own(old, name) for layer in kept)
-    step = _own(old, "decoder_sparse_step")
-    if isinstance(step, int) and isinstance(_own(old, "mlp_only_layers"), (list, tuple)):
+        if isinstance(getattr(old, name, None), int):
+            changes[name] = sum(layer < getattr(old, name) for layer in kept)
+    step = getattr(old, "decoder_sparse_step", None)
+    if isinstance(step, int) and isinstance(getattr(old, "mlp_only_layers", None), (list, tuple)):
         dense = [i for i, layer in enumerate(kept) if layer in old.mlp_only_layers or (layer + 1) % step]
         changes |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
-    if isinstance(_own(old, "attention_types"), list) and "attention_layers" in changes:  # GPT-Neo's run lengths
+    if (
+        isinstance(getattr(old, "attention_types", None), list) and "attention_layers" in changes
+    ):  # GPT-Neo's run lengths
         changes["attention_types"] = [[[kind], 1] for kind in changes["attention_layers"]]
     for name, value in changes.items():
         try:
@@ -130,10 +132,6 @@ def cut_config(config: Any, kept: tuple[int, ...], layers: int) -> Any:
                 f"config.{name} of {type(old).__name__} cannot be set to {value!r}: {error}"
             ) from error
     return new
-
-
-def _own(config: Any, name: str) -> Any:
-    return getattr(config, name, None)
 
 
 def _as_reloaded(config: Any) -> Any:

@@ -93,6 +93,9 @@ def test_run_and_resume(home, tmp_path, capsys, monkeypatch):
     assert contents(out / "model") == {k.removeprefix("model/"): v for k, v in before.items() if k.startswith("model/")}
     assert main([*command[:-2], "--seed", "5", "--out", str(out)]) == 2
     assert "another recipe" in capsys.readouterr().err
+    (tmp_path / "data.jsonl").write_text((home / "data.jsonl").read_text().replace("word 1", "word 9"))
+    assert main([*command[:3], "--data", str(tmp_path / "data.jsonl"), *command[5:]]) == 2
+    assert "another data" in capsys.readouterr().err
 
 
 def test_help_teaches(capsys):
