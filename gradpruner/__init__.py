@@ -15,6 +15,7 @@ from gradpruner.oneshot import prune
 from gradpruner.ops import available_backends
 from gradpruner.plan import Plan
 from gradpruner.probe import Probe
+from gradpruner.streaming import apply_folder
 from gradpruner.trainer import ProbeCallback
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "ProbeError",
     "UnsupportedModel",
     "apply",
+    "apply_folder",
     "available_backends",
     "prune",
     "rebuild_optimizer",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import resource
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def save(
         raise InvalidArgument(f"model is a {type(base).__name__}; expected a transformers model")
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         try:
-            with _quiet():
+            with quiet():
                 base.save_pretrained(temporary)
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
@@ -61,9 +62,9 @@ def verify(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     expected = model.state_dict()
     size = sum(t.numel() * t.element_size() for t in expected.values())
     # a model too large for a second copy is loaded as names and shapes only
-    placement = {} if 2 * size < _free_memory() else {"device_map": {"": "meta"}}
+    placement = {} if 2 * size < free_memory() else {"device_map": {"": "meta"}}
     try:
-        with _quiet():
+        with quiet():
             again, info = kind.from_pretrained(
                 folder,
                 output_loading_info=True,
@@ -76,11 +77,7 @@ def verify(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise
     except Exception as error:
         raise CheckpointError(f"the checkpoint does not load again: {error}") from error
-    tied = set(getattr(model, "_tied_weights_keys", None) or ())
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        names = [name for name in info.get(what, ()) if name not in tied]
-        if names:
-            raise CheckpointError(f"the checkpoint does not reload: {what} {sorted(map(str, names))[:3]}")
+    check_loaded(model, info)
     actual = again.state_dict()
     if actual.keys() != expected.keys():
         raise CheckpointError(
@@ -104,17 +101,73 @@ def _same(reloaded: torch.Tensor, tensor: torch.Tensor) -> bool:
     return a.numel() == 0 or torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
-def _free_memory() -> int:
+def check_loaded(model: nn.Module, info: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if transformers' loading info says that a checkpoint and `model` do not match."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())  # in this model, not in its class
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        names = [name for name in info.get(what, ()) if name not in tied]
+        if names:
+            raise CheckpointError(f"the checkpoint does not reload: {what} {sorted(map(str, names))[:3]}")
+
+
+def free_memory() -> int:
+    """Bytes that this process may still use: of the machine's, its cgroup's, and its own limits, the least."""
+    free = [_limit_left(resource.RLIMIT_DATA, "VmData"), _limit_left(resource.RLIMIT_AS, "VmSize"), _cgroup_left()]
+    free.append(_kilobytes(Path("/proc/meminfo"), "MemAvailable"))
+    known = [amount for amount in free if amount is not None]
+    return max(0, min(known)) if known else int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
+
+
+def _kilobytes(file: Path, name: str) -> int | None:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
+        for line in file.read_text().splitlines():
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
+    return None
+
+
+def _limit_left(limit: int, used: str) -> int | None:
+    """What a limit on this process leaves, halved: a loader maps a file as well as copying it."""
+    soft, _ = resource.getrlimit(limit)
+    if soft == resource.RLIM_INFINITY:
+        return None
+    return (soft - (_kilobytes(Path("/proc/self/status"), used) or 0)) // 2
+
+
+def _cgroup_left(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the memory limits of this process's cgroups leave, cached files that can go counted as free."""
+    left: list[int] = []
+    with contextlib.suppress(OSError):
+        for line in process.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:  # version 2
+                top, names = root, ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                top = root / "memory"
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            group = top / path.lstrip("/")
+            # in a container the path may be the host's: then its limit is that of the root seen from inside
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(top):
+                    left += _group_left(folder, *names)
+    return min(left, default=None)
+
+
+def _group_left(folder: Path, limit: str, usage: str, cached: str) -> list[int]:
+    try:
+        allowed, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        pairs = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+    reclaimable = sum(int(pair[1]) for pair in pairs if pair[:1] == [cached])
+    return [] if allowed == "max" else [int(allowed) - used + reclaimable]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Saving and reading back are steps of ours: no progress bars of theirs."""
+def quiet() -> Iterator[None]:
+    """Saving and reading back are steps of ours: no progress bars of transformers'."""
     was = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

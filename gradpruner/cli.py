@@ -313,13 +313,22 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint import save
     from gradpruner.igia import Igia
     from gradpruner.merge import apply
+    from gradpruner.models import DEMO_MODEL
     from gradpruner.plan import Plan
+    from gradpruner.shards import holds_safetensors
+    from gradpruner.streaming import apply_folder
 
     plan = Plan.load(options.plan)
-    igia = Igia.load(options.igia) if options.igia else None
-    model, tokenizer = _load(options)
-    folder = save(apply(model, plan, igia, top=options.top), options.out, tokenizer=tokenizer, plan=plan,
-                  overwrite=options.overwrite)  # fmt: skip
+    # weights that are as they are wanted, in files that are read in place, need not be loaded
+    streamed = options.dtype == "auto" and options.model != DEMO_MODEL and holds_safetensors(Path(options.model))
+    igia = Igia.load(options.igia, lazy=streamed) if options.igia else None
+    if streamed:
+        folder = apply_folder(options.model, options.out, plan, igia, top=options.top, overwrite=options.overwrite,
+                              trust_remote_code=options.trust_remote_code)  # fmt: skip
+    else:
+        model, tokenizer = _load(options)
+        folder = save(apply(model, plan, igia, top=options.top), options.out, tokenizer=tokenizer, plan=plan,
+                      overwrite=options.overwrite)  # fmt: skip
     return {
         "json": {"folder": str(folder), "plan": plan.to_dict()},
         "line": f"{folder}: verified; {plan.summary()}",

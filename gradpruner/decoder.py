@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,12 +80,13 @@ class Decoder:
         """Number of parameters of the model, tied ones once, adapters not counted."""
         return sum({id(p): _full_shape(p).numel() for _, p in base_parameters(self.base)}.values())
 
-    def fingerprint(self, *, content: bool | None = None) -> str:
+    def fingerprint(self, *, content: bool | None = None, samples: Callable[[Weight], Tensor] | None = None) -> str:
         """Tells this model from others: its structure, and a sample of its weights.
 
         content: whether to sample the weights; by default only where they are frozen, since weights that train
         change while the probe watches. Sampled values are rounded to bfloat16: the same checkpoint loaded in
-        float32 or bfloat16 has the same fingerprint.
+        float32 or bfloat16 has the same fingerprint. samples: where the model is on the meta device, what gives
+        the values at `sample_positions` of a weight, as loading would store them.
         """
         parameters = [self.parameter(weight) for weight in self.weights]
         shape = hashlib.sha256(self.path.encode())
@@ -93,28 +94,33 @@ class Decoder:
             shape.update(self.structure(layer).encode())
         if content is None:
             content = all(not p.requires_grad for p in parameters)
-        if not content or any(p.is_meta or not p.is_floating_point() for p in parameters):
+        known = samples is not None or not any(p.is_meta for p in parameters)
+        if not content or not known or not all(p.is_floating_point() for p in parameters):
             return shape.hexdigest()[:16]
-        sample = hashlib.sha256(_sample(parameters).view(torch.int16).numpy().tobytes())
+        sample = hashlib.sha256()
+        for weight, parameter in zip(self.weights, parameters, strict=True):
+            values = samples(weight) if samples is not None else _sampled(parameter)
+            sample.update(values.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
         return f"{shape.hexdigest()[:16]}-{sample.hexdigest()[:16]}"
 
-    def check_fingerprint(self, expected: str, what: str) -> None:
+    def check_fingerprint(self, expected: str, what: str, samples: Callable[[Weight], Tensor] | None = None) -> None:
         """Raises ModelMismatch unless `expected` (of a plan or an igia, called `what`) was made from this model."""
         structure, _, content = expected.partition("-")
-        own_structure, _, own_content = self.fingerprint(content=bool(content)).partition("-")
+        own_structure, _, own_content = self.fingerprint(content=bool(content), samples=samples).partition("-")
         if structure != own_structure:
             raise ModelMismatch(f"{what} was made from a model of another shape than this one")
         if content and own_content and content != own_content:
             raise ModelMismatch(f"{what} was made from a model with other weights (or loaded in another precision)")
 
 
-def _sample(parameters: list[nn.Parameter]) -> Tensor:
-    picked = [torch.zeros(0, dtype=torch.bfloat16)]
-    for parameter in parameters:
-        flat = parameter.detach().flatten()
-        if flat.numel():
-            picked.append(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].to("cpu", torch.bfloat16))
-    return torch.cat(picked)
+def sample_positions(entries: int) -> range:
+    """Flat indices of the entries of a weight that go into the fingerprint."""
+    return range(0, entries, max(1, entries // SAMPLES))[:SAMPLES]
+
+
+def _sampled(parameter: nn.Parameter) -> Tensor:
+    positions = sample_positions(parameter.numel())
+    return parameter.detach().flatten()[:: positions.step][: len(positions)]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

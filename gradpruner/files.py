@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import CheckpointError, InvalidArgument
+
+# in the folder beside a target where its successor grows: a lock that a living process holds, the successor, and
+# the target itself while the two change places
+LOCK, NEW, OLD = ".gradpruner-lock", "new", "old"
 
 
 @contextlib.contextmanager
@@ -45,41 +51,89 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     """A temporary folder to fill; on leaving without an error it becomes `path`.
 
     An existing folder is refused unless it is empty or `overwrite` is given; it is replaced only at the end.
+    What a killed process left behind for the same `path` is removed first.
     Raises InvalidArgument, or CheckpointError if writing fails.
     """
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise InvalidArgument(f"folder {str(target)!r} is a file; expected a folder to write to")
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise InvalidArgument(f"folder {str(target)!r} exists and is not empty; expected a new name, or overwrite")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        _clear_leftovers(target)
+        if target.exists() and any(target.iterdir()) and not overwrite:
+            raise InvalidArgument(f"folder {str(target)!r} exists and is not empty; expected a new name, or overwrite")
+        workplace, lock = _claim(target)
     except OSError as error:
         raise CheckpointError(f"could not write {target}: {error}; nothing was written") from error
+    temporary = workplace / NEW
     try:
+        temporary.mkdir()
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         temporary.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            target.replace(old / "folder")
-            try:
-                temporary.replace(target)
-            except OSError:
-                (old / "folder").replace(target)
-                raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
+        if overwrite and target.exists():
+            target.replace(workplace / OLD)
+        try:
             temporary.replace(target)
+        except OSError:
+            _restore(workplace, target)
+            raise
     except OSError as error:
         raise CheckpointError(f"could not write {target}: {error}; nothing was written") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _discard(workplace, target)
+        os.close(lock)
+
+
+def _claim(target: Path) -> tuple[Path, int]:
+    """A folder beside the target for what is not finished, and a lock in it that ends with this process."""
+    while True:
+        workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        lock = os.open(workplace / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # taken for a leftover between these two lines
+            os.close(lock)
+            continue
+        except OSError:
+            return workplace, lock  # a file system without locks: nobody can take it for a leftover either
+        if os.fstat(lock).st_nlink:
+            return workplace, lock
+        os.close(lock)
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove what killed processes left for this target: folders of ours whose lock nobody holds."""
+    ours = re.compile(re.escape(f".{target.name}.") + "[a-z0-9_]{8}")
+    for workplace in target.parent.iterdir():
+        if not ours.fullmatch(workplace.name) or workplace.is_symlink() or not (workplace / LOCK).is_file():
+            continue
+        with contextlib.suppress(OSError):  # held by a living process, or gone already
+            lock = os.open(workplace / LOCK, os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _restore(workplace, target)
+                _discard(workplace, target)
+            finally:
+                os.close(lock)
+
+
+def _restore(workplace: Path, target: Path) -> None:
+    """Put back the folder that was to be replaced, if it was moved away and nothing has its name yet."""
+    if (workplace / OLD).exists() and not target.exists():
+        (workplace / OLD).replace(target)
+
+
+def _discard(workplace: Path, target: Path) -> None:
+    """Remove a work folder, its lock last; but never the only copy of what was to be replaced."""
+    shutil.rmtree(workplace / NEW, ignore_errors=True)
+    if target.exists():
+        shutil.rmtree(workplace / OLD, ignore_errors=True)
+    if not (workplace / OLD).exists():
+        shutil.rmtree(workplace, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

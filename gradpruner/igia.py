@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from gradpruner.decoder import Weight
 from gradpruner.errors import CheckpointError, InvalidArgument, ProbeError
 from gradpruner.files import atomic_path
 from gradpruner.plan import Plan, select
+from gradpruner.shards import Stored, read_header
 
 FORMAT = "gradpruner.igia/1"
 SCORES = ("squared", "norm", "normalized")
@@ -80,7 +80,7 @@ class Igia:
     structures: tuple[str, ...]
     layer_parameters: tuple[int, ...]
     total_parameters: int
-    importance: dict[tuple[int, str], Factors | Dense] = field(default_factory=dict)
+    importance: Mapping[tuple[int, str], Factors | Dense] = field(default_factory=dict)
     skipped: int = 0
 
     @property
@@ -195,43 +195,73 @@ class Igia:
                 raise OSError(str(error)) from error
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Igia:
-        """Read what `save` wrote. Raises InvalidArgument if there is no file, CheckpointError if it is damaged."""
+    def load(cls, path: str | os.PathLike[str], *, lazy: bool = False) -> Igia:
+        """Read what `save` wrote. Raises InvalidArgument if there is no file, CheckpointError if it is damaged.
+
+        lazy: leave the importance in the file; each entry is read, and its checksum compared, when it is asked for,
+        and is not kept.
+        """
         if not Path(path).is_file():
             raise InvalidArgument(f"igia file {str(path)!r} does not exist")
+        stored, metadata = read_header(Path(path))
         try:
-            with safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("gradpruner", "{}"))
-                if header.get("format") != FORMAT:
-                    raise CheckpointError(f"{path} is not an igia file: expected format {FORMAT!r}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            for name, checksum in header["crc32"].items():
-                if _crc32(tensors[name]) != checksum:
-                    raise CheckpointError(f"{path} is corrupted: checksum of {name!r} does not match")
+            header = json.loads(metadata.get("gradpruner", "{}"))
+            if header.get("format") != FORMAT:
+                raise CheckpointError(f"{path} is not an igia file: expected format {FORMAT!r}")
+            if header["crc32"].keys() != stored.keys():
+                raise CheckpointError(f"{path} is corrupted: its checksums are not those of its tensors")
+            weights = tuple(Weight(j, name, tuple(shape), t) for j, name, shape, t in header["weights"])
+            importance = StoredImportance(weights, stored, header["crc32"])
             return cls(
                 model=header["model"],
                 estimator=header["estimator"],
                 layers=header["layers"],
-                weights=tuple(Weight(j, name, tuple(shape), t) for j, name, shape, t in header["weights"]),
-                square_norms=tensors["square_norms"],
+                weights=weights,
+                square_norms=_read(stored["square_norms"], header["crc32"]),
                 structures=tuple(header["structures"]),
                 layer_parameters=tuple(header["layer_parameters"]),
                 total_parameters=header["total_parameters"],
-                importance=_importance(header["weights"], tensors),
+                importance=importance if lazy else dict(importance),
                 skipped=header["skipped"],
             )
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is not an igia file, or is corrupted: {error}") from error
 
 
-def _importance(weights: Sequence[Any], tensors: dict[str, Tensor]) -> dict[tuple[int, str], Factors | Dense]:
-    found: dict[tuple[int, str], Factors | Dense] = {}
-    for layer, name, *_ in weights:
-        if f"{layer}/{name}/f" in tensors:
-            found[layer, name] = Dense(tensors[f"{layer}/{name}/f"])
-        elif f"{layer}/{name}/a" in tensors:
-            found[layer, name] = Factors(tensors[f"{layer}/{name}/a"], tensors[f"{layer}/{name}/b"])
-    return found
+class StoredImportance(Mapping[tuple[int, str], Factors | Dense]):
+    """Importance by (layer, name), left in its file: read when asked for, not kept.
+
+    Raises CheckpointError where a tensor's checksum does not match.
+    """
+
+    def __init__(self, weights: Iterable[Weight], stored: Mapping[str, Stored], crc32: Mapping[str, int]) -> None:
+        self._stored, self._crc32 = stored, crc32
+        self._parts: dict[tuple[int, str], tuple[str, ...]] = {}
+        for weight in weights:
+            for parts in (("f",), ("a", "b")):
+                names = tuple(f"{weight.layer}/{weight.name}/{part}" for part in parts)
+                if all(name in stored for name in names):
+                    self._parts[weight.layer, weight.name] = names
+
+    def __getitem__(self, key: tuple[int, str]) -> Factors | Dense:
+        tensors = [_read(self._stored[name], self._crc32) for name in self._parts[key]]
+        return Dense(*tensors) if len(tensors) == 1 else Factors(*tensors)
+
+    def __contains__(self, key: object) -> bool:  # Mapping's own would read the tensor
+        return key in self._parts
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def _read(stored: Stored, crc32: Mapping[str, int]) -> Tensor:
+    tensor = stored.read()
+    if _crc32(tensor) != crc32[stored.name]:
+        raise CheckpointError(f"{stored.file} is corrupted: checksum of {stored.name!r} does not match")
+    return tensor
 
 
 def _crc32(tensor: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -40,10 +41,8 @@ def apply(
     Raises InvalidArgument, ModelMismatch, UnsupportedModel.
     """
     share = _share(top)
-    if not isinstance(plan, Plan):
-        raise InvalidArgument(f"plan is a {type(plan).__name__}; expected a gradpruner.Plan")
     decoder = Decoder(model, layers)
-    _check_fits(decoder, plan, igia)
+    check_fits(decoder, plan, igia)
     surgery = prepare(decoder, plan.kept)
     undo_merge: list[tuple[Tensor, Tensor]] = []
     undo_cut = None
@@ -53,9 +52,9 @@ def apply(
                 assert igia is not None
                 for kept in [w for w in decoder.weights if w.layer == target]:
                     _fold(decoder, kept, donors, igia, share, weight, undo_merge)
-        expected = _skipping_logits(decoder, plan.removed)
+        expected = skipping_logits(decoder, plan.removed)
         undo_cut = surgery.perform()
-        _check_logits(expected, _skipping_logits(decoder, ()), next(decoder.base.parameters()).dtype)
+        _check_logits(expected, skipping_logits(decoder, ()), next(decoder.base.parameters()).dtype)
     except BaseException:
         if undo_cut is not None:
             undo_cut()
@@ -99,20 +98,30 @@ def _accepted(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _share(top: float) -> Fraction:
+    """What was written, not its nearest double: floor(0.57 * 100) is 57. Raises InvalidArgument."""
     if isinstance(top, bool) or not isinstance(top, (int, float, Fraction)) or not 0 < top <= 1:
         raise InvalidArgument(f"top = {top!r}; accepted is a share above 0 and up to 1")
-    return Fraction(str(top))  # what was written, not its nearest double: floor(0.57 * 100) is 57
+    return Fraction(str(top))
 
 
-def _check_fits(decoder: Decoder, plan: Plan, igia: Igia | None) -> None:
+def check_fits(
+    decoder: Decoder, plan: Plan, igia: Igia | None, samples: Callable[[Weight], Tensor] | None = None
+) -> None:
+    """Check that plan and igia were made for this model, and that it can be merged as the plan says.
+
+    samples: for a model on the meta device whose values are elsewhere, see `Decoder.fingerprint`.
+    Raises InvalidArgument, ModelMismatch, UnsupportedModel.
+    """
+    if not isinstance(plan, Plan):
+        raise InvalidArgument(f"plan is a {type(plan).__name__}; expected a gradpruner.Plan")
     if plan.layers != len(decoder.layers):
         raise ModelMismatch(f"the plan is for {plan.layers} decoder layers; the model has {len(decoder.layers)}")
     if not plan.removed:
         raise InvalidArgument("the plan removes no layer")
     if plan.model is not None:
-        decoder.check_fingerprint(plan.model, "the plan")
-    if igia is not None:
-        decoder.check_fingerprint(igia.model, "the igia")
+        decoder.check_fingerprint(plan.model, "the plan", samples)
+    if igia is not None and (plan.model is None or igia.model != plan.model):
+        decoder.check_fingerprint(igia.model, "the igia", samples)
     if not plan.merge:
         return
     if igia is None:
@@ -128,8 +137,13 @@ def _check_fits(decoder: Decoder, plan: Plan, igia: Igia | None) -> None:
                 raise UnsupportedModel(
                     f"layer {weight.layer} {weight.name} is quantised: merge into the full-precision checkpoint instead"
                 )
-            if weight.layer in (target, *donors) and decoder.parameter(weight).is_meta:
+            if weight.layer in (target, *donors) and decoder.parameter(weight).is_meta and samples is None:
                 raise UnsupportedModel(f"layer {weight.layer} {weight.name} is on the meta device: it has no values")
+
+
+def donors_of(kept: Weight, donors: tuple[int, ...], igia: Igia) -> list[int]:
+    """The donor layers whose weight of this name has an importance, ascending; the others add nothing."""
+    return [donor for donor in donors if (donor, kept.name) in igia.importance]
 
 
 def _fold(
@@ -143,19 +157,26 @@ def _fold(
 ) -> None:
     """Merge one weight of the donors into that of the kept layer, all donors in one pass."""
     parameter = decoder.parameter(kept).data
-    found = [(d, igia.importance[d, kept.name]) for d in donors if (d, kept.name) in igia.importance]
+    found = donors_of(kept, donors, igia)
     if not found:
         return
     undo.append((parameter, parameter.to("cpu", copy=True)))
     own = {w.layer: w for w in decoder.weights if w.name == kept.name}
-    values = [decoder.parameter(own[donor]).data.to(parameter.device) for donor, _ in found]
-    importance = [f.to(parameter.device) for _, f in found]
-    if parameter.ndim == 2:
-        _merge_matrix(parameter, values, importance, share, scale)
+    values = [decoder.parameter(own[donor]).data.to(parameter.device) for donor in found]
+    importance = [igia.importance[donor, kept.name].to(parameter.device) for donor in found]
+    merge_weight_(parameter, values, importance, share, scale)
+
+
+def merge_weight_(
+    weight: Tensor, donors: list[Tensor], importance: list[Factors | Dense], share: Fraction, scale: float
+) -> None:
+    """Merge donors, ascending, into one stored weight, 2-D or 3-D, in place (METHOD section 3)."""
+    if weight.ndim == 2:
+        _merge_matrix(weight, donors, importance, share, scale)
         return
-    for expert in range(parameter.shape[0]):  # 3-D: the top share of each expert
+    for expert in range(weight.shape[0]):  # 3-D: the top share of each expert
         slices = [Dense(f.dense().f[expert]) for f in importance]
-        _merge_matrix(parameter[expert], [v[expert] for v in values], list(slices), share, scale)
+        _merge_matrix(weight[expert], [v[expert] for v in donors], list(slices), share, scale)
 
 
 def _merge_matrix(
@@ -174,7 +195,7 @@ def _merge_matrix(
     ops.sign_merge_(weight, donors, dense, [v for v, _ in edges], [i for _, i in edges], scales)
 
 
-def _skipping_logits(decoder: Decoder, skip: tuple[int, ...]) -> Tensor | None:
+def skipping_logits(decoder: Decoder, skip: tuple[int, ...]) -> Tensor | None:
     """Logits of the model without its adapters, each layer in `skip` passing its input on as its output."""
     peft = peft_of(decoder.given)
     handles = [decoder.layers[i].register_forward_hook(_pass_input_on, with_kwargs=True) for i in skip]

@@ -1,0 +1,262 @@
+"""Safetensors files one tensor at a time, read and written in memory that does not grow with the file.
+
+Plain reads: the library's own mapping of a file is private and writable, so every open file counts with its
+whole size against RLIMIT_DATA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from gradpruner.errors import CheckpointError
+from gradpruner.files import read_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CHUNK = 16 << 20  # bytes on their way from one file to another
+LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies: its file, and the offset of its first byte in it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+
+    @property
+    def entries(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return self.entries * self.dtype.itemsize
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes in order, CHUNK at a time; each view is overwritten by the next."""
+        buffer = memoryview(bytearray(min(CHUNK, self.size)))
+        with self.file.open("rb", buffering=0) as file:
+            for start in range(0, self.size, CHUNK):
+                part = buffer[: min(CHUNK, self.size - start)]
+                self._fill(file, part, self.offset + start)
+                yield part
+
+    def read(self) -> Tensor:
+        """The tensor, in fresh memory. Raises CheckpointError if the file ends before it, MemoryError."""
+        try:
+            flat = torch.empty(self.size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise MemoryError(f"{self.name} of {self.file.name} needs {self.size} bytes: {error}") from error
+        with self.file.open("rb", buffering=0) as file:
+            self._fill(file, flat.numpy().data, self.offset)
+        return flat.view(self.dtype).view(self.shape)
+
+    def read_entries(self, positions: Sequence[int]) -> Tensor:
+        """The entries at these flat indices, reading no others."""
+        flat = torch.empty(len(positions) * self.dtype.itemsize, dtype=torch.uint8)
+        step = self.dtype.itemsize
+        with self.file.open("rb", buffering=0) as file:
+            for i, position in enumerate(positions):
+                self._fill(file, flat.numpy().data[i * step : (i + 1) * step], self.offset + position * step)
+        return flat.view(self.dtype)
+
+    def _fill(self, file: io.FileIO, part: memoryview, offset: int) -> None:
+        file.seek(offset)
+        while part:
+            count = file.readinto(part)
+            if not count:
+                raise CheckpointError(f"{self.file} ends inside {self.name}")
+            part = part[count:]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A tensor to be written: `content` gives its bytes in order, when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    content: Callable[[], Iterable[Any]]
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A contiguous CPU tensor's bytes, not copied."""
+    return tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+
+
+def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Every tensor of one file by name, and the file's metadata. Raises CheckpointError if it is no sound file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else LONGEST_HEADER + 1
+            if length > min(LONGEST_HEADER, size - 8):
+                raise CheckpointError(f"{path} is not a safetensors file, or is cut short")
+            header = json.loads(file.read(length).decode("utf-8"))
+        metadata = header.pop("__metadata__", {})
+        tensors, spans = {}, []
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
+                raise ValueError(f"{name!r} has a negative or fractional size")
+            tensors[name] = Stored(name, DTYPES[entry["dtype"]], shape, path, 8 + length + begin)
+            if end - begin != tensors[name].size:
+                raise ValueError(f"{name!r} has {end - begin} bytes; its shape needs {tensors[name].size}")
+            spans.append((begin, end, name))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error!r}") from error
+    reached = 0
+    for begin, end, name in sorted(spans):
+        if begin != reached:
+            raise CheckpointError(f"{path} is damaged: {name!r} begins at byte {begin}, not {reached}")
+        reached = end
+    if 8 + length + reached != size:
+        raise CheckpointError(f"{path} is damaged: it has {size} bytes; its header describes {8 + length + reached}")
+    return tensors, metadata
+
+
+def holds_safetensors(folder: Path) -> bool:
+    """Whether the weights of this checkpoint folder are safetensors, in one file or in shards."""
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
+def read_folder(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint folder, in the order of the files and of the bytes in them.
+
+    One file, or the shards that the index names; the file goes first, as it does in transformers.
+    Raises CheckpointError: a shard is missing or damaged, or the index is not that of the shards.
+    """
+    if (folder / SINGLE).is_file():
+        return dict(_by_offset(read_header(folder / SINGLE)[0]))
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    index = read_json(folder / INDEX, "index").get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+        raise CheckpointError(f"{folder / INDEX} has no weight_map from names to files")
+    found: dict[str, Stored] = {}
+    for file in sorted(set(index.values())):
+        if Path(file).name != file:
+            raise CheckpointError(f"{folder / INDEX} names {file!r}; expected a file in the same folder")
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder} has no {file}, which its index names")
+        for name, stored in _by_offset(read_header(folder / file)[0]):
+            if index.get(name) != file:
+                raise CheckpointError(f"{file} holds {name!r}; the index says {index.get(name, 'nothing of it')}")
+            found[name] = stored
+    lost = sorted(index.keys() - found.keys())
+    if lost:
+        raise CheckpointError(f"{index[lost[0]]} does not hold {lost[0]!r}, as the index says")
+    return found
+
+
+def _by_offset(tensors: Mapping[str, Stored]) -> list[tuple[str, Stored]]:
+    return sorted(tensors.items(), key=lambda item: item[1].offset)
+
+
+def write_folder(folder: Path, tensors: Sequence[Pending], largest: int, totals: Mapping[str, int]) -> dict[str, int]:
+    """Write shards of up to `largest` bytes (a larger tensor has its own), and their index; one file has none.
+
+    Tensors keep their order from shard to shard. totals: more entries for the index's metadata.
+    Returns the CRC-32 of every tensor's bytes as they were written. Raises OSError.
+    """
+    shards: list[list[Pending]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > largest:
+            shards.append([])
+        shards[-1].append(tensor)
+    if len(shards) == 1:
+        return write_file(folder / SINGLE, shards[0])
+    checksums: dict[str, int] = {}
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        checksums |= write_file(folder / file, shard)
+        weight_map |= {tensor.name: file for tensor in shard}
+    metadata = {**totals, "total_size": sum(tensor.size for tensor in tensors)}
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return checksums
+
+
+def write_file(path: Path, tensors: Iterable[Pending]) -> dict[str, int]:
+    """Write one file, then drop it from the page cache. Returns each tensor's CRC-32. Raises OSError.
+
+    Wider dtypes first: with a header that is a multiple of 8 bytes long, every tensor is then aligned.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in ordered:
+        begin, end = end, end + tensor.size
+        header[tensor.name] = {
+            "dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    checksums = {}
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in ordered:
+            checksums[tensor.name] = _write(file, tensor)
+        file.flush()
+        os.fsync(file.fileno())
+        _forget(file)
+    return checksums
+
+
+def _write(file: BinaryIO, tensor: Pending) -> int:
+    checksum = written = 0
+    for part in tensor.content():
+        checksum, written = zlib.crc32(part, checksum), written + len(part)
+        file.write(part)
+    if written != tensor.size:
+        raise CheckpointError(f"{tensor.name} has {written} bytes; its shape needs {tensor.size}")
+    return checksum
+
+
+def checksum_of(stored: Stored) -> int:
+    """CRC-32 of a tensor's bytes."""
+    checksum = 0
+    for part in stored.chunks():
+        checksum = zlib.crc32(part, checksum)
+    return checksum
+
+
+def _forget(file: BinaryIO) -> None:
+    """So that reading it again reads the disk, and a memory limit that counts cached pages has room."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,208 @@
+"""A checkpoint folder as the stock class would load it, without its values: which stored tensor becomes what."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpruner.checkpoint import check_loaded, quiet
+from gradpruner.decoder import Decoder, Weight, sample_positions
+from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
+from gradpruner.shards import Stored, read_folder
+
+IN_MEMORY = "load the model in memory instead: gradpruner.apply, or a --dtype on the command line"
+
+
+@dataclass(frozen=True)
+class Role:
+    """What transformers makes of one stored tensor: the parameter it goes into, and whether it is only a part of it.
+
+    converter: the transformation that it goes through, None where it becomes the parameter as it is; pattern: the
+    one of its sources that the tensor is.
+    """
+
+    parameter: str
+    converter: Any = None
+    pattern: str | None = None
+
+
+class StoredModel:
+    """The model of a folder of safetensors, built by the stock class on the meta device, and its tensors.
+
+    tensors: the stored ones that the model uses, by the name they are stored under; roles: what becomes of each.
+    Raises InvalidArgument (no such folder or config), CheckpointError (damaged, or not all of the model is there),
+    UnsupportedModel (quantised, or holding adapters).
+    """
+
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+        if not (folder / "config.json").is_file():
+            raise InvalidArgument(f"source {str(folder)!r} is not a folder with a config.json")
+        if (folder / "adapter_config.json").exists():
+            raise UnsupportedModel(f"{folder} holds adapters: merge them into the model and save it first")
+        self.config = config_of(folder, trust_remote_code)
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise UnsupportedModel(f"{folder} is quantised: {IN_MEMORY}")
+        kind = _class_of(folder, self.config, trust_remote_code)
+        stored = read_folder(folder)
+        self.model: Any
+        self.model, info = load_empty(kind, self.config, stored)
+        # what the model has no place for stays behind, as it does when the model is loaded and saved
+        check_loaded(self.model, {**info, "unexpected_keys": ()})
+        self.decoder = Decoder(self.model)
+        parameters = self.model.state_dict()
+        roles = {name: _role(self.model, name, parameters) for name in stored}
+        self.roles = {name: role for name, role in roles.items() if role.parameter in parameters}
+        self.tensors = {name: stored[name] for name in self.roles}
+        self.whole: dict[str, Stored] = {}
+        self._parts: dict[str, list[tuple[Role, Stored]]] = {}
+        for name, role in self.roles.items():
+            if role.converter is not None:
+                self._parts.setdefault(role.parameter, []).append((role, stored[name]))
+            elif role.parameter in self.whole:
+                other = self.whole[role.parameter].name
+                raise UnsupportedModel(f"{name!r} and {other!r} are both stored for {role.parameter!r}: {IN_MEMORY}")
+            else:
+                self.whole[role.parameter] = stored[name]
+
+    def parameter_name(self, weight: Weight) -> str:
+        """The name in the model of a linear weight of the decoder."""
+        return f"{self.decoder.path}.{weight.layer}.{weight.name}"
+
+    def layer_of(self, name: str) -> int | None:
+        """The decoder layer that a stored tensor goes into, None for one outside the layers."""
+        parameter, head = self.roles[name].parameter, f"{self.decoder.path}."
+        return int(parameter.removeprefix(head).split(".")[0]) if parameter.startswith(head) else None
+
+    def renamed(self, name: str, layer: int | None) -> str:
+        """The name to store a tensor under when its decoder layer has become `layer` (None: it is in none).
+
+        A name that lacks only the prefix of the base model gets it, as it does when the model is loaded and saved.
+        Raises UnsupportedModel where the name does not say the layer.
+        """
+        role, old, path = self.roles[name], self.layer_of(name), self.decoder.path
+        prefix = f"{self.model.base_model_prefix}."
+        if role.converter is None and role.parameter == prefix + name:
+            name = role.parameter
+        heads = {path, path.removeprefix(prefix)}
+        matches = [match for head in heads if (match := re.fullmatch(rf"({re.escape(head)}\.)(\d+)(\..+)", name))]
+        if layer is None and old is None and not matches:
+            return name
+        if layer is None or old is None or len(matches) != 1 or int(matches[0][2]) != old:
+            raise UnsupportedModel(f"{name!r} does not say its layer as {path}.N does: {IN_MEMORY}")
+        return f"{matches[0][1]}{layer}{matches[0][3]}"
+
+    def samples(self, weight: Weight) -> Tensor:
+        """The values at `sample_positions` of a linear weight as loading would store them, read from the files."""
+        name, dtype = self.parameter_name(weight), self.decoder.parameter(weight).dtype
+        positions = sample_positions(math.prod(weight.shape))
+        if name in self.whole:
+            return self.whole[name].read_entries(positions).to(dtype)
+        places = [self._place(name, weight.shape, position) for position in positions]
+        return torch.cat([stored.read_entries([position]).to(dtype) for stored, position in places])
+
+    def _place(self, name: str, shape: tuple[int, ...], position: int) -> tuple[Stored, int]:
+        """Where an entry of an expert weight is stored, one matrix an expert, or several to be put one below another.
+
+        Raises UnsupportedModel for any other way of making the parameter out of what is stored.
+        """
+        stacks = _stacks(self._parts.get(name, []))
+        experts, rows, columns = shape if len(shape) == 3 else (0, 0, 0)
+        heights = [stack[0].shape[0] for stack in stacks]
+        fits = all(
+            [s.shape for s in stack] == [(h, columns)] * experts for stack, h in zip(stacks, heights, strict=True)
+        )
+        if not stacks or not fits or sum(heights) != rows:
+            raise UnsupportedModel(f"{name!r} is stored in another form than the model has it: {IN_MEMORY}")
+        expert, rest = divmod(position, rows * columns)
+        row, column = divmod(rest, columns)
+        for stack, height in zip(stacks, heights, strict=True):
+            if row < height:
+                return stack[expert], row * columns + column
+            row -= height
+        raise AssertionError("a row below the last")
+
+
+def _stacks(parts: list[tuple[Role, Stored]]) -> list[list[Stored]]:
+    """Matrices by source, then expert, if that is all that is done to them; else nothing."""
+    converter = parts[0][0].converter if parts else None
+    if converter is None:
+        return []
+    sources = converter.source_patterns
+    done = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
+    if done != [("MergeModulelist", 0), ("Concatenate", 1)][: 1 if len(sources) == 1 else 2]:
+        return []
+    stacks: list[list[Stored]] = [[] for _ in sources]
+    for role, stored in parts:
+        stacks[sources.index(role.pattern)].append(stored)
+    if not all(stacks):
+        return []
+    return [sorted(stack, key=lambda stored: [int(n) for n in re.findall(r"\d+", stored.name)]) for stack in stacks]
+
+
+def _role(model: Any, name: str, parameters: dict[str, Tensor]) -> Role:
+    """As transformers decides it on loading."""
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    used = model._weight_conversions or []
+    converters = [step for step in used if isinstance(step, WeightConverter)]
+    renamings = [step for step in used if not isinstance(step, WeightConverter)]
+    prefix = model.base_model_prefix
+    parameter, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+    if parameter not in parameters and name in parameters:
+        parameter, pattern = rename_source_key(name, [], [], prefix, parameters)
+    if pattern is None:
+        return Role(parameter)
+    return Role(parameter, next(step for step in converters if pattern in step.source_patterns), pattern)
+
+
+def load_empty(kind: Any, config: Any, stored: Mapping[str, Stored]) -> tuple[Any, dict[str, Any]]:
+    """The stock class's model of these stored tensors on the meta device, and transformers' loading info.
+
+    The names, shapes and dtypes of the tensors are given to it, not the files: it would map all of them at once.
+    Raises CheckpointError.
+    """
+    empty = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in stored.items()}
+    try:
+        with quiet():
+            return kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=empty,
+                dtype="auto",
+                device_map={"": "meta"},
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise CheckpointError(f"the checkpoint does not load: {error}") from error
+
+
+def config_of(folder: Path, trust_remote_code: bool) -> Any:
+    """The folder's transformers configuration. Raises InvalidArgument."""
+    from transformers import AutoConfig  # slow to import
+
+    with _refusing(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def _class_of(folder: Path, config: Any, trust_remote_code: bool) -> type[nn.Module]:
+    from transformers import AutoModelForCausalLM
+
+    with _refusing(folder), torch.device("meta"):
+        return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+
+
+@contextlib.contextmanager
+def _refusing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InvalidArgument(f"source {str(folder)!r}: no model could be loaded: {reason}") from error
