@@ -1,48 +1,79 @@
-"""`python -m benchmarks [op ...]`: every op against its reference, as ratios inside one run."""
+"""`python -m benchmarks [op ...]`: the ops beside the released way, the best torch way and the machine's limit."""
 
 from __future__ import annotations
 
 import argparse
-import platform
+import os
 import sys
 
 import torch
 
-from benchmarks.cases import CASES
-from benchmarks.timing import compare
+from benchmarks.implementations import implementations
+from benchmarks.limits import Limits
+from benchmarks.operations import OPERATIONS, SHAPES
+from benchmarks.plots import plot
+from benchmarks.results import Result, default_path, machine, results, table_rows, update
+from benchmarks.timing import measure
+from gradpruner.errors import GradPrunerError
 from gradpruner.ops import available_backends
 from gradpruner.report import table
 
 
-def main() -> int:
-    """Time what was asked for and print one table."""
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("op", nargs="*", help=f"one or more of {', '.join(CASES)} (default: all)")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="timed calls each (default 7)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("op", nargs="*", help=f"one or more of {', '.join(OPERATIONS)} (default: all)")
+    parser.add_argument("--shapes", default="smollm2", choices=SHAPES, help="whose weights (default smollm2)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="timed rounds (default 7)")
+    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave an implementation out")
+    parser.add_argument("--also", action="append", default=[], metavar="MODULE:CLASS", help="add your own")
+    parser.add_argument("--csv", action="store_true", help="write benchmarks/results/<machine>-<shapes>.csv")
+    parser.add_argument("--plot", action="store_true", help="draw that CSV (implies --csv)")
     options = parser.parse_args()
-    unknown = [name for name in options.op if name not in CASES]
-    if unknown:
-        parser.error(f"unknown op {unknown[0]!r}; accepted are {', '.join(CASES)}")
+    for op in options.op:
+        if op not in OPERATIONS:
+            parser.error(f"unknown op {op!r}; accepted are {', '.join(OPERATIONS)}")
+    if options.repeats < 1 or (options.threads is not None and options.threads < 1):
+        parser.error("--repeats and --threads: accepted are 1 and more")
+    return options
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else peak memory would be that of the GPU
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    backend = {"cpu": "cpp", "cuda": "triton"}.get(device.type, "reference")
-    state = available_backends()[backend]
-    if state != "available":
-        print(f"benchmarks: the {backend} backend is {state}", file=sys.stderr)
-        return 1
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; backend {backend}")
-    rows = [compare(CASES[op], op, backend, device, options.repeats) for op in options.op or CASES]
-    print(table(rows))
-    return 0
+    classes = implementations(options.also, options.skip)
+    limits = Limits(device, options.repeats)
+    path = default_path(device, options.shapes) if options.csv or options.plot else None
+    print(f"{machine(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.repeats} rounds")
+    for op in options.op or OPERATIONS:
+        found: list[Result] = []
+        for case in OPERATIONS[op](SHAPES[options.shapes]):
+            limit = limits.of(case.count)
+            found += results(case, measure(case, classes, options.repeats, device), limit, device)
+            if path is not None:
+                update(path, found)  # at once: a long run that is stopped keeps what it has
+        print(f"\n{op}\nlimit: {OPERATIONS[op].__doc__}\n{table(table_rows(found))}", flush=True)
+    if options.plot and path is not None:
+        for drawn in plot(path):
+            print(f"wrote {drawn}")
 
 
-def _processor() -> str:
+def main() -> int:
+    """Time what was asked for and print a table an op."""
+    options = _options()
+    state = available_backends()["cpp" if options.device == "cpu" else "triton"]
     try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        if state != "available":
+            raise GradPrunerError(f"the backend for {options.device} is {state}")
+        _run(options)
+    except GradPrunerError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,281 @@
+"""The rows of the tables: for each op its inputs, what it must cost at the least, and what counts as right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-5
+STEPS, RANKS, TOKENS, TOP = 40, (8, 64), 1024, 5  # one entry in five is kept
+QUANTILE = 1.6423744  # of a squared standard normal: one in five lies above
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The linear weights of a model: (out, in) of the seven of a layer, and the number of layers."""
+
+    layer: tuple[tuple[int, int], ...]
+    layers: int
+
+    @property
+    def distinct(self) -> list[tuple[int, int]]:
+        """Each shape once."""
+        return list(dict.fromkeys(self.layer))
+
+
+def _llama_like(hidden: int, narrow: int, inner: int, layers: int) -> Shapes:
+    attention = ((hidden, hidden), (narrow, hidden), (narrow, hidden), (hidden, hidden))
+    return Shapes((*attention, (inner, hidden), (inner, hidden), (hidden, inner)), layers)
+
+
+SHAPES = {
+    "llama-8b": _llama_like(4096, 1024, 14336, 32),
+    "smollm2": _llama_like(576, 192, 1536, 30),
+    "tiny": _llama_like(48, 16, 80, 2),
+}
+
+
+@dataclass(frozen=True)
+class Count:
+    """The least an op can do: bytes moved and arithmetic operations, and the dtype whose GEMM peak they meet."""
+
+    bytes: int
+    operations: int
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call left behind: its result, and the tensor it wrote into (None where it writes none)."""
+
+    returned: Any
+    written: Tensor | None
+
+
+Check = Callable[[tuple[Any, ...], Answer, Answer], str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row. make: the arguments on a device, always the same. mutated: the argument that is written, by position.
+
+    check(arguments, expected, given): "" if right, else what is wrong with it.
+    """
+
+    op: str
+    shape: str
+    variant: str
+    count: Count
+    make: Callable[[torch.device], tuple[Any, ...]]
+    check: Check
+    mutated: int | None = None
+
+
+class _Random:
+    """Seeded normals on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._source, self._device = torch.Generator(device).manual_seed(0), device
+
+    def __call__(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=self._source, device=self._device, dtype=dtype)
+
+
+def _name(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
+
+
+# ---- what counts as right
+
+
+def _relative(given: Tensor, expected: Tensor) -> float:
+    given, expected = given.double(), expected.double()
+    return float((given - expected).norm() / expected.norm())
+
+
+def _check_sums(arguments: tuple[Any, ...], expected: Answer, given: Answer) -> str:
+    gap = float((given.returned.double() / expected.returned.double() - 1).abs().max())
+    return "" if gap <= TOLERANCE else f"a norm is off by {gap:.2g}"
+
+
+def _check_squares(arguments: tuple[Any, ...], expected: Answer, given: Answer) -> str:
+    assert given.written is not None and expected.written is not None
+    gap = _relative(given.written, expected.written)
+    if not gap <= TOLERANCE:
+        return f"igia is off by {gap:.2g} (relative RMS)"
+    if expected.returned is None:
+        return ""
+    gap = abs(float(given.returned) / float(expected.returned) - 1)
+    return "" if gap <= TOLERANCE else f"the sum of squares is off by {gap:.2g}"
+
+
+def _near(importance: Tensor, value: Tensor) -> Tensor:
+    return (importance.double() - float(value)).abs() <= TOLERANCE * float(value)
+
+
+def _check_threshold(arguments: tuple[Any, ...], expected: Answer, given: Answer) -> str:
+    igia, k = arguments
+    value, found = expected.returned[0], given.returned
+    if isinstance(found, Tensor) and found.ndim:  # a mask
+        kept = found != 0
+        if int(kept.sum()) != k:
+            return f"the mask keeps {int(kept.sum())} entries, not {k}"
+        wrong = int(((kept != (igia >= value)) & ~_near(igia, value)).sum())
+        return f"{wrong} entries of the mask are wrong" if wrong else ""
+    gap = abs(float(found if isinstance(found, Tensor) else found[0]) / float(value) - 1)
+    return "" if gap <= TOLERANCE else f"the threshold is off by {gap:.2g}"
+
+
+def _check_merge(
+    arguments: tuple[Any, ...],
+    expected: Answer,
+    given: Answer,
+    *,
+    importance: Callable[[tuple[Any, ...], Answer, Tensor, Tensor], list[tuple[Tensor, Tensor]]],
+) -> str:
+    """Equal bits, but for entries whose importance lies at the threshold of some donor."""
+    assert given.written is not None and expected.written is not None
+    differs = given.written != expected.written
+    count = int(differs.sum())
+    if count > 1 + differs.numel() // 100:
+        return f"{count} of {differs.numel()} merged entries differ"
+    rows, columns = differs.nonzero(as_tuple=True)
+    excused = torch.zeros(count, dtype=torch.bool, device=differs.device)
+    for entries, value in importance(arguments, expected, rows, columns):
+        excused |= _near(entries, value)
+    wrong = int((~excused).sum())
+    return f"{wrong} merged entries differ far from the threshold" if wrong else ""
+
+
+def _dense_importance(
+    arguments: tuple[Any, ...], expected: Answer, rows: Tensor, columns: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    return [(igia[rows, columns], value) for igia, value in zip(arguments[2], arguments[3], strict=True)]
+
+
+def _factor_importance(
+    arguments: tuple[Any, ...], expected: Answer, rows: Tensor, columns: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    _, _, a, b, _ = arguments
+    product = (b[:, rows].double() * a[:, :, columns].mT.double()).sum(2)
+    return [(product.square().sum(0), expected.returned)]
+
+
+# ---- the rows, op by op; each docstring is the count that its table prints
+
+
+def gram_norm(shapes: Shapes) -> Iterator[Case]:
+    """bytes: the factors, 4 r (in + out) a pair; operations: r (r + 1) (in + out) a pair, in float64."""
+    pairs = shapes.layer * shapes.layers
+    for r in RANKS:
+
+        def make(device: torch.device, r: int = r) -> tuple[Any, ...]:
+            normal = _Random(device)
+            return [normal(r, i) for _, i in pairs], [normal(o, r) for o, _ in pairs]
+
+        length = sum(i + o for o, i in pairs)
+        count = Count(4 * r * length, r * (r + 1) * length, torch.float64)
+        yield Case("gram_norm", f"{len(pairs)} pairs", f"r={r}", count, make, _check_sums)
+
+
+def factor_merge(shapes: Shapes) -> Iterator[Case]:
+    """bytes: the factors, 4 t r (in + out), and 6 an entry; operations: F twice, 4 t (r + 1) an entry."""
+    for o, i in shapes.distinct:
+        for r in RANKS:
+
+            def make(device: torch.device, o: int = o, i: int = i, r: int = r) -> tuple[Any, ...]:
+                normal = _Random(device)
+                weight, donor = normal(o, i, dtype=torch.bfloat16), normal(o, i, dtype=torch.bfloat16)
+                return weight, donor, normal(STEPS, r, i), normal(STEPS, o, r), o * i // TOP
+
+            count = Count(4 * STEPS * r * (i + o) + 6 * o * i, 4 * STEPS * (r + 1) * o * i)
+            check = partial(_check_merge, importance=_factor_importance)
+            yield Case("factor_merge", _name((o, i)), f"r={r}, t={STEPS}", count, make, check, mutated=0)
+
+
+def threshold(shapes: Shapes) -> Iterator[Case]:
+    """bytes: one read, 4 an entry; operations: one comparison an entry."""
+    for o, i in shapes.distinct:
+
+        def make(device: torch.device, o: int = o, i: int = i) -> tuple[Any, ...]:
+            return _Random(device)(o, i).square_(), o * i // TOP
+
+        yield Case("threshold", _name((o, i)), "top 20 %", Count(4 * o * i, o * i), make, _check_threshold)
+
+
+def sign_merge_(shapes: Shapes) -> Iterator[Case]:
+    """bytes: 4 + 6 n an entry for n donors (bf16 weights, fp32 importance); operations: 3 n an entry."""
+    for o, i in shapes.distinct:
+        for n in (1, 3):
+
+            def make(device: torch.device, o: int = o, i: int = i, n: int = n) -> tuple[Any, ...]:
+                normal = _Random(device)
+                weight, *donors = (normal(o, i, dtype=torch.bfloat16) for _ in range(n + 1))
+                igias = [normal(o, i).square_() for _ in range(n)]
+                values = [torch.tensor(QUANTILE, device=device)] * n
+                return weight, donors, igias, values, [torch.tensor(-1, device=device)] * n, [1.0] * n
+
+            count = Count((4 + 6 * n) * o * i, 3 * n * o * i)
+            check = partial(_check_merge, importance=_dense_importance)
+            variant = f"{n} donor{'s' if n > 1 else ''}"
+            yield Case("sign_merge_", _name((o, i)), variant, count, make, check, mutated=0)
+
+
+def square_accumulate_(shapes: Shapes) -> Iterator[Case]:
+    """bytes: 12 an entry of an fp32 gradient, 10 of a bf16 one; operations: 2 an entry."""
+    for o, i in shapes.distinct:
+        for name, dtype in DTYPES.items():
+
+            def make(device: torch.device, o: int = o, i: int = i, dtype: torch.dtype = dtype) -> tuple[Any, ...]:
+                normal = _Random(device)
+                return normal(o, i).square_(), normal(o, i, dtype=dtype)
+
+            count = Count((8 + dtype.itemsize) * o * i, 2 * o * i)
+            yield Case("square_accumulate_", _name((o, i)), name, count, make, _check_squares, mutated=0)
+
+
+def outer_square_accumulate_(shapes: Shapes) -> Iterator[Case]:
+    """bytes: 8 an entry and the factors, 4 r (in + out); operations: 2 (r + 1) an entry."""
+    for o, i in shapes.distinct:
+        for r in RANKS:
+
+            def make(device: torch.device, o: int = o, i: int = i, r: int = r) -> tuple[Any, ...]:
+                normal = _Random(device)
+                return normal(o, i).square_(), normal(r, i), normal(o, r)
+
+            count = Count(8 * o * i + 4 * r * (i + o), 2 * (r + 1) * o * i)
+            yield Case("outer_square_accumulate_", _name((o, i)), f"r={r}", count, make, _check_squares, mutated=0)
+
+
+def wgrad_square_accumulate_(shapes: Shapes) -> Iterator[Case]:
+    """bytes: 8 an entry, and x and dy once; operations: 2 T an entry, against the GEMM peak of the dtype of x."""
+    for o, i in shapes.distinct:
+        for name, dtype in DTYPES.items():
+
+            def make(device: torch.device, o: int = o, i: int = i, dtype: torch.dtype = dtype) -> tuple[Any, ...]:
+                normal = _Random(device)
+                return normal(o, i).square_(), normal(TOKENS, i, dtype=dtype), normal(TOKENS, o, dtype=dtype), None
+
+            count = Count(8 * o * i + dtype.itemsize * TOKENS * (i + o), 2 * TOKENS * o * i, dtype)
+            variant = f"{name}, T={TOKENS}"
+            yield Case("wgrad_square_accumulate_", _name((o, i)), variant, count, make, _check_squares, mutated=0)
+
+
+OPERATIONS: dict[str, Callable[[Shapes], Iterator[Case]]] = {
+    function.__name__: function
+    for function in (
+        gram_norm,
+        factor_merge,
+        threshold,
+        sign_merge_,
+        square_accumulate_,
+        outer_square_accumulate_,
+        wgrad_square_accumulate_,
+    )
+}

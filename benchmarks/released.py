@@ -1,0 +1,68 @@
+"""What the method's authors do (METHOD C), in plain torch: dense squares, a full sort, float masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.implementations import Implementation
+
+
+class Released(Implementation):
+    """Each gradient is built densely, squared and added; a mask comes from a full descending argsort."""
+
+    name, kind = "released", "released"
+
+    def gram_norm(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """The squared norm of every product, built densely."""
+        return torch.stack([((bi @ ai) ** 2).sum() for ai, bi in zip(a, b, strict=True)])
+
+    def square_accumulate_(self, igia: Tensor, grad: Tensor) -> None:
+        """A square, then a sum; in float32, since bfloat16 squares would be another answer."""
+        igia += grad.float() ** 2
+
+    def outer_square_accumulate_(self, igia: Tensor, a: Tensor, b: Tensor) -> None:
+        """A product, a square, a sum."""
+        igia += (b @ a) ** 2
+
+    def wgrad_square_accumulate_(self, igia: Tensor, x: Tensor, dy: Tensor, grad: None) -> Tensor:
+        """The whole weight gradient, as training the weight would hold it, squared."""
+        square = (dy.float().T @ x.float()) ** 2
+        igia += square
+        return square.sum()
+
+    def threshold(self, igia: Tensor, k: int) -> Tensor:
+        """A float mask."""
+        mask = torch.zeros(igia.numel(), device=igia.device)
+        mask[torch.argsort(igia.flatten(), descending=True)[:k]] = 1.0
+        return mask.view(igia.shape)
+
+    def sign_merge_(
+        self,
+        weight: Tensor,
+        donors: list[Tensor],
+        igias: list[Tensor],
+        values: list[Tensor],
+        indices: list[Tensor],
+        scales: list[float],
+    ) -> None:
+        """By float masks; each comes from a comparison here, less work than the sort it came from."""
+        self._merge(weight, donors, [(f > v).float() for f, v in zip(igias, values, strict=True)])
+
+    def factor_merge(self, weight: Tensor, donor: Tensor, a: Tensor, b: Tensor, k: int) -> None:
+        """F of all steps, the mask by argsort, the merge."""
+        self._merge(weight, [donor], [self.threshold(self.importance(a, b), k)])
+
+    def importance(self, a: Tensor, b: Tensor) -> Tensor:
+        """F float32 (out, in) from a (t, r, in) and b (t, out, r) (source: P eq. 2 and 3, C)."""
+        igia = torch.zeros(b.shape[1], a.shape[2], device=a.device)
+        for ai, bi in zip(a, b, strict=True):
+            igia += (bi.float() @ ai.float()) ** 2
+        return igia
+
+    def _merge(self, weight: Tensor, donors: list[Tensor], masks: list[Tensor]) -> None:
+        merged = weight.float()
+        for donor, mask in zip(donors, masks, strict=True):
+            agree = (torch.sign(donor) == torch.sign(weight)).float()
+            merged = merged + mask * agree * donor.float()
+        weight.copy_(merged)

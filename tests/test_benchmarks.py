@@ -1,0 +1,269 @@
+"""The benchmark harness: it compares like with like, refuses a wrong answer, and its arithmetic is right."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import results as results_file
+from benchmarks.__main__ import main
+from benchmarks.implementations import Implementation, Ours, Reference, implementations
+from benchmarks.limits import Limits
+from benchmarks.operations import OPERATIONS, SHAPES, TOLERANCE, Count, Shapes
+from benchmarks.plain_torch import _kth_value, _sampled_value
+from benchmarks.plots import plot
+from benchmarks.results import Result, read, results, table_rows, update, write
+from benchmarks.timing import Measured, WrongAnswer, measure
+from gradpruner.errors import CheckpointError, InvalidArgument
+
+CPU = torch.device("cpu")
+ODD = Shapes(((33, 70), (7, 129)), 2)
+EAGER = implementations(skip=["compiled"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections():
+    """Each memory measurement collects garbage, which takes a while with all that pytest has loaded."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class Mine(Implementation):
+    """What somebody else's class looks like."""
+
+    name = "mine"
+
+    def threshold(self, igia, k):
+        return igia.flatten().topk(k).values[-1]
+
+
+class OwnSums(Implementation):
+    name = "wrong"
+
+    def gram_norm(self, a, b):
+        return torch.stack([(bi @ ai).square().sum() for ai, bi in zip(a, b, strict=True)]) * (1 + 3 * TOLERANCE)
+
+    def square_accumulate_(self, igia, grad):
+        igia.copy_(grad.float().square())
+
+    def outer_square_accumulate_(self, igia, a, b):
+        igia += b @ a
+
+    def wgrad_square_accumulate_(self, igia, x, dy, grad):
+        g = dy.float().T @ x.float()
+        igia += g.square()
+        return g.sum()
+
+    def threshold(self, igia, k):
+        return igia.flatten().topk(k + 1).values[-1]
+
+    def sign_merge_(self, weight, donors, igias, values, indices, scales):
+        for donor, f, value in zip(donors, igias, values, strict=True):
+            weight += (f > value) * donor  # signs not looked at
+
+    def factor_merge(self, weight, donor, a, b, k):
+        Ours(CPU).factor_merge(weight, donor, a, b, k + k // 100 + 2)
+
+
+class WrongMask(Implementation):
+    name = "wrong"
+
+    def threshold(self, igia, k):
+        return (igia < igia.flatten().kthvalue(k + 1).values).float()  # as many, but the smallest
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_implementation_agrees_with_the_reference(op):
+    for case in OPERATIONS[op](ODD):
+        measured = measure(case, EAGER, 1, CPU)
+        names = [each.name for each in measured]
+        assert names[0] == "reference" and {"released", "ours"} <= set(names)
+        assert any(each.kind == "torch" for each in measured)
+        assert all(each.seconds and min(each.seconds) > 0 for each in measured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_compiled_torch_agrees_with_the_reference(op):
+    classes = [each for each in implementations() if each.name in ("reference", "compiled", "ours")]
+    for case in OPERATIONS[op](Shapes(((33, 70),), 2)):
+        compiled = [each for each in measure(case, classes, 1, CPU) if each.name == "compiled"]
+        assert len(compiled) == (op not in ("gram_norm", "threshold"))
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("wrong", [OwnSums, WrongMask])
+def test_a_wrong_implementation_stops_the_run(op, wrong):
+    if not hasattr(wrong, op):
+        pytest.skip("not wrong there")
+    for case in OPERATIONS[op](ODD):
+        with pytest.raises(WrongAnswer, match=f"'wrong' is wrong on {op}"):
+            measure(case, [Reference, wrong, Ours], 1, CPU)
+
+
+def test_every_call_starts_from_the_same_state():
+    """Wrong from the second call on would go unseen: but there is nothing to go wrong if the state is put back."""
+    seen = []
+
+    class Watching(Implementation):
+        name = "watching"
+
+        def square_accumulate_(self, igia, grad):
+            seen.append(float(igia.sum()))
+            igia += grad.float() ** 2
+
+    measure(next(OPERATIONS["square_accumulate_"](ODD)), [Reference, Watching, Ours], 3, CPU)
+    assert len(seen) == 5 and len(set(seen)) == 1
+
+
+@pytest.mark.parametrize("size", [50, 70_000, 300_001])
+@pytest.mark.parametrize("share", [0.001, 0.2, 0.99, 1.0])
+def test_the_sampled_threshold_is_exact(size, share):
+    igia = torch.randn(size, generator=torch.Generator().manual_seed(1)).square()
+    k = max(1, int(share * size))
+    assert _sampled_value(igia, k) == _kth_value(igia, k) == igia.sort(descending=True).values[k - 1]
+
+
+def test_the_sampled_threshold_survives_ties():
+    igia = torch.zeros(100_000)
+    igia[::7] = 1.0
+    assert _sampled_value(igia, 200) == 1.0 and _sampled_value(igia, 50_000) == 0.0
+
+
+def test_memory_of_a_call_is_seen():
+    class Hungry(Mine):
+        name = "hungry"
+
+        def threshold(self, igia, k):
+            held = torch.ones(16 << 20)  # 64 MiB
+            return super().threshold(igia, k) * held[0]
+
+    case = next(OPERATIONS["threshold"](ODD))
+    extra = {each.name: each.extra_bytes for each in measure(case, [Reference, Mine, Hungry, Ours], 1, CPU)}
+    assert 60 << 20 < extra["hungry"] < 80 << 20 and extra["mine"] < 8 << 20
+
+
+def test_counts():
+    """14336 x 4096 at r = 8, t = 40 is 42 GFLOP a rebuild (METHOD section 3), and merging needs two."""
+    cases = {(c.op, c.shape, c.variant): c.count for op in OPERATIONS.values() for c in op(SHAPES["llama-8b"])}
+    entries = 14336 * 4096
+    merge = cases["factor_merge", "14336x4096", "r=8, t=40"]
+    assert merge.operations == 2 * 42_278_584_320
+    assert merge.bytes == 6 * entries + 4 * 40 * 8 * (14336 + 4096)
+    assert cases["gram_norm", "224 pairs", "r=8"] == Count(32 * 81920 * 32, 72 * 81920 * 32, torch.float64)
+    assert cases["sign_merge_", "4096x14336", "3 donors"].bytes == 22 * entries
+    assert cases["square_accumulate_", "14336x4096", "bf16"].bytes == 10 * entries
+    assert cases["wgrad_square_accumulate_", "1024x4096", "bf16, T=1024"].operations == 2 * 1024 * 1024 * 4096
+    assert cases["outer_square_accumulate_", "1024x4096", "r=64"].operations == 130 * 1024 * 4096
+
+
+def test_the_limit_is_whichever_takes_longer():
+    class Known(Limits):
+        def bandwidth(self, size):
+            return 10e9
+
+        def peak(self, dtype):
+            return {torch.float32: 100e9, torch.float64: 50e9}[dtype]
+
+    limits = Known(CPU, 1)
+    assert limits.of(Count(10**9, 10**9)) == (0.1, "bytes")
+    assert limits.of(Count(10**9, 20 * 10**9)) == (0.2, "operations")
+    assert limits.of(Count(10**9, 20 * 10**9, torch.float64)) == (0.4, "operations")
+
+
+def test_the_machine_is_measured_once():
+    limits = Limits(CPU, 1, side=64)
+    assert 1e8 < limits.bandwidth(5 << 20) < 1e13 and limits.bandwidth(5 << 20) == limits.bandwidth(6 << 20)
+    assert 1e7 < limits.peak(torch.float64) < 1e14 and limits.peak(torch.float64) == limits.peak(torch.float64)
+
+
+def some_results(op: str = "threshold") -> list[Result]:
+    case = next(OPERATIONS[op](SHAPES["tiny"]))
+    measured = [
+        Measured("reference", "reference", (9.0,), 9.0, 4),
+        Measured("released", "released", (4.0, 6.0, 8.0), 4.5, 3),
+        Measured("in place", "torch", (2.0, 2.0, 2.0), 2.5, 2),
+        Measured("compiled", "torch", (3.0, 3.0, 3.0), 33.0, 2),
+        Measured("ours", "ours", (1.0, 2.0, 1.0), 1.5, 1),
+    ]
+    return results(case, measured, (0.5, "bytes"), CPU)
+
+
+def test_ratios_are_taken_round_by_round():
+    by_name = {each.implementation: each for each in some_results()}
+    released = by_name["released"]
+    assert (released.ratio_to_ours, released.ratio_min, released.ratio_max) == (4.0, 3.0, 8.0)
+    assert (released.median_s, released.min_s, released.max_s, released.runs) == (6.0, 4.0, 8.0, 3)
+    assert by_name["ours"].share_of_limit == 0.5 and by_name["ours"].ratio_to_ours == 1.0
+    (row,) = table_rows(some_results())
+    assert row["which"] == "in place" and row["best torch"] == "2 s" and row["released"] == "6 s"
+    assert row["released / ours"] == "4.00 (3.00 to 8.00)" and row["compile s"] == 30.0
+
+
+def test_csv_round_trip(tmp_path):
+    path = tmp_path / "x.csv"
+    write(path, some_results())
+    assert read(path, Result) == some_results()
+    path.write_text(path.read_text().replace("median_s", "median"))
+    with pytest.raises(CheckpointError, match="Result"):
+        read(path, Result)
+    with pytest.raises(InvalidArgument, match="--csv"):
+        read(tmp_path / "none.csv", Result)
+
+
+def test_a_second_run_replaces_its_rows_and_keeps_the_others(tmp_path):
+    path = tmp_path / "x.csv"
+    update(path, some_results("threshold"))
+    update(path, some_results("gram_norm"))
+    again = [replace(each, median_s=7.0) for each in some_results("threshold")]
+    update(path, again)
+    assert read(path, Result) == [*some_results("gram_norm"), *again]
+    elsewhere = [replace(each, threads=77) for each in some_results("gram_norm")]
+    update(path, elsewhere)
+    assert read(path, Result) == elsewhere
+
+
+def test_plots_come_from_the_csv(tmp_path):
+    path = tmp_path / "x.csv"
+    write(path, [*some_results("threshold"), *some_results("sign_merge_")])
+    drawn = plot(path)
+    assert [each.name for each in drawn] == ["x-threshold.svg", "x-sign_merge.svg"]
+    assert all(each.read_text(encoding="utf-8").startswith("<?xml") for each in drawn)
+    before = drawn[0].read_bytes()
+    write(path, [replace(each, median_s=100.0 * each.median_s) for each in some_results("threshold")])
+    assert plot(path)[0].read_bytes() != before
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results_file, "FOLDER", tmp_path / "results")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = "x threshold --shapes tiny --repeats 2 --skip compiled --also test_benchmarks:Mine --csv --plot"
+    monkeypatch.setattr(sys, "argv", words.split())
+    assert main() == 0
+    out = capsys.readouterr().out
+    assert "4 an entry" in out and "mine" in out and "of limit" in out
+    (path,) = (tmp_path / "results").glob("*-tiny.csv")
+    found = read(path, Result)
+    assert len({each.row for each in found}) == 4 and {each.implementation for each in found} >= {"mine", "ours"}
+    assert all(each.runs == (1 if each.kind == "reference" else 2) for each in found)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--skip ours", "skip = 'ours'; accepted are released"),
+        ("--also nowhere:Nothing", "expected package.module:Class"),
+        ("--also gradpruner:Plan", "expected a subclass of Implementation"),
+        ("--also benchmarks.released:Released", "a name is taken twice"),
+    ],
+)
+def test_wrong_calls(monkeypatch, capsys, words, message):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "argv", ["x", *words.split()])
+    assert main() == 1
+    assert message in capsys.readouterr().err
