@@ -1,0 +1,729 @@
+// Every op of ops.h against naive loops, made to be run under sanitizers: every instruction set of this machine, one
+// thread and four, sizes around the edges of chunks and tiles, four dtypes, misaligned arrays, hostile values.
+//
+// With the argument "threads" it leaves out what runs on one thread, which tells a race detector nothing.
+// Prints what ran; writes every difference to stderr and exits with 1 if there was one.
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdio>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "../../csrc/kernels.h"
+#include "../../csrc/ops.h"
+#include "../../csrc/parallel.h"
+#include "elements.h"
+
+using namespace gradpruner;
+
+namespace {
+
+std::atomic<int> threads_started{0};
+
+}  // namespace
+
+// Counts threads, so that a size below which the kernels start none cannot pass for a test of theirs. A sanitizer's
+// own pthread_create gives way to the program's, if that can be seen, and stays callable under this name.
+extern "C" int __interceptor_pthread_create(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*);
+extern "C" __attribute__((visibility("default"))) int pthread_create(pthread_t* thread,
+                                                                     const pthread_attr_t* attributes,
+                                                                     void* (*run)(void*), void* argument) {
+  ++threads_started;
+  return __interceptor_pthread_create(thread, attributes, run, argument);
+}
+
+namespace {
+
+// More than a selection collects at once, not a multiple of anything, and enough to make work for threads.
+constexpr int64_t kLarge = 600'001;
+constexpr int64_t kCounts[] = {0, 1, 7, 255, 256, 257, (1 << 16) + 1, kLarge};
+
+// Entries between the start of a cache line and an array's. A large array has no room for both in a test's time.
+std::vector<int64_t> leads(int64_t count) { return count == kLarge ? std::vector<int64_t>{1} : std::vector<int64_t>{0, 1}; }
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+std::atomic<int64_t> checks{0};
+std::atomic<int64_t> failures{0};
+std::string mode;
+bool threads_only = false;
+
+void check(bool holds, const std::string& what) {
+  ++checks;
+  if (holds) return;
+  ++failures;
+  std::fprintf(stderr, "%s: %s\n", mode.c_str(), what.c_str());
+}
+
+void check_same(const Elements& got, const Elements& expected, bool any_nan, const std::string& what) {
+  const int64_t i = got.first_difference(expected, any_nan);
+  check(i < 0, i < 0 ? "" : what + ": entry " + std::to_string(i) + " is " + std::to_string(got.get(i)) +
+                                ", expected " + std::to_string(expected.get(i)));
+}
+
+struct Case {
+  std::string op, name;
+  bool large;  // four threads start some
+  std::function<void(const std::string& what, int threads)> run;
+};
+
+std::vector<std::string> usable_variants() {
+  std::vector<std::string> usable;
+  for (const char* name : {"portable", "avx2", "avx512"}) {
+    try {
+      usable.emplace_back(select_variant(name));
+    } catch (const std::invalid_argument& reason) {
+      std::printf("%s\n", reason.what());
+    }
+  }
+  return usable;
+}
+
+const std::vector<std::string>& variants() {
+  static const std::vector<std::string> usable = usable_variants();
+  return usable;
+}
+
+// The first large case of each op, for callers that run at once.
+std::vector<Case> shared_cases;
+
+void exercise(Case item) {
+  if (threads_only && !item.large) return;
+  const std::string what = item.op + " " + item.name;
+  for (const std::string& variant : variants()) {
+    select_variant(variant.c_str());
+    for (const int threads : {1, 4}) {
+      if (threads_only && threads == 1) continue;
+      mode = variant + ", " + std::to_string(threads) + " threads";
+      const int before = threads_started;
+      item.run(what, threads);
+      const int started = threads_started - before;
+      const bool expected = threads == 1 ? started == 0 : started > 0 || !item.large;
+      check(expected, what + ": started " + std::to_string(started) + " threads");
+    }
+  }
+  const bool new_op = shared_cases.empty() || shared_cases.back().op != item.op;
+  if (item.large && new_op) shared_cases.push_back(std::move(item));
+}
+
+// ---- data
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::float32:
+      return "float32";
+    case DType::bfloat16:
+      return "bfloat16";
+    case DType::float16:
+      return "float16";
+    default:
+      return "float64";
+  }
+}
+
+using Random = std::mt19937;
+
+double plain(Random& random) { return (static_cast<int>(random() % 4001) - 2000) / 128.0; }
+
+// Small integers, of which every product and sum below is exact in float.
+double whole(Random& random) { return static_cast<int>(random() % 7) - 3; }
+
+double special(Random& random) {
+  static constexpr double kValues[] = {0.0,     -0.0,  kInf,    -kInf,   kNan,     0x1p-149, -0x1p-149, 0x1p-133, 0x1p-24,
+                                       -0x1p-25, 1e-5, 65504.0, -65520.0, 3.4e38, -3.4e38,  0x1p-1074, 1e200};
+  return random() % 3 == 0 ? kValues[random() % std::size(kValues)] : plain(random);
+}
+
+double special_factor(Random& random) {
+  static constexpr double kValues[] = {-0.0, kInf, -kInf, kNan, 0x1p-149, -0x1p-133};
+  return random() % 97 == 0 ? kValues[random() % std::size(kValues)] : whole(random);
+}
+
+using Draw = double (*)(Random&);
+
+Elements make(DType dtype, int64_t count, int64_t lead, Draw draw, unsigned seed) {
+  Random random(seed);
+  Elements elements(dtype, count, lead);
+  for (int64_t i = 0; i < count; ++i) elements.set(i, draw(random));
+  return elements;
+}
+
+Elements copy_of(const std::vector<float>& values, int64_t lead) {
+  Elements elements(DType::float32, static_cast<int64_t>(values.size()), lead);
+  for (size_t i = 0; i < values.size(); ++i) elements.set(static_cast<int64_t>(i), values[i]);
+  return elements;
+}
+
+struct FactorSet {
+  Elements a, b;
+  int64_t steps, rank, out, in;
+
+  Factors factors() const {
+    Factors f{};
+    f.a = a.data();
+    f.b = b.data();
+    f.dtype = a.dtype();
+    f.steps = steps;
+    f.rank = rank;
+    f.out = f.rows = out;
+    f.in = f.cols = in;
+    f.row_step = f.col_step = 1;
+    return f;
+  }
+
+  std::string name() const {
+    return std::string(name_of(a.dtype())) + " " + std::to_string(out) + "x" + std::to_string(in) + " rank " +
+           std::to_string(rank) + " steps " + std::to_string(steps);
+  }
+
+  // The importance, float32 (out, in).
+  std::vector<float> naive() const {
+    std::vector<double> wide_a(static_cast<size_t>(a.count())), wide_b(static_cast<size_t>(b.count()));
+    for (size_t i = 0; i < wide_a.size(); ++i) wide_a[i] = a.get(static_cast<int64_t>(i));
+    for (size_t i = 0; i < wide_b.size(); ++i) wide_b[i] = b.get(static_cast<int64_t>(i));
+    std::vector<double> total(static_cast<size_t>(out * in)), dots(static_cast<size_t>(in));
+    for (int64_t step = 0; step < steps; ++step) {
+      for (int64_t row = 0; row < out; ++row) {
+        std::fill(dots.begin(), dots.end(), 0.0);
+        for (int64_t k = 0; k < rank; ++k) {
+          const double left = wide_b[static_cast<size_t>((step * out + row) * rank + k)];
+          const auto right = wide_a.begin() + (step * rank + k) * in;
+          for (int64_t col = 0; col < in; ++col) dots[static_cast<size_t>(col)] += left * right[col];
+        }
+        const auto sums = total.begin() + row * in;
+        for (int64_t col = 0; col < in; ++col) sums[col] += dots[static_cast<size_t>(col)] * dots[static_cast<size_t>(col)];
+      }
+    }
+    return {total.begin(), total.end()};
+  }
+};
+
+FactorSet make_factors(DType dtype, int64_t out, int64_t in, int64_t rank, int64_t steps, Draw draw, unsigned seed) {
+  return {make(dtype, steps * rank * in, 1, draw, seed), make(dtype, steps * out * rank, 1, draw, seed + 1), steps, rank,
+          out, in};
+}
+
+// ---- elementwise
+
+void square_accumulate_case(DType dtype, int64_t count, int64_t lead) {
+  const Elements grad = make(dtype, count, lead, special, 1);
+  const Elements start = make(DType::float32, count, lead, plain, 2);
+  Elements expected = start;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto value = static_cast<float>(grad.get(i));
+    expected.set(i, static_cast<float>(start.get(i)) + value * value);
+  }
+  const std::string name = std::string(name_of(dtype)) + " " + std::to_string(count) + " lead " + std::to_string(lead);
+  exercise({"square_accumulate", name, count == kLarge, [=](const std::string& what, int threads) {
+              Elements igia = start;
+              square_accumulate(igia.floats(), grad.array(), count, threads);
+              check_same(igia, expected, true, what);
+            }});
+}
+
+void all_finite_case(DType dtype, int64_t count, int64_t lead) {
+  const std::string name = std::string(name_of(dtype)) + " " + std::to_string(count) + " lead " + std::to_string(lead);
+  exercise({"all_finite", name, count == kLarge,
+            [=, data = make(dtype, count, lead, plain, 3)](const std::string& what, int threads) {
+              check(all_finite(data.array(), count, threads), what + ": all are");
+              if (count == 0) return;
+              for (const double bad : {kNan, kInf, -kInf}) {
+                for (const int64_t place : {int64_t{0}, count / 2, count - 1}) {
+                  Elements spoilt = data;
+                  spoilt.set(place, bad);
+                  check(!all_finite(spoilt.array(), count, threads), what + ": entry " + std::to_string(place));
+                }
+              }
+            }});
+}
+
+bool near(double got, double expected) {
+  return got == expected || (std::isnan(got) && std::isnan(expected)) ||
+         std::fabs(got - expected) <= 1e-12 * std::fabs(expected);
+}
+
+// `grad_dtype` null: the weight is frozen.
+void square_product_case(DType dtype, const DType* grad_dtype, bool with_igia, int64_t count, int64_t lead, Draw draw) {
+  const Elements product = make(dtype, count, lead, draw, 4);
+  const Elements igia_start = make(DType::float32, with_igia ? count : 0, lead, plain, 5);
+  const Elements grad_start = make(grad_dtype ? *grad_dtype : DType::float32, grad_dtype ? count : 0, lead, draw, 6);
+  Elements igia_expected = igia_start, grad_expected = grad_start, rounded = grad_start;
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    double value = product.get(i);
+    if (grad_dtype) {
+      rounded.set(i, value);
+      const double both = grad_start.get(i) + rounded.get(i);
+      const float in_float = static_cast<float>(grad_start.get(i)) + static_cast<float>(rounded.get(i));
+      grad_expected.set(i, *grad_dtype == DType::float64 ? both : in_float);
+      value = grad_expected.get(i);
+    }
+    sum += value * value;
+    const auto square = static_cast<float>(value * value);
+    if (with_igia && std::isfinite(square)) igia_expected.set(i, static_cast<float>(igia_start.get(i)) + square);
+  }
+  const std::string name = std::string(name_of(dtype)) + (grad_dtype ? std::string(" into ") + name_of(*grad_dtype) : "") +
+                           (with_igia ? " with igia " : " ") + std::to_string(count) + " lead " + std::to_string(lead);
+  exercise({"square_product", name, count == kLarge, [=](const std::string& what, int threads) {
+              Elements igia = igia_start, grad = grad_start;
+              const double got = square_product(product.array(), igia.floats(), grad.data(), grad.dtype(), count, threads);
+              check(near(got, sum), what + ": sum " + std::to_string(got) + ", expected " + std::to_string(sum));
+              check(near(square_product(product.array(), nullptr, nullptr, DType::float32, count, 1),
+                         square_product(product.array(), nullptr, nullptr, DType::float32, count, threads)),
+                    what + ": sum by threads");
+              check_same(igia, igia_expected, true, what + ": igia");
+              check_same(grad, grad_expected, true, what + ": grad");
+            }});
+}
+
+void elementwise() {
+  for (const int64_t count : kCounts) {
+    for (const int64_t lead : leads(count)) {
+      for (const DType dtype : kDTypes) {
+        square_accumulate_case(dtype, count, lead);
+      }
+    }
+  }
+  for (const int64_t count : kCounts) {
+    for (const int64_t lead : leads(count)) {
+      for (const DType dtype : kDTypes) {
+        all_finite_case(dtype, count, lead);
+      }
+    }
+  }
+  for (const int64_t count : kCounts) {
+    for (const DType dtype : {DType::float32, DType::float64}) {
+      for (const Draw draw : {plain, special}) {
+        if (count == kLarge && draw == special) continue;  // the same code as with less, in a test's time
+        square_product_case(dtype, nullptr, true, count, 0, draw);
+        square_product_case(dtype, nullptr, false, count, 1, draw);
+        for (const DType& grad_dtype : kDTypes) {
+          square_product_case(dtype, &grad_dtype, true, count, 1, draw);
+        }
+      }
+    }
+  }
+}
+
+// ---- gram_norm
+
+struct Shape {
+  int64_t rank, in, out;
+};
+
+void gram_norm_case(const std::string& name, const std::vector<Shape>& shapes, bool large) {
+  std::vector<FactorSet> sets;
+  std::vector<double> expected;
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const auto [rank, in, out] = shapes[i];
+    const auto seed = static_cast<unsigned>(10 + i);
+    sets.push_back({make(kDTypes[i % 4], rank * in, static_cast<int64_t>(i % 2), whole, seed),
+                    make(kDTypes[i / 4 % 4], out * rank, static_cast<int64_t>(i % 3), whole, seed + 1), 1, rank, out, in});
+    const std::vector<float> squares = sets.back().naive();
+    expected.push_back(std::accumulate(squares.begin(), squares.end(), 0.0));
+  }
+  // A pair that is not finite must not touch the others.
+  sets.push_back({make(DType::float32, 8 * 33, 0, special, 7), make(DType::float32, 8 * 17, 0, special, 8), 1, 8, 17, 33});
+  expected.push_back(kNan);
+  exercise({"gram_norm", name, large, [=](const std::string& what, int threads) {
+              std::vector<Pair> pairs;
+              for (const FactorSet& set : sets) {
+                Pair pair{};
+                pair.a = set.a.array();
+                pair.b = set.b.array();
+                pair.rank = set.rank;
+                pair.in = set.in;
+                pair.out = set.out;
+                pairs.push_back(pair);
+              }
+              Elements norms(DType::float64, static_cast<int64_t>(pairs.size()), 1);
+              gram_norm(pairs, static_cast<double*>(norms.data()), threads);
+              for (size_t i = 0; i < expected.size(); ++i) {
+                const double norm = norms.get(static_cast<int64_t>(i));
+                check(norm == expected[i] || (std::isnan(norm) && std::isnan(expected[i])),
+                      what + ": pair " + std::to_string(i) + " is " + std::to_string(norm) + ", expected " +
+                          std::to_string(expected[i]));
+              }
+            }});
+}
+
+void gram_norms() {
+  std::vector<Shape> odd;
+  for (const int64_t rank : {0, 1, 3, 8, 65}) {
+    for (const int64_t in : {1, 7, 127, 128, 129}) odd.push_back({rank, in, 257 - in});
+  }
+  gram_norm_case("no sizes", {{0, 0, 0}, {8, 0, 5}, {8, 5, 0}, {1, 0, 0}}, false);
+  gram_norm_case("odd sizes", odd, true);
+  gram_norm_case("large", std::vector<Shape>(8, {65, 300, 257}), true);
+}
+
+// ---- selection
+
+struct Entry {
+  float value;
+  int64_t index;
+};
+
+// The entries that can be kept, the most important first, of equals the one with the lower index.
+std::vector<Entry> ranking(const float* f, int64_t count) {
+  std::vector<Entry> entries;
+  for (int64_t i = 0; i < count; ++i) {
+    if (f[i] > 0) entries.push_back({f[i], i});
+  }
+  std::stable_sort(entries.begin(), entries.end(), [](const Entry& x, const Entry& y) { return x.value > y.value; });
+  return entries;
+}
+
+Threshold boundary(const std::vector<Entry>& ranked, int64_t k) {
+  const auto last = std::min<int64_t>(k, static_cast<int64_t>(ranked.size())) - 1;
+  if (last < 0) return {std::numeric_limits<float>::infinity(), -1};
+  return {ranked[static_cast<size_t>(last)].value, ranked[static_cast<size_t>(last)].index};
+}
+
+void check_boundary(Threshold got, const std::vector<Entry>& ranked, int64_t k, const std::string& what) {
+  const Threshold expected = boundary(ranked, k);
+  check(got.value == expected.value && got.index == expected.index,
+        what + ", k " + std::to_string(k) + ": (" + std::to_string(got.value) + ", " + std::to_string(got.index) +
+            "), expected (" + std::to_string(expected.value) + ", " + std::to_string(expected.index) + ")");
+}
+
+std::vector<int64_t> choices_of_k(int64_t count) {
+  std::vector<int64_t> choices{0};
+  for (const int64_t k : {int64_t{1}, count / 5, count / 2, count - 1, count}) {
+    if (k > 0 && k <= count) choices.push_back(k);
+  }
+  return choices;
+}
+
+float positive(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// The selection samples runs of neighbours; this entry lies between them.
+bool between_runs(int64_t i, int64_t count) { return count >= 512 && i % (count / 512) >= 512; }
+
+struct Pattern {
+  const char* name;
+  std::function<float(Random&, int64_t i, int64_t count)> entry;
+};
+
+const Pattern kPatterns[] = {
+    {"all zero", [](Random&, int64_t, int64_t) { return 0.0f; }},
+    {"all equal", [](Random&, int64_t, int64_t) { return 1.5f; }},
+    {"all infinite", [](Random&, int64_t, int64_t) { return INFINITY; }},
+    {"nothing positive", [](Random& random, int64_t, int64_t) { return random() % 2 ? NAN : -1.0f; }},
+    {"smooth", [](Random& random, int64_t, int64_t) { return positive(0x3F800000u + random() % 0x800000u); }},
+    {"every scale", [](Random& random, int64_t, int64_t) { return positive(random() % 0x7F800001u); }},
+    {"subnormal", [](Random& random, int64_t, int64_t) { return positive(random() % 0x800000u); }},
+    {"ties", [](Random& random, int64_t, int64_t) { return static_cast<float>(random() % 5); }},
+    {"few positive", [](Random& random, int64_t, int64_t) { return random() % 100 == 0 ? plain(random) : 0.0; }},
+    {"special", [](Random& random, int64_t, int64_t) { return static_cast<float>(special(random)); }},
+    // What the sample does not see, alike in no bit, in 11 bits, in 22 bits, in all: so far the radix has to go.
+    {"hidden", [](Random& random, int64_t i, int64_t count) {
+       return positive(between_runs(i, count) ? 0x40000000u + random() % 0x3F000000u : random() % 0x3F000000u);
+     }},
+    {"hidden alike in 11 bits", [](Random& random, int64_t i, int64_t count) {
+       return positive(between_runs(i, count) ? 0x60000000u + random() % 0x200000u : random() % 0x3F000000u);
+     }},
+    {"hidden alike in 22 bits", [](Random& random, int64_t i, int64_t count) {
+       return positive(between_runs(i, count) ? 0x60000000u + random() % 0x400u : random() % 0x3F000000u);
+     }},
+    {"hidden alike", [](Random& random, int64_t i, int64_t count) {
+       return positive(between_runs(i, count) ? 0x60000000u : random() % 0x3F000000u);
+     }},
+};
+
+void threshold_case(const Pattern& pattern, int64_t count, int64_t lead) {
+  Random random(20);
+  Elements igia(DType::float32, count, lead);
+  for (int64_t i = 0; i < count; ++i) igia.set(i, pattern.entry(random, i, count));
+  const std::vector<Entry> ranked = ranking(igia.floats(), count);
+  const std::string name = std::string(pattern.name) + " " + std::to_string(count) + " lead " + std::to_string(lead);
+  exercise({"threshold", name, count == kLarge, [=](const std::string& what, int threads) {
+              for (const int64_t k : choices_of_k(count)) {
+                check_boundary(threshold(igia.floats(), count, k, threads), ranked, k, what);
+              }
+            }});
+}
+
+void factor_threshold_case(const FactorSet& set, const std::string& name, bool large) {
+  const std::vector<float> f = set.naive();
+  const auto count = static_cast<int64_t>(f.size());
+  exercise({"factor_threshold", name + " " + set.name(), large,
+            [=, ranked = ranking(f.data(), count)](const std::string& what, int threads) {
+              for (const int64_t k : choices_of_k(count)) {
+                check_boundary(factor_threshold(set.factors(), k, threads), ranked, k, what);
+              }
+            }});
+}
+
+// The kernels agree with themselves where F is rounded and no naive loop has its last bits.
+void rounded_factor_threshold_case(int64_t out, int64_t in) {
+  const FactorSet set = make_factors(DType::float32, out, in, 8, 4, plain, 30);
+  exercise({"factor_threshold", "rounded " + set.name(), true, [=](const std::string& what, int threads) {
+              Elements f = copy_of(std::vector<float>(static_cast<size_t>(out * in)), 1);
+              outer_square_accumulate(f.floats(), set.factors(), threads);
+              const std::vector<Entry> ranked = ranking(f.floats(), out * in);
+              for (const int64_t k : choices_of_k(out * in)) {
+                check_boundary(factor_threshold(set.factors(), k, threads), ranked, k, what);
+              }
+            }});
+}
+
+// Every other row is large in a way that `entry` says, the rows between are small: the sample takes the small ones.
+FactorSet hidden_rows(int64_t out, int64_t in, Draw entry) {
+  FactorSet set = make_factors(DType::float32, out, in, 1, 3, entry, 40);
+  for (int64_t i = 0; i < set.b.count(); ++i) set.b.set(i, i % out % 2 ? 64 : 1.0 / 64);
+  return set;
+}
+
+void selections() {
+  for (const Pattern& pattern : kPatterns) {
+    for (const int64_t count : kCounts) {
+      for (const int64_t lead : leads(count)) {
+        threshold_case(pattern, count, lead);
+      }
+    }
+  }
+  for (const int64_t rank : {0, 1, 8, 65}) {
+    for (const DType dtype : kDTypes) {
+      factor_threshold_case(make_factors(dtype, 7, 13, rank, 2, whole, 21), "", false);
+      factor_threshold_case(make_factors(dtype, 97, 257, rank, 2, whole, 22), "", rank >= 65);
+      factor_threshold_case(make_factors(dtype, 97, 257, rank, 2, special_factor, 23), "special", rank >= 65);
+    }
+  }
+  factor_threshold_case(make_factors(DType::float32, 5, 3, 8, 0, whole, 24), "no steps", false);
+  factor_threshold_case(make_factors(DType::bfloat16, 600, 520, 8, 3, whole, 25), "sampled", true);
+  factor_threshold_case(make_factors(DType::float32, 1100, 300, 8, 1, whole, 26), "sampled rows", true);
+  factor_threshold_case(make_factors(DType::float16, 300, 1100, 8, 1, whole, 27), "sampled columns", true);
+  factor_threshold_case(hidden_rows(1100, 520, whole), "hidden rows", true);
+  const Draw one = [](Random&) { return 1.0; };
+  factor_threshold_case(make_factors(DType::float32, 1100, 520, 1, 3, one, 28), "all equal", true);
+  factor_threshold_case(hidden_rows(1100, 520, one), "hidden rows alike", true);
+  factor_threshold_case(make_factors(DType::float32, 1, kLarge, 1, 3, whole, 29), "one row", true);
+  factor_threshold_case(make_factors(DType::float32, kLarge, 1, 1, 3, whole, 29), "one column", true);
+  rounded_factor_threshold_case(193, 513);
+  rounded_factor_threshold_case(1100, 300);
+}
+
+// ---- importance from factors
+
+void outer_case(const FactorSet& set, const std::string& name, bool large) {
+  const std::vector<float> f = set.naive();
+  const Elements start = make(DType::float32, set.out * set.in, 1, whole, 50);
+  Elements expected = start;
+  for (size_t i = 0; i < f.size(); ++i) {
+    const auto place = static_cast<int64_t>(i);
+    expected.set(place, static_cast<float>(start.get(place)) + f[i]);
+  }
+  exercise({"outer_square_accumulate", name + " " + set.name(), large, [=](const std::string& what, int threads) {
+              Elements igia = start;
+              outer_square_accumulate(igia.floats(), set.factors(), threads);
+              check_same(igia, expected, true, what);
+            }});
+}
+
+void outers() {
+  const std::pair<int64_t, int64_t> shapes[] = {{1, 1}, {7, 13}, {95, 255}, {96, 256}, {97, 257}, {1, 300}, {300, 1}};
+  for (const DType dtype : kDTypes) {
+    for (const auto& [out, in] : shapes) {
+      for (const int64_t rank : {0, 1, 8, 65}) {
+        outer_case(make_factors(dtype, out, in, rank, 1, whole, 51), "", false);
+      }
+    }
+    outer_case(make_factors(dtype, 193, 513, 65, 1, whole, 52), "large", true);
+    outer_case(make_factors(dtype, 97, 257, 65, 9, special_factor, 53), "many steps, special", true);
+  }
+  outer_case(make_factors(DType::float32, 97, 257, 8, 70, whole, 54), "many steps", true);
+  outer_case(make_factors(DType::bfloat16, 20, 30, 513, 3, whole, 55), "a rank of its own panel", false);
+  outer_case(make_factors(DType::float32, 5, 0, 8, 1, whole, 56), "no columns", false);
+  outer_case(make_factors(DType::float32, 0, 5, 8, 1, whole, 57), "no rows", false);
+}
+
+// ---- merging
+
+constexpr double kScales[] = {1.0, 0.3, 2.0};
+
+template <class Wide>
+Elements naive_merge(const Elements& weight, const std::vector<Elements>& donors,
+                     const std::vector<std::vector<float>>& importances, const std::vector<Threshold>& thresholds) {
+  Elements merged = weight;
+  for (int64_t i = 0; i < weight.count(); ++i) {
+    const double w = weight.get(i);
+    auto sum = static_cast<Wide>(w);
+    bool changed = false;
+    for (size_t k = 0; k < donors.size(); ++k) {
+      const double v = donors[k].get(i);
+      const float f = importances[k][static_cast<size_t>(i)];
+      const auto [value, index] = thresholds[k];
+      const bool kept = f > 0 && (f > value || (f == value && i <= index));
+      if (!kept || !((v > 0 && w > 0) || (v < 0 && w < 0))) continue;
+      sum += static_cast<Wide>(kScales[k]) * static_cast<Wide>(v);
+      changed = true;
+    }
+    if (changed) merged.set(i, sum);  // else it keeps its bits, a NaN's too
+  }
+  return merged;
+}
+
+struct Merge {
+  Elements weight, expected;
+  std::vector<Elements> donors;
+  std::vector<Threshold> thresholds;
+};
+
+Merge make_merge(DType dtype, int64_t count, int64_t lead, const std::vector<std::vector<float>>& importances) {
+  const Elements weight = make(dtype, count, lead, special, 60);
+  std::vector<Elements> donors;
+  std::vector<Threshold> thresholds;
+  for (const std::vector<float>& f : importances) {
+    const auto seed = static_cast<unsigned>(61 + donors.size());
+    // The first donor keeps a fifth, cutting through ties; the second all that it can; the third nothing.
+    const int64_t k = donors.empty() ? (count + 4) / 5 : donors.size() == 1 ? count : 0;
+    donors.push_back(make(dtype, count, lead, special, seed));
+    thresholds.push_back(boundary(ranking(f.data(), count), k));
+  }
+  Elements expected = dtype == DType::float64 ? naive_merge<double>(weight, donors, importances, thresholds)
+                                              : naive_merge<float>(weight, donors, importances, thresholds);
+  return {weight, std::move(expected), std::move(donors), std::move(thresholds)};
+}
+
+Donor make_donor(const Merge& merge, size_t k) {
+  Donor donor{};
+  donor.weight = merge.donors[k].data();
+  donor.threshold = merge.thresholds[k];
+  donor.scale = kScales[k];
+  return donor;
+}
+
+void sign_merge_case(DType dtype, int64_t count, int64_t lead, size_t donor_count) {
+  std::vector<std::vector<float>> importances;
+  std::vector<Elements> igias;
+  for (size_t k = 0; k < donor_count; ++k) {
+    Random random(static_cast<unsigned>(70 + k));
+    std::vector<float>& f = importances.emplace_back(static_cast<size_t>(count));
+    for (float& entry : f) entry = random() % 7 ? static_cast<float>(random() % 5) : static_cast<float>(special(random));
+    igias.push_back(copy_of(f, lead));
+  }
+  const std::string name = std::string(name_of(dtype)) + " " + std::to_string(count) + " lead " + std::to_string(lead) +
+                           " donors " + std::to_string(donor_count);
+  exercise({"sign_merge", name, count == kLarge,
+            [=, merge = make_merge(dtype, count, lead, importances)](const std::string& what, int threads) {
+              std::vector<Donor> donors;
+              for (size_t k = 0; k < donor_count; ++k) {
+                donors.push_back(make_donor(merge, k));
+                donors.back().igia = igias[k].floats();
+              }
+              Elements weight = merge.weight;
+              sign_merge(weight.data(), dtype, count, donors, threads);
+              check_same(weight, merge.expected, false, what);
+            }});
+}
+
+void factor_sign_merge_case(DType dtype, const std::vector<FactorSet>& sets, int64_t lead, bool large) {
+  std::vector<std::vector<float>> importances;
+  for (const FactorSet& set : sets) importances.push_back(set.naive());
+  const std::string name = std::string(name_of(dtype)) + " lead " + std::to_string(lead) + " donors " +
+                           std::to_string(sets.size()) + " " + sets.front().name();
+  const int64_t count = sets.front().out * sets.front().in;
+  exercise({"factor_sign_merge", name, large,
+            [=, merge = make_merge(dtype, count, lead, importances)](const std::string& what, int threads) {
+              std::vector<Donor> donors;
+              for (size_t k = 0; k < sets.size(); ++k) {
+                donors.push_back(make_donor(merge, k));
+                donors.back().factors = sets[k].factors();
+              }
+              Elements weight = merge.weight;
+              factor_sign_merge(weight.data(), dtype, donors, threads);
+              check_same(weight, merge.expected, false, what);
+            }});
+}
+
+void merges() {
+  for (const DType dtype : kDTypes) {
+    for (const int64_t count : kCounts) {
+      for (const int64_t lead : leads(count)) {
+        if (count != kLarge) sign_merge_case(dtype, count, lead, 1);
+        sign_merge_case(dtype, count, lead, 3);
+      }
+    }
+  }
+  const std::pair<int64_t, int64_t> shapes[] = {{0, 5}, {5, 0}, {1, 1}, {7, 13}, {95, 255}, {97, 257}, {193, 513}};
+  for (const DType dtype : kDTypes) {
+    for (const auto& [out, in] : shapes) {
+      const FactorSet first = make_factors(DType::float32, out, in, 8, 3, whole, 80);
+      factor_sign_merge_case(dtype, {first}, 0, out == 193);
+      factor_sign_merge_case(dtype,
+                             {first, make_factors(DType::bfloat16, out, in, 65, 1, special_factor, 82),
+                              make_factors(DType::float32, out, in, 0, 1, whole, 84)},
+                             1, out == 193);
+      factor_sign_merge_case(dtype, {make_factors(DType::float32, out, in, 8, 0, whole, 86)}, 1, false);
+    }
+  }
+  factor_sign_merge_case(DType::bfloat16, {make_factors(DType::bfloat16, 600, 520, 1, 70, whole, 88)}, 1, true);
+}
+
+// ---- threads
+
+// What a body throws reaches the caller after every thread has ended, as when memory runs out in one of them.
+void exceptions() {
+  mode = "parallel_for";
+  std::vector<int64_t> seen(1000);
+  bool caught = false;
+  try {
+    parallel_for(4, static_cast<int64_t>(seen.size()), [&](int, int64_t item) {
+      seen[static_cast<size_t>(item)] = item;
+      if (item == 500) throw std::bad_alloc();
+    });
+  } catch (const std::bad_alloc&) {
+    caught = true;
+  }
+  check(caught, "the exception was lost");
+  check(seen[500] == 500, "an item was lost");
+}
+
+// Python calls without its lock: callers share what they read, and nothing that they write.
+void callers_at_once() {
+  const auto in_order = [](const std::vector<Case>& cases) {
+    for (const Case& item : cases) item.run(item.op + " " + item.name, 4);
+  };
+  const std::vector<Case> backwards(shared_cases.rbegin(), shared_cases.rend());
+  for (const std::string& variant : variants()) {
+    select_variant(variant.c_str());
+    mode = variant + ", callers at once";
+    for (const std::vector<Case>& second : {shared_cases, backwards}) {
+      std::thread first(in_order, std::cref(shared_cases));
+      in_order(second);
+      first.join();
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argument_count, char** arguments) {
+  threads_only = argument_count > 1 && std::string(arguments[1]) == "threads";
+  const std::pair<const char*, void (*)()> parts[] = {
+      {"elementwise", elementwise}, {"gram_norm", gram_norms}, {"selection", selections}, {"outer", outers},
+      {"merge", merges},            {"exceptions", exceptions}, {"callers at once", callers_at_once}};
+  for (const auto& [name, run] : parts) {
+    const int64_t before = checks;
+    run();
+    std::printf("%s: %lld checks\n", name, static_cast<long long>(checks - before));
+    std::fflush(stdout);
+  }
+  for (const std::string& variant : variants()) std::printf("ran %s\n", variant.c_str());
+  for (const Case& item : shared_cases) std::printf("shared %s\n", item.op.c_str());
+  std::printf("%lld failures\n", static_cast<long long>(failures.load()));
+  return failures == 0 ? 0 : 1;
+}
