@@ -12,8 +12,8 @@ from benchmarks.implementations import implementations
 from benchmarks.limits import Limits
 from benchmarks.operations import OPERATIONS, SHAPES
 from benchmarks.plots import plot
-from benchmarks.results import Result, default_path, machine, results, table_rows, update
-from benchmarks.timing import measure
+from benchmarks.records import Result, default_path, machine, results, table_rows, update
+from benchmarks.timing import measure, quiet_collector
 from gradpruner.errors import GradPrunerError
 from gradpruner.ops import available_backends
 from gradpruner.report import table
@@ -69,7 +69,8 @@ def main() -> int:
     try:
         if state != "available":
             raise GradPrunerError(f"the backend for {options.device} is {state}")
-        _run(options)
+        with quiet_collector():
+            _run(options)
     except GradPrunerError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from benchmarks.results import Result, read
+from benchmarks.records import Result, read
 from gradpruner.errors import InvalidArgument
 from gradpruner.files import atomic_path
 

@@ -47,11 +47,11 @@ class Released(Implementation):
         scales: list[float],
     ) -> None:
         """By float masks; each comes from a comparison here, less work than the sort it came from."""
-        self._merge(weight, donors, [(f > v).float() for f, v in zip(igias, values, strict=True)])
+        self.merge(weight, donors, [(f > v).float() for f, v in zip(igias, values, strict=True)])
 
     def factor_merge(self, weight: Tensor, donor: Tensor, a: Tensor, b: Tensor, k: int) -> None:
         """F of all steps, the mask by argsort, the merge."""
-        self._merge(weight, [donor], [self.threshold(self.importance(a, b), k)])
+        self.merge(weight, [donor], [self.threshold(self.importance(a, b), k)])
 
     def importance(self, a: Tensor, b: Tensor) -> Tensor:
         """F float32 (out, in) from a (t, r, in) and b (t, out, r) (source: P eq. 2 and 3, C)."""
@@ -60,7 +60,8 @@ class Released(Implementation):
             igia += (bi.float() @ ai.float()) ** 2
         return igia
 
-    def _merge(self, weight: Tensor, donors: list[Tensor], masks: list[Tensor]) -> None:
+    def merge(self, weight: Tensor, donors: list[Tensor], masks: list[Tensor]) -> None:
+        """weight += sum of mask * [sign equal] * donor, in float32, stored once (source: C)."""
         merged = weight.float()
         for donor, mask in zip(donors, masks, strict=True):
             agree = (torch.sign(donor) == torch.sign(weight)).float()

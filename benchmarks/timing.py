@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +46,16 @@ def seconds(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3, result
+
+
+@contextlib.contextmanager
+def quiet_collector() -> Iterator[None]:
+    """Keeps the garbage collector off all that is loaded by now: its passes would fall on whoever is being timed."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Runner:

@@ -115,7 +115,7 @@ def _table_row(row: Sequence[Result]) -> dict[str, Any]:
         "which": best.implementation if best else "",
         **{each.implementation: _time(each) for each in row if each.kind in ("floor", "other")},
         "ours": _time(ours),
-        "limit": _shown(ours.limit_s),
+        "limit": shown(ours.limit_s),
         "by": ours.limit_by,
         "ours of limit": f"{ours.share_of_limit:.1%}",
         "released / ours": _ratio(released),
@@ -130,10 +130,10 @@ def _table_row(row: Sequence[Result]) -> dict[str, Any]:
 
 
 def _time(result: Result | None) -> str:
-    return "" if result is None else _shown(result.median_s)
+    return "" if result is None else shown(result.median_s)
 
 
-def _shown(seconds: float) -> str:
+def shown(seconds: float) -> str:
     """Three digits and a unit; values of one column may differ by many powers of ten."""
     for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
         if seconds >= unit:
