@@ -170,7 +170,7 @@ def _copy_others(source: Path, folder: Path, *, code: bool) -> None:
         hidden, python = file.name.startswith("."), file.suffix == ".py"
         if not file.is_file() or hidden or file.name.endswith(LEFT_BEHIND) or (python and not code):
             continue
-        if not (folder / file.name).exists() and file.name != PLAN_FILE:  # config.json is written already
+        if not (folder / file.name).exists():  # config.json is written already
             shutil.copyfile(file, folder / file.name)
 
 

@@ -637,3 +637,31 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     with soft_limit(resource.RLIMIT_FSIZE, 20_000), pytest.raises(gradpruner.CheckpointError, match="could not write"):
         gradpruner.apply_folder(source, tmp_path / "stream", DROP)
     assert content(tmp_path) == before
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own-llama"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_that_brings_its_code_is_read_only_if_that_is_trusted(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    source = dense("llama", tmp_path / "dense")
+    config = json.loads((source / "config.json").read_text())
+    code = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    own = {**config, "model_type": "own-llama", "architectures": ["OwnForCausalLM"], "auto_map": code}
+    (source / "config.json").write_text(json.dumps(own))
+    (source / "modeling_own.py").write_text(CODE)
+    with pytest.raises(gradpruner.InvalidArgument, match="contains custom code"):
+        gradpruner.apply_folder(source, tmp_path / "stream", DROP)
+    gradpruner.apply_folder(source, tmp_path / "stream", DROP, trust_remote_code=True)
+    again, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "stream", trust_remote_code=True), families.tokens()
+    assert type(again).__name__ == "OwnForCausalLM"
+    (source / "config.json").write_text(json.dumps(config))
+    with torch.no_grad():
+        actual = again.eval()(input_ids=ids, use_cache=False).logits
+    assert torch.equal(actual, families.skipped_logits(load(source), DROP.removed, ids))
