@@ -26,12 +26,13 @@ COMMON_FLAGS = (
     " -ffp-contract=off -fno-math-errno -fno-trapping-math"
 )
 # Sums whose last bits are free, and which twice as many operations a cycle make faster.
-CONTRACTED = ("gram.cpp", "importance_tile.cpp")
+CONTRACTED = ("gram.cpp", "importance_tile.cpp", "weight_gradient.cpp")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 VARIANTS = {"portable": ""}
 if X86:
     VARIANTS["avx2"] = "-mavx2 -mfma"
     VARIANTS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
+    VARIANTS["avx512bf16"] = VARIANTS["avx512"] + " -mavx512bf16"
 
 
 def compiler() -> str | None:

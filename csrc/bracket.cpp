@@ -11,7 +11,7 @@ namespace gradpruner {
 
 namespace {
 
-constexpr double kDeviations = 4;
+constexpr double kDeviations = 3;  // a miss costs time, not exactness
 
 uint32_t bits_of(float value) {
   uint32_t bits;
@@ -42,7 +42,13 @@ double share_error(const Sample& sample, float pivot) {
       col += above / static_cast<double>(sample.rows);
     }
   }
-  return kDeviations * std::sqrt(variance_of_mean(by_row) + variance_of_mean(by_col)) +
+  // The variance within rows and columns is in both, and counts once.
+  double share = 0;
+  for (double row : by_row) share += row;
+  share /= static_cast<double>(sample.rows);
+  const double within = share * (1 - share) / static_cast<double>(sample.entries.size());
+  const double variance = variance_of_mean(by_row) + variance_of_mean(by_col) - within;
+  return kDeviations * std::sqrt(std::max(variance, within)) +
          kDeviations / static_cast<double>(sample.entries.size());
 }
 
@@ -53,13 +59,19 @@ Bracket guess_bracket(const Sample& sample, double share_kept) {
   std::copy_if(sample.entries.begin(), sample.entries.end(), std::back_inserter(positive),
                [](float value) { return value > 0; });
   const auto total = static_cast<double>(sample.entries.size());
-  const auto ranked = [&](double share) {
-    const auto place = positive.begin() + static_cast<int64_t>(share * total);
-    std::nth_element(positive.begin(), place, positive.end(), std::greater<>());
-    return *place;
-  };
   const double positive_share = static_cast<double>(positive.size()) / total;
-  const float pivot = share_kept < positive_share ? ranked(share_kept) : 0.0f;
+  // Each search leaves what is larger before its place and what is smaller after it, so the next need not look at all.
+  const auto place = [&](double share) { return positive.begin() + static_cast<int64_t>(share * total); };
+  const bool split = share_kept < positive_share;
+  const auto middle = split ? place(share_kept) : positive.end();
+  if (split) std::nth_element(positive.begin(), middle, positive.end(), std::greater<>());
+  const float pivot = split ? *middle : 0.0f;
+  const auto ranked = [&](double share) {
+    const bool before = place(share) < middle;
+    const auto last = before ? middle : positive.end();
+    std::nth_element(before ? positive.begin() : middle, place(share), last, std::greater<>());
+    return *place(share);
+  };
   const double error = share_error(sample, pivot);
   const double fewest = share_kept - error;
   const double most = share_kept + error;

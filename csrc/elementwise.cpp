@@ -1,7 +1,6 @@
 // Ops that walk over memory once, in chunks spread over threads.
 #include <algorithm>
 #include <atomic>
-#include <numeric>
 #include <vector>
 
 #include "kernels.h"
@@ -59,17 +58,6 @@ bool all_finite(Array data, int64_t count, int threads) {
     if (finite && !kernels().all_finite({offset(data.data, data.dtype, first), data.dtype}, length)) finite = false;
   });
   return finite;
-}
-
-double square_product(Array product, float* igia, void* grad, DType grad_dtype, int64_t count, int threads) {
-  // Added up in the order of the chunks, so that the sum does not depend on the threads.
-  std::vector<double> sums(static_cast<size_t>((count + kChunk - 1) / kChunk));
-  for_chunks(count, 2, threads, [&](int64_t first, int64_t length, int64_t chunk) {
-    sums[static_cast<size_t>(chunk)] = kernels().square_product(
-        {offset(product.data, product.dtype, first), product.dtype}, igia ? igia + first : nullptr,
-        grad ? offset(grad, grad_dtype, first) : nullptr, grad_dtype, length);
-  });
-  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 void sign_merge(void* weight, DType dtype, int64_t count, const std::vector<Donor>& donors, int threads) {

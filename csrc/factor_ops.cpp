@@ -10,18 +10,22 @@
 
 namespace gradpruner {
 
+namespace {
+
+// One step is over sooner than the memory it is added to arrives: tiles are wide, to walk along rows.
+constexpr int64_t kBandRows = 48;
+constexpr int64_t kBandCols = 4096;
+
+}  // namespace
+
 void outer_square_accumulate(float* igia, const Factors& factors, int threads) {
-  const TileGrid grid(factors.rows, factors.cols);
+  const TileGrid grid(factors.rows, factors.cols, kBandRows, kBandCols);
   const int workers = worker_count(threads, grid.size(), rebuild_work(factors));
-  Scratch<float> importance(workers, kTileSize);
-  Scratch<float> packed(workers, kernels().importance_scratch(factors.rank));
+  Scratch<float> packed(workers, kernels().importance_scratch(1, factors.rank, kBandRows, kBandCols));
   parallel_for(workers, grid.size(), [&](int worker, int64_t number) {
     const Tile tile = grid.tile(number);
-    const float* f = importance.of(worker);
-    kernels().importance_tile(factors, tile.row, tile.col, importance.of(worker), packed.of(worker));
-    for (int64_t i = 0; i < tile.rows; ++i) {
-      kernels().add(igia + (tile.row + i) * factors.cols + tile.col, f + i * kTileCols, tile.cols);
-    }
+    float* target = igia + tile.row * factors.cols + tile.col;
+    kernels().add_importance(factors, tile, target, factors.cols, packed.of(worker));
   });
 }
 
@@ -29,21 +33,22 @@ void factor_sign_merge(void* weight, DType dtype, const std::vector<Donor>& dono
   const Factors& shape = donors.front().factors;
   const TileGrid grid(shape.rows, shape.cols);
   double work = 0;
-  int64_t rank = 0;
+  int64_t scratch = 0;
   for (const Donor& donor : donors) {
-    work += rebuild_work(donor.factors);
-    rank = std::max(rank, donor.factors.rank);
+    const Factors& factors = donor.factors;
+    work += rebuild_work(factors);
+    scratch = std::max(scratch, kernels().importance_scratch(factors.steps, factors.rank, kTileRows, kTileCols));
   }
   const auto count = static_cast<int64_t>(donors.size());
   const int workers = worker_count(threads, grid.size(), work);
   Scratch<float> importance(workers, count * kTileSize);
-  Scratch<float> packed(workers, kernels().importance_scratch(rank));
+  Scratch<float> packed(workers, scratch);
   const int64_t bytes = element_size(dtype);
   parallel_for(workers, grid.size(), [&](int worker, int64_t number) {
     const Tile tile = grid.tile(number);
     for (int64_t k = 0; k < count; ++k) {
-      kernels().importance_tile(donors[static_cast<size_t>(k)].factors, tile.row, tile.col,
-                                importance.of(worker) + k * kTileSize, packed.of(worker));
+      kernels().importance_tile(donors[static_cast<size_t>(k)].factors, tile, importance.of(worker) + k * kTileSize,
+                                packed.of(worker));
     }
     std::vector<MergeTerm> terms(donors.size());
     for (int64_t i = 0; i < tile.rows; ++i) {

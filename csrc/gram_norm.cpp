@@ -24,8 +24,8 @@ void gram_norm(const std::vector<Pair>& pairs, double* norms, int threads) {
     const Pair& pair = pairs[static_cast<size_t>(item)];
     double* of_a = grams.of(worker);
     double* of_b = of_a + gram_size;
-    kernels().gram(pair.a, pair.rank, pair.in, pair.in, 1, of_a, chunks.of(worker));
-    kernels().gram(pair.b, pair.rank, pair.out, 1, pair.rank, of_b, chunks.of(worker));
+    kernels().gram_of_rows(pair.a, pair.rank, pair.in, of_a, chunks.of(worker));
+    kernels().gram_of_entries(pair.b, pair.rank, pair.out, of_b, chunks.of(worker));
     const int64_t stride = kernels().padded_rank(pair.rank);
     double norm = 0;
     for (int64_t i = 0; i < pair.rank; ++i) {

@@ -11,8 +11,13 @@ namespace gradpruner {
 
 namespace {
 
-// A sample has this many rows and columns, or up to twice as many; fewer where the matrix has fewer.
-constexpr int64_t kSampleSide = 512;
+// Of an array, one entry in so many is sampled, in runs: a cache line costs the same for one entry and for all.
+constexpr int64_t kSampleShare = 512;
+constexpr int64_t kSampleRun = 64;
+// Of a matrix to be rebuilt, about one row and one column in so many, but as many as tell something.
+constexpr int64_t kSampleStep = 12;
+constexpr int64_t kFewestSampled = 128;
+constexpr int64_t kMostSampled = 512;
 
 class ArraySource final : public ImportanceSource {
  public:
@@ -25,8 +30,8 @@ class ArraySource final : public ImportanceSource {
 
   // Runs of neighbours, which cost one cache line for many entries.
   Sample sample() const override {
-    const int64_t cols = std::min(kSampleSide, count_);
-    const int64_t rows = std::min(kSampleSide, count_ / cols);
+    const int64_t cols = std::min(kSampleRun, count_);
+    const int64_t rows = std::clamp(count_ / kSampleShare, kFewestSampled * kFewestSampled, kMostSampled * kMostSampled) / cols;
     Sample sample{rows, cols, {}};
     sample.entries.reserve(static_cast<size_t>(rows * cols));
     for (int64_t row = 0; row < rows; ++row) {
@@ -45,7 +50,7 @@ class ArraySource final : public ImportanceSource {
   }
 
  private:
-  static constexpr int64_t kChunk = 1 << 14;
+  static constexpr int64_t kChunk = kLongestSpan;
   static int64_t chunks(int64_t first, int64_t end) { return (end - first + kChunk - 1) / kChunk; }
 
   const float* igia_;
@@ -66,8 +71,8 @@ class FactorSource final : public ImportanceSource {
 
   Sample sample() const override {
     Factors picked = factors_;
-    picked.row_step = std::max<int64_t>(1, factors_.rows / kSampleSide);
-    picked.col_step = std::max<int64_t>(1, factors_.cols / kSampleSide);
+    picked.row_step = sample_step(factors_.rows);
+    picked.col_step = sample_step(factors_.cols);
     picked.rows = factors_.rows / picked.row_step;
     picked.cols = factors_.cols / picked.col_step;
     Sample sample{picked.rows, picked.cols, {}};
@@ -97,6 +102,10 @@ class FactorSource final : public ImportanceSource {
   }
 
  private:
+  static int64_t sample_step(int64_t count) {
+    return std::max<int64_t>(1, count / std::clamp(count / kSampleStep, kFewestSampled, kMostSampled));
+  }
+
   // body(worker, tile, f) for the tiles of `factors` that hold rows of [first_row, end_row).
   template <class Body>
   void for_tiles(const Factors& factors, int64_t first_row, int64_t end_row, const Body& body,
@@ -104,11 +113,11 @@ class FactorSource final : public ImportanceSource {
     const TileGrid grid(factors.rows, factors.cols);
     const int workers = std::min(workers_, worker_count(workers_, grid.size(), rebuild_work(factors)));
     Scratch<float> importance(workers, kTileSize);
-    Scratch<float> packed(workers, kernels().importance_scratch(factors.rank));
+    Scratch<float> packed(workers, kernels().importance_scratch(factors.steps, factors.rank, kTileRows, kTileCols));
     parallel_for(workers, grid.size(), [&](int worker, int64_t number) {
       const Tile tile = grid.tile(number);
       if (tile.row + tile.rows <= first_row || tile.row >= end_row || (stop && *stop)) return;
-      kernels().importance_tile(factors, tile.row, tile.col, importance.of(worker), packed.of(worker));
+      kernels().importance_tile(factors, tile, importance.of(worker), packed.of(worker));
       body(worker, tile, importance.of(worker));
     });
   }

@@ -11,7 +11,9 @@
 
 namespace gradpruner {
 
-// `f` holds the entries with flat index first, first + 1, ...
+constexpr int64_t kLongestSpan = 1 << 14;
+
+// `f` holds the entries with flat index first, first + 1, ..., kLongestSpan of them at most.
 struct Span {
   int worker;
   int64_t first, count;

@@ -8,30 +8,35 @@ namespace gradpruner {
 struct Kernels {
   const char* name;
 
-  // gram (padded_rank(rank) squared, lower triangle) = rows @ rows^T in double, where row k has its entry j at
-  // data[k * row_stride + j * entry_stride]. scratch: gram_scratch(rank) doubles.
-  void (*gram)(Array data, int64_t rank, int64_t length, int64_t row_stride, int64_t entry_stride, double* gram,
-               double* scratch);
+  // gram (padded_rank(rank) squared, lower triangle) = rows @ rows^T in double, of data (rank, length).
+  // scratch: gram_scratch(rank) doubles.
+  void (*gram_of_rows)(Array data, int64_t rank, int64_t length, double* gram, double* scratch);
+  // The same of data (length, rank).
+  void (*gram_of_entries)(Array data, int64_t rank, int64_t length, double* gram, double* scratch);
   int64_t (*padded_rank)(int64_t rank);
   int64_t (*gram_scratch)(int64_t rank);
 
   // igia += grad ** 2, squared in float.
   void (*square_accumulate)(float* igia, Array grad, int64_t count);
-  void (*add)(float* target, const float* source, int64_t count);
   bool (*all_finite)(Array data, int64_t count);
 
-  // The epilogue of the weight gradient, see variant/weight_gradient.cpp. igia and grad may be null.
-  double (*square_product)(Array product, float* igia, void* grad, DType grad_dtype, int64_t count);
+  // One tile of the weight gradient, kGradientRows x kGradientCols at most, into grad and igia; returns the sum of squares.
+  // scratch: weight_gradient_scratch() bytes.
+  double (*weight_gradient_tile)(const WeightGradient& call, const Tile& tile, char* scratch);
+  int64_t (*weight_gradient_scratch)();
 
-  // f (kTileRows, kTileCols) = the importance from (row, col) on; entries past the edge are undefined.
-  void (*importance_tile)(const Factors& factors, int64_t row, int64_t col, float* f, float* scratch);
-  int64_t (*importance_scratch)(int64_t rank);
+  // Adds the importance of a tile of any shape to f, whose rows are `stride` apart. scratch: importance_scratch(steps,
+  // rank, rows, cols) floats.
+  void (*add_importance)(const Factors& factors, const Tile& tile, float* f, int64_t stride, float* scratch);
+  // f (kTileRows, kTileCols) = the importance of a tile of that shape, or of less of it at an edge.
+  void (*importance_tile)(const Factors& factors, const Tile& tile, float* f, float* scratch);
+  int64_t (*importance_scratch)(int64_t steps, int64_t rank, int64_t rows, int64_t cols);
 
   // Entries whose bit pattern p has low <= p <= high; both bounds are those of positive floats.
   int64_t (*count_between)(const float* f, int64_t count, uint32_t low, uint32_t high);
-  // The same entries, written to `found` (room for `count` of them); returns how many.
-  int64_t (*collect)(const float* f, int64_t count, uint32_t low, uint32_t high, int64_t first_index,
-                     Candidate* found);
+  // The same entries' patterns and offsets from f, written to arrays with room for count + 1. count is
+  // below 2^32. Counts also the entries above `high`.
+  Collected (*collect)(const float* f, int64_t count, uint32_t low, uint32_t high, uint32_t* bits, uint32_t* offsets);
   // ++buckets[(p >> shift) & mask] for the same entries.
   void (*histogram)(const float* f, int64_t count, uint32_t low, uint32_t high, int shift, uint32_t mask,
                     int64_t* buckets);
@@ -43,7 +48,7 @@ struct Kernels {
 // The variant in use: the best this machine has, unless select_variant chose another.
 const Kernels& kernels();
 
-// Chooses "portable", "avx2" or "avx512", or the best for "". Returns the name; throws std::invalid_argument.
+// Chooses "portable", "avx2", "avx512" or "avx512bf16", or the best for "". Returns the name; throws std::invalid_argument.
 const char* select_variant(const char* name);
 
 }  // namespace gradpruner

@@ -79,10 +79,13 @@ PYBIND11_MODULE(_cpu, m) {
       },
       no_gil);
   m.def(
-      "square_product",
-      [](Address product, int dtype, Address igia, Address grad, int grad_dtype, int64_t count, int threads) {
-        return square_product(array(product, dtype), pointer<float>(igia), pointer<void>(grad),
-                              static_cast<DType>(grad_dtype), count, threads);
+      "weight_gradient",
+      [](Address x, Address dy, int dtype, int64_t tokens, int64_t in, int64_t out, bool finite, Address igia,
+         Address grad, int grad_dtype, int threads) {
+        return weight_gradient({pointer<const void>(x), pointer<const void>(dy), static_cast<DType>(dtype), tokens, in,
+                                out, finite, pointer<float>(igia), pointer<void>(grad),
+                                static_cast<DType>(grad_dtype)},
+                               threads);
       },
       no_gil);
   m.def(

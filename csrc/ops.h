@@ -25,7 +25,7 @@ void square_accumulate(float* igia, Array grad, int64_t count, int threads);
 void outer_square_accumulate(float* igia, const Factors& factors, int threads);
 
 bool all_finite(Array data, int64_t count, int threads);
-double square_product(Array product, float* igia, void* grad, DType grad_dtype, int64_t count, int threads);
+double weight_gradient(const WeightGradient& call, int threads);
 
 Threshold threshold(const float* igia, int64_t count, int64_t k, int threads);
 Threshold factor_threshold(const Factors& factors, int64_t k, int threads);

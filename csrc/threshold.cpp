@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstring>
 #include <limits>
+#include <functional>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -15,12 +16,15 @@
 #include "importance_source.h"
 #include "kernels.h"
 #include "ops.h"
+#include "scratch.h"
 
 namespace gradpruner {
 
 namespace {
 
 constexpr int64_t kSmall = 1 << 18;  // as many entries are collected without a thought
+constexpr int64_t kMostIndexed = int64_t{1} << 32;  // a candidate's index has 32 bits
+constexpr uint32_t kBuckets = 1 << 12;
 constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
 constexpr Threshold kNothing{std::numeric_limits<float>::infinity(), -1};
 
@@ -30,9 +34,17 @@ struct Level {
 };
 constexpr Level kLevels[] = {{21, 0x7FF}, {10, 0x7FF}, {0, 0x3FF}};
 
-struct Collected {
-  int64_t above = 0;
-  std::vector<Candidate> candidates;
+// Positive floats as their bit patterns, which order as the floats do, and their flat indices.
+struct Candidates {
+  int64_t above = 0;  // entries beyond the bracket
+  std::vector<int64_t> counts;  // of candidates in each bucket of the bracket
+  std::vector<uint32_t> bits;
+  std::vector<uint32_t> indices;
+};
+
+struct Candidate {
+  uint32_t bits;
+  uint32_t index;
 };
 
 float float_of(uint32_t bits) {
@@ -64,8 +76,10 @@ class Selection {
     if (source_.size() > kSmall) {
       bracket = guess_bracket(source_.sample(), static_cast<double>(k) / static_cast<double>(source_.size()));
     }
-    if (auto collected = collect(bracket, 0, source_.size(), collectable())) {
-      if (auto answer = pick(std::move(*collected), bracket, k)) return *answer;
+    if (source_.size() <= kMostIndexed) {
+      if (auto collected = collect(bracket, 0, source_.size(), collectable())) {
+        if (auto answer = pick(*collected, bracket, 0, k)) return *answer;
+      }
     }
     return by_radix(k);
   }
@@ -76,39 +90,70 @@ class Selection {
     return std::vector<std::vector<int64_t>>(static_cast<size_t>(source_.workers()), std::vector<int64_t>(size));
   }
 
-  // Nothing if there are more candidates than `limit`.
-  std::optional<Collected> collect(Bracket bracket, int64_t first, int64_t end, int64_t limit) const {
-    std::vector<Collected> parts(static_cast<size_t>(source_.workers()));
+  static int bucket_shift(Bracket bracket) {
+    int shift = 0;
+    while ((bracket.high - bracket.low) >> shift >= kBuckets) ++shift;
+    return shift;
+  }
+
+  // One part a worker; nothing if there are more candidates than `limit`.
+  std::optional<std::vector<Candidates>> collect(Bracket bracket, int64_t first, int64_t end, int64_t limit) const {
+    std::vector<Candidates> parts(static_cast<size_t>(source_.workers()));
+    for (Candidates& part : parts) part.counts.resize(kBuckets);
+    const int shift = bucket_shift(bracket);
+    Scratch<uint32_t> bits(source_.workers(), kLongestSpan + 1);
+    Scratch<uint32_t> offsets(source_.workers(), kLongestSpan + 1);
     std::atomic<int64_t> found{0};
     std::atomic<bool> too_many{false};
     source_.visit(first, end, too_many, [&](const Span& span) {
-      Collected& part = parts[static_cast<size_t>(span.worker)];
-      part.above += kernels().count_between(span.f, span.count, bracket.high + 1, kInfinity);
-      const size_t before = part.candidates.size();
-      part.candidates.resize(before + static_cast<size_t>(span.count));
-      const int64_t added = kernels().collect(span.f, span.count, bracket.low, bracket.high, span.first,
-                                              part.candidates.data() + before);
-      part.candidates.resize(before + static_cast<size_t>(added));
-      if ((found += added) > limit) too_many = true;
+      Candidates& part = parts[static_cast<size_t>(span.worker)];
+      uint32_t* new_bits = bits.of(span.worker);
+      uint32_t* new_offsets = offsets.of(span.worker);
+      const Collected seen =
+          kernels().collect(span.f, span.count, bracket.low, bracket.high, new_bits, new_offsets);
+      part.above += seen.above;
+      if (seen.inside == 0) return;
+      if ((found += seen.inside) > limit) too_many = true;
+      const auto base = static_cast<uint32_t>(span.first - first);
+      for (int64_t i = 0; i < seen.inside; ++i) {
+        new_offsets[i] += base;
+        ++part.counts[(new_bits[i] - bracket.low) >> shift];
+      }
+      part.bits.insert(part.bits.end(), new_bits, new_bits + seen.inside);
+      part.indices.insert(part.indices.end(), new_offsets, new_offsets + seen.inside);
     });
     if (too_many) return std::nullopt;
-    Collected all = std::move(parts.front());
-    for (size_t i = 1; i < parts.size(); ++i) {
-      all.above += parts[i].above;
-      all.candidates.insert(all.candidates.end(), parts[i].candidates.begin(), parts[i].candidates.end());
-    }
-    return all;
+    return parts;
   }
 
-  // Nothing if the bracket does not hold the answer.
-  static std::optional<Threshold> pick(Collected collected, Bracket bracket, int64_t k) {
-    const int64_t seen = collected.above + static_cast<int64_t>(collected.candidates.size());
+  // Nothing if the bracket does not hold the answer. The k-th largest is first narrowed down to one of many buckets.
+  static std::optional<Threshold> pick(const std::vector<Candidates>& parts, Bracket bracket, int64_t first,
+                                       int64_t k) {
+    int64_t above = 0, seen = 0;
+    for (const Candidates& part : parts) {
+      above += part.above;
+      seen += part.above + static_cast<int64_t>(part.bits.size());
+    }
     if (bracket.low == kSmallestPositive) k = std::min(k, seen);  // no more entries are positive
     if (k == 0) return kNothing;
-    if (k <= collected.above || k > seen) return std::nullopt;
-    const auto place = collected.candidates.begin() + (k - collected.above - 1);
-    std::nth_element(collected.candidates.begin(), place, collected.candidates.end(), precedes);
-    return Threshold{float_of(place->bits), place->index};
+    if (k <= above || k > seen) return std::nullopt;
+    const int shift = bucket_shift(bracket);
+    std::vector<int64_t> counts(kBuckets);
+    for (const Candidates& part : parts) {
+      std::transform(counts.begin(), counts.end(), part.counts.begin(), counts.begin(), std::plus<>());
+    }
+    uint32_t bucket = kBuckets - 1;
+    while (above + counts[bucket] < k) above += counts[bucket--];
+    std::vector<Candidate> close;
+    close.reserve(static_cast<size_t>(counts[bucket]));
+    for (const Candidates& part : parts) {
+      for (size_t i = 0; i < part.bits.size(); ++i) {
+        if ((part.bits[i] - bracket.low) >> shift == bucket) close.push_back({part.bits[i], part.indices[i]});
+      }
+    }
+    const auto place = close.begin() + (k - above - 1);
+    std::nth_element(close.begin(), place, close.end(), precedes);
+    return Threshold{float_of(place->bits), first + place->index};
   }
 
   std::vector<int64_t> histogram(Bracket bracket, Level level) const {
@@ -134,8 +179,8 @@ class Selection {
       while (above + counts[bucket] < k) above += counts[bucket--];
       prefix |= bucket << level.shift;
       bracket = {std::max(prefix, bracket.low), std::min(prefix + ((1u << level.shift) - 1), bracket.high)};
-      if (counts[bucket] <= collectable()) {
-        return *pick(*collect(bracket, 0, source_.size(), kUnlimited), bracket, k);
+      if (counts[bucket] <= collectable() && source_.size() <= kMostIndexed) {
+        return *pick(*collect(bracket, 0, source_.size(), kUnlimited), bracket, 0, k);
       }
     }
     return {float_of(prefix), nth_tie(prefix, k - above)};
@@ -156,10 +201,12 @@ class Selection {
     while (ties[static_cast<size_t>(number)] < n) n -= ties[static_cast<size_t>(number++)];
     const int64_t first = number * range;
     const Bracket bracket{bits, bits};
-    Collected found = *collect(bracket, first, std::min(first + range, source_.size()), kUnlimited);
-    const auto place = found.candidates.begin() + (n - 1);
-    std::nth_element(found.candidates.begin(), place, found.candidates.end(), precedes);
-    return place->index;
+    const auto found = *collect(bracket, first, std::min(first + range, source_.size()), kUnlimited);
+    std::vector<uint32_t> indices;
+    for (const Candidates& part : found) indices.insert(indices.end(), part.indices.begin(), part.indices.end());
+    const auto place = indices.begin() + (n - 1);
+    std::nth_element(indices.begin(), place, indices.end());
+    return first + *place;
   }
 
   const ImportanceSource& source_;

@@ -7,26 +7,22 @@
 
 namespace gradpruner {
 
-struct Tile {
-  int64_t row, col;    // of its first entry
-  int64_t rows, cols;  // that lie inside the matrix
-};
-
 class TileGrid {
  public:
-  TileGrid(int64_t rows, int64_t cols)
-      : rows_(rows), cols_(cols), tiles_across_((cols + kTileCols - 1) / kTileCols) {}
+  TileGrid(int64_t rows, int64_t cols, int64_t tile_rows = kTileRows, int64_t tile_cols = kTileCols)
+      : rows_(rows), cols_(cols), tile_rows_(tile_rows), tile_cols_(tile_cols),
+        tiles_across_((cols + tile_cols - 1) / tile_cols) {}
 
   // Tiles are numbered row by row.
-  int64_t size() const { return (rows_ + kTileRows - 1) / kTileRows * tiles_across_; }
+  int64_t size() const { return (rows_ + tile_rows_ - 1) / tile_rows_ * tiles_across_; }
   Tile tile(int64_t number) const {
-    const int64_t row = number / tiles_across_ * kTileRows;
-    const int64_t col = number % tiles_across_ * kTileCols;
-    return {row, col, std::min(kTileRows, rows_ - row), std::min(kTileCols, cols_ - col)};
+    const int64_t row = number / tiles_across_ * tile_rows_;
+    const int64_t col = number % tiles_across_ * tile_cols_;
+    return {row, col, std::min(tile_rows_, rows_ - row), std::min(tile_cols_, cols_ - col)};
   }
 
  private:
-  int64_t rows_, cols_, tiles_across_;
+  int64_t rows_, cols_, tile_rows_, tile_cols_, tiles_across_;
 };
 
 // Simple operations that rebuilding the matrix takes, some of them done together in a vector.

@@ -25,6 +25,24 @@ struct Factors {
   int64_t row_step, col_step;
 };
 
+struct Tile {
+  int64_t row, col;    // of its first entry
+  int64_t rows, cols;  // that lie inside the matrix
+};
+
+// g = dy^T x of x (tokens, in) and dy (tokens, out). igia and grad (out, in) may be null; `finite` says that x and dy
+// are.
+struct WeightGradient {
+  const void* x;
+  const void* dy;
+  DType dtype;
+  int64_t tokens, in, out;
+  bool finite;
+  float* igia;
+  void* grad;
+  DType grad_dtype;
+};
+
 // One donor as a span of the weight sees it.
 struct MergeTerm {
   const void* donor;
@@ -34,10 +52,9 @@ struct MergeTerm {
   double scale;
 };
 
-// A positive float as its bit pattern, which orders as the float does, and its flat index.
-struct Candidate {
-  int64_t index;
-  uint32_t bits;
+// How many entries lie within the bounds, and how many above them.
+struct Collected {
+  int64_t inside, above;
 };
 
 constexpr uint32_t kSmallestPositive = 1;
@@ -47,5 +64,9 @@ constexpr uint32_t kInfinity = 0x7F800000;
 constexpr int64_t kTileRows = 96;
 constexpr int64_t kTileCols = 256;
 constexpr int64_t kTileSize = kTileRows * kTileCols;
+
+// The tile of the weight gradient: taller, since its columns are packed anew for each.
+constexpr int64_t kGradientRows = 192;
+constexpr int64_t kGradientCols = 256;
 
 }  // namespace gradpruner

@@ -17,6 +17,9 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+namespace avx512bf16 {
+extern const Kernels table;
+}
 #endif
 
 namespace {
@@ -26,15 +29,18 @@ struct Variant {
   bool (*supported)();
 };
 
+#ifdef GRADPRUNER_X86
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+#endif
+
 // Best first.
 const Variant kVariants[] = {
 #ifdef GRADPRUNER_X86
-    {&avx512::table,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("fma");
-     }},
+    {&avx512bf16::table, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {&avx512::table, has_avx512},
     {&avx2::table, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif
     {&portable::table, [] { return true; }},

@@ -85,6 +85,10 @@ inline double narrow<double>(double value) {
   return value;
 }
 
+static inline int64_t size_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
 // Calls body with `data` as a pointer to the element type that `dtype` names.
 template <class Body>
 static inline auto with_type(void* data, DType dtype, Body body) {

@@ -60,10 +60,6 @@ void square_accumulate(float* igia, Array grad, int64_t count) {
   with_type(grad, [&](auto* entries) { accumulate(igia, entries, count); });
 }
 
-void add(float* __restrict target, const float* __restrict source, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) target[i] += source[i];
-}
-
 bool all_finite(Array data, int64_t count) {
   return with_type(data, [&](auto* entries) { return finite(entries, count); });
 }

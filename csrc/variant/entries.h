@@ -5,22 +5,23 @@
 
 namespace gradpruner::GRADPRUNER_VARIANT {
 
-void gram(Array data, int64_t rank, int64_t length, int64_t row_stride, int64_t entry_stride, double* gram,
-          double* scratch);
+void gram_of_rows(Array data, int64_t rank, int64_t length, double* gram, double* scratch);
+void gram_of_entries(Array data, int64_t rank, int64_t length, double* gram, double* scratch);
 int64_t padded_rank(int64_t rank);
 int64_t gram_scratch(int64_t rank);
 
 void square_accumulate(float* igia, Array grad, int64_t count);
-void add(float* target, const float* source, int64_t count);
 bool all_finite(Array data, int64_t count);
 
-double square_product(Array product, float* igia, void* grad, DType grad_dtype, int64_t count);
+double weight_gradient_tile(const WeightGradient& call, const Tile& tile, char* scratch);
+int64_t weight_gradient_scratch();
 
-void importance_tile(const Factors& factors, int64_t row, int64_t col, float* f, float* scratch);
-int64_t importance_scratch(int64_t rank);
+void add_importance(const Factors& factors, const Tile& tile, float* f, int64_t stride, float* scratch);
+void importance_tile(const Factors& factors, const Tile& tile, float* f, float* scratch);
+int64_t importance_scratch(int64_t steps, int64_t rank, int64_t rows, int64_t cols);
 
 int64_t count_between(const float* f, int64_t count, uint32_t low, uint32_t high);
-int64_t collect(const float* f, int64_t count, uint32_t low, uint32_t high, int64_t first_index, Candidate* found);
+Collected collect(const float* f, int64_t count, uint32_t low, uint32_t high, uint32_t* bits, uint32_t* offsets);
 void histogram(const float* f, int64_t count, uint32_t low, uint32_t high, int shift, uint32_t mask,
                int64_t* buckets);
 

@@ -10,14 +10,16 @@ namespace gradpruner::GRADPRUNER_VARIANT {
 
 namespace {
 
-// A register block holds two sums an entry: the dot product of the step and the total over steps.
-constexpr int64_t kVectors = 2;
-constexpr int64_t kBlockRows = GRADPRUNER_VECTOR_BYTES == 64 ? 6 : 3;
+// The dot products of a step fill the registers. The totals over steps stay in the first-level cache: a step's
+// worth of multiplications hides their way there and back.
+constexpr int64_t kVectors = GRADPRUNER_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int64_t kBlockRows = 6;
 constexpr int64_t kBlockCols = kVectors * kFloatLanes;
 static_assert(kTileRows % kBlockRows == 0 && kTileCols % kBlockCols == 0, "blocks must fill the tile");
 
 // As many steps are packed together as keep the panels in the second-level cache.
 constexpr int64_t kPackedRank = 512;
+constexpr int64_t kShallow = 64;
 
 int64_t steps_packed(int64_t rank) { return rank < kPackedRank ? kPackedRank / rank : 1; }
 
@@ -59,60 +61,86 @@ void pack_b(const T* b, const Factors& factors, int64_t first_step, int64_t step
   }
 }
 
-void accumulate_block(const float* a, const float* b, int64_t steps, int64_t rank, float* f) {
-  FloatVector total[kBlockRows][kVectors];
-  for (int64_t i = 0; i < kBlockRows; ++i) {
-    for (int64_t v = 0; v < kVectors; ++v) total[i][v] = load<FloatVector>(f + i * kTileCols + v * kFloatLanes);
-  }
+void accumulate_block(const float* a, const float* b, int64_t steps, int64_t rank, float* f, int64_t stride) {
   for (int64_t step = 0; step < steps; ++step) {
     FloatVector dot[kBlockRows][kVectors] = {};
     for (int64_t k = 0; k < rank; ++k, a += kBlockCols, b += kBlockRows) {
       FloatVector from_a[kVectors];
+#pragma GCC unroll 4
       for (int64_t v = 0; v < kVectors; ++v) from_a[v] = load<FloatVector>(a + v * kFloatLanes);
 #pragma GCC unroll 6
       for (int64_t i = 0; i < kBlockRows; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int64_t v = 0; v < kVectors; ++v) dot[i][v] += b[i] * from_a[v];
       }
     }
 #pragma GCC unroll 6
     for (int64_t i = 0; i < kBlockRows; ++i) {
-#pragma GCC unroll 2
-      for (int64_t v = 0; v < kVectors; ++v) total[i][v] += dot[i][v] * dot[i][v];
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kVectors; ++v) {
+        float* total = f + i * stride + v * kFloatLanes;
+        store(total, load<FloatVector>(total) + dot[i][v] * dot[i][v]);
+      }
     }
   }
-  for (int64_t i = 0; i < kBlockRows; ++i) {
-    for (int64_t v = 0; v < kVectors; ++v) store(f + i * kTileCols + v * kFloatLanes, total[i][v]);
-  }
+}
+
+// The same where only rows x cols of the block are there.
+void accumulate_corner(const float* a, const float* b, int64_t steps, int64_t rank, float* f, int64_t stride,
+                       int64_t rows, int64_t cols) {
+  float block[kBlockRows * kBlockCols] = {};
+  for (int64_t i = 0; i < rows; ++i) memcpy(block + i * kBlockCols, f + i * stride, static_cast<size_t>(cols) * 4);
+  accumulate_block(a, b, steps, rank, block, kBlockCols);
+  for (int64_t i = 0; i < rows; ++i) memcpy(f + i * stride, block + i * kBlockCols, static_cast<size_t>(cols) * 4);
 }
 
 }  // namespace
 
-int64_t importance_scratch(int64_t rank) {
-  return rank == 0 ? 0 : steps_packed(rank) * rank * (kTileRows + kTileCols);
+int64_t importance_scratch(int64_t steps, int64_t rank, int64_t rows, int64_t cols) {
+  if (rank == 0) return 0;
+  return smaller(steps, steps_packed(rank)) * rank * (round_up(rows, kBlockRows) + round_up(cols, kBlockCols));
 }
 
-void importance_tile(const Factors& factors, int64_t row, int64_t col, float* f, float* scratch) {
-  for (int64_t i = 0; i < kTileSize; ++i) f[i] = 0;
+void add_importance(const Factors& factors, const Tile& tile, float* f, int64_t stride, float* scratch) {
   if (factors.rank == 0) return;
-  const int64_t rows = smaller(kTileRows, factors.rows - row);
-  const int64_t cols = smaller(kTileCols, factors.cols - col);
+  const auto& [row, col, rows, cols] = tile;
   const int64_t chunk = steps_packed(factors.rank);
   for (int64_t first = 0; first < factors.steps; first += chunk) {
     const int64_t steps = smaller(chunk, factors.steps - first);
     const int64_t depth = steps * factors.rank;
     float* packed_a = scratch;
-    float* packed_b = scratch + depth * kTileCols;
+    float* packed_b = scratch + depth * round_up(cols, kBlockCols);
     with_type({factors.a, factors.dtype},
               [&](auto* a) { pack_a(a, factors, first, steps, col, cols, packed_a); });
     with_type({factors.b, factors.dtype},
               [&](auto* b) { pack_b(b, factors, first, steps, row, rows, packed_b); });
-    for (int64_t j = 0; j < cols; j += kBlockCols) {
+    const auto block = [&](int64_t i, int64_t j) {
+      const float* a = packed_a + j * depth;
+      const float* b = packed_b + i * depth;
+      float* target = f + i * stride + j;
+      if (i + kBlockRows <= rows && j + kBlockCols <= cols) {
+        accumulate_block(a, b, steps, factors.rank, target, stride);
+      } else {
+        accumulate_corner(a, b, steps, factors.rank, target, stride, smaller(kBlockRows, rows - i),
+                          smaller(kBlockCols, cols - j));
+      }
+    };
+    // A deep panel of a is kept in the cache for all rows; of shallow ones, f is walked along its rows instead.
+    if (depth > kShallow) {
+      for (int64_t j = 0; j < cols; j += kBlockCols) {
+        for (int64_t i = 0; i < rows; i += kBlockRows) block(i, j);
+      }
+    } else {
       for (int64_t i = 0; i < rows; i += kBlockRows) {
-        accumulate_block(packed_a + j * depth, packed_b + i * depth, steps, factors.rank, f + i * kTileCols + j);
+        for (int64_t j = 0; j < cols; j += kBlockCols) block(i, j);
       }
     }
   }
+}
+
+void importance_tile(const Factors& factors, const Tile& tile, float* f, float* scratch) {
+  for (int64_t i = 0; i < kTileSize; ++i) f[i] = 0;
+  add_importance(factors, tile, f, kTileCols, scratch);
 }
 
 }  // namespace gradpruner::GRADPRUNER_VARIANT

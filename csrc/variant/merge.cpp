@@ -1,7 +1,9 @@
 // weight += sum_k scale_k mask_k [sign(donor_k) = sign(weight)] donor_k, a block of entries at a time.
 //
-// Multiply and add are rounded separately, as torch does. An entry that receives nothing is not written back
-// through a conversion: it keeps its bits.
+// One loop for each donor over the block: the first reads the weight, the last writes it, and between them the sums
+// stay in the first-level cache; a single donor needs no sums in memory, and no blocks. Longer blocks lose: arrays
+// of one size tend to start at the same offset in a page, and so to push each other out of that cache. Multiply and
+// add are rounded separately, as torch does.
 #include "convert.h"
 #include "entries.h"
 
@@ -9,50 +11,82 @@ namespace gradpruner::GRADPRUNER_VARIANT {
 
 namespace {
 
-constexpr int64_t kBlock = 512;
+constexpr int64_t kBlock = 256;
 
 // Chosen by value: a choice between two structs in memory does not vectorise.
 template <class T>
-T choose(int32_t first, T left, T right) {
+T choose(bool first, T left, T right) {
   return first ? left : right;
 }
-BFloat16 choose(int32_t first, BFloat16 left, BFloat16 right) {
+BFloat16 choose(bool first, BFloat16 left, BFloat16 right) {
   return {static_cast<uint16_t>(first ? left.bits : right.bits)};
 }
-Float16 choose(int32_t first, Float16 left, Float16 right) {
+Float16 choose(bool first, Float16 left, Float16 right) {
   return {static_cast<uint16_t>(first ? left.bits : right.bits)};
+}
+
+// Whether both are above zero or both below; a zero or a NaN agrees with nothing. Bitwise operators throughout:
+// a branch would keep the loop from becoming vectors.
+bool agree(float v, float w) {
+  const uint32_t v_bits = bits_of(v), w_bits = bits_of(w);
+  const bool both = ((v_bits & 0x7FFFFFFFu) - 1 < kInfinity) & ((w_bits & 0x7FFFFFFFu) - 1 < kInfinity);
+  return both & ((v_bits ^ w_bits) < 0x80000000u);
+}
+bool agree(double v, double w) { return ((v > 0) & (w > 0)) | ((v < 0) & (w < 0)); }
+
+// Adds one donor to `count` entries, kept where the bits of their importance are in [low, low + range).
+template <bool First, bool Last, class T, class Wide>
+void add_donor(T* __restrict weight, const T* __restrict donor, const float* __restrict importance, uint32_t low,
+               uint32_t range, Wide scale, Wide* __restrict sum, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T raw = weight[i];
+    const Wide w = widen(raw);
+    const Wide v = widen(donor[i]);
+    const Wide before = First ? w : sum[i];
+    const bool take = (bits_of(importance[i]) - low < range) & agree(v, w);
+    const Wide after = take ? before + scale * v : before;
+    if (Last) {
+      // an entry that is a NaN keeps its bits; any other that received nothing survives the conversion
+      weight[i] = choose(w == w, narrow<T>(after), raw);
+    } else {
+      sum[i] = after;
+    }
+  }
 }
 
 template <class T, class Wide>
-void add_donor(const T* __restrict donor, const float* __restrict importance, float value, int32_t last, Wide scale,
-               const Wide* __restrict original, Wide* __restrict sum, int32_t* __restrict changed, int64_t count) {
-  for (int32_t i = 0; i < static_cast<int32_t>(count); ++i) {
-    const Wide v = widen(donor[i]);
-    const Wide w = original[i];
-    const float f = importance[i];
-    const int32_t kept = (f > 0) & ((f > value) | ((f == value) & (i <= last)));
-    const int32_t agree = ((v > 0) & (w > 0)) | ((v < 0) & (w < 0));
-    const int32_t take = kept & agree;
-    const Wide added = sum[i] + scale * v;
-    sum[i] = take ? added : sum[i];
-    changed[i] |= take;
+void add_donor(bool first, bool last, T* weight, const T* donor, const float* importance, uint32_t low, Wide scale,
+               Wide* sum, int64_t count) {
+  const uint32_t range = kInfinity + 1 - low;
+  if (first && last) {
+    add_donor<true, true>(weight, donor, importance, low, range, scale, sum, count);
+  } else if (first) {
+    add_donor<true, false>(weight, donor, importance, low, range, scale, sum, count);
+  } else if (last) {
+    add_donor<false, true>(weight, donor, importance, low, range, scale, sum, count);
+  } else {
+    add_donor<false, false>(weight, donor, importance, low, range, scale, sum, count);
   }
 }
 
-template <class Wide, class T>
-void merge_block(T* weight, int64_t first, int64_t count, const MergeTerm* terms, int64_t term_count) {
-  Wide original[kBlock], sum[kBlock];
-  int32_t changed[kBlock] = {};
-  for (int64_t i = 0; i < count; ++i) sum[i] = original[i] = widen(weight[i]);
+template <class T>
+void merge_block(T* weight, int64_t start, int64_t count, const MergeTerm* terms, int64_t term_count) {
+  using Wide = decltype(widen(*weight));
+  Wide sum[kBlock];
   for (int64_t k = 0; k < term_count; ++k) {
     const MergeTerm& term = terms[k];
-    const int64_t last = smaller(kBlock, term.last - first);
-    add_donor(static_cast<const T*>(term.donor) + first, term.importance + first, term.value,
-              static_cast<int32_t>(last < 0 ? -1 : last), static_cast<Wide>(term.scale), original, sum, changed,
-              count);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    weight[i] = choose(changed[i], narrow<T>(sum[i]), weight[i]);
+    const T* donor = static_cast<const T*>(term.donor) + start;
+    const float* importance = term.importance + start;
+    const Wide scale = static_cast<Wide>(term.scale);
+    const bool first = k == 0, last = k == term_count - 1;
+    // Ties are kept up to an index, so up to there the value itself is in bounds, and after it the next one is.
+    // A value that is a NaN is below nothing, one that is not positive below every importance that counts.
+    const uint32_t value = term.value > 0 ? bits_of(term.value) : term.value <= 0 ? 0 : kInfinity;
+    const uint32_t without = value + 1;
+    int64_t tied = term.value > 0 ? term.last + 1 - start : 0;
+    tied = tied < 0 ? 0 : smaller(tied, count);
+    add_donor(first, last, weight, donor, importance, value, scale, sum, tied);
+    add_donor(first, last, weight + tied, donor + tied, importance + tied, without, scale, sum + tied, count - tied);
   }
 }
 
@@ -60,9 +94,9 @@ void merge_block(T* weight, int64_t first, int64_t count, const MergeTerm* terms
 
 void merge(void* weight, DType dtype, int64_t count, const MergeTerm* terms, int64_t term_count) {
   with_type(weight, dtype, [&](auto* entries) {
-    using Wide = decltype(widen(*entries));
-    for (int64_t first = 0; first < count; first += kBlock) {
-      merge_block<Wide>(entries + first, first, smaller(kBlock, count - first), terms, term_count);
+    const int64_t block = term_count == 1 ? count : kBlock;
+    for (int64_t start = 0; start < count; start += block) {
+      merge_block(entries + start, start, smaller(block, count - start), terms, term_count);
     }
   });
 }

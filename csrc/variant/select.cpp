@@ -2,6 +2,10 @@
 #include "convert.h"
 #include "entries.h"
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 namespace gradpruner::GRADPRUNER_VARIANT {
 
 // One unsigned comparison tests both bounds: what lies below `low` wraps around to a large number. Zero, NaN and
@@ -22,19 +26,57 @@ int64_t count_between(const float* f, int64_t count, uint32_t low, uint32_t high
   return total;
 }
 
-int64_t collect(const float* f, int64_t count, uint32_t low, uint32_t high, int64_t first_index,
-                Candidate* found) {
-  constexpr int64_t kBlock = 128;
-  int64_t size = 0;
-  for (int64_t first = 0; first < count; first += kBlock) {
-    const int64_t length = smaller(kBlock, count - first);
-    if (count_between(f + first, length, low, high) == 0) continue;
-    for (int64_t i = first; i < first + length; ++i) {
-      found[size] = {first_index + i, bits_of(f[i])};
-      size += between(f[i], low, high - low);
-    }
+// One bit for each of 64 entries: whether low <= its pattern < low + range.
+static inline uint64_t mask_between(const float* f, uint32_t low, uint32_t range) {
+  uint64_t mask = 0;
+#if defined(__AVX512F__)
+  const __m512i from = _mm512_set1_epi32(static_cast<int>(low)), limit = _mm512_set1_epi32(static_cast<int>(range));
+  for (int i = 0; i < 64; i += 16) {
+    const __m512i distance = _mm512_sub_epi32(_mm512_loadu_si512(f + i), from);
+    mask |= uint64_t{_mm512_cmplt_epu32_mask(distance, limit)} << i;
   }
-  return size;
+#elif defined(__AVX2__)
+  const __m256i from = _mm256_set1_epi32(static_cast<int>(low)), limit = _mm256_set1_epi32(static_cast<int>(range));
+  for (int i = 0; i < 64; i += 8) {
+    const __m256i distance = _mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(f + i)), from);
+    const __m256i outside = _mm256_cmpeq_epi32(_mm256_max_epu32(distance, limit), distance);
+    mask |= uint64_t{static_cast<uint8_t>(~_mm256_movemask_ps(_mm256_castsi256_ps(outside)))} << i;
+  }
+#else
+  for (int i = 0; i < 64; ++i) mask |= uint64_t{bits_of(f[i]) - low < range} << i;
+#endif
+  return mask;
+}
+
+Collected collect(const float* f, int64_t count, uint32_t low, uint32_t high, uint32_t* bits, uint32_t* offsets) {
+  const uint32_t inside = high - low + 1;
+  const uint32_t beyond = kInfinity - high;  // as many patterns lie above `high`
+  constexpr uint64_t kLast = uint64_t{1} << 63;
+  Collected seen = {0, 0};
+  const auto take = [&](int64_t i) {
+    bits[seen.inside] = bits_of(f[i]);
+    offsets[seen.inside] = static_cast<uint32_t>(i);
+  };
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64) {
+    seen.above += __builtin_popcountll(mask_between(f + i, high + 1, beyond));
+    uint64_t mask = mask_between(f + i, low, inside);
+    // Which entries are candidates is as good as random, and few are: two of 64 are taken without a branch that
+    // would be guessed wrong, there or not.
+    for (int n = 0; n < 2; ++n) {
+      take(i + __builtin_ctzll(mask | kLast));
+      seen.inside += mask != 0;
+      mask &= mask - 1;
+    }
+    for (; mask; mask &= mask - 1, ++seen.inside) take(i + __builtin_ctzll(mask));
+  }
+  for (; i < count; ++i) {
+    const uint32_t entry = bits_of(f[i]);
+    take(i);
+    seen.inside += entry - low < inside;
+    seen.above += entry - (high + 1) < beyond;
+  }
+  return seen;
 }
 
 void histogram(const float* f, int64_t count, uint32_t low, uint32_t high, int shift, uint32_t mask,

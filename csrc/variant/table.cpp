@@ -9,13 +9,15 @@ namespace gradpruner::GRADPRUNER_VARIANT {
 extern const Kernels table;
 const Kernels table = {
     GRADPRUNER_STRING(GRADPRUNER_VARIANT),
-    gram,
+    gram_of_rows,
+    gram_of_entries,
     padded_rank,
     gram_scratch,
     square_accumulate,
-    add,
     all_finite,
-    square_product,
+    weight_gradient_tile,
+    weight_gradient_scratch,
+    add_importance,
     importance_tile,
     importance_scratch,
     count_between,

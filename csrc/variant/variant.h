@@ -22,16 +22,37 @@ typedef double DoubleVector __attribute__((vector_size(GRADPRUNER_VECTOR_BYTES))
 constexpr int64_t kFloatLanes = GRADPRUNER_VECTOR_BYTES / sizeof(float);
 constexpr int64_t kDoubleLanes = GRADPRUNER_VECTOR_BYTES / sizeof(double);
 
+// Not by memcpy: that makes an array of vectors live in memory, where a loop over it should keep registers.
+template <class Vector>
+struct Unaligned {
+  typedef Vector Type __attribute__((aligned(1), may_alias));
+};
+
 template <class Vector, class Scalar>
 static inline Vector load(const Scalar* address) {
-  Vector vector;
-  memcpy(&vector, address, sizeof(vector));
-  return vector;
+  return *reinterpret_cast<const typename Unaligned<Vector>::Type*>(address);
 }
 
 template <class Vector, class Scalar>
 static inline void store(Scalar* address, Vector vector) {
-  memcpy(address, &vector, sizeof(vector));
+  *reinterpret_cast<typename Unaligned<Vector>::Type*>(address) = vector;
+}
+
+// As many entries as a vector of doubles has.
+template <class T>
+struct Narrow;
+template <>
+struct Narrow<float> {
+  typedef float Vector __attribute__((vector_size(GRADPRUNER_VECTOR_BYTES / 2)));
+};
+template <>
+struct Narrow<double> {
+  using Vector = DoubleVector;
+};
+
+template <class T>
+static inline DoubleVector load_double(const T* data) {
+  return __builtin_convertvector(load<typename Narrow<T>::Vector>(data), DoubleVector);
 }
 
 static inline double lane_sum(DoubleVector vector) {

@@ -1,68 +1,223 @@
-// The epilogue of the weight gradient: what happens to a panel of dy^T x while it is still in the cache.
+// One tile of g = dy^T x over all tokens, and what becomes of it while it is still in the cache.
 //
-// Where the weight trains, the product is rounded to grad's type, added into it, and what was stored is squared;
-// else the product itself is. Squares are taken and summed in double; igia gets each that fits a float.
+// The tokens are packed a chunk at a time: x in panels as wide as the registers hold, dy as wide as the tile. Where
+// the weight trains, g is rounded to grad's type, added into it, and what was stored is squared; else g itself is.
+// Squares are summed in double; igia gets each that fits a float. This file may contract multiply and add.
+#include <type_traits>
+
 #include "convert.h"
 #include "entries.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace gradpruner::GRADPRUNER_VARIANT {
 
 namespace {
 
-constexpr int64_t kBlock = 512;
+constexpr int64_t kVectors = GRADPRUNER_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int64_t kBlockRows = 6;
+constexpr int64_t kDepth = 256;  // packed entries of a column
+constexpr int64_t kPart = kGradientCols;  // entries that go through the epilogue together
 
-template <class P, class G>
-void add_product(G* __restrict grad, const P* __restrict product, double* __restrict values, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const G stored = narrow<G>(widen(grad[i]) + widen(narrow<G>(product[i])));
-    grad[i] = stored;
-    values[i] = widen(stored);
+// A block of registers: kBlockRows x kVectors sums of type `Vector`, from packed entries of type `Packed`. Its two
+// operands lie `Packed` by `Packed`, kGradientRows and one panel to a token.
+template <class Wide, class WideVector>
+struct Multiply {
+  using Packed = Wide;
+  using Sum = Wide;
+  using Vector = WideVector;
+  static constexpr int64_t kTokens = 1;  // in one Packed
+  static constexpr int64_t kLanes = sizeof(Vector) / sizeof(Wide);
+
+  static Vector operand(const Packed* x) { return load<Vector>(x); }
+  static Vector add(Vector sum, Packed dy, Vector x) { return sum + dy * x; }
+  template <class T>
+  static Packed pack(const T* first, int64_t, int64_t, int64_t i) {
+    return widen(first[i]);
   }
-}
+};
 
-double sum_of_squares(double* values, int64_t count) {
-  for (int64_t i = count; i < kBlock; ++i) values[i] = 0;
-  DoubleVector sum = {};
-  for (int64_t i = 0; i < kBlock; i += kDoubleLanes) {
-    const auto value = load<DoubleVector>(values + i);
-    store(values + i, value * value);
-    sum += value * value;
+#ifdef __AVX512BF16__
+// Two tokens side by side, multiplied exactly and added in float. Denormal entries count as zero.
+struct MultiplyPairs {
+  using Packed = uint32_t;
+  using Sum = float;
+  using Vector = FloatVector;
+  static constexpr int64_t kTokens = 2;
+  static constexpr int64_t kLanes = kFloatLanes;
+
+  static __m512i operand(const Packed* x) { return _mm512_loadu_si512(x); }
+  static Vector add(Vector sum, Packed dy, __m512i x) {
+    return reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                     reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(dy))),
+                                                     reinterpret_cast<__m512bh>(x)));
   }
-  return lane_sum(sum);
-}
-
-void add_finite(float* __restrict igia, const double* __restrict squares, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float square = static_cast<float>(squares[i]);
-    igia[i] += bits_of(square) < kInfinity ? square : 0.0f;
+  static Packed pack(const BFloat16* first, int64_t stride, int64_t left, int64_t i) {
+    return uint32_t{first[i].bits} | (left > 1 ? uint32_t{first[stride + i].bits} << 16 : 0);
   }
-}
+};
+#endif
 
-template <class P>
-double square_panel(const P* product, float* igia, void* grad, DType grad_dtype, int64_t count) {
-  double values[kBlock];
-  double sum = 0;
-  for (int64_t first = 0; first < count; first += kBlock) {
-    const int64_t length = smaller(kBlock, count - first);
-    if (grad) {
-      with_type(grad, grad_dtype,
-                [&](auto* entries) { add_product(entries + first, product + first, values, length); });
+// packed[token][i] for `filled` of `width` entries, the rest zero. data: the chunk's first entry.
+template <class Kind, class T>
+void pack(const T* data, int64_t tokens, int64_t stride, int64_t filled, int64_t width,
+          typename Kind::Packed* __restrict packed) {
+  for (int64_t token = 0; token < tokens; token += Kind::kTokens, packed += width) {
+    const T* from = data + token * stride;
+    const int64_t left = tokens - token;
+    if (left >= Kind::kTokens) {  // apart, so that the loop has no condition in it
+      for (int64_t i = 0; i < filled; ++i) packed[i] = Kind::pack(from, stride, Kind::kTokens, i);
     } else {
-      for (int64_t i = 0; i < length; ++i) values[i] = product[first + i];
+      for (int64_t i = 0; i < filled; ++i) packed[i] = Kind::pack(from, stride, left, i);
     }
-    sum += sum_of_squares(values, length);
-    if (igia) add_finite(igia + first, values, length);
+    for (int64_t i = filled; i < width; ++i) packed[i] = 0;
+  }
+}
+
+template <class Kind>
+void multiply_block(const typename Kind::Packed* x, const typename Kind::Packed* dy, int64_t depth,
+                    typename Kind::Sum* g) {
+  using Vector = typename Kind::Vector;
+  Vector sum[kBlockRows][kVectors];
+#pragma GCC unroll 6
+  for (int64_t i = 0; i < kBlockRows; ++i) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v) sum[i][v] = load<Vector>(g + i * kGradientCols + v * Kind::kLanes);
+  }
+  for (int64_t k = 0; k < depth; ++k, x += kVectors * Kind::kLanes, dy += kGradientRows) {
+    decltype(Kind::operand(x)) from_x[kVectors];
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v) from_x[v] = Kind::operand(x + v * Kind::kLanes);
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < kBlockRows; ++i) {
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kVectors; ++v) sum[i][v] = Kind::add(sum[i][v], dy[i], from_x[v]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int64_t i = 0; i < kBlockRows; ++i) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v) store(g + i * kGradientCols + v * Kind::kLanes, sum[i][v]);
+  }
+}
+
+template <class Sum>
+constexpr int64_t packed_bytes() {
+  return kDepth * (kGradientRows + kGradientCols) * static_cast<int64_t>(sizeof(Sum));
+}
+
+// g (kGradientRows, kGradientCols) = the tile; entries past the edge are zero.
+template <class Kind, class T>
+void multiply(const T* x, const T* dy, const WeightGradient& call, const Tile& tile, char* scratch,
+              typename Kind::Sum* g) {
+  using Packed = typename Kind::Packed;
+  constexpr int64_t kPanel = kVectors * Kind::kLanes;
+  auto* packed_dy = reinterpret_cast<Packed*>(scratch);
+  Packed* packed_x = packed_dy + kDepth * kGradientRows;
+  for (int64_t i = 0; i < kGradientRows * kGradientCols; ++i) g[i] = 0;
+  for (int64_t first = 0; first < call.tokens; first += kDepth * Kind::kTokens) {
+    const int64_t tokens = smaller(kDepth * Kind::kTokens, call.tokens - first);
+    const int64_t depth = (tokens + Kind::kTokens - 1) / Kind::kTokens;
+    pack<Kind>(dy + first * call.out + tile.row, tokens, call.out, tile.rows, kGradientRows, packed_dy);
+    for (int64_t j = 0; j < tile.cols; j += kPanel) {
+      const int64_t cols = smaller(kPanel, tile.cols - j);
+      pack<Kind>(x + first * call.in + tile.col + j, tokens, call.in, cols, kPanel, packed_x);
+      for (int64_t i = 0; i < tile.rows; i += kBlockRows) {
+        multiply_block<Kind>(packed_x, packed_dy + i, depth, g + i * kGradientCols + j);
+      }
+    }
+  }
+}
+
+// values: kPart entries, zero from `count` on. Sums in lanes, several at a time: an addition takes a few cycles.
+template <class V>
+double sum_of_squares(const V* values, float* igia, int64_t count) {
+  constexpr int64_t kSums = 4;
+  DoubleVector sums[kSums] = {};
+  for (int64_t i = 0; i < kPart; i += kSums * kDoubleLanes) {
+#pragma GCC unroll 4
+    for (int64_t n = 0; n < kSums; ++n) {
+      const DoubleVector value = load_double(values + i + n * kDoubleLanes);
+      sums[n] += value * value;
+    }
+  }
+  if (igia) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float square = static_cast<float>(values[i] * values[i]);
+      igia[i] += bits_of(square) < kInfinity ? square : 0.0f;
+    }
+  }
+  return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// A row of the tile: into grad where there is one, its squares into igia and the sum.
+template <class Sum>
+double finish(const Sum* g, float* igia, void* grad, DType grad_dtype, int64_t count) {
+  if (!grad) return sum_of_squares(g, igia, count);
+  return with_type(grad, grad_dtype, [&](auto* entries) {
+    decltype(widen(*entries)) values[kPart] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      using G = typename std::remove_pointer<decltype(entries)>::type;
+      entries[i] = narrow<G>(widen(entries[i]) + widen(narrow<G>(g[i])));
+      values[i] = widen(entries[i]);
+    }
+    return sum_of_squares(values, igia, count);
+  });
+}
+
+template <class T>
+double in_double(const T* x, const T* dy, const WeightGradient& call, int64_t row, int64_t col) {
+  double sum = 0;
+  for (int64_t token = 0; token < call.tokens; ++token) {
+    sum += static_cast<double>(widen(dy[token * call.out + row])) * static_cast<double>(widen(x[token * call.in + col]));
   }
   return sum;
 }
 
+template <class Kind, class T>
+double square_tile(const T* x, const T* dy, const WeightGradient& call, const Tile& tile, char* scratch) {
+  using Sum = typename Kind::Sum;
+  auto* g = reinterpret_cast<Sum*>(scratch);
+  multiply<Kind>(x, dy, call, tile, scratch + kGradientRows * kGradientCols * sizeof(Sum), g);
+  double total = 0;
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const int64_t at = (tile.row + i) * call.in + tile.col;
+    Sum* row = g + i * kGradientCols;
+    float* igia = call.igia ? call.igia + at : nullptr;
+    void* grad = call.grad ? static_cast<char*>(call.grad) + at * size_of(call.grad_dtype) : nullptr;
+    if (sizeof(Sum) == sizeof(float) && call.finite && !all_finite({row, DType::float32}, tile.cols)) {
+      // an overflow of float, which double has room for
+      double wide[kPart] = {};
+      for (int64_t j = 0; j < tile.cols; ++j) wide[j] = in_double(x, dy, call, tile.row + i, tile.col + j);
+      total += finish(wide, igia, grad, call.grad_dtype, tile.cols);
+    } else {
+      total += finish(row, igia, grad, call.grad_dtype, tile.cols);
+    }
+  }
+  return total;
+}
+
 }  // namespace
 
-double square_product(Array product, float* igia, void* grad, DType grad_dtype, int64_t count) {
-  if (product.dtype == DType::float64) {
-    return square_panel(static_cast<const double*>(product.data), igia, grad, grad_dtype, count);
-  }
-  return square_panel(static_cast<const float*>(product.data), igia, grad, grad_dtype, count);
+int64_t weight_gradient_scratch() { return kGradientRows * kGradientCols * 8 + packed_bytes<double>(); }
+
+double weight_gradient_tile(const WeightGradient& call, const Tile& tile, char* scratch) {
+  return with_type({call.x, call.dtype}, [&](auto* x) {
+    using T = typename std::remove_pointer<decltype(x)>::type;
+    auto* dy = static_cast<const T*>(call.dy);
+#ifdef __AVX512BF16__
+    if constexpr (sizeof(T) == sizeof(BFloat16) && !std::is_same<T, const Float16>::value) {
+      return square_tile<MultiplyPairs>(x, dy, call, tile, scratch);
+    }
+#endif
+    if constexpr (sizeof(T) == sizeof(double)) {
+      return square_tile<Multiply<double, DoubleVector>>(x, dy, call, tile, scratch);
+    } else {
+      return square_tile<Multiply<float, FloatVector>>(x, dy, call, tile, scratch);
+    }
+  });
 }
 
 }  // namespace gradpruner::GRADPRUNER_VARIANT

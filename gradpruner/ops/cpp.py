@@ -1,15 +1,13 @@
 """The CPU backend: tensors become addresses, sizes and dtype codes for the C++ extension `gradpruner._cpu`.
 
 Every function here keeps its tensors alive until the call returns. `GRADPRUNER_CPU_ISA` (portable, avx2,
-avx512) forces an instruction set; by default it is the best that the machine has.
+avx512, avx512bf16) forces an instruction set; by default it is the best that the machine has.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -35,8 +33,6 @@ _CODES = {
     torch.float16: _cpu.FLOAT16,
     torch.float64: _cpu.FLOAT64,
 }
-# The weight gradient is made in panels of about so many entries, few enough to stay in the cache.
-_PANEL_ENTRIES = 1 << 20
 
 
 def _array(tensor: Tensor) -> tuple[int, int]:
@@ -71,42 +67,21 @@ def _all_finite(tensor: Tensor) -> bool:
     return _cpu.all_finite(*_array(tensor), tensor.numel(), torch.get_num_threads())
 
 
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Plain float32 products, also where the user allows oneDNN, and so torch.mm, to use bfloat16."""
-    without_onednn = torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None)
-    with torch.no_grad(), without_onednn:
-        yield
-
-
 def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: Tensor | None) -> Tensor:
-    """g = dy^T x, plus grad where given; igia += g ** 2 unless x, dy or g is not finite (source: D).
-
-    The product is made in row panels by torch and squared by the extension while it is in the cache.
-    """
+    """g = dy^T x, plus grad where given; igia += g ** 2 unless x, dy or g is not finite (source: D)."""
     finite = _all_finite(x) and _all_finite(dy)
     if not finite and grad is None:
         return torch.full((), math.nan, dtype=torch.float64)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x_wide = x.to(wide)
-    rows, width = dy.shape[1], x.shape[1]
-    height = min(rows, max(1, _PANEL_ENTRIES // width))
-    buffer = torch.empty(height, width, dtype=wide)
-    total = 0.0
-    for first in range(0, rows, height):
-        dy_panel = dy[:, first : first + height]
-        panel = buffer[: dy_panel.shape[1]]
-        with _full_precision():
-            torch.mm(dy_panel.to(wide).T, x_wide, out=panel)
-            if wide == torch.float32 and not _all_finite(panel):
-                panel = dy_panel.double().T @ x.double()  # an overflow of float32, which float64 has room for
-        total += _cpu.square_product(
-            *_array(panel),
-            igia[first:].data_ptr() if igia is not None and finite else 0,
-            *(_array(grad[first:]) if grad is not None else (0, 0)),
-            panel.numel(),
-            torch.get_num_threads(),
-        )
+    total = _cpu.weight_gradient(
+        x.data_ptr(),
+        *_array(dy),
+        *x.shape,
+        dy.shape[1],
+        finite,
+        igia.data_ptr() if igia is not None and finite else 0,
+        *(_array(grad) if grad is not None else (0, 0)),
+        torch.get_num_threads(),
+    )
     return torch.tensor(total, dtype=torch.float64)
 
 
