@@ -8,15 +8,20 @@ import triton.language as tl
 from torch import Tensor
 
 from gradpruner.kernels.device import common_alignment, on_device_of, table_on
-from gradpruner.kernels.factor_tile import TILE, factor_tile, tile_offsets, tile_origin
-from gradpruner.kernels.merge_rule import add_agreeing
-from gradpruner.kernels.numeric import narrow, widen
+from gradpruner.kernels.factor_tile import factor_tile, tile_count, tile_launch, tile_offsets, tile_origin
+from gradpruner.kernels.merge_rule import add_agreeing, as_stored, keeps, may_agree
+from gradpruner.kernels.numeric import widen
 from gradpruner.kernels.sign_merge import float64_bits
+
+GROUP = 32  # donors of one launch: their masks are the bits of one integer an entry
+ROW = tl.constexpr(9)  # numbers in a row of the table
 
 
 @triton.jit
 def factor_sign_merge_kernel(
     weight,
+    before,
+    after,
     table,
     donors,
     n_out,
@@ -26,41 +31,91 @@ def factor_sign_merge_kernel(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RANK_STEP: tl.constexpr,
+    ONE_SLICE: tl.constexpr,
 ):
-    """One tile of the weight through all donors.
+    """One tile of the weight through at most GROUP donors.
 
-    FLOATS, HALVES: some donor has float32, bfloat16 factors. table rows: addresses of donor, a, b, value and
-    index, then steps, rank, whether the factors are bfloat16, and the bits of the scale as float64.
+    before, after: the sums that an earlier launch left and that a later one takes up, in the dtype they are computed
+    in, or None. FLOATS, HALVES: some donor has float32, bfloat16 factors. table rows: addresses of donor, a, b, value
+    and index, then steps, rank, whether the factors are bfloat16, and the bits of the scale as float64.
+
+    First the masks of all donors, then the weight, in two halves: registers that one needs the other does not.
     """
-    row, col = tile_origin(n_in, ROWS, COLS)
+    row, col = tile_origin(tl.program_id(0), n_in, ROWS, COLS)
+    masks = tl.zeros((ROWS, COLS), tl.int32)
+    down = row + tl.arange(0, ROWS)
+    right = col + tl.arange(0, COLS)
+    for k in range(donors):
+        line = table + k * ROW
+        a = tl.load(line + 1)
+        b = tl.load(line + 2)
+        value = tl.load(tl.load(line + 3).to(tl.pointer_type(tl.float32)))
+        index = tl.load(tl.load(line + 4).to(tl.pointer_type(tl.int64)))
+        steps = tl.load(line + 5).to(tl.int32)
+        rank = tl.load(line + 6).to(tl.int32)
+        if FLOATS and HALVES:
+            if tl.load(line + 7) != 0:
+                f = _tile_at(
+                    *(a, b, tl.bfloat16, steps, rank, n_out, n_in, row, col),
+                    *(ALIGN, ROWS, COLS, PRECISION, RANK_STEP, ONE_SLICE),
+                )
+            else:
+                f = _tile_at(
+                    *(a, b, tl.float32, steps, rank, n_out, n_in, row, col),
+                    *(ALIGN, ROWS, COLS, PRECISION, RANK_STEP, ONE_SLICE),
+                )
+        else:
+            DTYPE: tl.constexpr = tl.bfloat16 if HALVES else tl.float32
+            f = _tile_at(
+                *(a, b, DTYPE, steps, rank, n_out, n_in, row, col),
+                *(ALIGN, ROWS, COLS, PRECISION, RANK_STEP, ONE_SLICE),
+            )
+        # By row and column of the last kept tie: a flat index for every entry would fill the registers.
+        last_row = (index // n_in).to(tl.int32)
+        last_col = (index % n_in).to(tl.int32)
+        at_or_before = (down < last_row)[:, None] | ((down == last_row)[:, None] & (right <= last_col)[None, :])
+        masks |= keeps(f, value, at_or_before).to(tl.int32) << k
+    top, bottom = tl.split(tl.permute(tl.reshape(masks, (2, ROWS // 2, COLS)), (1, 2, 0)))
+    _merge_rows(top, weight, before, after, table, donors, n_out, n_in, row, col, ALIGN, ROWS // 2, COLS)
+    _merge_rows(bottom, weight, before, after, table, donors, n_out, n_in, row + ROWS // 2, col, ALIGN, ROWS // 2, COLS)
+
+
+@triton.jit
+def _merge_rows(
+    masks,
+    weight,
+    before,
+    after,
+    table,
+    donors,
+    n_out,
+    n_in,
+    row,
+    col,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Add the donors to the rows that the masks are of."""
     first, offset, inside = tile_offsets(row, col, n_out, n_in, ROWS, COLS)
     raw = tl.load(weight + first + offset, mask=inside, other=0.0)
     original = widen(raw)
     merged = original
-    changed = tl.zeros((ROWS, COLS), tl.int1)
-    for _ in range(donors):
-        donor = tl.multiple_of(tl.load(table).to(weight.dtype), ALIGN)
-        a = tl.load(table + 1)
-        b = tl.load(table + 2)
-        value = tl.load(tl.load(table + 3).to(tl.pointer_type(tl.float32)))
-        index = tl.load(tl.load(table + 4).to(tl.pointer_type(tl.int64)))
-        steps = tl.load(table + 5).to(tl.int32)
-        rank = tl.load(table + 6).to(tl.int32)
-        scale = tl.load(table + 8).to(tl.float64, bitcast=True).to(original.dtype)
-        if FLOATS and HALVES:
-            if tl.load(table + 7) != 0:
-                f = _tile_at(a, b, tl.bfloat16, steps, rank, n_out, n_in, row, col, ALIGN, ROWS, COLS, RANK)
-            else:
-                f = _tile_at(a, b, tl.float32, steps, rank, n_out, n_in, row, col, ALIGN, ROWS, COLS, RANK)
-        elif HALVES:
-            f = _tile_at(a, b, tl.bfloat16, steps, rank, n_out, n_in, row, col, ALIGN, ROWS, COLS, RANK)
-        else:
-            f = _tile_at(a, b, tl.float32, steps, rank, n_out, n_in, row, col, ALIGN, ROWS, COLS, RANK)
+    if before is not None:
+        merged = tl.load(before + first + offset, mask=inside, other=0.0)
+    masks = tl.where(may_agree(original), masks, 0)
+    for k in range(donors):
+        line = table + k * ROW
+        donor = tl.multiple_of(tl.load(line).to(weight.dtype), ALIGN)
+        scale = tl.load(line + 8).to(tl.float64, bitcast=True).to(original.dtype)
         v = widen(tl.load(donor + first + offset, mask=inside, other=0.0))
-        merged, changed = add_agreeing(merged, changed, original, v, f, first, offset, value, index, scale)
-        table += 9
-    tl.store(weight + first + offset, tl.where(changed, narrow(merged, raw.dtype), raw), mask=inside)
+        merged = add_agreeing(merged, original, v, ((masks >> k) & 1) != 0, scale)
+    if after is not None:
+        tl.store(after + first + offset, merged, mask=inside)
+    else:
+        tl.store(weight + first + offset, as_stored(merged, original, raw), mask=inside)
 
 
 @triton.jit
@@ -77,11 +132,13 @@ def _tile_at(
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RANK_STEP: tl.constexpr,
+    ONE_SLICE: tl.constexpr,
 ):
     a = tl.multiple_of(a.to(tl.pointer_type(DTYPE)), ALIGN)
     b = tl.multiple_of(b.to(tl.pointer_type(DTYPE)), ALIGN)
-    return factor_tile(a, b, steps, rank, n_out, n_in, row, col, ROWS, COLS, RANK)
+    return factor_tile(a, b, steps, rank, n_out, n_in, row, col, ROWS, COLS, PRECISION, RANK_STEP, ONE_SLICE)
 
 
 def factor_sign_merge_(
@@ -106,16 +163,26 @@ def factor_sign_merge_(
         for k in range(len(donors))
     ]
     n_out, n_in = weight.shape
-    grid = (triton.cdiv(n_out, TILE["ROWS"]) * triton.cdiv(n_in, TILE["COLS"]),)
+    launch = tile_launch((x.shape[1], x.dtype) for x in a)
+    align = common_alignment(address for row in rows for address in row[:3])
+    sums = None
     with on_device_of(weight):
-        factor_sign_merge_kernel[grid](
-            weight,
-            table_on(weight.device, rows),
-            len(rows),
-            n_out,
-            n_in,
-            not all(halves),
-            any(halves),
-            common_alignment(address for row in rows for address in row[:3]),
-            **TILE,
-        )
+        for start in range(0, len(rows), GROUP):
+            group = rows[start : start + GROUP]
+            last = start + GROUP >= len(rows)
+            before = sums
+            if not last and sums is None:
+                sums = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            factor_sign_merge_kernel[(tile_count(n_out, n_in),)](
+                weight,
+                before,
+                None if last else sums,
+                table_on(weight.device, group),
+                len(group),
+                n_out,
+                n_in,
+                not all(halves),
+                any(halves),
+                align,
+                **launch,
+            )

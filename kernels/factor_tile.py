@@ -1,34 +1,68 @@
 """One tile of F = sum over steps of (b_i a_i) ** 2, the only place where it is computed (METHOD section 3).
 
-Selection and merge must rebuild F bit for bit alike. They do because both call this function with the tile,
-the number of warps and the options of `TILE`: the products of a step are summed over the rank in slices of
-RANK in ascending order, squared, and added in the order of the steps. `enable_fp_fusion` is off, so that no
-compiler turns `f + g * g` into a fused multiply-add in one kernel and not in another; the fused operations
-inside a dot are explicit and stay.
+Selection and merge must rebuild F bit for bit alike. They do because both call this function with the tile, the
+number of warps and the options of `tile_launch`: the products of a step are summed over the rank in slices of one
+width for each dtype, in ascending order, then squared and added in the order of the steps by one explicit fused
+multiply-add. A slice past the rank adds exact zeros, so a launch that serves donors of several ranks changes nothing.
+
+The tile is not tuned at run time: its shape decides in what order the hardware adds, so its shape decides the bits.
+64 x 64 over four warps is the smallest whose factor slices (1 and 2 KB) are one 16-byte copy a thread, and it keeps
+f and g in 64 registers, so that several blocks share a processor and hide each other's waits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 import triton
 import triton.language as tl
 
 from gradpruner.kernels.device import INTERPRETED
 from gradpruner.kernels.numeric import widen
 
-# One stage: the loop over a rank is too short to prefetch in, and what a pipeline holds would spill registers.
-# A narrower tile spills too: the assembler then trades a few registers for a second block on the processor.
-TILE = {"ROWS": 64, "COLS": 64, "RANK": 16, "num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
+# One step's squares, an entry: tensor cores by 3 x TF32 at rank 8 take 48 of 495e12 operations a second on an H100,
+# plain float32 takes 16 of 67e12, 2.5 times as long; what 3 x TF32 leaves out of a product is below 2 ** -21 of it.
+# AMD's matrix cores multiply float32 as it is. bfloat16 factors are exact on either, whatever this says.
+PRECISION = "ieee" if torch.version.hip else "tf32x3"
+
+# enable_fp_fusion is off so that no compiler fuses in one kernel what it leaves apart in another.
+TILE = {
+    "ROWS": 64,
+    "COLS": 64,
+    "PRECISION": PRECISION,
+    "num_warps": 4,
+    "num_stages": 3,
+    "enable_fp_fusion": False,
+}
+
+# The narrowest slice of the rank that tensor cores take: rank 8 is not padded in float32, and to 16 in bfloat16.
+SLICES = {torch.float32: 8, torch.bfloat16: 16}
 
 # The interpreter's dot is wrong on bfloat16. In float32 the products are exact too, as on tensor cores.
 WIDEN_FACTORS = tl.constexpr(INTERPRETED)
 
 
+def tile_launch(factors: Iterable[tuple[int, torch.dtype]]) -> dict:
+    """Constants and options of a launch that serves factors of these ranks and dtypes.
+
+    RANK_STEP: the largest power of two, up to 16, that divides every rank; ONE_SLICE: each fits one slice.
+    """
+    pairs = list(factors)
+    step = next(size for size in (16, 8, 4, 2, 1) if all(rank % size == 0 for rank, _ in pairs))
+    return TILE | {"RANK_STEP": step, "ONE_SLICE": all(rank <= SLICES[dtype] for rank, dtype in pairs)}
+
+
+def tile_count(n_out: int, n_in: int) -> int:
+    """Tiles of a matrix."""
+    return triton.cdiv(n_out, TILE["ROWS"]) * triton.cdiv(n_in, TILE["COLS"])
+
+
 @triton.jit
-def tile_origin(n_in, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """First row and first column of this program's tile, int32."""
+def tile_origin(tile, n_in, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """First row and first column of a tile, int32."""
     col_tiles = tl.cdiv(n_in, COLS)
-    pid = tl.program_id(0)
-    return pid // col_tiles * ROWS, pid % col_tiles * COLS
+    return tile // col_tiles * ROWS, tile % col_tiles * COLS
 
 
 @triton.jit
@@ -55,40 +89,51 @@ def factor_tile(
     col,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RANK_STEP: tl.constexpr,
+    ONE_SLICE: tl.constexpr,
 ):
     """F of the tile whose first row and column are given, float32 (ROWS, COLS), zero outside the matrix.
 
-    a: address of (steps, rank, n_in), b: of (steps, n_out, rank), float32 or bfloat16.
+    a: address of (steps, rank, n_in), b: of (steps, n_out, rank), float32 or bfloat16. rank: not constexpr.
     """
+    SLICE: tl.constexpr = 8 if a.dtype.element_ty == tl.float32 else 16
     down = tl.arange(0, ROWS)[:, None]
     right = tl.arange(0, COLS)[None, :]
-    k = tl.arange(0, RANK)
+    k = tl.arange(0, SLICE)
+    rank = rank // RANK_STEP * RANK_STEP  # the same number, known to be a multiple: rows of b load 16 bytes at once
     f = tl.zeros((ROWS, COLS), tl.float32)
+    g = tl.zeros((ROWS, COLS), tl.float32)
     # Addresses advance by scalars, so that offsets within a tile stay within 32 bits.
-    a_step = a + col
-    b_step = b + row.to(tl.int64) * rank
-    for _ in range(steps):
-        g = tl.zeros((ROWS, COLS), tl.float32)
-        a_slice = a_step
-        b_slice = b_step
-        for start in range(0, rank, RANK):
-            b_tile = tl.load(
-                b_slice + (down * rank + k[None, :]),
-                mask=(row + down < n_out) & (start + k[None, :] < rank),
-                other=0.0,
-            )
-            a_tile = tl.load(
-                a_slice + (k[:, None] * n_in + right),
-                mask=(start + k[:, None] < rank) & (col + right < n_in),
-                other=0.0,
-            )
-            if WIDEN_FACTORS:
-                a_tile, b_tile = widen(a_tile), widen(b_tile)
-            g = tl.dot(b_tile, a_tile, g, input_precision="ieee")
-            a_slice += RANK * n_in
-            b_slice += RANK
-        f += g * g
-        a_step += rank.to(tl.int64) * n_in
-        b_step += rank.to(tl.int64) * n_out
+    a_at = a + col
+    b_at = b + row.to(tl.int64) * rank
+    slices = 1 if ONE_SLICE else tl.cdiv(rank, SLICE)
+    done = (slices - 1) * SLICE
+    a_next = (rank - done).to(tl.int64) * n_in
+    b_next = rank.to(tl.int64) * n_out - done
+    start = 0
+    # Steps and slices are one loop, so that the copies of the next step are under way while this one is squared.
+    for _ in range(steps * slices):
+        b_tile = tl.load(
+            b_at + (down * rank + k[None, :]), mask=(row + down < n_out) & (start + k[None, :] < rank), other=0.0
+        )
+        a_tile = tl.load(
+            a_at + (k[:, None] * n_in + right), mask=(start + k[:, None] < rank) & (col + right < n_in), other=0.0
+        )
+        if WIDEN_FACTORS:
+            a_tile, b_tile = widen(a_tile), widen(b_tile)
+        if ONE_SLICE:
+            g = tl.dot(b_tile, a_tile, input_precision=PRECISION)
+            f = tl.fma(g, g, f)
+            a_at += a_next
+            b_at += b_next
+        else:
+            g = tl.dot(b_tile, a_tile, g, input_precision=PRECISION)
+            last = start + SLICE >= rank
+            if last:
+                f = tl.fma(g, g, f)
+                g = tl.zeros((ROWS, COLS), tl.float32)
+            a_at += tl.where(last, a_next, SLICE * n_in)
+            b_at += tl.where(last, b_next, SLICE)
+            start = tl.where(last, 0, start + SLICE)
     return f

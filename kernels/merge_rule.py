@@ -5,16 +5,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gradpruner.kernels.numeric import narrow
+
 
 @triton.jit
-def add_agreeing(merged, changed, original, donor, f, first, offset, value, index, scale):
-    """Add scale * donor where it is kept and agrees in sign with the original, and note it in `changed`.
+def keeps(f, value, before):
+    """Which entries the boundary keeps. before: those whose flat index is not past that of the last kept tie."""
+    return (f > 0) & ((f > value) | ((f == value) & before))
 
-    first: flat index of the block's first entry, offset: every entry's distance from it, 32 bits. What does
-    not take part is selected around, not given a zero: -0.0 and NaN keep their bits.
+
+@triton.jit
+def may_agree(original):
+    """Which entries some donor can agree with in sign: not zero, not NaN."""
+    return (original > 0) | (original < 0)
+
+
+@triton.jit
+def add_agreeing(merged, original, donor, kept, scale):
+    """merged, plus scale * donor where it is kept and agrees in sign with the original. kept: only where that may be.
+
+    Signs are compared by their bits: comparisons of the original would be kept in registers from donor to donor.
     """
-    last = tl.minimum(tl.maximum(index - first, -1), 0x7FFFFFFF).to(tl.int32)
-    kept = (f > 0) & ((f > value) | ((f == value) & (offset <= last)))
-    agrees = ((donor > 0) & (original > 0)) | ((donor < 0) & (original < 0))
-    hit = kept & agrees
-    return tl.where(hit, merged + scale * donor, merged), changed | hit
+    BITS: tl.constexpr = tl.int64 if original.dtype == tl.float64 else tl.int32
+    same = (original.to(BITS, bitcast=True) ^ donor.to(BITS, bitcast=True)) >= 0
+    return tl.where(kept & same & (tl.abs(donor) > 0), merged + scale * donor, merged)
+
+
+@triton.jit
+def as_stored(merged, original, raw):
+    """merged in the dtype of raw; what no donor changed keeps its bits, so that -0.0 and NaN stay as they were.
+
+    A NaN agrees with nothing, so it is never changed, though it does not equal itself.
+    """
+    changed = (merged != original) & (original == original)
+    return tl.where(changed, narrow(merged, raw.dtype), raw)

@@ -1,124 +1,80 @@
-"""Exact k-th largest of non-negative float32 entries without a sort, for both thresholds (METHOD section 3).
+"""Exact k-th largest of non-negative float32 entries in one pass and without a sort, for both thresholds (METHOD 3).
 
-The order of positive float32 values is the order of their bits, 31 of them. Three passes over the entries
-count them by the next 11, 10 and 10 bits; after each pass one program picks the bucket that holds the k-th.
-A fourth pass counts the ties of the value in every cell, a stretch of consecutive flat indices; one program
-finds the cell that holds the last kept tie, and one more the tie in that cell. Nothing visits the host.
+The order of positive float32 values is the order of their bits, 31 of them.
 
-`state`, int64 (4,): the bits found so far; how many are still to be taken among the entries that match them;
-the cell of the last kept tie; which of the cell's ties it is, from 1 (0: nothing is kept at all).
+1. A sample is counted twice by its bits, coarsely and then finely: two values that bracket the k-th largest.
+2. One pass over all entries counts those above the bracket and appends those inside it, their bits and flat index,
+   to a buffer of one entry in `SHARE`.
+3. One program selects among these: the value by its bits, then the last kept tie by its flat index.
+
+Where the sample misled, and the k-th largest is not in the bracket or the bracket does not fit the buffer, step 3
+leaves the flag DONE down, and the kernels that follow do without a bracket: three passes over all entries count them
+by their next bits, a fourth counts the ties in every cell, a stretch of consecutive flat indices; one program finds
+the cell of the last kept tie, and one more the tie in it. They are launched always, and with DONE raised they return
+at once. Nothing visits the host, and both ways give the same answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-PASSES = (
-    {"SHIFT": 20, "BINS": 2048, "FIRST": True},
-    {"SHIFT": 10, "BINS": 1024, "FIRST": False},
-    {"SHIFT": 0, "BINS": 1024, "FIRST": False},
-)
-PICK = {"num_warps": 4, "enable_fp_fusion": False}
-FIND = {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False}
+from gradpruner.kernels.bracket import choose_kernel, close_bracket_kernel, widen_bracket_kernel
+from gradpruner.kernels.histogram import find_cell_kernel, pick_bucket_kernel
+from gradpruner.kernels.selection_state import BINS, NARROWER, new_state
+
+SHARE = 128  # 12 bytes a candidate: 12 / 128 bytes an entry, 4.7 % of a bfloat16 weight
+LEAST_CANDIDATES = 4096
+PROGRAMS = 1024  # of a pass over all entries that walks, so that one that has nothing to do ends soon
+
+ONE_PROGRAM = {"BINS": BINS, "num_warps": 8, "enable_fp_fusion": False}
+CELL_SEARCH = {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False}
+# AMD's wavefronts are twice as wide.
+CHOICE = {"BINS": BINS, "BLOCK": 8192, "num_warps": 8 if torch.version.hip else 16, "enable_fp_fusion": False}
 
 
-@triton.jit
-def positive_bits(f):
-    """The bits of positive entries, 0 for those that are never kept: zero, negative and NaN."""
-    return tl.where(f > 0, f.to(tl.int32, bitcast=True), 0)
+@dataclass(frozen=True)
+class Passes:
+    """What a selection does with all its entries, each call one launch.
 
-
-@triton.jit
-def count_buckets(bits, state, SHIFT: tl.constexpr, BINS: tl.constexpr, FIRST: tl.constexpr):
-    """How many of the flat `bits` match what was found so far, by their next bits: int32 (BINS,)."""
-    candidate = bits > 0
-    bucket = bits >> SHIFT
-    if not FIRST:
-        candidate = candidate & (bucket // BINS == tl.load(state).to(tl.int32))
-    return tl.histogram(bucket % BINS, BINS, mask=candidate)
-
-
-@triton.jit
-def add_counts(counts, histogram, BINS: tl.constexpr):
-    """Add a program's counts to the histogram of all, int64 (BINS,)."""
-    bins = tl.arange(0, BINS)
-    tl.atomic_add(histogram + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["k"])
-def pick_bucket_kernel(histogram, state, k, SHIFT: tl.constexpr, BINS: tl.constexpr, FIRST: tl.constexpr):
-    """Extend the found bits by the bucket that holds the k-th largest. One program."""
-    bucket = BINS - 1 - tl.arange(0, BINS)
-    count = tl.load(histogram + bucket)
-    if FIRST:
-        found = 0
-        wanted = tl.minimum(k, tl.sum(count, axis=0))
-    else:
-        found = tl.load(state)
-        wanted = tl.load(state + 1)
-    above = tl.cumsum(count, axis=0) < wanted
-    tl.store(state, found * BINS + (BINS - 1 - tl.sum(above.to(tl.int32), axis=0)))
-    tl.store(state + 1, wanted - tl.sum(tl.where(above, count, 0), axis=0))
-
-
-@triton.jit
-def find_cell_kernel(ties, state, cells, BLOCK: tl.constexpr):
-    """Find the cell that holds the last kept tie, from the number of ties in each cell. One program."""
-    wanted = tl.load(state + 1)
-    seen = tl.zeros((), tl.int64)
-    before = tl.zeros((), tl.int64)
-    cell = tl.zeros((), tl.int64)
-    for start in range(0, cells, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        count = tl.load(ties + at, mask=at < cells, other=0).to(tl.int64)
-        passed = (seen + tl.cumsum(count, axis=0) < wanted) & (at < cells)
-        cell += tl.sum(passed.to(tl.int64), axis=0)
-        before += tl.sum(tl.where(passed, count, 0), axis=0)
-        seen += tl.sum(count, axis=0)
-    tl.store(state + 2, cell)
-    tl.store(state + 3, wanted - before)
-
-
-@triton.jit
-def store_boundary(tie, first, state, value, index):
-    """Store the value and the flat index of the last kept tie.
-
-    tie: which of the cell's entries equal the value. first: flat index of the cell's first entry.
+    sample(state, histogram) counts a part of the entries, zeros too, in the window; count(state, histogram) all
+    positive ones. collect(state, bits, index, capacity) appends to int32 and int64 (capacity,) through `collect`.
+    count_ties(state, ties) fills int32 (cells,); locate(state, value, index) stores through `store_boundary`.
     """
-    nth = tl.load(state + 3)
-    place = tl.sum((tl.cumsum(tie.to(tl.int32), axis=0) < nth).to(tl.int32), axis=0)
-    bits = tl.load(state).to(tl.int32)
-    tl.store(value, tl.where(nth > 0, bits.to(tl.float32, bitcast=True), float("inf")))
-    tl.store(index, tl.where(nth > 0, first + place, -1))
+
+    sample: Callable[[Tensor, Tensor], None]
+    collect: Callable[[Tensor, Tensor, Tensor, int], None]
+    count: Callable[[Tensor, Tensor], None]
+    count_ties: Callable[[Tensor, Tensor], None]
+    locate: Callable[[Tensor, Tensor, Tensor], None]
 
 
-def select(
-    k: int,
-    cells: int,
-    device: torch.device,
-    count: Callable[[Tensor, Tensor, dict], None],
-    count_ties: Callable[[Tensor, Tensor], None],
-    locate: Callable[[Tensor, Tensor, Tensor], None],
-) -> tuple[Tensor, Tensor]:
-    """Run the passes: value float32 () and index int64 () of the boundary of the k largest.
-
-    count(state, histogram, which pass) adds to the histogram, count_ties(state, ties) fills int32 (cells,),
-    locate(state, value, index) stores the answer through `store_boundary`.
-    """
-    state = torch.empty(4, dtype=torch.int64, device=device)
-    histograms = torch.zeros(len(PASSES), PASSES[0]["BINS"], dtype=torch.int64, device=device)
-    ties = torch.empty(cells, dtype=torch.int32, device=device)
+def select(k: int, entries: int, cells: int, device: torch.device, passes: Passes) -> tuple[Tensor, Tensor]:
+    """Boundary of the k largest of so many entries in so many cells: value float32 () and index int64 ()."""
+    state = new_state(device)
+    histogram = torch.zeros(BINS, dtype=torch.int64, device=device)
     value = torch.empty((), dtype=torch.float32, device=device)
     index = torch.empty((), dtype=torch.int64, device=device)
-    for which, histogram in zip(PASSES, histograms, strict=True):
-        count(state, histogram, which)
-        pick_bucket_kernel[(1,)](histogram, state, k, **which, **PICK)
-    count_ties(state, ties)
-    find_cell_kernel[(1,)](ties, state, cells, **FIND)
-    locate(state, value, index)
+    capacity = max(LEAST_CANDIDATES, entries // SHARE // 16 * 16)
+    # Ties are counted only where there are no candidates, so both have the same memory.
+    storage = torch.empty(max(3 * capacity, cells), dtype=torch.int32, device=device)
+    found_bits, found_index, ties = storage[:capacity], storage[capacity : 3 * capacity].view(torch.int64), storage
+
+    passes.sample(state, histogram)
+    widen_bracket_kernel[(1,)](histogram, state, k, entries, capacity, **ONE_PROGRAM)
+    passes.sample(state, histogram)
+    close_bracket_kernel[(1,)](histogram, state, **ONE_PROGRAM)
+    passes.collect(state, found_bits, found_index, capacity)
+    index_passes = -(-max(1, (entries - 1).bit_length()) // NARROWER.value)
+    choose_kernel[(1,)](found_bits, found_index, state, value, index, k, capacity, index_passes, **CHOICE)
+
+    for _ in range(3):
+        passes.count(state, histogram)
+        pick_bucket_kernel[(1,)](histogram, state, **ONE_PROGRAM)
+    passes.count_ties(state, ties)
+    find_cell_kernel[(1,)](ties, state, cells, **CELL_SEARCH)
+    passes.locate(state, value, index)
     return value, index

@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gradpruner.kernels.device import common_alignment, on_device_of, table_on
-from gradpruner.kernels.merge_rule import add_agreeing
-from gradpruner.kernels.numeric import narrow, widen
+from gradpruner.kernels.merge_rule import add_agreeing, as_stored, keeps, may_agree
+from gradpruner.kernels.numeric import widen
 
 # Without fused multiply-adds `merged + scale * donor` rounds twice, as it does in torch.
 LAUNCH = {"BLOCK": 2048, "num_warps": 8, "enable_fp_fusion": False}
@@ -28,7 +28,7 @@ def sign_merge_kernel(weight, table, donors, entries, ALIGN: tl.constexpr, BLOCK
     raw = tl.load(weight + first + offset, mask=inside, other=0.0)
     original = widen(raw)
     merged = original
-    changed = tl.zeros((BLOCK,), tl.int1)
+    open_to_donors = may_agree(original)
     for _ in range(donors):
         donor = tl.multiple_of(tl.load(table).to(weight.dtype), ALIGN)
         igia = tl.multiple_of(tl.load(table + 1).to(tl.pointer_type(tl.float32)), ALIGN)
@@ -37,9 +37,10 @@ def sign_merge_kernel(weight, table, donors, entries, ALIGN: tl.constexpr, BLOCK
         scale = tl.load(table + 4).to(tl.float64, bitcast=True).to(original.dtype)
         v = widen(tl.load(donor + first + offset, mask=inside, other=0.0))
         f = tl.load(igia + first + offset, mask=inside, other=0.0)
-        merged, changed = add_agreeing(merged, changed, original, v, f, first, offset, value, index, scale)
+        last = tl.minimum(tl.maximum(index - first, -1), BLOCK).to(tl.int32)
+        merged = add_agreeing(merged, original, v, open_to_donors & keeps(f, value, offset <= last), scale)
         table += 5
-    tl.store(weight + first + offset, tl.where(changed, narrow(merged, raw.dtype), raw), mask=inside)
+    tl.store(weight + first + offset, as_stored(merged, original, raw), mask=inside)
 
 
 def float64_bits(number: float) -> int:

@@ -1,0 +1,342 @@
+"""Every kernel compiled ahead of time, without a GPU, as it is launched: the cases, and what the binaries say.
+
+The block sizes, warps and options come from the tables that the launchers use, so this compiles what ships. The static
+table and the tests read the same cases.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gradpruner.kernels import (
+    bracket,
+    factor_sign_merge,
+    factor_threshold,
+    gram_norm,
+    histogram,
+    outer_square_accumulate,
+    selection,
+    sign_merge,
+    square_accumulate,
+    threshold,
+    wgrad_square_accumulate,
+)
+from gradpruner.kernels.factor_tile import tile_launch
+from gradpruner.kernels.selection_state import BINS
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "sm100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+RANKS = (8, 64)  # one slice of the rank, and several
+SIZES = ("entries", "n_out", "n_in", "tokens")  # multiples of 16 in every model of interest
+
+
+@dataclass(frozen=True)
+class Code:
+    """What one binary holds. loads: how many instructions load so many bytes a thread from global memory."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    tensor_columns: int
+    warps: int
+    loads: dict[int, int]
+    matrix: tuple[str, ...]
+    text: str = field(repr=False)
+
+    @property
+    def widest_load(self) -> int:
+        """Bytes of the widest load, 0 if there is none."""
+        return max(self.loads, default=0)
+
+    @property
+    def wide_share(self) -> float:
+        """Share of the load instructions that take 16 bytes or more."""
+        total = sum(self.loads.values())
+        return sum(count for size, count in self.loads.items() if size >= 16) / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant of one kernel: argument types (None where an argument is absent), constants and options.
+
+    streams: its large loads must be 16 bytes wide. matrix: it must use tensor cores. on_hip: what an AMD launch has
+    otherwise. slow: a variant that differs from another by little.
+    """
+
+    kernel: triton.JITFunction
+    types: dict[str, str | None]
+    launch: dict[str, Any]
+    streams: bool = False
+    matrix: bool = False
+    constants: dict[str, Any] = field(default_factory=dict)
+    on_hip: dict[str, Any] = field(default_factory=dict)
+    slow: bool = False
+
+    def compile(self, target: str) -> Code:
+        """Compile for one of TARGETS and read the binary."""
+        gpu = TARGETS[target]
+        launch = self.launch | (self.on_hip if gpu.backend == "hip" else {})
+        names = self.kernel.arg_names
+        constants = {name: None for name, kind in self.types.items() if kind is None} | self.constants
+        constants |= {name: value for name, value in launch.items() if name in names}
+        options = {name: value for name, value in launch.items() if name not in names}
+        signature = {name: "constexpr" if name in constants else self.types[name] for name in names}
+        # What a launch knows of aligned tensors and of sizes that are multiples of 16.
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if str(signature[name]).startswith("*") or (name in SIZES and name not in constants)
+        }
+        compiled = triton.compile(ASTSource(self.kernel, signature, constants, aligned), gpu, options)
+        return _read_amd(compiled) if gpu.backend == "hip" else _read_nvidia(compiled)
+
+
+def _read_nvidia(compiled: Any) -> Code:
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    loads: Counter[int] = Counter()
+    for vector, bits in re.findall(r"\bld\.global(?:\.[a-zA-Z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx):
+        loads[int(vector or 1) * int(bits) // 8] += 1
+    for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)\s*[,;]", ptx):
+        loads[int(size, 0)] += 1
+    return Code(
+        registers=numbers["REG"],
+        spilled_bytes=numbers["STACK"] + numbers["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
+        warps=compiled.metadata.num_warps,
+        loads=dict(loads),
+        matrix=tuple(sorted(set(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]*", ptx)))),
+        text=ptx,
+    )
+
+
+def _read_amd(compiled: Any) -> Code:
+    text = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        if found is None:
+            raise RuntimeError(f"the assembly of {compiled.metadata.name} names no .{name}")
+        return int(found.group(1))
+
+    loads: Counter[int] = Counter()
+    for kind in re.findall(r"\b(?:global|buffer)_load_(\w+)", text):
+        loads[_amd_bytes(kind)] += 1
+    return Code(
+        registers=number("vgpr_count"),  # with the accumulation registers, which are of the same file
+        spilled_bytes=4 * number("vgpr_spill_count"),
+        shared_bytes=compiled.metadata.shared,
+        tensor_columns=0,
+        warps=compiled.metadata.num_warps,
+        loads=dict(loads),
+        matrix=tuple(sorted(set(re.findall(r"\bv_mfma_\w+", text)))),
+        text=text,
+    )
+
+
+def _amd_bytes(kind: str) -> int:
+    words = re.match(r"dword(?:x(\d))?", kind)
+    if words:
+        return 4 * int(words.group(1) or 1)
+    return 1 if "byte" in kind else 2
+
+
+def cases() -> dict[str, Case]:
+    """Every variant that ships, by name."""
+    return _streaming() | _gram() | _selection() | _factors() | _wgrad()
+
+
+def _rare(dtype: str) -> bool:
+    """The same code as bf16 and fp32 but for one conversion."""
+    return dtype in ("fp16", "fp64")
+
+
+def _streaming() -> dict[str, Case]:
+    found = {}
+    for dtype in DTYPES:
+        found[f"square_accumulate-{dtype}"] = Case(
+            square_accumulate.square_accumulate_kernel,
+            {"igia": "*fp32", "grad": f"*{dtype}", "entries": "i32"},
+            square_accumulate.LAUNCH,
+            streams=True,
+        )
+        found[f"sign_merge-{dtype}"] = Case(
+            sign_merge.sign_merge_kernel,
+            {"weight": f"*{dtype}", "table": "*i64", "donors": "i32", "entries": "i32"},
+            sign_merge.LAUNCH,
+            streams=True,
+            constants={"ALIGN": 16},
+        )
+    return found
+
+
+def _gram() -> dict[str, Case]:
+    found = {}
+    for dtype in DTYPES:
+        for tile in gram_norm.RANK_TILES:
+            found[f"gram_norm-{dtype}-{tile}"] = Case(
+                gram_norm.gram_norm_kernel,
+                {"table": "*i64", "partial": "*fp64", "tiles": "i32"},
+                gram_norm.LAUNCH,
+                matrix=True,
+                constants={"DTYPE": DTYPES[dtype], "ALIGN": 16, "TILE": tile},
+                slow=_rare(dtype),
+            )
+    return found
+
+
+def _selection() -> dict[str, Case]:
+    state = {"state": "*i64"}
+    counted = state | {"histogram": "*i64"}
+    buffer = {"found_bits": "*i32", "found_index": "*i64", "capacity": "i32"}
+    boundary = {"value": "*fp32", "index": "*i64"}
+    found = {
+        "widen_bracket": Case(
+            bracket.widen_bracket_kernel,
+            counted | {"k": "i32", "entries": "i32", "capacity": "i32"},
+            selection.ONE_PROGRAM,
+        ),
+        "close_bracket": Case(bracket.close_bracket_kernel, counted, selection.ONE_PROGRAM),
+        "choose": Case(
+            bracket.choose_kernel,
+            state | buffer | boundary | {"k": "i32", "index_passes": "i32"},
+            selection.CHOICE,
+            streams=True,
+            on_hip={"num_warps": 8},
+        ),
+        "pick_bucket": Case(histogram.pick_bucket_kernel, counted, selection.ONE_PROGRAM),
+        "find_cell": Case(histogram.find_cell_kernel, state | {"ties": "*i32", "cells": "i32"}, selection.CELL_SEARCH),
+    }
+    for entries, size in {"": "i32", "-large": "i64"}.items():  # more than 2 ** 31 entries: 64 bits
+        f = {"f": "*fp32", "entries": size}
+        bins = {"BINS": BINS}
+        found |= {
+            f"sample{entries}": Case(
+                threshold.sample_kernel, f | counted, threshold.SAMPLE, streams=True, constants=bins
+            ),
+            f"collect{entries}": Case(threshold.collect_kernel, f | state | buffer, threshold.COLLECT, streams=True),
+            f"count{entries}": Case(
+                threshold.count_kernel, f | counted, threshold.LAUNCH, streams=True, constants=bins
+            ),
+            f"count_ties{entries}": Case(
+                threshold.count_ties_kernel, f | state | {"ties": "*i32"}, threshold.LAUNCH, streams=True
+            ),
+            f"locate{entries}": Case(threshold.locate_kernel, f | state | boundary, threshold.LAUNCH),
+        }
+    found["widen_bracket-large"] = Case(
+        bracket.widen_bracket_kernel,
+        counted | {"k": "i64", "entries": "i64", "capacity": "i32"},
+        selection.ONE_PROGRAM,
+    )
+    return found
+
+
+def _factors() -> dict[str, Case]:
+    sizes = {"steps": "i32", "rank": "i32", "n_out": "i32", "n_in": "i32"}
+    hip = {"PRECISION": "ieee"}
+    state = {"state": "*i64"}
+    found = {}
+    for rank in RANKS:
+        for dtype in ("fp32", "bf16"):
+            ab = {"a": f"*{dtype}", "b": f"*{dtype}"}
+            launch = tile_launch([(rank, TORCH_DTYPES[dtype])])
+
+            def case(
+                kernel: triton.JITFunction, types: dict, slow: bool = False, launch: dict = launch, **more: Any
+            ) -> Case:
+                return Case(kernel, types, launch, matrix=True, streams=True, constants=more, on_hip=hip, slow=slow)
+
+            counted = ab | state | {"histogram": "*i64"} | sizes
+            named = f"{dtype}-r{rank}"
+            found[f"outer_square_accumulate-{named}"] = case(
+                outer_square_accumulate.outer_square_accumulate_kernel,
+                ab | {"igia": "*fp32", "rank": "i32", "n_out": "i32", "n_in": "i32"},
+            )
+            found[f"factor_sample-{named}"] = case(
+                factor_threshold.factor_count_kernel, counted, SAMPLE=True, BINS=BINS
+            )
+            found[f"factor_collect-{named}"] = case(
+                factor_threshold.factor_collect_kernel,
+                ab | state | {"found_bits": "*i32", "found_index": "*i64", "capacity": "i32"} | sizes,
+            )
+            found[f"factor_count-{named}"] = case(
+                factor_threshold.factor_count_kernel, counted, SAMPLE=False, BINS=BINS
+            )
+            found[f"factor_count_ties-{named}"] = case(
+                factor_threshold.factor_count_ties_kernel, ab | state | {"ties": "*i32"} | sizes
+            )
+            found[f"factor_locate-{named}"] = case(
+                factor_threshold.factor_locate_kernel, ab | state | {"value": "*fp32", "index": "*i64"} | sizes
+            )
+        for weight in DTYPES:
+            for factors in ("fp32", "bf16", "both"):
+                dtypes = ("fp32", "bf16") if factors == "both" else (factors,)
+                for sums in ("", "-before", "-after"):
+                    if sums and (factors, rank) != ("bf16", 8):
+                        continue  # more donors than one launch takes: the same but for one load or store
+                    found[f"factor_sign_merge-{weight}-{factors}-r{rank}{sums}"] = Case(
+                        factor_sign_merge.factor_sign_merge_kernel,
+                        {"weight": f"*{weight}", "table": "*i64", "donors": "i32", "n_out": "i32", "n_in": "i32"}
+                        | {
+                            side: ("*fp64" if weight == "fp64" else "*fp32") if sums == f"-{side}" else None
+                            for side in ("before", "after")
+                        },
+                        tile_launch((rank, TORCH_DTYPES[dtype]) for dtype in dtypes),
+                        matrix=True,
+                        streams=True,
+                        constants={"FLOATS": factors != "bf16", "HALVES": factors != "fp32", "ALIGN": 16},
+                        on_hip=hip,
+                        slow=_rare(weight) or bool(sums) or (weight, factors) == ("fp32", "both"),
+                    )
+    return found
+
+
+def _wgrad() -> dict[str, Case]:
+    found = {}
+    for dtype in DTYPES:
+        x = f"*{dtype}"
+        for variant, (igia, grad) in {
+            "sum": (None, None),
+            "frozen": ("*fp32", None),
+            "trainable": (None, x),
+            "trainable-igia": ("*fp32", x),
+            "trainable-igia-fp32": ("*fp32", "*fp32"),
+        }.items():
+            found[f"wgrad-{dtype}-{variant}"] = Case(
+                wgrad_square_accumulate.wgrad_square_kernel,
+                {"igia": igia, "grad": grad, "x": x, "dy": x, "limit": igia, "partial": "*fp64"}
+                | {"tokens": "i32", "n_out": "i32", "n_in": "i32"},
+                wgrad_square_accumulate.LAUNCH[TORCH_DTYPES[dtype].itemsize],
+                streams=True,
+                matrix=dtype in ("bf16", "fp16"),
+                slow=(_rare(dtype) and variant != "trainable-igia")
+                or (dtype, variant) == ("fp32", "trainable-igia-fp32"),
+            )
+    return found
+
+
+CASES = cases()
