@@ -146,8 +146,12 @@ class Probe:
             self._finish()
 
     def _settle(self) -> None:
-        finite = [norms if bool(norms.isfinite().all()) else None for norms in self._pending]
         assert self._reader is not None
+        # what was read may still be on its way to the host: waited for here, not at each step
+        for device in {self._decoder.parameter(weight).device for weight in self._reader.weights}:
+            if device.type not in ("cpu", "meta"):
+                torch.accelerator.synchronize(device)
+        finite = [norms if bool(norms.isfinite().all()) else None for norms in self._pending]
         self._reader.settle(finite)
         self._usable += [norms for norms in finite if norms is not None]
         self._skipped += sum(norms is None for norms in finite)

@@ -1,16 +1,24 @@
 from __future__ import annotations
 
 import copy
+import gc
+import warnings
+import weakref
 
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from test_method import NAMES, batch, llama, lora, trainable
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 import gradpruner
+from gradpruner.decoder import Decoder
+from gradpruner.estimators.lora import LoraReader
 from gradpruner.igia import Dense, Factors
 
 
@@ -347,3 +355,38 @@ def test_a_flipped_byte_is_noticed(tmp_path, where):
     path.write_bytes(content)
     with pytest.raises(gradpruner.CheckpointError):
         gradpruner.Igia.load(path)
+
+
+def test_on_a_device_nothing_stays_between_steps_and_nothing_waits():
+    """Fake CUDA tensors stand for a card: what the reader makes there is gone, and each copy is asynchronous."""
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear"))
+    made: list[weakref.ref] = []
+    calls: list[tuple[str, bool]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            name = func.overloadpacket.__name__
+            found = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.device.type == "cuda"]
+            made.extend(weakref.ref(t) for t in found)
+            to_host = name == "copy_" and args[0].device.type == "cpu" and args[1].device.type == "cuda"
+            blocking = name in ("_local_scalar_dense", "_to_copy", "nonzero") or (to_host and not args[2])
+            calls.append((name, blocking))
+            return result
+
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.requires_grad:
+                    fake = torch.nn.Parameter(torch.empty(parameter.shape, device="cuda"))
+                    fake.grad = torch.empty(parameter.shape, device="cuda")
+                    setattr(module, name, fake)
+        reader = LoraReader(Decoder(model), importance=True, factor_dtype=torch.float32)
+        with Watch():
+            norms = reader.read(None)
+        gc.collect()
+    assert norms.device.type == "cpu" and any(name == "gram_norm" for name, _ in calls)
+    assert sum(name == "copy_" for name, _ in calls) == 1 + 2 * len(reader.weights)
+    assert not [name for name, blocking in calls if blocking]
+    assert made and not [t for ref in made if (t := ref()) is not None]

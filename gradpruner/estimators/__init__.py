@@ -19,7 +19,7 @@ class Reader(Protocol):
     def read(self, inverse_scale: Tensor | None) -> Tensor:
         """||G||_F^2 of every weight for the step about to be taken, float64 (n,) in host memory.
 
-        The copy may still be under way on a GPU until the next synchronisation. inverse_scale: 1 / loss scale
+        The copy may still be under way on a GPU until the device is synchronised. inverse_scale: 1 / loss scale
         where gradients are still scaled.
         """
         ...

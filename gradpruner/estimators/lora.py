@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,19 +57,20 @@ class LoraReader:
     def read(self, inverse_scale: Tensor | None) -> Tensor:
         """Norms of this step's pairs; the pairs themselves are queued for `settle`."""
         pairs = [_pair(module, inverse_scale) for module in self._modules]
-        norms = torch.zeros(len(pairs), dtype=torch.float64)
-        for device in {pair[0].device for pair in pairs if pair is not None}:
-            here = [(i, pair) for i, pair in enumerate(pairs) if pair is not None and pair[0].device == device]
-            values = ops.gram_norm([a for _, (a, _) in here], [b for _, (_, b) in here])
-            norms[[i for i, _ in here]] = values.cpu()
+        norms = torch.zeros(len(pairs), dtype=torch.float64, pin_memory=any(p and p[0].is_cuda for p in pairs))
+        first = 0
+        # neighbours on one device share a launch
+        for device, group in itertools.groupby(pairs, lambda pair: None if pair is None else pair[0].device):
+            here = list(group)
+            if device is not None:
+                values = ops.gram_norm([pair[0] for pair in here if pair], [pair[1] for pair in here if pair])
+                norms[first : first + len(here)].copy_(values, non_blocking=True)
+            first += len(here)
         if self._importance:
             for kept, pair in zip(self._kept, pairs, strict=True):
-                kept.pending.append(None if pair is None else (self._to_host(pair[0]), self._to_host(pair[1])))
+                copy = None if pair is None else (_to_host(pair[0], self._dtype), _to_host(pair[1], self._dtype))
+                kept.pending.append(copy)
         return norms
-
-    def _to_host(self, gradient: Tensor) -> Tensor:
-        # a clone on the CPU: the optimizer's zero_grad may write into the gradient's own memory
-        return gradient.to("cpu", self._dtype, copy=True)
 
     @property
     def full(self) -> bool:
@@ -130,6 +132,12 @@ def _pair(module: Any, inverse_scale: Tensor | None) -> tuple[Tensor, Tensor] | 
         scale = inverse_scale.to(a.device)
         a, b = a.float() * scale, b.float() * scale
     return a.detach(), b.detach()
+
+
+def _to_host(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy that is on its way: the device reads the gradient before anything launched later can change it."""
+    host = torch.empty(gradient.shape, dtype=dtype, pin_memory=gradient.is_cuda)
+    return host.copy_(gradient, non_blocking=True)
 
 
 def _scaled(kept: _Kept, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

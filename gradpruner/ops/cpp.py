@@ -47,7 +47,10 @@ def _factors(a: Tensor, b: Tensor) -> tuple[int, int, int, int, int, int, int]:
 def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """||b_i a_i||_F^2 of every pair, float64 (n,), from two r x r Gram matrices (source: D)."""
     norms = torch.empty(len(a), dtype=torch.float64)
-    pairs = [(*_array(ai), *_array(bi), ai.shape[0], ai.shape[1], bi.shape[0]) for ai, bi in zip(a, b, strict=True)]
+    pairs = [
+        (ai.data_ptr(), _CODES[ai.dtype], bi.data_ptr(), _CODES[bi.dtype], *ai.shape, bi.size(0))
+        for ai, bi in zip(a, b, strict=True)
+    ]
     _cpu.gram_norm(pairs, norms.data_ptr(), torch.get_num_threads())
     return norms
 

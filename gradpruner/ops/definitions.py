@@ -59,15 +59,17 @@ def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     _need(len(a) == len(b), f"a has {len(a)} tensors and b has {len(b)}; expected as many")
     if not a:
         return torch.zeros(0, dtype=torch.float64)
-    for i, (ai, bi) in enumerate(zip(a, b, strict=True)):
-        _need_dtype(f"a[{i}]", ai, FLOATS)
-        _need_dtype(f"b[{i}]", bi, FLOATS)
-        _need(
-            ai.ndim == 2 and bi.ndim == 2 and ai.shape[0] == bi.shape[1],
-            f"pair {i} has shapes {tuple(ai.shape)} and {tuple(bi.shape)}; expected (r, in) and (out, r)",
-        )
-        _need_same_device(a[0], ai, bi)
-    return backend_for(a[0].device).gram_norm([t.contiguous() for t in a], [t.contiguous() for t in b])
+    device = a[0].device
+    for i, (ai, bi) in enumerate(zip(a, b, strict=True)):  # hundreds of pairs a step: a message only where it is needed
+        if ai.ndim != 2 or bi.ndim != 2 or ai.size(0) != bi.size(1):
+            shapes = f"{tuple(ai.shape)} and {tuple(bi.shape)}"
+            raise InvalidArgument(f"pair {i} has shapes {shapes}; expected (r, in) and (out, r)")
+        if ai.dtype not in FLOATS or bi.dtype not in FLOATS:
+            _need_dtype(f"a[{i}]", ai, FLOATS)
+            _need_dtype(f"b[{i}]", bi, FLOATS)
+        if ai.device != device or bi.device != device:
+            _need_same_device(a[0], ai, bi)
+    return backend_for(device).gram_norm([t.contiguous() for t in a], [t.contiguous() for t in b])
 
 
 @gram_norm.register_fake
