@@ -17,10 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradpruner
 from benchmarks.implementations import Ours
+from benchmarks.plots import blank, save
 from benchmarks.records import FOLDER, machine, read, shown, write
 from benchmarks.timing import quiet_collector
 from gradpruner.errors import GradPrunerError, InvalidArgument
-from gradpruner.files import atomic_path
 from gradpruner.finetune import Recipe, add_adapters
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.report import table
@@ -158,14 +158,8 @@ def _curves(points: Sequence[Point]) -> Iterator[list[Point]]:
 
 def plot(csv_path: Path) -> Path:
     """Time and memory of every curve of the CSV, log-log, as one SVG beside it. Raises InvalidArgument."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InvalidArgument("a plot needs matplotlib: pip install gradpruner[plot]") from None
     groups = list(_curves(read(csv_path, Point)))
-    figure = Figure(figsize=(3.2 * len(groups), 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(3.2 * len(groups), 6.4)
     for column, points in enumerate(groups):
         for row, (what, slope) in enumerate(
             (("seconds", points[0].time_exponent), ("extra bytes", points[0].memory_exponent))
@@ -180,8 +174,7 @@ def plot(csv_path: Path) -> Path:
             axes.set_title(f"{points[0].curve}: {what}{shape}", fontsize=9)
             axes.grid(alpha=0.3)
     path = csv_path.with_suffix(".svg")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    save(figure, path)
     return path
 
 

@@ -204,8 +204,8 @@ def merge_stage(model: nn.Module, steps: int, rounds: int, *, plan: gradpruner.P
     igia = _igia(decoder, {key: f for key, f in factors.items() if key[0] in plan.merge})
     ways: dict[str, Callable[[nn.Module], Any]] = {
         "released": lambda fresh: _merge_released(weights, factors, plan),
-        "ours": lambda fresh: _merge_ours(weights, factors, plan),
         "ours: apply, with its checks": lambda fresh: gradpruner.apply(fresh, plan, igia),
+        "ours": lambda fresh: _merge_ours(weights, factors, plan),
     }
 
     def run(name: str) -> tuple[float, int]:
@@ -215,12 +215,13 @@ def merge_stage(model: nn.Module, steps: int, rounds: int, *, plan: gradpruner.P
         before = _resident()
         return _seconds(lambda: ways[name](fresh)), max(0, peak_memory() - before)
 
-    answers, extra = [], {}
+    answers: dict[str, Named] = {}
+    extra: dict[str, int] = {}
     for name in ways:
         extra[name] = run(name)[1]
-        answers.append({key: weights[key].clone() for key in originals})
-    different = sum(int((answers[0][key] != answers[1][key]).sum()) for key in originals)
-    changed = sum(int((answers[1][key] != original).sum()) for key, original in originals.items())
+        answers[name] = {key: weights[key].clone() for key in originals}
+    different = sum(int((answers["ours"][key] != answers["released"][key]).sum()) for key in originals)
+    changed = sum(int((answers["ours"][key] != original).sum()) for key, original in originals.items())
     if not changed or different > DIFFERENT * sum(original.numel() for original in originals.values()):
         raise WrongAnswer(f"merge: {changed} entries changed, {different} of them otherwise than the released way")
     times = {name: [0.0] * rounds for name in ways}
