@@ -370,7 +370,7 @@ def test_on_a_device_nothing_stays_between_steps_and_nothing_waits():
             found = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.device.type == "cuda"]
             made.extend(weakref.ref(t) for t in found)
             to_host = name == "copy_" and args[0].device.type == "cpu" and args[1].device.type == "cuda"
-            blocking = name in ("_local_scalar_dense", "_to_copy", "nonzero") or (to_host and not args[2])
+            blocking = name in ("_local_scalar_dense", "_to_copy", "nonzero") or (to_host and args[2:3] != (True,))
             calls.append((name, blocking))
             return result
 

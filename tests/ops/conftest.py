@@ -1,4 +1,4 @@
-"""Every test in this folder runs on every backend this process can run.
+"""Every test in this folder runs on every backend this process can run, the CPU's in each instruction set.
 
 The Triton interpreter has to be switched on before Triton is imported, so it has a process of its own:
 `test_interpreter.py` starts this same folder there.
@@ -11,9 +11,21 @@ import os
 import pytest
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
 
 
-@pytest.fixture(params=["triton"] if INTERPRETING else ["reference", "cpp"])
+@pytest.fixture(params=["triton"] if INTERPRETING else ["reference", *(f"cpp-{name}" for name in INSTRUCTION_SETS)])
 def backend(request, monkeypatch):
-    monkeypatch.setenv("GRADPRUNER_BACKEND", request.param)
-    return request.param
+    name, _, instructions = request.param.partition("-")
+    monkeypatch.setenv("GRADPRUNER_BACKEND", name)
+    if not instructions:
+        yield name
+        return
+    from gradpruner import _cpu  # imported here: the interpreter's process needs no extension
+
+    try:
+        _cpu.select_variant(instructions)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield name
+    _cpu.select_variant("")
