@@ -1,6 +1,6 @@
 // F = sum over steps of (b_i a_i)^2, one tile at a time: the only place where an importance is rebuilt.
 //
-// The factors of the tile are converted and packed into panels padded with zeros, then every entry goes through
+// The factors of the tile are converted and packed, padded with zeros, then every entry goes through
 // the same register block, in the same order of steps and ranks, whether it lies at an edge or not: its bits
 // depend on its factors alone. This file may contract multiply and add; the result is exact wherever F is exact.
 #include "convert.h"
@@ -41,37 +41,34 @@ void pack_a(const T* a, const Factors& factors, int64_t first_step, int64_t step
   }
 }
 
-// Groups of kBlockRows rows: group[step][k][row].
+// Rows as they are, those of one step together: packed[step][row][k], padded to whole blocks.
 template <class T>
 void pack_b(const T* b, const Factors& factors, int64_t first_step, int64_t steps, int64_t row, int64_t rows,
             float* packed) {
-  const int64_t depth = steps * factors.rank;
-  for (int64_t group = 0; group < rows; group += kBlockRows, packed += depth * kBlockRows) {
-    for (int64_t i = 0; i < kBlockRows; ++i) {
-      const bool filled = group + i < rows;
-      const int64_t source_row = filled ? (row + group + i) * factors.row_step : 0;
-      for (int64_t step = 0; step < steps; ++step) {
-        const T* from = b + ((first_step + step) * factors.out + source_row) * factors.rank;
-        float* to = packed + step * factors.rank * kBlockRows + i;
-        for (int64_t k = 0; k < factors.rank; ++k) {
-          to[k * kBlockRows] = filled ? static_cast<float>(widen(from[k])) : 0.0f;
-        }
-      }
+  const int64_t padding = (round_up(rows, kBlockRows) - rows) * factors.rank;
+  const int64_t run = factors.row_step == 1 ? rows : 1;  // neighbouring rows are one run
+  for (int64_t step = first_step; step < first_step + steps; ++step) {
+    for (int64_t i = 0; i < rows; i += run) {
+      const T* from = b + (step * factors.out + (row + i) * factors.row_step) * factors.rank;
+      for (int64_t j = 0; j < run * factors.rank; ++j) *packed++ = static_cast<float>(widen(from[j]));
     }
+    for (int64_t j = 0; j < padding; ++j) *packed++ = 0;
   }
 }
 
-void accumulate_block(const float* a, const float* b, int64_t steps, int64_t rank, float* f, int64_t stride) {
-  for (int64_t step = 0; step < steps; ++step) {
+// b: its row k lies k * rank further on, its next step b_stride.
+void accumulate_block(const float* a, const float* b, int64_t b_stride, int64_t steps, int64_t rank, float* f,
+                      int64_t stride) {
+  for (int64_t step = 0; step < steps; ++step, b += b_stride) {
     FloatVector dot[kBlockRows][kVectors] = {};
-    for (int64_t k = 0; k < rank; ++k, a += kBlockCols, b += kBlockRows) {
+    for (int64_t k = 0; k < rank; ++k, a += kBlockCols) {
       FloatVector from_a[kVectors];
 #pragma GCC unroll 4
       for (int64_t v = 0; v < kVectors; ++v) from_a[v] = load<FloatVector>(a + v * kFloatLanes);
 #pragma GCC unroll 6
       for (int64_t i = 0; i < kBlockRows; ++i) {
 #pragma GCC unroll 4
-        for (int64_t v = 0; v < kVectors; ++v) dot[i][v] += b[i] * from_a[v];
+        for (int64_t v = 0; v < kVectors; ++v) dot[i][v] += b[i * rank + k] * from_a[v];
       }
     }
 #pragma GCC unroll 6
@@ -86,11 +83,11 @@ void accumulate_block(const float* a, const float* b, int64_t steps, int64_t ran
 }
 
 // The same where only rows x cols of the block are there.
-void accumulate_corner(const float* a, const float* b, int64_t steps, int64_t rank, float* f, int64_t stride,
-                       int64_t rows, int64_t cols) {
+void accumulate_corner(const float* a, const float* b, int64_t b_stride, int64_t steps, int64_t rank, float* f,
+                       int64_t stride, int64_t rows, int64_t cols) {
   float block[kBlockRows * kBlockCols] = {};
   for (int64_t i = 0; i < rows; ++i) memcpy(block + i * kBlockCols, f + i * stride, static_cast<size_t>(cols) * 4);
-  accumulate_block(a, b, steps, rank, block, kBlockCols);
+  accumulate_block(a, b, b_stride, steps, rank, block, kBlockCols);
   for (int64_t i = 0; i < rows; ++i) memcpy(f + i * stride, block + i * kBlockCols, static_cast<size_t>(cols) * 4);
 }
 
@@ -108,6 +105,7 @@ void add_importance(const Factors& factors, const Tile& tile, float* f, int64_t 
   for (int64_t first = 0; first < factors.steps; first += chunk) {
     const int64_t steps = smaller(chunk, factors.steps - first);
     const int64_t depth = steps * factors.rank;
+    const int64_t b_stride = round_up(rows, kBlockRows) * factors.rank;
     float* packed_a = scratch;
     float* packed_b = scratch + depth * round_up(cols, kBlockCols);
     with_type({factors.a, factors.dtype},
@@ -116,12 +114,12 @@ void add_importance(const Factors& factors, const Tile& tile, float* f, int64_t 
               [&](auto* b) { pack_b(b, factors, first, steps, row, rows, packed_b); });
     const auto block = [&](int64_t i, int64_t j) {
       const float* a = packed_a + j * depth;
-      const float* b = packed_b + i * depth;
+      const float* b = packed_b + i * factors.rank;
       float* target = f + i * stride + j;
       if (i + kBlockRows <= rows && j + kBlockCols <= cols) {
-        accumulate_block(a, b, steps, factors.rank, target, stride);
+        accumulate_block(a, b, b_stride, steps, factors.rank, target, stride);
       } else {
-        accumulate_corner(a, b, steps, factors.rank, target, stride, smaller(kBlockRows, rows - i),
+        accumulate_corner(a, b, b_stride, steps, factors.rank, target, stride, smaller(kBlockRows, rows - i),
                           smaller(kBlockCols, cols - j));
       }
     };

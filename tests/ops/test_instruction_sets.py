@@ -1,4 +1,4 @@
-"""The instruction sets of the CPU backend against each other: where they must agree to the bit, and how closely else."""
+"""The instruction sets of the CPU backend against each other: where they agree to the bit, and how closely else."""
 
 from __future__ import annotations
 
