@@ -45,7 +45,7 @@ TARGETS = {
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 RANKS = (8, 64)  # one slice of the rank, and several
-SIZES = ("entries", "n_out", "n_in", "tokens")  # multiples of 16 in every model of interest
+SIZES = ("entries", "x_entries", "dy_entries", "n_out", "n_in", "tokens")  # multiples of 16 in every model of interest
 
 
 @dataclass(frozen=True)
@@ -196,16 +196,26 @@ def _streaming() -> dict[str, Case]:
 
 def _gram() -> dict[str, Case]:
     found = {}
-    for dtype in DTYPES:
-        for tile in gram_norm.RANK_TILES:
-            found[f"gram_norm-{dtype}-{tile}"] = Case(
-                gram_norm.gram_norm_kernel,
-                {"table": "*i64", "partial": "*fp64", "tiles": "i32"},
-                gram_norm.LAUNCH,
-                matrix=True,
-                constants={"DTYPE": DTYPES[dtype], "ALIGN": 16, "TILE": tile},
-                slow=_rare(dtype),
-            )
+    for tile in gram_norm.RANK_TILES:
+        for dtype in DTYPES:
+            for one_tile in (True, False):
+                if not one_tile and tile != gram_norm.RANK_TILES[-1]:
+                    continue  # several tiles only where the largest does not hold the rank
+                found[f"gram-{dtype}-{tile}{'' if one_tile else '-several'}"] = Case(
+                    gram_norm.gram_kernel,
+                    {"table": "*i64", "grams": "*fp64", "tiles": "i32", "splits": "i32"},
+                    gram_norm.LAUNCH[tile] | {"TILE": tile},
+                    streams=True,
+                    matrix=True,
+                    constants={"DTYPE": DTYPES[dtype], "ALIGN": 16, "RANK_STEP": 8, "ONE_TILE": one_tile},
+                    slow=_rare(dtype) or not one_tile,
+                )
+        found[f"gram_sum-{tile}"] = Case(
+            gram_norm.gram_sum_kernel,
+            {"grams": "*fp64", "partial": "*fp64", "splits": "i32"},
+            gram_norm.SUM | {"TILE": tile},
+            streams=True,
+        )
     return found
 
 
@@ -319,6 +329,13 @@ def _wgrad() -> dict[str, Case]:
     found = {}
     for dtype in DTYPES:
         x = f"*{dtype}"
+        size = TORCH_DTYPES[dtype].itemsize
+        found[f"finite-{dtype}"] = Case(
+            wgrad_square_accumulate.finite_kernel,
+            {"x": x, "dy": x, "limit": "*fp32", "x_entries": "i32", "dy_entries": "i32"},
+            wgrad_square_accumulate.FINITE,
+            streams=True,
+        )
         for variant, (igia, grad) in {
             "sum": (None, None),
             "frozen": ("*fp32", None),
@@ -330,9 +347,10 @@ def _wgrad() -> dict[str, Case]:
                 wgrad_square_accumulate.wgrad_square_kernel,
                 {"igia": igia, "grad": grad, "x": x, "dy": x, "limit": igia, "partial": "*fp64"}
                 | {"tokens": "i32", "n_out": "i32", "n_in": "i32"},
-                wgrad_square_accumulate.LAUNCH[TORCH_DTYPES[dtype].itemsize],
+                wgrad_square_accumulate.LAUNCH[size] | wgrad_square_accumulate.OPTIONS,
                 streams=True,
-                matrix=dtype in ("bf16", "fp16"),
+                matrix=dtype != "fp64",
+                on_hip={"PRECISION": "ieee", "num_stages": 2},
                 slow=(_rare(dtype) and variant != "trainable-igia")
                 or (dtype, variant) == ("fp32", "trainable-igia-fp32"),
             )

@@ -1,4 +1,4 @@
-"""||B A||_F^2 of every pair of a step from two r x r Gram matrices, one launch (METHOD D)."""
+"""||B A||_F^2 of every pair of a step from two r x r Gram matrices, one launch and a small sum (METHOD D)."""
 
 from __future__ import annotations
 
@@ -10,66 +10,129 @@ from torch import Tensor
 from gradpruner.kernels.device import TRITON_DTYPES, common_alignment, on_device_of, table_on
 from gradpruner.kernels.numeric import widen
 
-LAUNCH = {"BLOCK": 64, "num_warps": 4, "enable_fp_fusion": False}
-RANK_TILES = (16, 32)  # the first that holds every rank of the step, or the last, several times
+# Rank tiles: the first that holds every rank of the step, or the last, several times. A tile that holds them all reads
+# each factor once.
+RANK_TILES = (16, 32, 64)
+LAUNCH = {
+    16: {"BLOCK": 128, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
+    32: {"BLOCK": 32, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
+    64: {"BLOCK": 32, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": False},
+}
+SUM = {"num_warps": 4, "enable_fp_fusion": False}
+PROGRAMS = 1024  # some for every processor, also where a step has one large pair
+LEAST_BLOCKS = 4  # of a program, so that writing its Gram matrices stays small beside reading its factors
 
 
 @triton.jit
-def gram_norm_kernel(
-    table, partial, tiles, DTYPE: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr
+def gram_kernel(
+    table,
+    grams,
+    tiles,
+    splits,
+    DTYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    RANK_STEP: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One TILE x TILE piece of both Gram matrices of one pair, multiplied and summed, all in float64.
+    """One TILE x TILE piece of both Gram matrices of one pair over one part of its columns and rows, in float64.
 
     Products of float32 values are exact in float64, whose dot runs on the tensor cores of every target.
     table rows: address of a (rank, n_in), address of b (n_out, rank), rank, n_in, n_out.
+    grams: float64 (pairs, tiles, tiles, splits, 2, TILE, TILE).
     """
-    pid = tl.program_id(0)
-    row = table + (pid // (tiles * tiles)) * 5
-    p = (pid // tiles % tiles) * TILE + tl.arange(0, TILE)
-    q = (pid % tiles) * TILE + tl.arange(0, TILE)
+    pid = tl.program_id(0).to(tl.int64)
+    split = (pid % splits).to(tl.int32)
+    piece = pid // splits
+    row = table + piece // (tiles * tiles) * 5
+    p = (piece // tiles % tiles).to(tl.int32) * TILE + tl.arange(0, TILE)
+    q = (piece % tiles).to(tl.int32) * TILE + tl.arange(0, TILE)
     a = tl.multiple_of(tl.load(row).to(tl.pointer_type(DTYPE)), ALIGN)
     b = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(DTYPE)), ALIGN)
-    rank = tl.load(row + 2)
-    n_in = tl.multiple_of(tl.load(row + 3), ALIGN)
+    rank = tl.load(row + 2) // RANK_STEP * RANK_STEP  # the same number, known to be a multiple
+    n_in = tl.load(row + 3) // ALIGN * ALIGN
     n_out = tl.load(row + 4)
+    at = grams + pid * (2 * TILE * TILE) + tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
 
-    gram_a = tl.zeros((TILE, TILE), tl.float64)
-    for start in range(0, n_in, BLOCK):
+    gram = tl.zeros((TILE, TILE), tl.float64)
+    part = tl.cdiv(tl.cdiv(n_in, BLOCK), splits) * BLOCK
+    for start in range(split * part, tl.minimum(split * part + part, n_in), BLOCK):
         k = start + tl.arange(0, BLOCK)
         inside = k[None, :] < n_in
         left = tl.load(a + p[:, None] * n_in + k[None, :], mask=(p[:, None] < rank) & inside, other=0.0)
-        right = tl.load(a + q[:, None] * n_in + k[None, :], mask=(q[:, None] < rank) & inside, other=0.0)
-        gram_a = tl.dot(widen(left).to(tl.float64), tl.trans(widen(right).to(tl.float64)), gram_a, out_dtype=tl.float64)
+        left = widen(left).to(tl.float64)
+        if ONE_TILE:
+            right = left
+        else:
+            right = tl.load(a + q[:, None] * n_in + k[None, :], mask=(q[:, None] < rank) & inside, other=0.0)
+            right = widen(right).to(tl.float64)
+        gram = tl.dot(left, tl.trans(right), gram, out_dtype=tl.float64)
+    tl.store(at, gram)
 
-    gram_b = tl.zeros((TILE, TILE), tl.float64)
-    for start in range(0, n_out, BLOCK):
+    gram = tl.zeros((TILE, TILE), tl.float64)
+    part = tl.cdiv(tl.cdiv(n_out, BLOCK), splits) * BLOCK
+    for start in range(split * part, tl.minimum(split * part + part, n_out), BLOCK):
         k = start + tl.arange(0, BLOCK)
         inside = k[:, None] < n_out
         left = tl.load(b + k[:, None] * rank + p[None, :], mask=(p[None, :] < rank) & inside, other=0.0)
-        right = tl.load(b + k[:, None] * rank + q[None, :], mask=(q[None, :] < rank) & inside, other=0.0)
-        gram_b = tl.dot(tl.trans(widen(left).to(tl.float64)), widen(right).to(tl.float64), gram_b, out_dtype=tl.float64)
+        left = widen(left).to(tl.float64)
+        if ONE_TILE:
+            right = left
+        else:
+            right = tl.load(b + k[:, None] * rank + q[None, :], mask=(q[None, :] < rank) & inside, other=0.0)
+            right = widen(right).to(tl.float64)
+        gram = tl.dot(tl.trans(left), right, gram, out_dtype=tl.float64)
+    tl.store(at + TILE * TILE, gram)
 
-    tl.store(partial + pid, tl.sum(tl.sum(gram_a * gram_b, axis=1), axis=0))
+
+@triton.jit
+def gram_sum_kernel(grams, partial, splits, TILE: tl.constexpr):
+    """Add the parts of one piece in their order, multiply both Gram matrices entry by entry and sum, float64."""
+    pid = tl.program_id(0).to(tl.int64)
+    entry = tl.arange(0, TILE * TILE)
+    at = grams + pid * splits * (2 * TILE * TILE) + entry
+    gram_a = tl.zeros((TILE * TILE,), tl.float64)
+    gram_b = tl.zeros((TILE * TILE,), tl.float64)
+    for _ in range(splits):
+        gram_a += tl.load(at)
+        gram_b += tl.load(at + TILE * TILE)
+        at += 2 * TILE * TILE
+    tl.store(partial + pid, tl.sum(gram_a * gram_b, axis=0))
 
 
 def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """||b_i a_i||_F^2 of every pair, float64 (n,); a_i (r_i, in_i), b_i (out_i, r_i) (source: D)."""
+    """||b_i a_i||_F^2 of every pair, float64 (n,); a_i (r_i, in_i), b_i (out_i, r_i) (source: D).
+
+    The long dimension of each pair is split over as many programs as fill a card: by the shapes of the step alone, and
+    the parts are added in a fixed order, so the same step gives the same bits.
+    """
     if len({t.dtype for t in (*a, *b)}) > 1:  # never within a step of one optimizer, so a copy will do
         a, b = [t.double() for t in a], [t.double() for t in b]
     device = a[0].device
     rows = [[x.data_ptr(), y.data_ptr(), x.shape[0], x.shape[1], y.shape[0]] for x, y in zip(a, b, strict=True)]
     largest = max(row[2] for row in rows)
     tile = next((size for size in RANK_TILES if largest <= size), RANK_TILES[-1])
+    launch = LAUNCH[tile]
     tiles = max(1, triton.cdiv(largest, tile))
+    pieces = len(rows) * tiles * tiles
+    longest = triton.cdiv(max(max(row[3:]) for row in rows), launch["BLOCK"] * LEAST_BLOCKS)
+    splits = max(1, min(triton.cdiv(PROGRAMS, pieces), longest))
+    grams = torch.empty(pieces * splits * 2 * tile * tile, dtype=torch.float64, device=device)
     partial = torch.empty(len(rows), tiles * tiles, dtype=torch.float64, device=device)
+    step = next(size for size in (16, 8, 4, 2, 1) if all(row[2] % size == 0 for row in rows))
     with on_device_of(a[0]):
-        gram_norm_kernel[(partial.numel(),)](
+        gram_kernel[(pieces * splits,)](
             table_on(device, rows),
-            partial,
+            grams,
             tiles,
+            splits,
             TRITON_DTYPES[a[0].dtype],
             common_alignment(number for row in rows for number in (row[0], row[1], row[3])),
+            step,
+            tiles == 1,
             tile,
-            **LAUNCH,
+            **launch,
         )
+        gram_sum_kernel[(pieces,)](grams, partial, splits, tile, **SUM)
     return partial.sum(1)

@@ -1,4 +1,12 @@
-"""The fused weight gradient g = dy^T x, squared where it is computed (METHOD D, estimator `exact`)."""
+"""The fused weight gradient g = dy^T x, squared where it is computed (METHOD D, estimator `exact`).
+
+Tiles are not split along the tokens, as a GEMM with few tiles otherwise would be: the square of a sum is not the sum
+of the squares of its parts, so a tile of g has to be whole where it is squared. What fills the card is the order of the
+tiles: GROUP of a column in turn, whose tokens then lie in the second-level cache.
+
+Not tuned at run time either: the tile decides in what order products are added, so a choice by timing would make the
+scores depend on what else the machine did; and each trial would add into igia and grad.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +16,39 @@ import triton.language as tl
 from torch import Tensor
 
 from gradpruner.kernels.device import INTERPRETED, on_device_of
+from gradpruner.kernels.factor_tile import PRECISION
 from gradpruner.kernels.numeric import narrow, widen
 
-# By the bytes of an entry of x and dy.
-LAUNCH = {
-    2: {"ROWS": 128, "COLS": 64, "TOKENS": 64, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": False},
-    4: {"ROWS": 64, "COLS": 64, "TOKENS": 16, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
-    8: {"ROWS": 32, "COLS": 32, "TOKENS": 16, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": False},
-}
-GROUP = tl.constexpr(8)  # tiles of a column taken together, so that the second-level cache holds their tokens
+STAGES = 2 if torch.version.hip else 3  # three would take all the 64 KiB that AMD's processor shares out
 
+# By the bytes of an entry of x and dy. A large tile: what a tile reads for each product shrinks with its sides.
+LAUNCH = {
+    2: {"ROWS": 128, "COLS": 128, "TOKENS": 64, "num_warps": 8, "num_stages": STAGES},
+    4: {"ROWS": 128, "COLS": 64, "TOKENS": 16, "num_warps": 8, "num_stages": 3},
+    8: {"ROWS": 32, "COLS": 32, "TOKENS": 16, "num_warps": 4, "num_stages": 2},
+}
+OPTIONS = {"PRECISION": PRECISION, "enable_fp_fusion": False}
+FINITE = {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False}
+PROGRAMS = 1024
+
+GROUP = tl.constexpr(8)  # tiles of a column taken together, so that the second-level cache holds their tokens
 WIDEN_OPERANDS = tl.constexpr(INTERPRETED)  # the interpreter's dot is wrong on bfloat16
+
+
+@triton.jit
+def finite_kernel(x, dy, limit, x_entries, dy_entries, BLOCK: tl.constexpr):
+    """Store 0 as the limit if x or dy is not finite everywhere. Both in one launch, each read once."""
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    bad = tl.zeros((BLOCK,), tl.int1)
+    for start in range(0, x_entries, step):
+        entry = widen(tl.load(x + start + at, mask=start + at < x_entries, other=0.0))
+        bad = bad | (entry - entry != 0)
+    for start in range(0, dy_entries, step):
+        entry = widen(tl.load(dy + start + at, mask=start + at < dy_entries, other=0.0))
+        bad = bad | (entry - entry != 0)
+    if tl.max(bad.to(tl.int32), axis=0) != 0:
+        tl.store(limit, 0.0)
 
 
 @triton.jit
@@ -35,6 +65,7 @@ def wgrad_square_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One tile of g over all tokens, and its squares.
 
@@ -47,9 +78,12 @@ def wgrad_square_kernel(
     group_first = pid // (GROUP * col_tiles) * GROUP
     group_rows = tl.minimum(row_tiles - group_first, GROUP)
     in_group = pid % (GROUP * col_tiles)
-    rows = (group_first + in_group % group_rows) * ROWS + tl.arange(0, ROWS)
-    cols = in_group // group_rows * COLS + tl.arange(0, COLS)
+    row = (group_first + in_group % group_rows) * ROWS
+    col = in_group // group_rows * COLS
+    rows = row + tl.arange(0, ROWS)
+    cols = col + tl.arange(0, COLS)
 
+    precision: tl.constexpr = PRECISION if x.dtype.element_ty == tl.float32 else "ieee"
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     g = tl.zeros((ROWS, COLS), wide)
     token = tl.arange(0, TOKENS)
@@ -61,10 +95,27 @@ def wgrad_square_kernel(
         right = tl.load(x_at, mask=there & (cols[None, :] < n_in), other=0.0)
         if WIDEN_OPERANDS:
             left, right = widen(left), widen(right)
-        g = tl.dot(tl.trans(left), right, g, input_precision="ieee", out_dtype=wide)
+        g = tl.dot(tl.trans(left), right, g, input_precision=precision, out_dtype=wide)
         dy_at += TOKENS * n_out  # pointers advance, so no offset passes 32 bits
         x_at += TOKENS * n_in
 
+    # In four parts: the squares of a whole tile in float64 would not fit the registers beside it.
+    QUARTER: tl.constexpr = ROWS // 4
+    upper, lower = tl.split(tl.permute(tl.reshape(g, (2, 2, QUARTER, COLS)), (1, 2, 3, 0)))
+    first, second = tl.split(tl.permute(upper, (1, 2, 0)))
+    third, fourth = tl.split(tl.permute(lower, (1, 2, 0)))
+    total = _square_rows(first, igia, grad, limit, row, col, n_out, n_in, QUARTER, COLS)
+    total += _square_rows(second, igia, grad, limit, row + QUARTER, col, n_out, n_in, QUARTER, COLS)
+    total += _square_rows(third, igia, grad, limit, row + 2 * QUARTER, col, n_out, n_in, QUARTER, COLS)
+    total += _square_rows(fourth, igia, grad, limit, row + 3 * QUARTER, col, n_out, n_in, QUARTER, COLS)
+    tl.store(partial + pid, total)
+
+
+@triton.jit
+def _square_rows(g, igia, grad, limit, row, col, n_out, n_in, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Add some rows of g into grad and their squares into igia. Returns the sum of the squares, float64."""
+    rows = row + tl.arange(0, ROWS)
+    cols = col + tl.arange(0, COLS)
     at = rows[:, None].to(tl.int64) * n_in + cols[None, :]
     inside = (rows[:, None] < n_out) & (cols[None, :] < n_in)
     if grad is not None:
@@ -72,16 +123,15 @@ def wgrad_square_kernel(
         stored = narrow(widen(old) + widen(narrow(g, old.dtype)), old.dtype)
         tl.store(grad + at, stored, mask=inside)
         g = widen(stored)
-
     if igia is not None:
         square = (g * g).to(tl.float32)
-        # A NaN fails the comparison too. Masked entries are not written, so they keep their bits.
-        enters = inside & (square < tl.load(limit))
-        tl.store(igia + at, tl.load(igia + at, mask=enters, other=0.0) + square, mask=enters)
-
+        # A NaN fails the comparison too. What does not enter is written back as it was: masks that depend on the data
+        # would break every load and store into single entries.
+        before = tl.load(igia + at, mask=inside, other=0.0)
+        tl.store(igia + at, tl.where(square < tl.load(limit), before + square, before), mask=inside)
     # Outside there may be 0 * inf, so the sum selects. float64: a square may overflow float32 and be summed.
     exact = tl.where(inside, g, 0.0).to(tl.float64)
-    tl.store(partial + pid, tl.sum(tl.sum(exact * exact, axis=1), axis=0))
+    return tl.sum(tl.sum(exact * exact, axis=1), axis=0)
 
 
 def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: Tensor | None) -> Tensor:
@@ -96,13 +146,18 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
     partial = torch.empty(tiles, dtype=torch.float64, device=x.device)
     with on_device_of(x):
         limit = None if igia is None else _limit(x, dy)
-        wgrad_square_kernel[(tiles,)](igia, grad, x, dy, limit, partial, tokens, n_out, n_in, **launch)
+        wgrad_square_kernel[(tiles,)](igia, grad, x, dy, limit, partial, tokens, n_out, n_in, **launch, **OPTIONS)
     return partial.sum()
 
 
 def _limit(x: Tensor, dy: Tensor) -> Tensor:
-    """inf where x and dy are finite, else 0; float32 () on the device. The extremes with a NaN are NaN."""
-    if x.shape[0] == 0:
-        return x.new_full((), float("inf"), dtype=torch.float32)
-    extremes = torch.stack([*torch.aminmax(x), *torch.aminmax(dy)])
-    return torch.where(extremes.isfinite().all(), float("inf"), 0.0).to(torch.float32)
+    """inf where x and dy are finite, else 0; float32 () on the device.
+
+    It has to be known before the first tile is added: a tile with finite entries may be done before another meets the
+    first NaN, and igia is to be left whole. So x and dy are read once more, 1 part in 100 of what the product costs.
+    """
+    limit = torch.full((), float("inf"), dtype=torch.float32, device=x.device)
+    blocks = triton.cdiv(max(x.numel(), dy.numel()), FINITE["BLOCK"])
+    if blocks:
+        finite_kernel[(min(blocks, PROGRAMS),)](x, dy, limit, x.numel(), dy.numel(), **FINITE)
+    return limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import oracle
 import pytest
@@ -12,6 +13,7 @@ from gradpruner import ops
 from gradpruner.errors import InvalidArgument
 
 INF, NAN = float("inf"), float("nan")
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 WEIGHT_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FACTOR_DTYPES = [torch.float32, torch.bfloat16]
 # (out, in), t, r: single entries, primes, powers of two, tall and wide
@@ -392,3 +394,104 @@ def test_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv("GRADPRUNER_BACKEND", "cudnn")
     with pytest.raises(InvalidArgument, match="reference, triton, cpp"):
         ops.threshold(torch.ones(3), 1)
+
+
+# ---- a selection that samples: what it does where the sample helps, and where it misleads
+
+
+@pytest.fixture
+def answered_from_the_bracket(monkeypatch):
+    """Whether the last selection needed no pass but one over all entries; None on a backend that does not sample."""
+    if not INTERPRETING:
+        return lambda: None
+    from gradpruner.kernels import selection
+    from gradpruner.kernels.selection_state import DONE, new_state
+
+    states = []
+
+    def kept(device):
+        states.append(new_state(device))
+        return states[-1]
+
+    monkeypatch.setattr(selection, "new_state", kept)
+    return lambda: bool(states[-1][0, DONE.value])
+
+
+def sampled_entries(entries: int) -> torch.Tensor:
+    """Flat indices that the dense selection samples: 128 of each 4096, at a place that wanders."""
+    blocks = torch.arange(-(-entries // 4096))
+    at = (blocks * 4096 + blocks * 7919 % 32 * 128)[:, None] + torch.arange(128)
+    return at[at < entries]
+
+
+def factors_that_differ_in_the_sample(n_out: int, n_in: int, low: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step a row of 64 x 64 tiles: F is `low` of what it is elsewhere in the tiles that the selection samples."""
+    rows, cols = -(-n_out // 64), -(-n_in // 64)
+    a = normal(rows, 1, n_in).abs() + 0.1
+    b = torch.zeros(rows, n_out, 1)
+    for n in range(2 * max(rows, cols)):
+        row, col = n % rows, (n % rows * 7919 + n // rows) % cols
+        a[row, 0, col * 64 : col * 64 + 64] *= low
+    for row in range(rows):
+        b[row, row * 64 : row * 64 + 64, 0] = normal(n_out, seed=1)[row * 64 : row * 64 + 64].abs() + 0.1
+    return a, b
+
+
+@pytest.mark.parametrize("share", [0.001, 0.2, 0.7])
+def test_threshold_of_many_entries_is_answered_from_the_bracket(share, answered_from_the_bracket):
+    f = normal(300, 401).square()
+    check_threshold(f, int(share * f.numel()))
+    assert answered_from_the_bracket() in (None, True)
+
+
+def test_threshold_is_exact_where_the_sample_lies(answered_from_the_bracket):
+    f = normal(300, 400).square()
+    f.view(-1)[sampled_entries(f.numel())] *= 1e-6
+    check_threshold(f, f.numel() // 5)
+    assert answered_from_the_bracket() in (None, False)
+
+
+def test_threshold_is_exact_where_too_many_entries_tie(answered_from_the_bracket):
+    check_threshold(torch.full((90, 100), 7.0), 5000)
+    assert answered_from_the_bracket() in (None, False)
+
+
+def test_threshold_of_fewer_positive_entries_than_wanted():
+    f = torch.zeros(90, 100)
+    f[::7, ::9] = normal(13, 12).abs() + 0.1
+    for k in (155, 156, 157, 8000):
+        check_threshold(f, k)
+
+
+@pytest.mark.parametrize(("low", "answered"), [(1.0, True), (1e-3, False)])
+def test_factor_threshold_keeps_exactly_k_whatever_the_sample_says(low, answered, answered_from_the_bracket):
+    shape = (200, 300)
+    a, b = factors_that_differ_in_the_sample(*shape, low)
+    k = 12000
+    value, index = ops.factor_threshold(a, b, k)
+    assert answered_from_the_bracket() in (None, answered)
+    weight = torch.ones(shape)
+    ops.factor_sign_merge_(weight, [torch.ones(shape)], [a], [b], [value], [index], [1.0])
+    assert int((weight == 2).sum()) == k
+    f = oracle.importance(a, b)
+    wrong = (weight == 2) != oracle.mask_of(f, k)
+    assert not (wrong & ((f - float(value)).abs() > 1e-5 * float(value))).any()
+
+
+def test_factor_threshold_where_too_many_entries_tie(answered_from_the_bracket):
+    a, b = torch.ones(1, 1, 100), torch.ones(1, 90, 1)
+    value, index = ops.factor_threshold(a, b, 5000)
+    assert (float(value), int(index)) == (1.0, 4999)
+    assert answered_from_the_bracket() in (None, False)
+
+
+def test_more_donors_than_one_launch_takes():
+    weight, count = normal(9, 7, dtype=torch.bfloat16), 35
+    donors = [normal(9, 7, dtype=torch.bfloat16, seed=s) for s in range(1, count + 1)]
+    a = [whole(1, 1, 7, seed=s) for s in range(count)]
+    b = [whole(1, 9, 1, seed=s + 99) for s in range(count)]
+    edges = [ops.factor_threshold(ai, bi, 20) for ai, bi in zip(a, b, strict=True)]
+    masks = [oracle.mask_of(oracle.importance(ai, bi), 20) for ai, bi in zip(a, b, strict=True)]
+    expected = oracle.merge(weight, donors, masks)
+    ops.factor_sign_merge_(weight, donors, a, b, [v for v, _ in edges], [i for _, i in edges], [1.0] * count)
+    assert same_bits(weight, expected)

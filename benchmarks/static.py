@@ -1,0 +1,113 @@
+"""`python -m benchmarks.static`: what can be known of every kernel without a card. Predicted and counted only.
+
+No number in it may be taken for a measurement. The code's part comes from ahead-of-time compiles as launched
+(`benchmarks.compiled`), the occupancy from published limits (`benchmarks.static_limits`), bytes and operations from
+counting (`benchmarks.static_counts`). Writes `benchmarks/results/static.csv`: one row an op, shape and target, with its
+main kernel; then one row for every other kernel and target.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compiled import CASES, TARGETS, Code
+from benchmarks.static_counts import CARDS, Count, counts
+from benchmarks.static_limits import LIMITS, occupancy
+from gradpruner.report import table
+
+RESULT = Path(__file__).parent / "results" / "static.csv"
+NOTICE = "Predicted from compiled code and counted by hand. No number in it may be taken for a measurement."
+
+
+def code_columns(code: Code, target: str) -> dict[str, Any]:
+    """What the compiled code of one kernel says."""
+    fits = occupancy(code, LIMITS[target])
+    return {
+        "registers (compiled)": code.registers,
+        "spilled bytes (compiled)": code.spilled_bytes,
+        "shared bytes (compiled)": code.shared_bytes,
+        "blocks a processor (predicted)": fits.blocks,
+        "occupancy (predicted)": f"{fits.share:.0%}",
+        "limited by (predicted)": fits.limited_by,
+        "widest load, bytes (compiled)": code.widest_load,
+        "loads of 16 bytes or more (compiled)": f"{code.wide_share:.0%}",
+        "matrix instructions (compiled)": " ".join(code.matrix) or "none",
+    }
+
+
+def count_columns(count: Count) -> dict[str, Any]:
+    """What counting says of one op at one shape, ours beside the released way."""
+    columns: dict[str, Any] = {
+        "MB moved (counted)": f"{sum(p.bytes for p in count.ours) / 1e6:.1f}",
+        "operations, 1e9 (counted)": f"{sum(sum(p.operations.values()) for p in count.ours) / 1e9:.2f}",
+        "released: MB moved (counted)": f"{sum(p.bytes for p in count.released) / 1e6:.1f}",
+    }
+    for name, card in CARDS.items():
+        ours = sum(p.seconds(card) for p in count.ours)
+        released = sum(p.seconds(card) for p in count.released)
+        columns |= {
+            f"{name} roofline, us (predicted)": f"{1e6 * ours:.1f}",
+            f"{name} released roofline, us (predicted)": f"{1e6 * released:.1f}",
+            f"{name} released / ours (predicted)": f"{released / ours:.2f}",
+        }
+    return columns
+
+
+def rows() -> list[dict[str, Any]]:
+    """Compile every case for every target, and count every op."""
+    codes = {(name, target): CASES[name].compile(target) for name in CASES for target in TARGETS}
+    counted = counts()
+    found = []
+    for count in counted:
+        for target in TARGETS:
+            head = {"op": count.op, "shape": count.shape, "kernel": count.case, "target": target}
+            found.append(head | code_columns(codes[count.case, target], target) | count_columns(count))
+    main = {count.case for count in counted}
+    for (name, target), code in codes.items():
+        if name not in main:
+            found.append({"op": "", "shape": "", "kernel": name, "target": target} | code_columns(code, target))
+    return found
+
+
+def write(path: Path, found: list[dict[str, Any]]) -> None:
+    """Write the rows as CSV, whole or not at all; columns a row has not are empty."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(found[0]), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+    os.replace(partial, path)
+
+
+def main() -> int:
+    """Print both halves and write the file."""
+    found = rows()
+    write(RESULT, found)
+    kernels = {(row["kernel"], row["target"]): row for row in found}
+    code_names = [
+        "kernel",
+        "target",
+        *(name for name in found[0] if name.endswith(("(compiled)",)) or "processor" in name),
+    ]
+    code_names += ["occupancy (predicted)", "limited by (predicted)"]
+    ops = {(row["op"], row["shape"]): row for row in found if row["op"]}
+    op_names = [
+        "op",
+        "shape",
+        *(name for name in found[0] if "counted" in name or "roofline" in name or "/ ours" in name),
+    ]
+    print(NOTICE)
+    print("\nCode as compiled, and the occupancy predicted from it")
+    print(table([{name: row[name] for name in code_names} for row in kernels.values()]))
+    print("\nBytes and operations counted, and the roofline predicted from them")
+    print(table([{name: row[name] for name in op_names} for row in ops.values()]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
