@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import gradpruner
 from benchmarks.implementations import Ours
 from benchmarks.plots import blank, save
-from benchmarks.records import FOLDER, machine, read, shown, write
+from benchmarks.records import FOLDER, Timed, read, shown, timed, write
 from benchmarks.timing import quiet_collector
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.finetune import Recipe, add_adapters
@@ -30,26 +30,18 @@ PAIRS, RANK, STEPS, WIDTH = 16, 8, 40, 1024  # what stays fixed while one of the
 PROBE_STEPS, HIDDEN, INNER, VOCABULARY = 20, 256, 512, 64
 
 
-@dataclass(frozen=True)
-class Point:
+@dataclass(frozen=True, kw_only=True)
+class Point(Timed):
     """One point of a curve. time_exponent, memory_exponent: of the power law fitted to the whole curve, nan if none.
 
-    extra_bytes: beyond the arguments, at the peak of a call; of the probe, what it holds after its steps.
+    extra_bytes: of the probe, what it holds after its steps.
     """
 
     curve: str
     along: str
     value: int
-    median_s: float
-    min_s: float
-    max_s: float
-    runs: int
-    extra_bytes: int
     time_exponent: float
     memory_exponent: float
-    machine: str
-    threads: int
-    torch: str
 
 
 Measure = Callable[[], tuple[float, int]]  # seconds and extra bytes of one call
@@ -142,12 +134,11 @@ def curve(name: str, along: str, values: Sequence[int], repeats: int) -> list[Po
     rounds = [[call() for call in calls] for _ in range(repeats + 1)][1:]
     times = [[each[n][0] for each in rounds] for n in range(len(values))]
     memory = [min(each[n][1] for each in rounds) for n in range(len(values))]
-    medians = [statistics.median(each) for each in times]
-    slopes = exponent(values, medians), exponent(values, memory)
+    slopes = exponent(values, [statistics.median(each) for each in times]), exponent(values, memory)
     return [
-        Point(name, along, value, median, min(each), max(each), repeats, extra, *slopes, machine(CPU),
-              torch.get_num_threads(), torch.__version__)
-        for value, median, each, extra in zip(values, medians, times, memory, strict=True)
+        Point(curve=name, along=along, value=value, time_exponent=slopes[0], memory_exponent=slopes[1],
+              **timed(each, extra, CPU))
+        for value, each, extra in zip(values, times, memory, strict=True)
     ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from gradpruner import ops
 from gradpruner.errors import InvalidArgument
 
+Tensors = list[Tensor]
 KINDS = ("reference", "released", "torch", "ours", "floor", "other")
 
 

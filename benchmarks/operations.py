@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -61,9 +62,19 @@ class Answer:
 Check = Callable[[tuple[Any, ...], Answer, Answer], str]
 
 
+class Normal:
+    """Seeded standard normals on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._source = device, torch.Generator(device).manual_seed(0)
+
+    def __call__(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=self._source, device=self.device, dtype=dtype)
+
+
 @dataclass(frozen=True)
 class Case:
-    """One row. make: the arguments on a device, always the same. mutated: the argument that is written, by position.
+    """One row. make: the arguments, out of random numbers. mutated: the argument that is written, by position.
 
     check(arguments, expected, given): "" if right, else what is wrong with it.
     """
@@ -72,23 +83,9 @@ class Case:
     shape: str
     variant: str
     count: Count
-    make: Callable[[torch.device], tuple[Any, ...]]
+    make: Callable[[Normal], tuple[Any, ...]]
     check: Check
     mutated: int | None = None
-
-
-class _Random:
-    """Seeded normals on a device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._source, self._device = torch.Generator(device).manual_seed(0), device
-
-    def __call__(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*shape, generator=self._source, device=self._device, dtype=dtype)
-
-
-def _name(shape: tuple[int, int]) -> str:
-    return f"{shape[0]}x{shape[1]}"
 
 
 # ---- what counts as right
@@ -163,8 +160,8 @@ def _factor_importance(
     arguments: tuple[Any, ...], expected: Answer, rows: Tensor, columns: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
     _, _, a, b, _ = arguments
-    product = (b[:, rows].double() * a[:, :, columns].mT.double()).sum(2)
-    return [(product.square().sum(0), expected.returned)]
+    gradients = (b[:, rows].double() * a[:, :, columns].mT.double()).sum(2)
+    return [(gradients.square().sum(0), expected.returned)]
 
 
 # ---- the rows, op by op; each docstring is the count that its table prints
@@ -173,98 +170,85 @@ def _factor_importance(
 def gram_norm(shapes: Shapes) -> Iterator[Case]:
     """bytes: the factors, 4 r (in + out) a pair; operations: r (r + 1) (in + out) a pair, in float64."""
     pairs = shapes.layer * shapes.layers
+    length = sum(i + o for o, i in pairs)
     for r in RANKS:
 
-        def make(device: torch.device, r: int = r) -> tuple[Any, ...]:
-            normal = _Random(device)
+        def make(normal: Normal, r: int = r) -> tuple[Any, ...]:
             return [normal(r, i) for _, i in pairs], [normal(o, r) for o, _ in pairs]
 
-        length = sum(i + o for o, i in pairs)
         count = Count(4 * r * length, r * (r + 1) * length, torch.float64)
         yield Case("gram_norm", f"{len(pairs)} pairs", f"r={r}", count, make, _check_sums)
 
 
 def factor_merge(shapes: Shapes) -> Iterator[Case]:
     """bytes: the factors, 4 t r (in + out), and 6 an entry; operations: F twice, 4 t (r + 1) an entry."""
-    for o, i in shapes.distinct:
-        for r in RANKS:
+    for (o, i), r in product(shapes.distinct, RANKS):
 
-            def make(device: torch.device, o: int = o, i: int = i, r: int = r) -> tuple[Any, ...]:
-                normal = _Random(device)
-                weight, donor = normal(o, i, dtype=torch.bfloat16), normal(o, i, dtype=torch.bfloat16)
-                return weight, donor, normal(STEPS, r, i), normal(STEPS, o, r), o * i // TOP
+        def make(normal: Normal, o: int = o, i: int = i, r: int = r) -> tuple[Any, ...]:
+            weight, donor = normal(o, i, dtype=torch.bfloat16), normal(o, i, dtype=torch.bfloat16)
+            return weight, donor, normal(STEPS, r, i), normal(STEPS, o, r), o * i // TOP
 
-            count = Count(4 * STEPS * r * (i + o) + 6 * o * i, 4 * STEPS * (r + 1) * o * i)
-            check = partial(_check_merge, importance=_factor_importance)
-            yield Case("factor_merge", _name((o, i)), f"r={r}, t={STEPS}", count, make, check, mutated=0)
+        count = Count(4 * STEPS * r * (i + o) + 6 * o * i, 4 * STEPS * (r + 1) * o * i)
+        check = partial(_check_merge, importance=_factor_importance)
+        yield Case("factor_merge", f"{o}x{i}", f"r={r}, t={STEPS}", count, make, check, mutated=0)
 
 
 def threshold(shapes: Shapes) -> Iterator[Case]:
     """bytes: one read, 4 an entry; operations: one comparison an entry."""
     for o, i in shapes.distinct:
 
-        def make(device: torch.device, o: int = o, i: int = i) -> tuple[Any, ...]:
-            return _Random(device)(o, i).square_(), o * i // TOP
+        def make(normal: Normal, o: int = o, i: int = i) -> tuple[Any, ...]:
+            return normal(o, i).square_(), o * i // TOP
 
-        yield Case("threshold", _name((o, i)), "top 20 %", Count(4 * o * i, o * i), make, _check_threshold)
+        yield Case("threshold", f"{o}x{i}", "top 20 %", Count(4 * o * i, o * i), make, _check_threshold)
 
 
 def sign_merge_(shapes: Shapes) -> Iterator[Case]:
     """bytes: 4 + 6 n an entry for n donors (bf16 weights, fp32 importance); operations: 3 n an entry."""
-    for o, i in shapes.distinct:
-        for n in (1, 3):
+    for (o, i), n in product(shapes.distinct, (1, 3)):
 
-            def make(device: torch.device, o: int = o, i: int = i, n: int = n) -> tuple[Any, ...]:
-                normal = _Random(device)
-                weight, *donors = (normal(o, i, dtype=torch.bfloat16) for _ in range(n + 1))
-                igias = [normal(o, i).square_() for _ in range(n)]
-                values = [torch.tensor(QUANTILE, device=device)] * n
-                return weight, donors, igias, values, [torch.tensor(-1, device=device)] * n, [1.0] * n
+        def make(normal: Normal, o: int = o, i: int = i, n: int = n) -> tuple[Any, ...]:
+            weight, *donors = (normal(o, i, dtype=torch.bfloat16) for _ in range(n + 1))
+            edge = torch.tensor(QUANTILE, device=normal.device), torch.tensor(-1, device=normal.device)
+            return weight, donors, [normal(o, i).square_() for _ in donors], [edge[0]] * n, [edge[1]] * n, [1.0] * n
 
-            count = Count((4 + 6 * n) * o * i, 3 * n * o * i)
-            check = partial(_check_merge, importance=_dense_importance)
-            variant = f"{n} donor{'s' if n > 1 else ''}"
-            yield Case("sign_merge_", _name((o, i)), variant, count, make, check, mutated=0)
+        count = Count((4 + 6 * n) * o * i, 3 * n * o * i)
+        check = partial(_check_merge, importance=_dense_importance)
+        yield Case("sign_merge_", f"{o}x{i}", f"n={n}", count, make, check, mutated=0)
 
 
 def square_accumulate_(shapes: Shapes) -> Iterator[Case]:
     """bytes: 12 an entry of an fp32 gradient, 10 of a bf16 one; operations: 2 an entry."""
-    for o, i in shapes.distinct:
-        for name, dtype in DTYPES.items():
+    for (o, i), name in product(shapes.distinct, DTYPES):
 
-            def make(device: torch.device, o: int = o, i: int = i, dtype: torch.dtype = dtype) -> tuple[Any, ...]:
-                normal = _Random(device)
-                return normal(o, i).square_(), normal(o, i, dtype=dtype)
+        def make(normal: Normal, o: int = o, i: int = i, dtype: torch.dtype = DTYPES[name]) -> tuple[Any, ...]:
+            return normal(o, i).square_(), normal(o, i, dtype=dtype)
 
-            count = Count((8 + dtype.itemsize) * o * i, 2 * o * i)
-            yield Case("square_accumulate_", _name((o, i)), name, count, make, _check_squares, mutated=0)
+        count = Count((8 + DTYPES[name].itemsize) * o * i, 2 * o * i)
+        yield Case("square_accumulate_", f"{o}x{i}", name, count, make, _check_squares, mutated=0)
 
 
 def outer_square_accumulate_(shapes: Shapes) -> Iterator[Case]:
     """bytes: 8 an entry and the factors, 4 r (in + out); operations: 2 (r + 1) an entry."""
-    for o, i in shapes.distinct:
-        for r in RANKS:
+    for (o, i), r in product(shapes.distinct, RANKS):
 
-            def make(device: torch.device, o: int = o, i: int = i, r: int = r) -> tuple[Any, ...]:
-                normal = _Random(device)
-                return normal(o, i).square_(), normal(r, i), normal(o, r)
+        def make(normal: Normal, o: int = o, i: int = i, r: int = r) -> tuple[Any, ...]:
+            return normal(o, i).square_(), normal(r, i), normal(o, r)
 
-            count = Count(8 * o * i + 4 * r * (i + o), 2 * (r + 1) * o * i)
-            yield Case("outer_square_accumulate_", _name((o, i)), f"r={r}", count, make, _check_squares, mutated=0)
+        count = Count(8 * o * i + 4 * r * (i + o), 2 * (r + 1) * o * i)
+        yield Case("outer_square_accumulate_", f"{o}x{i}", f"r={r}", count, make, _check_squares, mutated=0)
 
 
 def wgrad_square_accumulate_(shapes: Shapes) -> Iterator[Case]:
     """bytes: 8 an entry, and x and dy once; operations: 2 T an entry, against the GEMM peak of the dtype of x."""
-    for o, i in shapes.distinct:
-        for name, dtype in DTYPES.items():
+    for (o, i), name in product(shapes.distinct, DTYPES):
+        dtype, t = DTYPES[name], TOKENS
 
-            def make(device: torch.device, o: int = o, i: int = i, dtype: torch.dtype = dtype) -> tuple[Any, ...]:
-                normal = _Random(device)
-                return normal(o, i).square_(), normal(TOKENS, i, dtype=dtype), normal(TOKENS, o, dtype=dtype), None
+        def make(normal: Normal, o: int = o, i: int = i, dtype: torch.dtype = dtype) -> tuple[Any, ...]:
+            return normal(o, i).square_(), normal(TOKENS, i, dtype=dtype), normal(TOKENS, o, dtype=dtype), None
 
-            count = Count(8 * o * i + dtype.itemsize * TOKENS * (i + o), 2 * TOKENS * o * i, dtype)
-            variant = f"{name}, T={TOKENS}"
-            yield Case("wgrad_square_accumulate_", _name((o, i)), variant, count, make, _check_squares, mutated=0)
+        count = Count(8 * o * i + dtype.itemsize * t * (i + o), 2 * t * o * i, dtype)
+        yield Case("wgrad_square_accumulate_", f"{o}x{i}", f"{name}, T={t}", count, make, _check_squares, mutated=0)
 
 
 OPERATIONS: dict[str, Callable[[Shapes], Iterator[Case]]] = {

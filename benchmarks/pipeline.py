@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import gradpruner
-from benchmarks.records import FOLDER, machine, shown, write
+from benchmarks.records import FOLDER, Timed, ratios, timed, write
 from benchmarks.released import Released
-from benchmarks.timing import WrongAnswer, quiet_collector
+from benchmarks.timing import WrongAnswer, quiet_collector, seconds
 from gradpruner.decoder import Decoder
 from gradpruner.errors import GradPrunerError
 from gradpruner.finetune import Recipe, add_adapters
@@ -34,34 +33,28 @@ TOP = Fraction(1, 5)
 PLAN = gradpruner.Plan(30, drop=[8, 10, 13, 17, 20, 22, 23, 25, 26], merge=[6, 14, 18])
 DIFFERENT = 1e-4  # share of merged entries that may differ: those whose importance lies at the threshold
 CPU = torch.device("cpu")
+SHOWN = ("stage", "case", "implementation", "median_s", "base", "ratio", "ratio_min", "ratio_max", "runs",
+         "extra_bytes", "importance_bytes")  # fmt: skip
 
 Named = dict[tuple[int, str], Tensor]
 
 
-@dataclass(frozen=True)
-class Stage:
+@dataclass(frozen=True, kw_only=True)
+class Stage(Timed):
     """One way through one stage. ratio: its time over that of `base`, median of the rounds, with least and most.
 
-    extra_bytes: memory beyond what was there before, at the peak of a call, or what a probe's run added and kept.
-    importance_bytes: what the importance itself takes, as factors, or as F where that is smaller.
+    extra_bytes: of the probe, what its run added and kept. importance_bytes: what the importance itself takes, as
+    factors, or as F where that is smaller.
     """
 
     stage: str
     case: str
     implementation: str
     base: str
-    median_s: float
-    min_s: float
-    max_s: float
-    runs: int
     ratio: float
     ratio_min: float
     ratio_max: float
-    extra_bytes: int
     importance_bytes: int
-    machine: str
-    threads: int
-    torch: str
 
 
 def _stages(
@@ -69,34 +62,14 @@ def _stages(
 ) -> list[Stage]:
     found = []
     for name, mine in times.items():
-        ratios = [own / other for own, other in zip(mine, times[base], strict=True)]
+        ratio, least, most = ratios(mine, times[base])
         found.append(
             Stage(
-                stage=stage,
-                case=case,
-                implementation=name,
-                base=base,
-                median_s=statistics.median(mine),
-                min_s=min(mine),
-                max_s=max(mine),
-                runs=len(mine),
-                ratio=statistics.median(ratios),
-                ratio_min=min(ratios),
-                ratio_max=max(ratios),
-                extra_bytes=extra.get(name, 0),
-                importance_bytes=kept,
-                machine=machine(CPU),
-                threads=torch.get_num_threads(),
-                torch=torch.__version__,
+                stage=stage, case=case, implementation=name, base=base, importance_bytes=kept,
+                ratio=ratio, ratio_min=least, ratio_max=most, **timed(mine, extra.get(name, 0), CPU),
             )
-        )
+        )  # fmt: skip
     return found
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 def _resident() -> int:
@@ -213,7 +186,7 @@ def merge_stage(model: nn.Module, steps: int, rounds: int, *, plan: gradpruner.P
             weights[key].copy_(original)
         fresh = copy.deepcopy(model) if "apply" in name else model
         before = _resident()
-        return _seconds(lambda: ways[name](fresh)), max(0, peak_memory() - before)
+        return seconds(lambda: ways[name](fresh), CPU)[0], max(0, peak_memory() - before)
 
     answers: dict[str, Named] = {}
     extra: dict[str, int] = {}
@@ -232,24 +205,6 @@ def merge_stage(model: nn.Module, steps: int, rounds: int, *, plan: gradpruner.P
         weights[key].copy_(original)
     case = f"{len(plan.removed)} of {plan.layers} layers, {len(plan.merge)} merged, r={RANK}, t={steps}"
     return _stages("merge", case, "ours", times, extra, stored_bytes(factors))
-
-
-def table_rows(found: Sequence[Stage]) -> list[dict[str, Any]]:
-    """As a person reads it."""
-    return [
-        {
-            "stage": each.stage,
-            "case": each.case,
-            "way": each.implementation,
-            "time": shown(each.median_s),
-            "ratio to": each.base,
-            "ratio": f"{each.ratio:.3f} ({each.ratio_min:.3f} to {each.ratio_max:.3f})",
-            "extra MB": each.extra_bytes / 1e6,
-            "importance MB": each.importance_bytes / 1e6,
-            "runs": each.runs,
-        }
-        for each in found
-    ]
 
 
 def main() -> int:
@@ -273,7 +228,7 @@ def main() -> int:
                 found += [each for steps in (10, 40) for each in merge_stage(model, steps, options.repeats)]
             if "probe" in stages:
                 found += probe_overhead(model, options.pairs)
-        print(table(table_rows(found)))
+        print(table([{column: getattr(each, column) for column in SHOWN} for each in found]))
         FOLDER.mkdir(exist_ok=True)
         write(FOLDER / "pipeline.csv", found)
     except GradPrunerError as error:

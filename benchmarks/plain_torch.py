@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.implementations import Implementation
+from benchmarks.implementations import Implementation, Tensors
 
 
 def _panels(matrix: Tensor, entries: int | None = None) -> Iterator[slice]:
@@ -50,7 +51,7 @@ def _sampled_value(igia: Tensor, k: int) -> Tensor:
     return _kth_value(inside, rank)
 
 
-def _merge(weight: Tensor, donors: list[Tensor], igias: list[Tensor], values: list[Tensor]) -> None:
+def _merge(weight: Tensor, donors: Tensors, igias: Tensors, values: Tensors) -> None:
     """All donors of a panel of rows while it is in the cache."""
     for panel in _panels(weight):
         own = weight[panel].float()
@@ -62,12 +63,20 @@ def _merge(weight: Tensor, donors: list[Tensor], igias: list[Tensor], values: li
         weight[panel] = merged
 
 
+def _merge_top(
+    weight: Tensor, donor: Tensor, igia: Tensor, k: int, threshold: Any = _sampled_value, merge: Any = _merge
+) -> Tensor:
+    value = threshold(igia, k)
+    merge(weight, [donor], [igia], [value])
+    return value
+
+
 class InPlaceTorch(Implementation):
     """Eager torch without avoidable temporaries: out=, addcmul_, row panels that stay in the cache, kthvalue."""
 
     name, kind = "in place", "torch"
 
-    def gram_norm(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+    def gram_norm(self, a: Tensors, b: Tensors) -> Tensor:
         """Two Gram matrices a pair."""
         wide = [(ai.double(), bi.double()) for ai, bi in zip(a, b, strict=True)]
         return torch.stack([((bi.T @ bi) * (ai @ ai.T)).sum() for ai, bi in wide])
@@ -100,24 +109,13 @@ class InPlaceTorch(Implementation):
         """The value alone."""
         return _kth_value(igia, k)
 
-    def sign_merge_(
-        self,
-        weight: Tensor,
-        donors: list[Tensor],
-        igias: list[Tensor],
-        values: list[Tensor],
-        indices: list[Tensor],
-        scales: list[float],
-    ) -> None:
+    def sign_merge_(self, weight: Tensor, donors: Tensors, igias: Tensors, values: Tensors, *_: Any) -> None:
         """Panel by panel, masks never kept."""
         _merge(weight, donors, igias, values)
 
     def factor_merge(self, weight: Tensor, donor: Tensor, a: Tensor, b: Tensor, k: int) -> Tensor:
         """F in panels, kthvalue, merge in panels."""
-        igia = _importance(a, b)
-        value = _kth_value(igia, k)
-        _merge(weight, [donor], [igia], [value])
-        return value
+        return _merge_top(weight, donor, _importance(a, b), k, _kth_value)
 
 
 class SampledTorch(Implementation):
@@ -131,10 +129,7 @@ class SampledTorch(Implementation):
 
     def factor_merge(self, weight: Tensor, donor: Tensor, a: Tensor, b: Tensor, k: int) -> Tensor:
         """F in panels, the bracket, merge in panels."""
-        igia = _importance(a, b)
-        value = _sampled_value(igia, k)
-        _merge(weight, [donor], [igia], [value])
-        return value
+        return _merge_top(weight, donor, _importance(a, b), k)
 
 
 class OneGemmTorch(Implementation):
@@ -142,7 +137,7 @@ class OneGemmTorch(Implementation):
 
     name, kind = "one GEMM", "torch"
 
-    def gram_norm(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+    def gram_norm(self, a: Tensors, b: Tensors) -> Tensor:
         """Pairs of one shape in one batch."""
         groups: dict[tuple[torch.Size, torch.Size], list[int]] = {}
         for i, (ai, bi) in enumerate(zip(a, b, strict=True)):
@@ -162,10 +157,7 @@ class OneGemmTorch(Implementation):
         i, j = torch.triu_indices(rank, rank, device=a.device)
         left = (b[:, :, i] * b[:, :, j]).mul_(torch.where(i == j, 1.0, 2.0))
         right = (a[:, i] * a[:, j]).flatten(0, 1)
-        igia = left.transpose(0, 1).flatten(1) @ right
-        value = _sampled_value(igia, k)
-        _merge(weight, [donor], [igia], [value])
-        return value
+        return _merge_top(weight, donor, left.transpose(0, 1).flatten(1) @ right, k)
 
 
 def _squared(igia: Tensor, grad: Tensor) -> None:
@@ -182,7 +174,7 @@ def _wgrad_squared(igia: Tensor, x: Tensor, dy: Tensor) -> Tensor:
     return square.sum()
 
 
-def _merged(weight: Tensor, donors: list[Tensor], igias: list[Tensor], values: list[Tensor]) -> None:
+def _merged(weight: Tensor, donors: Tensors, igias: Tensors, values: Tensors) -> None:
     own = weight.float()
     merged = own
     for donor, igia, value in zip(donors, igias, values, strict=True):
@@ -209,24 +201,13 @@ class CompiledTorch(Implementation):
         """The square, the sum and the addition fused behind the product."""
         return self._wgrad(igia, x, dy)
 
-    def sign_merge_(
-        self,
-        weight: Tensor,
-        donors: list[Tensor],
-        igias: list[Tensor],
-        values: list[Tensor],
-        indices: list[Tensor],
-        scales: list[float],
-    ) -> None:
+    def sign_merge_(self, weight: Tensor, donors: Tensors, igias: Tensors, values: Tensors, *_: Any) -> None:
         """One fused pass."""
         self._merge(weight, donors, igias, values)
 
     def factor_merge(self, weight: Tensor, donor: Tensor, a: Tensor, b: Tensor, k: int) -> Tensor:
         """F in panels and the bracket, which fusing cannot help; the merge in one fused pass."""
-        igia = _importance(a, b)
-        value = _sampled_value(igia, k)
-        self._merge(weight, [donor], [igia], [value])
-        return value
+        return _merge_top(weight, donor, _importance(a, b), k, merge=self._merge)
 
 
 class ProductAlone(Implementation):

@@ -23,8 +23,22 @@ FOLDER = Path(__file__).parent / "results"
 Record = TypeVar("Record")
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What every line of every CSV ends with. extra_bytes: memory beyond what was there before, at its peak."""
+
+    median_s: float
+    min_s: float
+    max_s: float
+    runs: int
+    extra_bytes: int
+    machine: str
+    threads: int
+    torch: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Timed):
     """One implementation of one row. ratio: its time over ours, median of the rounds, with the least and the most."""
 
     op: str
@@ -32,23 +46,15 @@ class Result:
     variant: str
     implementation: str
     kind: str
-    median_s: float
-    min_s: float
-    max_s: float
-    runs: int
     ratio_to_ours: float
     ratio_min: float
     ratio_max: float
     first_s: float
-    extra_bytes: int
     limit_s: float
     limit_by: str
     share_of_limit: float
     bytes: int
     operations: int
-    machine: str
-    threads: int
-    torch: str
 
     @property
     def row(self) -> tuple[str, str, str]:
@@ -56,60 +62,58 @@ class Result:
         return self.op, self.shape, self.variant
 
 
+def timed(seconds: Sequence[float], extra_bytes: int, device: torch.device) -> dict[str, Any]:
+    """The fields of `Timed`."""
+    return {
+        "median_s": statistics.median(seconds),
+        "min_s": min(seconds),
+        "max_s": max(seconds),
+        "runs": len(seconds),
+        "extra_bytes": extra_bytes,
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def ratios(mine: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
+    """Median, least and most of mine / base, round by round; a single time is set against every round."""
+    mine = mine if len(mine) == len(base) else list(mine) * len(base)
+    values = [x / y for x, y in zip(mine, base, strict=True)]
+    return statistics.median(values), min(values), max(values)
+
+
 def results(case: Case, measured: Sequence[Measured], limit: tuple[float, str], device: torch.device) -> list[Result]:
-    """One row's measurements, as the CSV holds them. ratio: round by round where both have as many rounds."""
-    ours = next(each for each in measured if each.kind == "ours")
-    found = []
+    """One row's measurements, as the CSV holds them."""
+    ours, found = next(each for each in measured if each.kind == "ours"), []
     for each in measured:
-        times = each.seconds if len(each.seconds) == len(ours.seconds) else each.seconds * len(ours.seconds)
-        ratios = [other / own for other, own in zip(times, ours.seconds, strict=True)]
-        median = statistics.median(each.seconds)
+        ratio, least, most = ratios(each.seconds, ours.seconds)
         found.append(
             Result(
-                op=case.op,
-                shape=case.shape,
-                variant=case.variant,
-                implementation=each.name,
-                kind=each.kind,
-                median_s=median,
-                min_s=min(each.seconds),
-                max_s=max(each.seconds),
-                runs=len(each.seconds),
-                ratio_to_ours=statistics.median(ratios),
-                ratio_min=min(ratios),
-                ratio_max=max(ratios),
-                first_s=each.first_s,
-                extra_bytes=each.extra_bytes,
-                limit_s=limit[0],
-                limit_by=limit[1],
-                share_of_limit=limit[0] / median,
-                bytes=case.count.bytes,
-                operations=case.count.operations,
-                machine=machine(device),
-                threads=torch.get_num_threads(),
-                torch=torch.__version__,
+                op=case.op, shape=case.shape, variant=case.variant, implementation=each.name, kind=each.kind,
+                ratio_to_ours=ratio, ratio_min=least, ratio_max=most, first_s=each.first_s,
+                limit_s=limit[0], limit_by=limit[1], share_of_limit=limit[0] / statistics.median(each.seconds),
+                bytes=case.count.bytes, operations=case.count.operations,
+                **timed(each.seconds, each.extra_bytes, device),
             )
-        )
+        )  # fmt: skip
     return found
 
 
 def table_rows(found: Iterable[Result]) -> list[dict[str, Any]]:
     """One line a row: every implementation's time, what counts beside it, and ours over the two yardsticks."""
-    rows: dict[tuple[str, str, str], list[Result]] = {}
-    for each in found:
-        rows.setdefault(each.row, []).append(each)
-    return [_table_row(row) for row in rows.values()]
+    found = list(found)
+    return [_table_row([each for each in found if each.row == row]) for row in dict.fromkeys(e.row for e in found)]
 
 
 def _table_row(row: Sequence[Result]) -> dict[str, Any]:
     ours = next(each for each in row if each.kind == "ours")
-    by_kind = {kind: [each for each in row if each.kind == kind] for kind in ("reference", "released")}
+    reference, released = (next((e for e in row if e.kind == kind), None) for kind in ("reference", "released"))
     best = min((each for each in row if each.kind in ("torch", "released")), key=lambda e: e.median_s, default=None)
-    released = next(iter(by_kind["released"]), None)
     return {
         "shape": ours.shape,
         "case": ours.variant,
-        "reference": _time(next(iter(by_kind["reference"]), None)) + " (once)",
+        "reference": _time(reference) + " (once)",
         "released": _time(released),
         "best torch": _time(best),
         "which": best.implementation if best else "",
@@ -173,7 +177,9 @@ def write(path: str | os.PathLike[str], records: Sequence[Any]) -> None:
     if not records:
         raise InvalidArgument("records is empty; expected at least one result")
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(records[0])])
+        last = [field.name for field in fields(Timed)]
+        first = [field.name for field in fields(records[0]) if field.name not in last]
+        writer = csv.DictWriter(file, first + last)
         writer.writeheader()
         writer.writerows(asdict(record) for record in records)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from benchmarks.implementations import Implementation
+from benchmarks.implementations import Implementation, Tensors
 
 
 class Released(Implementation):
@@ -13,7 +15,7 @@ class Released(Implementation):
 
     name, kind = "released", "released"
 
-    def gram_norm(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+    def gram_norm(self, a: Tensors, b: Tensors) -> Tensor:
         """The squared norm of every product, built densely."""
         return torch.stack([((bi @ ai) ** 2).sum() for ai, bi in zip(a, b, strict=True)])
 
@@ -37,15 +39,7 @@ class Released(Implementation):
         mask[torch.argsort(igia.flatten(), descending=True)[:k]] = 1.0
         return mask.view(igia.shape)
 
-    def sign_merge_(
-        self,
-        weight: Tensor,
-        donors: list[Tensor],
-        igias: list[Tensor],
-        values: list[Tensor],
-        indices: list[Tensor],
-        scales: list[float],
-    ) -> None:
+    def sign_merge_(self, weight: Tensor, donors: Tensors, igias: Tensors, values: Tensors, *_: Any) -> None:
         """By float masks; each comes from a comparison here, less work than the sort it came from."""
         self.merge(weight, donors, [(f > v).float() for f, v in zip(igias, values, strict=True)])
 
@@ -60,7 +54,7 @@ class Released(Implementation):
             igia += (bi.float() @ ai.float()) ** 2
         return igia
 
-    def merge(self, weight: Tensor, donors: list[Tensor], masks: list[Tensor]) -> None:
+    def merge(self, weight: Tensor, donors: Tensors, masks: Tensors) -> None:
         """weight += sum of mask * [sign equal] * donor, in float32, stored once (source: C)."""
         merged = weight.float()
         for donor, mask in zip(donors, masks, strict=True):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.implementations import Implementation
-from benchmarks.operations import Answer, Case
+from benchmarks.operations import Answer, Case, Normal
 from gradpruner.errors import GradPrunerError
 from gradpruner.memory import peak_memory, reset_peak_memory
 
@@ -62,7 +62,7 @@ class Runner:
     """One row's arguments, and calls on them that all begin from the same state."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device, self.arguments = case, device, case.make(device)
+        self.case, self.device, self.arguments = case, device, case.make(Normal(device))
         self._written: Tensor | None = None if case.mutated is None else self.arguments[case.mutated]
         self._original = None if self._written is None else self._written.clone()
 

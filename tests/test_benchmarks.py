@@ -157,7 +157,7 @@ def test_counts():
     assert merge.operations == 2 * 42_278_584_320
     assert merge.bytes == 6 * entries + 4 * 40 * 8 * (14336 + 4096)
     assert cases["gram_norm", "224 pairs", "r=8"] == Count(32 * 81920 * 32, 72 * 81920 * 32, torch.float64)
-    assert cases["sign_merge_", "4096x14336", "3 donors"].bytes == 22 * entries
+    assert cases["sign_merge_", "4096x14336", "n=3"].bytes == 22 * entries
     assert cases["square_accumulate_", "14336x4096", "bf16"].bytes == 10 * entries
     assert cases["wgrad_square_accumulate_", "1024x4096", "bf16, T=1024"].operations == 2 * 1024 * 1024 * 4096
     assert cases["outer_square_accumulate_", "1024x4096", "r=64"].operations == 130 * 1024 * 4096
