@@ -40,8 +40,6 @@ def _options() -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else peak memory would be that of the GPU
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -65,10 +63,14 @@ def _run(options: argparse.Namespace) -> None:
 def main() -> int:
     """Time what was asked for and print a table an op."""
     options = _options()
-    state = available_backends()["cpp" if options.device == "cpu" else "triton"]
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else peak memory would be that of the GPU
     try:
+        state = available_backends()["cpp" if options.device == "cpu" else "triton"]
         if state != "available":
             raise GradPrunerError(f"the backend for {options.device} is {state}")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise GradPrunerError("--device cuda: torch sees no GPU here; accepted is cpu")
         with quiet_collector():
             _run(options)
     except GradPrunerError as error:

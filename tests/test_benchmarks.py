@@ -262,6 +262,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         ("--also nowhere:Nothing", "expected package.module:Class"),
         ("--also gradpruner:Plan", "expected a subclass of Implementation"),
         ("--also benchmarks.released:Released", "a name is taken twice"),
+        pytest.param(
+            "--device cuda", "torch sees no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")
+        ),
     ],
 )
 def test_wrong_calls(monkeypatch, capsys, words, message):
