@@ -19,7 +19,7 @@ EXERCISE = ROOT / "tests" / "native" / "exercise.cpp"
 OPS = (
     "square_accumulate",
     "all_finite",
-    "square_product",
+    "weight_gradient",
     "gram_norm",
     "threshold",
     "factor_threshold",
@@ -87,9 +87,9 @@ def same_addresses() -> list[str]:
     return []
 
 
-def run(program: Path) -> subprocess.CompletedProcess[str]:
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*same_addresses(), str(program)],
+        [*same_addresses(), str(program), *arguments],
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
@@ -111,7 +111,7 @@ def need_runtime(build: dict[str, Any], sanitizer: Sanitizer, folder: Path) -> N
 def build_file(build: dict[str, Any], flags: str) -> str:
     """build.ninja for the exercise: csrc/ as setup.py compiles it, without the Python module, and less optimised."""
     escaped = build["escaped"]
-    extra = "-O1 -g -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS -pthread"
+    extra = "-O2 -g -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS -pthread"
     lines = [
         "rule compile",
         f"  command = {build['compiler']()} {build['COMMON_FLAGS']} {extra} {flags} $extra -c $in -o $out",
@@ -143,8 +143,10 @@ def test_the_kernels_are_clean(build, tmp_path, names):
     (tmp_path / "build.ninja").write_text(build_file(build, " ".join(flags)))
     compiled = subprocess.run([build["ninja"](), "-C", str(tmp_path)], capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stdout + compiled.stderr
-    result = run(tmp_path / "exercise")
+    result = run(tmp_path / "exercise", "threads" if names == ("thread",) else "all", *build["VARIANTS"])
     assert result.stderr == "" and result.returncode == 0, result.stderr[-20_000:]
-    assert "ran portable" in result.stdout
+    for variant in build["VARIANTS"]:
+        assert f"ran {variant}\n" in result.stdout or f"'{variant}' cannot run here" in result.stdout
+    assert "ran portable\n" in result.stdout
     # Callers ran each of them at once, on threads of its own.
     assert [line.split()[1] for line in result.stdout.splitlines() if line.startswith("shared ")] == list(OPS)
