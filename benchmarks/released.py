@@ -9,7 +9,6 @@ from torch import Tensor
 
 from benchmarks.implementations import Implementation, Tensors
 
-
 LARGEST_STEP = 1 << 36  # entries times rank
 
 
