@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ class Case:
     """
 
     kernel: triton.JITFunction
-    types: dict[str, str | None]
+    types: Mapping[str, str | None]
     launch: dict[str, Any]
     streams: bool = False
     matrix: bool = False
@@ -196,20 +197,19 @@ def _streaming() -> dict[str, Case]:
 
 def _gram() -> dict[str, Case]:
     found = {}
-    for tile in gram_norm.RANK_TILES:
-        for dtype in DTYPES:
-            for one_tile in (True, False):
-                if not one_tile and tile != gram_norm.RANK_TILES[-1]:
-                    continue  # several tiles only where the largest does not hold the rank
-                found[f"gram-{dtype}-{tile}{'' if one_tile else '-several'}"] = Case(
-                    gram_norm.gram_kernel,
-                    {"table": "*i64", "grams": "*fp64", "tiles": "i32", "splits": "i32"},
-                    gram_norm.LAUNCH[tile] | {"TILE": tile},
-                    streams=True,
-                    matrix=True,
-                    constants={"DTYPE": DTYPES[dtype], "ALIGN": 16, "RANK_STEP": 8, "ONE_TILE": one_tile},
-                    slow=_rare(dtype) or not one_tile,
-                )
+    for dtype in DTYPES:
+        sizes = gram_norm.RANK_TILES[TORCH_DTYPES[dtype].itemsize]
+        for name, tile, one_tile in [*((f"{size}", size, True) for size in sizes), ("several", sizes[-1], False)]:
+            found[f"gram-{dtype}-{name}"] = Case(
+                gram_norm.gram_kernel,
+                {"table": "*i64", "grams": "*fp64", "tiles": "i32", "splits": "i32"},
+                gram_norm.LAUNCH[tile] | {"TILE": tile},
+                streams=True,
+                matrix=True,
+                constants={"DTYPE": DTYPES[dtype], "ALIGN": 16, "RANK_STEP": 8, "ONE_TILE": one_tile},
+                slow=_rare(dtype) or not one_tile,
+            )
+    for tile in gram_norm.LAUNCH:
         found[f"gram_sum-{tile}"] = Case(
             gram_norm.gram_sum_kernel,
             {"grams": "*fp64", "partial": "*fp64", "splits": "i32"},

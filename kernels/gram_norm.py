@@ -12,7 +12,7 @@ from gradpruner.kernels.numeric import widen
 
 # Rank tiles: the first that holds every rank of the step, or the last, several times. A tile that holds them all reads
 # each factor once.
-RANK_TILES = (16, 32, 64)
+RANK_TILES = {2: (16, 32, 64), 4: (16, 32, 64), 8: (16, 32)}  # by the bytes of an entry: float64 takes more registers
 LAUNCH = {
     16: {"BLOCK": 128, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
     32: {"BLOCK": 32, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
@@ -112,7 +112,8 @@ def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     device = a[0].device
     rows = [[x.data_ptr(), y.data_ptr(), x.shape[0], x.shape[1], y.shape[0]] for x, y in zip(a, b, strict=True)]
     largest = max(row[2] for row in rows)
-    tile = next((size for size in RANK_TILES if largest <= size), RANK_TILES[-1])
+    sizes = RANK_TILES[a[0].element_size()]
+    tile = next((size for size in sizes if largest <= size), sizes[-1])
     launch = LAUNCH[tile]
     tiles = max(1, triton.cdiv(largest, tile))
     pieces = len(rows) * tiles * tiles
