@@ -47,7 +47,10 @@ constexpr int64_t kLarge = 600'001;
 constexpr int64_t kCounts[] = {0, 1, 7, 255, 256, 257, (1 << 16) + 1, kLarge};
 
 // Entries between the start of a cache line and an array's. A large array has no room for both in a test's time.
-std::vector<int64_t> leads(int64_t count) { return count == kLarge ? std::vector<int64_t>{1} : std::vector<int64_t>{0, 1}; }
+std::vector<int64_t> leads(int64_t count) {
+  if (count == kLarge) return {1};
+  return {0, 1};
+}
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
@@ -123,8 +126,9 @@ double plain(Random& random) { return (static_cast<int>(random() % 4001) - 2000)
 double whole(Random& random) { return static_cast<int>(random() % 7) - 3; }
 
 double special(Random& random) {
-  static constexpr double kValues[] = {0.0,     -0.0,  kInf,    -kInf,   kNan,     0x1p-149, -0x1p-149, 0x1p-133, 0x1p-24,
-                                       -0x1p-25, 1e-5, 65504.0, -65520.0, 3.4e38, -3.4e38,  0x1p-1074, 1e200};
+  static constexpr double kValues[] = {0.0,      -0.0,     kInf,      -kInf, kNan,    0x1p-149, -0x1p-149, 0x1p-133,
+                                       0x1p-24,  -0x1p-25, 1e-5,      65504, -65520., 3.4e38,   -3.4e38,   0x1p-1074,
+                                       1e200};
   return random() % 3 == 0 ? kValues[random() % std::size(kValues)] : plain(random);
 }
 
@@ -185,7 +189,7 @@ struct FactorSet {
           for (int64_t col = 0; col < in; ++col) dots[static_cast<size_t>(col)] += left * right[col];
         }
         const auto sums = total.begin() + row * in;
-        for (int64_t col = 0; col < in; ++col) sums[col] += dots[static_cast<size_t>(col)] * dots[static_cast<size_t>(col)];
+        std::transform(dots.begin(), dots.end(), sums, sums, [](double dot, double sum) { return sum + dot * dot; });
       }
     }
     return {total.begin(), total.end()};
@@ -193,8 +197,9 @@ struct FactorSet {
 };
 
 FactorSet make_factors(DType dtype, int64_t out, int64_t in, int64_t rank, int64_t steps, Draw draw, unsigned seed) {
-  return {make(dtype, steps * rank * in, 1, draw, seed), make(dtype, steps * out * rank, 1, draw, seed + 1), steps, rank,
-          out, in};
+  Elements a = make(dtype, steps * rank * in, 1, draw, seed);
+  Elements b = make(dtype, steps * out * rank, 1, draw, seed + 1);
+  return {std::move(a), std::move(b), steps, rank, out, in};
 }
 
 // ---- elementwise
@@ -281,9 +286,9 @@ void weight_gradient_case(DType dtype, const DType* grad_dtype, bool with_igia, 
     const auto square = static_cast<float>(value * value);
     if (with_igia && std::isfinite(square)) igia_expected.set(i, static_cast<float>(igia_start.get(i)) + square);
   }
-  const std::string name = kind + " " + name_of(dtype) + (grad_dtype ? std::string(" into ") + name_of(*grad_dtype) : "") +
-                           (with_igia ? " with igia " : " ") + std::to_string(tokens) + " tokens " + std::to_string(out) +
-                           "x" + std::to_string(in);
+  const std::string into = grad_dtype ? std::string(" into ") + name_of(*grad_dtype) : "";
+  const std::string name = kind + " " + name_of(dtype) + into + (with_igia ? " with igia " : " ") +
+                           std::to_string(tokens) + " tokens " + std::to_string(out) + "x" + std::to_string(in);
   const bool large = tokens > 0 && out * in > 3 * kGradientRows * kGradientCols;
   exercise({"weight_gradient", name, large, [=, shape = shape](const std::string& what, int threads) {
               Elements igia = igia_start, grad = grad_start;
@@ -359,13 +364,14 @@ void gram_norm_case(const std::string& name, const std::vector<Shape>& shapes, b
   for (size_t i = 0; i < shapes.size(); ++i) {
     const auto [rank, in, out] = shapes[i];
     const auto seed = static_cast<unsigned>(10 + i);
-    sets.push_back({make(kDTypes[i % 4], rank * in, static_cast<int64_t>(i % 2), whole, seed),
-                    make(kDTypes[i / 4 % 4], out * rank, static_cast<int64_t>(i % 3), whole, seed + 1), 1, rank, out, in});
+    Elements a = make(kDTypes[i % 4], rank * in, static_cast<int64_t>(i % 2), whole, seed);
+    Elements b = make(kDTypes[i / 4 % 4], out * rank, static_cast<int64_t>(i % 3), whole, seed + 1);
+    sets.push_back({std::move(a), std::move(b), 1, rank, out, in});
     const std::vector<float> squares = sets.back().naive();
     expected.push_back(std::accumulate(squares.begin(), squares.end(), 0.0));
   }
   // A pair that is not finite must not touch the others.
-  sets.push_back({make(DType::float32, 8 * 33, 0, special, 7), make(DType::float32, 8 * 17, 0, special, 8), 1, 8, 17, 33});
+  sets.push_back(make_factors(DType::float32, 17, 33, 8, 1, special, 7));
   expected.push_back(kNan);
   exercise({"gram_norm", name, large, [=](const std::string& what, int threads) {
               std::vector<Pair> pairs;
@@ -450,7 +456,9 @@ std::vector<bool> hidden_from_sample(int64_t count) {
   if (count < kLarge) return hidden;  // no sample is taken
   std::vector<float> places(static_cast<size_t>(count));
   std::iota(places.begin(), places.end(), 0.0f);
-  for (const float place : array_source(places.data(), count, 1)->sample().entries) hidden[static_cast<size_t>(place)] = false;
+  for (const float place : array_source(places.data(), count, 1)->sample().entries) {
+    hidden[static_cast<size_t>(place)] = false;
+  }
   return hidden;
 }
 
@@ -460,7 +468,9 @@ std::vector<bool> hidden_rows_of(int64_t out, int64_t in) {
   FactorSet set = make_factors(DType::float32, out, in, 1, 1, one, 0);
   for (int64_t row = 0; row < out; ++row) set.b.set(row, static_cast<double>(row));
   std::vector<bool> hidden(static_cast<size_t>(out), true);
-  for (const float f : factor_source(set.factors(), 1)->sample().entries) hidden[static_cast<size_t>(std::sqrt(f))] = false;
+  for (const float f : factor_source(set.factors(), 1)->sample().entries) {
+    hidden[static_cast<size_t>(std::sqrt(f))] = false;
+  }
   return hidden;
 }
 
@@ -676,7 +686,7 @@ void sign_merge_case(DType dtype, int64_t count, int64_t lead, size_t donor_coun
   for (size_t k = 0; k < donor_count; ++k) {
     Random random(static_cast<unsigned>(70 + k));
     std::vector<float>& f = importances.emplace_back(static_cast<size_t>(count));
-    for (float& entry : f) entry = random() % 7 ? static_cast<float>(random() % 5) : static_cast<float>(special(random));
+    for (float& entry : f) entry = static_cast<float>(random() % 7 ? random() % 5 : special(random));
     igias.push_back(copy_of(f, lead));
   }
   const std::string name = std::string(name_of(dtype)) + " " + std::to_string(count) + " lead " + std::to_string(lead) +
