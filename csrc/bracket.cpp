@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
-#include <iterator>
 #include <vector>
 
 namespace gradpruner {
@@ -12,11 +10,18 @@ namespace gradpruner {
 namespace {
 
 constexpr double kDeviations = 3;  // a miss costs time, not exactness
+constexpr uint32_t kBucket = 1 << 14;  // patterns, 1/512 of a value
 
 uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
+}
+
+float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
 }
 
 double variance_of_mean(const std::vector<double>& values) {
@@ -55,29 +60,33 @@ double share_error(const Sample& sample, float pivot) {
 }  // namespace
 
 Bracket guess_bracket(const Sample& sample, double share_kept) {
-  std::vector<float> positive;
-  std::copy_if(sample.entries.begin(), sample.entries.end(), std::back_inserter(positive),
-               [](float value) { return value > 0; });
+  // Positive floats by the first bits of their patterns: finer than a bracket needs to be.
+  std::vector<int64_t> counts(kInfinity / kBucket + 1);
+  int64_t positive = 0;
+  for (float entry : sample.entries) {
+    const uint32_t bits = bits_of(entry);
+    if (bits - kSmallestPositive > kInfinity - kSmallestPositive) continue;
+    ++counts[bits / kBucket];
+    ++positive;
+  }
   const auto total = static_cast<double>(sample.entries.size());
-  const double positive_share = static_cast<double>(positive.size()) / total;
-  // Each search leaves what is larger before its place and what is smaller after it, so the next need not look at all.
-  const auto place = [&](double share) { return positive.begin() + static_cast<int64_t>(share * total); };
-  const bool split = share_kept < positive_share;
-  const auto middle = split ? place(share_kept) : positive.end();
-  if (split) std::nth_element(positive.begin(), middle, positive.end(), std::greater<>());
-  const float pivot = split ? *middle : 0.0f;
+  const double positive_share = static_cast<double>(positive) / total;
+  // The bucket of the entry that so large a share is not smaller than.
   const auto ranked = [&](double share) {
-    const bool before = place(share) < middle;
-    const auto last = before ? middle : positive.end();
-    std::nth_element(before ? positive.begin() : middle, place(share), last, std::greater<>());
-    return *place(share);
+    auto left = static_cast<int64_t>(share * total);
+    auto bucket = static_cast<uint32_t>(counts.size() - 1);
+    while (left >= counts[bucket]) left -= counts[bucket--];
+    return bucket;
   };
+  const float pivot = share_kept < positive_share ? float_of(ranked(share_kept) * kBucket) : 0.0f;
   const double error = share_error(sample, pivot);
   const double fewest = share_kept - error;
   const double most = share_kept + error;
   Bracket bracket;
-  if (fewest > 0 && fewest < positive_share) bracket.high = bits_of(ranked(fewest));
-  if (most < positive_share) bracket.low = bits_of(ranked(most));
+  if (fewest > 0 && fewest < positive_share) {
+    bracket.high = std::min(kInfinity, (ranked(fewest) + 1) * kBucket - 1);
+  }
+  if (most < positive_share) bracket.low = std::max(kSmallestPositive, ranked(most) * kBucket);
   return bracket;
 }
 

@@ -12,7 +12,7 @@ namespace gradpruner {
 namespace {
 
 // Of an array, one entry in so many is sampled, in runs: a cache line costs the same for one entry and for all.
-constexpr int64_t kSampleShare = 512;
+constexpr int64_t kSampleShare = 256;
 constexpr int64_t kSampleRun = 64;
 // Of a matrix to be rebuilt, about one row and one column in so many, but as many as tell something.
 constexpr int64_t kSampleStep = 12;

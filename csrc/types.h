@@ -67,6 +67,6 @@ constexpr int64_t kTileSize = kTileRows * kTileCols;
 
 // The tile of the weight gradient: taller, since its columns are packed anew for each.
 constexpr int64_t kGradientRows = 192;
-constexpr int64_t kGradientCols = 256;
+constexpr int64_t kGradientCols = 512;
 
 }  // namespace gradpruner
