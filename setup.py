@@ -74,7 +74,7 @@ def build_file(output: Path) -> str:
 
     includes = (pybind11.get_include(), sysconfig.get_path("include"))
     module_flags = " ".join(f"-isystem {shlex.quote(folder)}" for folder in includes)
-    link = "-shared -pthread" + (" -undefined dynamic_lookup" if sys.platform == "darwin" else "")
+    link = "-shared -pthread" + (" -undefined dynamic_lookup" if sys.platform == "darwin" else " -ldl")
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {compiler()}",

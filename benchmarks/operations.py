@@ -13,7 +13,7 @@ from torch import Tensor
 
 TOLERANCE = 1e-5
 STEPS, RANKS, TOKENS, TOP = 40, (8, 64), 1024, 5  # one entry in five is kept
-LARGEST_MERGE = 1 << 30  # entries times rank
+LARGEST_MERGE = 1 << 28  # entries times rank
 QUANTILE = 1.6423744  # of a squared standard normal: one in five lies above
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -1,5 +1,7 @@
 #include "parallel.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <atomic>
 #include <exception>
@@ -15,6 +17,14 @@ namespace {
 // Starting a thread costs about as much as this many simple operations.
 constexpr double kWorkPerThread = 1 << 17;
 
+// The OpenMP runtime that torch has loaded, under the name that every such runtime gives it. Its threads keep their
+// cores busy for milliseconds after each of torch's own loops, waiting for more: other threads would have to share.
+using Team = void(void (*body)(void*), void* argument, unsigned threads, unsigned flags);
+Team* waiting_team() {
+  static Team* const team = reinterpret_cast<Team*>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return team;
+}
+
 }  // namespace
 
 int worker_count(int threads, int64_t items, double work) {
@@ -23,10 +33,12 @@ int worker_count(int threads, int64_t items, double work) {
 }
 
 void parallel_for(int workers, int64_t items, const std::function<void(int worker, int64_t item)>& body) {
+  std::atomic<int> next_worker{0};
   std::atomic<int64_t> next{0};
   std::exception_ptr failure;
   std::mutex failure_mutex;
-  const auto run = [&](int worker) {
+  std::function<void()> run = [&] {
+    const int worker = next_worker++;
     try {
       for (int64_t item = next++; item < items; item = next++) body(worker, item);
     } catch (...) {
@@ -35,15 +47,21 @@ void parallel_for(int workers, int64_t items, const std::function<void(int worke
       if (!failure) failure = std::current_exception();
     }
   };
-  std::vector<std::thread> threads;
-  threads.reserve(static_cast<size_t>(std::max(workers - 1, 0)));
-  try {
-    for (int worker = 1; worker < workers; ++worker) threads.emplace_back(run, worker);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that started do the work.
+  if (workers <= 1) {
+    run();
+  } else if (Team* team = waiting_team()) {
+    team([](void* call) { (*static_cast<std::function<void()>*>(call))(); }, &run, static_cast<unsigned>(workers), 0);
+  } else {
+    std::vector<std::thread> threads;
+    threads.reserve(static_cast<size_t>(workers - 1));
+    try {
+      for (int worker = 1; worker < workers; ++worker) threads.emplace_back(run);
+    } catch (const std::system_error&) {
+      // No more threads to be had: those that started do the work.
+    }
+    run();
+    for (std::thread& thread : threads) thread.join();
   }
-  run(0);
-  for (std::thread& thread : threads) thread.join();
   if (failure) std::rethrow_exception(failure);
 }
 

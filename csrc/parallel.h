@@ -1,4 +1,4 @@
-// Threads for the length of one call.
+// Threads for the length of one call: torch's, where its runtime can be found, else new ones.
 #pragma once
 
 #include <cstdint>
