@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gradpruner.kernels.gram_norm import split_count
+
 WEIGHTS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # Llama-3.1-8B's linears
 LAYER = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
 LAYERS, STEPS, TOKENS = 32, 40, 4096
@@ -64,7 +66,7 @@ def counts() -> list[Count]:
         found += [_square(n_out, n_in), _threshold(n_out, n_in), _sign_merge(n_out, n_in), _wgrad(n_out, n_in)]
         for rank in (8, 64):
             for dtype in SIZE:
-                for op in (_outer, _factor_threshold, _factor_sign_merge):
+                for op in (_outer, _factor_threshold, _factor_sign_merge, _fold):
                     found.append(op(n_out, n_in, rank, dtype))
     return sorted(found, key=lambda count: count.op)
 
@@ -141,6 +143,14 @@ def _factor_sign_merge(n_out: int, n_in: int, rank: int, dtype: str) -> Count:
     return Count("factor_sign_merge_", shape, f"factor_sign_merge-bf16-{dtype}-r{rank}", ours, _masked_add(entries))
 
 
+def _fold(n_out: int, n_in: int, rank: int, dtype: str) -> Count:
+    """Selection and merge together, which is what one donor costs: the released way builds F once, ours twice."""
+    select = _factor_threshold(n_out, n_in, rank, dtype)
+    merge = _factor_sign_merge(n_out, n_in, rank, dtype)
+    both = "factor_threshold and factor_sign_merge_"
+    return Count(both, merge.shape, merge.case, select.ours + merge.ours, select.released + merge.released)
+
+
 def _threshold(n_out: int, n_in: int) -> Count:
     entries = n_out * n_in
     found = 0.9 * entries / 128
@@ -177,7 +187,8 @@ def _gram(rank: int, dtype: str) -> Count:
     pairs = LAYER * LAYERS
     numbers = sum(rank * (n_out + n_in) for n_out, n_in in pairs)
     padded = max(16, rank)
-    ours = (Pass(numbers * SIZE[dtype], {"fp64": 2 * numbers / rank * padded * padded}),)
+    left = len(pairs) * split_count(len(pairs), 14336, padded) * 2 * padded * padded * 8  # matrices still to be added
+    ours = (Pass(numbers * SIZE[dtype] + left, {"fp64": 2 * numbers / rank * padded * padded}), _move(left))
     released: list[Pass] = []
     for n_out, n_in in pairs:
         product = _dense_step(n_out, n_in, rank, dtype)[0]

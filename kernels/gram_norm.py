@@ -19,7 +19,8 @@ LAUNCH = {
     64: {"BLOCK": 32, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": False},
 }
 SUM = {"num_warps": 4, "enable_fp_fusion": False}
-PROGRAMS = 1024  # some for every processor, also where a step has one large pair
+# Some for every processor, also where a step has one large pair; fewer where each leaves large matrices to be added.
+PROGRAMS = {16: 1024, 32: 512, 64: 264}
 LEAST_BLOCKS = 4  # of a program, so that writing its Gram matrices stays small beside reading its factors
 
 
@@ -101,6 +102,11 @@ def gram_sum_kernel(grams, partial, splits, TILE: tl.constexpr):
     tl.store(partial + pid, tl.sum(gram_a * gram_b, axis=0))
 
 
+def split_count(pieces: int, longest: int, tile: int) -> int:
+    """Into how many parts each of so many pieces of Gram matrices is split, the longest side being that long."""
+    return max(1, min(triton.cdiv(PROGRAMS[tile], pieces), triton.cdiv(longest, LAUNCH[tile]["BLOCK"] * LEAST_BLOCKS)))
+
+
 def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """||b_i a_i||_F^2 of every pair, float64 (n,); a_i (r_i, in_i), b_i (out_i, r_i) (source: D).
 
@@ -117,8 +123,7 @@ def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     launch = LAUNCH[tile]
     tiles = max(1, triton.cdiv(largest, tile))
     pieces = len(rows) * tiles * tiles
-    longest = triton.cdiv(max(max(row[3:]) for row in rows), launch["BLOCK"] * LEAST_BLOCKS)
-    splits = max(1, min(triton.cdiv(PROGRAMS, pieces), longest))
+    splits = split_count(pieces, max(max(row[3:]) for row in rows), tile)
     grams = torch.empty(pieces * splits * 2 * tile * tile, dtype=torch.float64, device=device)
     partial = torch.empty(len(rows), tiles * tiles, dtype=torch.float64, device=device)
     step = next(size for size in (16, 8, 4, 2, 1) if all(row[2] % size == 0 for row in rows))
