@@ -10,7 +10,7 @@ namespace gradpruner {
 namespace {
 
 constexpr double kDeviations = 3;  // a miss costs time, not exactness
-constexpr uint32_t kBucket = 1 << 14;  // patterns, 1/512 of a value
+constexpr uint32_t kBucket = 1 << 15;  // patterns, 1/256 of a value
 
 uint32_t bits_of(float value) {
   uint32_t bits;
@@ -61,7 +61,7 @@ double share_error(const Sample& sample, float pivot) {
 
 Bracket guess_bracket(const Sample& sample, double share_kept) {
   // Positive floats by the first bits of their patterns: finer than a bracket needs to be.
-  std::vector<int64_t> counts(kInfinity / kBucket + 1);
+  std::vector<int32_t> counts(kInfinity / kBucket + 1);
   int64_t positive = 0;
   for (float entry : sample.entries) {
     const uint32_t bits = bits_of(entry);
@@ -87,6 +87,7 @@ Bracket guess_bracket(const Sample& sample, double share_kept) {
     bracket.high = std::min(kInfinity, (ranked(fewest) + 1) * kBucket - 1);
   }
   if (most < positive_share) bracket.low = std::max(kSmallestPositive, ranked(most) * kBucket);
+  bracket.share = std::min(1.0, 2 * error);
   return bracket;
 }
 

@@ -11,6 +11,7 @@ namespace gradpruner {
 struct Bracket {
   uint32_t low = kSmallestPositive;
   uint32_t high = kInfinity;
+  double share = 0;  // of all entries that is expected inside, where that was guessed
 };
 
 // Holds the k-th largest of the whole with high probability; the caller must check that it does.

@@ -99,7 +99,12 @@ class Selection {
   // One part a worker; nothing if there are more candidates than `limit`.
   std::optional<std::vector<Candidates>> collect(Bracket bracket, int64_t first, int64_t end, int64_t limit) const {
     std::vector<Candidates> parts(static_cast<size_t>(source_.workers()));
-    for (Candidates& part : parts) part.counts.resize(kBuckets);
+    const double expected = 1.2 * bracket.share * static_cast<double>(end - first) / source_.workers();
+    for (Candidates& part : parts) {
+      part.counts.resize(kBuckets);
+      part.bits.reserve(static_cast<size_t>(expected));
+      part.indices.reserve(static_cast<size_t>(expected));
+    }
     const int shift = bucket_shift(bracket);
     Scratch<uint32_t> bits(source_.workers(), kLongestSpan + 1);
     Scratch<uint32_t> offsets(source_.workers(), kLongestSpan + 1);
@@ -178,7 +183,7 @@ class Selection {
       uint32_t bucket = level.mask;
       while (above + counts[bucket] < k) above += counts[bucket--];
       prefix |= bucket << level.shift;
-      bracket = {std::max(prefix, bracket.low), std::min(prefix + ((1u << level.shift) - 1), bracket.high)};
+      bracket = {std::max(prefix, bracket.low), std::min(prefix + ((1u << level.shift) - 1), bracket.high), 0};
       if (counts[bucket] <= collectable() && source_.size() <= kMostIndexed) {
         return *pick(*collect(bracket, 0, source_.size(), kUnlimited), bracket, 0, k);
       }
@@ -200,7 +205,7 @@ class Selection {
     int64_t number = 0;
     while (ties[static_cast<size_t>(number)] < n) n -= ties[static_cast<size_t>(number++)];
     const int64_t first = number * range;
-    const Bracket bracket{bits, bits};
+    const Bracket bracket{bits, bits, 0};
     const auto found = *collect(bracket, first, std::min(first + range, source_.size()), kUnlimited);
     std::vector<uint32_t> indices;
     for (const Candidates& part : found) indices.insert(indices.end(), part.indices.begin(), part.indices.end());

@@ -18,7 +18,7 @@ constexpr int64_t kBlockCols = kVectors * kFloatLanes;
 static_assert(kTileRows % kBlockRows == 0 && kTileCols % kBlockCols == 0, "blocks must fill the tile");
 
 // As many steps are packed together as keep the panels in the second-level cache.
-constexpr int64_t kPackedRank = 512;
+constexpr int64_t kPackedRank = 256;
 constexpr int64_t kShallow = 64;
 
 int64_t steps_packed(int64_t rank) { return rank < kPackedRank ? kPackedRank / rank : 1; }
