@@ -7,6 +7,7 @@ import platform
 import runpy
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,29 +110,45 @@ def need_runtime(build: dict[str, Any], sanitizer: Sanitizer, folder: Path) -> N
 
 
 def build_file(build: dict[str, Any], flags: str) -> str:
-    """build.ninja for the exercise: csrc/ as setup.py compiles it, without the Python module, and less optimised."""
+    """build.ninja for the exercise: csrc/ as setup.py compiles it, without the Python module, and less optimised.
+
+    Twice: `exercise` starts its threads, `exercise_team` finds an OpenMP runtime that has them.
+    """
     escaped = build["escaped"]
     extra = "-O2 -g -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS -pthread"
     lines = [
         "rule compile",
         f"  command = {build['compiler']()} {build['COMMON_FLAGS']} {extra} {flags} $extra -c $in -o $out",
         "rule link",
-        f"  command = {build['compiler']()} {flags} -pthread $in -o $out",
+        f"  command = {build['compiler']()} {flags} -pthread -rdynamic $in -o $out -ldl",
     ]
     objects = []
 
-    def add(source: Path, name: str, extra: str) -> None:
-        objects.append(name)
+    def compiled(source: Path, name: str, extra: str = "") -> str:
         lines.extend([f"build {name}: compile {escaped(source)}", f"  extra = {extra}"])
+        return name
 
-    for source in [*sorted(CSRC.glob("*.cpp")), EXERCISE]:
+    for source in sorted(CSRC.glob("*.cpp")):
         if source.name != "module.cpp":
-            add(source, f"{source.stem}.o", "-DGRADPRUNER_X86" if build["X86"] else "")
+            objects.append(compiled(source, f"{source.stem}.o", "-DGRADPRUNER_X86" if build["X86"] else ""))
     for variant, variant_flags in build["VARIANTS"].items():
         for source in sorted((CSRC / "variant").glob("*.cpp")):
             contract = "-ffp-contract=fast" if source.name in build["CONTRACTED"] else ""
-            add(source, f"{variant}/{source.stem}.o", f"-DGRADPRUNER_VARIANT={variant} {variant_flags} {contract}")
-    return "\n".join([*lines, f"build exercise: link {' '.join(objects)}"]) + "\n"
+            extra = f"-DGRADPRUNER_VARIANT={variant} {variant_flags} {contract}"
+            objects.append(compiled(source, f"{variant}/{source.stem}.o", extra))
+    for program, extra in (("exercise", ""), ("exercise_team", "-DEXERCISE_TEAM")):
+        own = compiled(EXERCISE, f"{program}.o", extra)
+        lines.append(f"build {program}: link {' '.join(objects)} {own}")
+    return "\n".join(lines) + "\n"
+
+
+def check_clean(result: subprocess.CompletedProcess[str], variants: Iterable[str]) -> None:
+    """Nothing reported, every op run, by callers at once too, in every instruction set that there is."""
+    assert result.stderr == "" and result.returncode == 0, result.stderr[-20_000:]
+    for variant in variants:
+        assert f"ran {variant}\n" in result.stdout or f"'{variant}' cannot run here" in result.stdout
+    assert "ran portable\n" in result.stdout
+    assert [line.split()[1] for line in result.stdout.splitlines() if line.startswith("shared ")] == list(OPS)
 
 
 @pytest.mark.parametrize("names", [("address", "undefined"), ("thread",)], ids="+".join)
@@ -143,10 +160,6 @@ def test_the_kernels_are_clean(build, tmp_path, names):
     (tmp_path / "build.ninja").write_text(build_file(build, " ".join(flags)))
     compiled = subprocess.run([build["ninja"](), "-C", str(tmp_path)], capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stdout + compiled.stderr
-    result = run(tmp_path / "exercise", "threads" if names == ("thread",) else "all", *build["VARIANTS"])
-    assert result.stderr == "" and result.returncode == 0, result.stderr[-20_000:]
-    for variant in build["VARIANTS"]:
-        assert f"ran {variant}\n" in result.stdout or f"'{variant}' cannot run here" in result.stdout
-    assert "ran portable\n" in result.stdout
-    # Callers ran each of them at once, on threads of its own.
-    assert [line.split()[1] for line in result.stdout.splitlines() if line.startswith("shared ")] == list(OPS)
+    scope = "threads" if names == ("thread",) else "all"
+    check_clean(run(tmp_path / "exercise", scope, *build["VARIANTS"]), build["VARIANTS"])
+    check_clean(run(tmp_path / "exercise_team", "threads", "portable"), ["portable"])
