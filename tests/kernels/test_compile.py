@@ -44,7 +44,10 @@ OCCUPANCY_FLOORS = {
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
+# Half a second each: two targets by default, all four with the slow cases (and in `python -m benchmarks.static`).
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=() if t in ("sm90", "gfx942") else pytest.mark.slow) for t in TARGETS]
+)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if case.slow else ()) for n, case in CASES.items()]
 )
