@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
+
+#include "float_bits.h"
 
 namespace gradpruner {
 
@@ -11,18 +12,6 @@ namespace {
 
 constexpr double kDeviations = 3;  // a miss costs time, not exactness
 constexpr uint32_t kBucket = 1 << 15;  // patterns, 1/256 of a value
-
-uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 double variance_of_mean(const std::vector<double>& values) {
   if (values.size() < 2) return 0;

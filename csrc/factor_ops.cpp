@@ -21,7 +21,7 @@ constexpr int64_t kBandCols = 4096;
 void outer_square_accumulate(float* igia, const Factors& factors, int threads) {
   const TileGrid grid(factors.rows, factors.cols, kBandRows, kBandCols);
   const int workers = worker_count(threads, grid.size(), rebuild_work(factors));
-  Scratch<float> packed(workers, kernels().importance_scratch(1, factors.rank, kBandRows, kBandCols));
+  Scratch<float> packed(workers, kernels().importance_scratch(factors.steps, factors.rank, kBandRows, kBandCols));
   parallel_for(workers, grid.size(), [&](int worker, int64_t number) {
     const Tile tile = grid.tile(number);
     float* target = igia + tile.row * factors.cols + tile.col;

@@ -31,7 +31,8 @@ class ArraySource final : public ImportanceSource {
   // Runs of neighbours, which cost one cache line for many entries.
   Sample sample() const override {
     const int64_t cols = std::min(kSampleRun, count_);
-    const int64_t rows = std::clamp(count_ / kSampleShare, kFewestSampled * kFewestSampled, kMostSampled * kMostSampled) / cols;
+    constexpr int64_t kFewest = kFewestSampled * kFewestSampled, kMost = kMostSampled * kMostSampled;
+    const int64_t rows = std::min(count_, std::clamp(count_ / kSampleShare, kFewest, kMost)) / cols;
     Sample sample{rows, cols, {}};
     sample.entries.reserve(static_cast<size_t>(rows * cols));
     for (int64_t row = 0; row < rows; ++row) {

@@ -20,8 +20,8 @@ struct Kernels {
   void (*square_accumulate)(float* igia, Array grad, int64_t count);
   bool (*all_finite)(Array data, int64_t count);
 
-  // One tile of the weight gradient, kGradientRows x kGradientCols at most, into grad and igia; returns the sum of squares.
-  // scratch: weight_gradient_scratch() bytes.
+  // One tile of the weight gradient, kGradientRows x kGradientCols at most, into grad and igia; returns the sum of
+  // squares. scratch: weight_gradient_scratch() bytes.
   double (*weight_gradient_tile)(const WeightGradient& call, const Tile& tile, char* scratch);
   int64_t (*weight_gradient_scratch)();
 
@@ -34,8 +34,8 @@ struct Kernels {
 
   // Entries whose bit pattern p has low <= p <= high; both bounds are those of positive floats.
   int64_t (*count_between)(const float* f, int64_t count, uint32_t low, uint32_t high);
-  // The same entries' patterns and offsets from f, written to arrays with room for count + 1. count is
-  // below 2^32. Counts also the entries above `high`.
+  // The same entries' patterns and offsets from f, written to arrays with room for count + 1; count is below
+  // 2^32. Counts also the entries above `high`.
   Collected (*collect)(const float* f, int64_t count, uint32_t low, uint32_t high, uint32_t* bits, uint32_t* offsets);
   // ++buckets[(p >> shift) & mask] for the same entries.
   void (*histogram)(const float* f, int64_t count, uint32_t low, uint32_t high, int shift, uint32_t mask,
@@ -48,7 +48,8 @@ struct Kernels {
 // The variant in use: the best this machine has, unless select_variant chose another.
 const Kernels& kernels();
 
-// Chooses "portable", "avx2", "avx512" or "avx512bf16", or the best for "". Returns the name; throws std::invalid_argument.
+// Chooses "portable", "avx2", "avx512" or "avx512bf16", or the best for "". Returns the name; throws
+// std::invalid_argument.
 const char* select_variant(const char* name);
 
 }  // namespace gradpruner

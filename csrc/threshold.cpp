@@ -5,14 +5,14 @@
 // collect, a radix selection on the bit patterns (11 + 11 + 10 bits) finds the same answer in more passes.
 #include <algorithm>
 #include <atomic>
-#include <cstring>
-#include <limits>
 #include <functional>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <vector>
 
 #include "bracket.h"
+#include "float_bits.h"
 #include "importance_source.h"
 #include "kernels.h"
 #include "ops.h"
@@ -46,12 +46,6 @@ struct Candidate {
   uint32_t bits;
   uint32_t index;
 };
-
-float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 // The most important first; of equals, the one with the lower index.
 bool precedes(const Candidate& left, const Candidate& right) {

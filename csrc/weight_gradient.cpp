@@ -13,7 +13,8 @@ namespace gradpruner {
 double weight_gradient(const WeightGradient& call, int threads) {
   // Down the columns: neighbours share the tokens of x, which then stay in the cache.
   const TileGrid grid(call.in, call.out, kGradientCols, kGradientRows);
-  const double work = static_cast<double>(call.tokens + 1) * static_cast<double>(call.in) * static_cast<double>(call.out);
+  const double entries = static_cast<double>(call.in) * static_cast<double>(call.out);
+  const double work = static_cast<double>(call.tokens + 1) * entries;
   const int workers = worker_count(threads, grid.size(), work / 8);
   Scratch<char> scratch(workers, kernels().weight_gradient_scratch());
   std::vector<double> sums(static_cast<size_t>(grid.size()));

@@ -19,6 +19,7 @@ static_assert(kTileRows % kBlockRows == 0 && kTileCols % kBlockCols == 0, "block
 
 // As many steps are packed together as keep the panels in the second-level cache.
 constexpr int64_t kPackedRank = 256;
+// Panels no deeper than this all stay in the first-level cache.
 constexpr int64_t kShallow = 64;
 
 int64_t steps_packed(int64_t rank) { return rank < kPackedRank ? kPackedRank / rank : 1; }

@@ -19,7 +19,6 @@ namespace {
 constexpr int64_t kVectors = GRADPRUNER_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int64_t kBlockRows = 6;
 constexpr int64_t kDepth = 256;  // packed entries of a column
-constexpr int64_t kPart = kGradientCols;  // entries that go through the epilogue together
 
 // A block of registers: kBlockRows x kVectors sums of type `Vector`, from packed entries of type `Packed`. Its two
 // operands lie `Packed` by `Packed`, kGradientRows and one panel to a token.
@@ -50,9 +49,9 @@ struct MultiplyPairs {
 
   static __m512i operand(const Packed* x) { return _mm512_loadu_si512(x); }
   static Vector add(Vector sum, Packed dy, __m512i x) {
-    return reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
-                                                     reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(dy))),
-                                                     reinterpret_cast<__m512bh>(x)));
+    const auto pair = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(dy)));
+    return reinterpret_cast<Vector>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), pair, reinterpret_cast<__m512bh>(x)));
   }
   static Packed pack(const BFloat16* first, int64_t stride, int64_t left, int64_t i) {
     return uint32_t{first[i].bits} | (left > 1 ? uint32_t{first[stride + i].bits} << 16 : 0);
@@ -103,11 +102,6 @@ void multiply_block(const typename Kind::Packed* x, const typename Kind::Packed*
   }
 }
 
-template <class Sum>
-constexpr int64_t packed_bytes() {
-  return kDepth * (kGradientRows + kGradientCols) * static_cast<int64_t>(sizeof(Sum));
-}
-
 // g (kGradientRows, kGradientCols) = the tile; entries past the edge are zero.
 template <class Kind, class T>
 void multiply(const T* x, const T* dy, const WeightGradient& call, const Tile& tile, char* scratch,
@@ -131,12 +125,12 @@ void multiply(const T* x, const T* dy, const WeightGradient& call, const Tile& t
   }
 }
 
-// values: kPart entries, zero from `count` on. Sums in lanes, several at a time: an addition takes a few cycles.
+// values: kGradientCols entries, zero from `count` on. Sums in lanes, several at a time: an addition takes a few cycles.
 template <class V>
 double sum_of_squares(const V* values, float* igia, int64_t count) {
   constexpr int64_t kSums = 4;
   DoubleVector sums[kSums] = {};
-  for (int64_t i = 0; i < kPart; i += kSums * kDoubleLanes) {
+  for (int64_t i = 0; i < kGradientCols; i += kSums * kDoubleLanes) {
 #pragma GCC unroll 4
     for (int64_t n = 0; n < kSums; ++n) {
       const DoubleVector value = load_double(values + i + n * kDoubleLanes);
@@ -157,7 +151,7 @@ template <class Sum>
 double finish(const Sum* g, float* igia, void* grad, DType grad_dtype, int64_t count) {
   if (!grad) return sum_of_squares(g, igia, count);
   return with_type(grad, grad_dtype, [&](auto* entries) {
-    decltype(widen(*entries)) values[kPart] = {};
+    decltype(widen(*entries)) values[kGradientCols] = {};
     for (int64_t i = 0; i < count; ++i) {
       using G = typename std::remove_pointer<decltype(entries)>::type;
       entries[i] = narrow<G>(widen(entries[i]) + widen(narrow<G>(g[i])));
@@ -171,7 +165,8 @@ template <class T>
 double in_double(const T* x, const T* dy, const WeightGradient& call, int64_t row, int64_t col) {
   double sum = 0;
   for (int64_t token = 0; token < call.tokens; ++token) {
-    sum += static_cast<double>(widen(dy[token * call.out + row])) * static_cast<double>(widen(x[token * call.in + col]));
+    const double left = widen(dy[token * call.out + row]), right = widen(x[token * call.in + col]);
+    sum += left * right;
   }
   return sum;
 }
@@ -189,7 +184,7 @@ double square_tile(const T* x, const T* dy, const WeightGradient& call, const Ti
     void* grad = call.grad ? static_cast<char*>(call.grad) + at * size_of(call.grad_dtype) : nullptr;
     if (sizeof(Sum) == sizeof(float) && call.finite && !all_finite({row, DType::float32}, tile.cols)) {
       // an overflow of float, which double has room for
-      double wide[kPart] = {};
+      double wide[kGradientCols] = {};
       for (int64_t j = 0; j < tile.cols; ++j) wide[j] = in_double(x, dy, call, tile.row + i, tile.col + j);
       total += finish(wide, igia, grad, call.grad_dtype, tile.cols);
     } else {
@@ -201,7 +196,11 @@ double square_tile(const T* x, const T* dy, const WeightGradient& call, const Ti
 
 }  // namespace
 
-int64_t weight_gradient_scratch() { return kGradientRows * kGradientCols * 8 + packed_bytes<double>(); }
+int64_t weight_gradient_scratch() {
+  constexpr int64_t kPanel = kVectors * kFloatLanes;  // entries of a packed row of x; half as many doubles
+  constexpr int64_t kEntries = kGradientRows * kGradientCols + kDepth * (kGradientRows + kPanel);
+  return kEntries * static_cast<int64_t>(sizeof(double));
+}
 
 double weight_gradient_tile(const WeightGradient& call, const Tile& tile, char* scratch) {
   return with_type({call.x, call.dtype}, [&](auto* x) {
