@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import gradpruner
-from benchmarks.records import FOLDER, Timed, ratios, timed, write
+from benchmarks.records import FOLDER, Timed, ratios, read, timed, write
 from benchmarks.released import Released
 from benchmarks.timing import WrongAnswer, quiet_collector, seconds
 from gradpruner.decoder import Decoder
@@ -230,7 +230,10 @@ def main() -> int:
                 found += probe_overhead(model, options.pairs)
         print(table([{column: getattr(each, column) for column in SHOWN} for each in found]))
         FOLDER.mkdir(exist_ok=True)
-        write(FOLDER / "pipeline.csv", found)
+        path = FOLDER / "pipeline.csv"
+        # a stage that was not asked for keeps its lines
+        kept = [each for each in read(path, Stage) if each.stage not in stages] if path.exists() else []
+        write(path, [*kept, *found])
     except GradPrunerError as error:
         print(f"benchmarks.pipeline: {error}", file=sys.stderr)
         return 1

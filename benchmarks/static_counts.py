@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.operations import SHAPES, STEPS
 from gradpruner.kernels.gram_norm import split_count
 
-WEIGHTS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # Llama-3.1-8B's linears
-LAYER = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
-LAYERS, STEPS, TOKENS = 32, 40, 4096
+LLAMA = SHAPES["llama-8b"]
+TOKENS = 4096
 KEPT = 0.2
 SIZE = {"bf16": 2, "fp32": 4}
 
@@ -62,7 +62,7 @@ class Count:
 def counts() -> list[Count]:
     """Every op at every shape of the table."""
     found = [_gram(rank, dtype) for rank in (8, 64) for dtype in SIZE]
-    for n_out, n_in in WEIGHTS:
+    for n_out, n_in in LLAMA.distinct:
         found += [_square(n_out, n_in), _threshold(n_out, n_in), _sign_merge(n_out, n_in), _wgrad(n_out, n_in)]
         for rank in (8, 64):
             for dtype in SIZE:
@@ -184,7 +184,7 @@ def _wgrad(n_out: int, n_in: int) -> Count:
 
 def _gram(rank: int, dtype: str) -> Count:
     """All pairs of one step. The released way builds each product and takes its norm."""
-    pairs = LAYER * LAYERS
+    pairs = LLAMA.layer * LLAMA.layers
     numbers = sum(rank * (n_out + n_in) for n_out, n_in in pairs)
     padded = max(16, rank)
     left = len(pairs) * split_count(len(pairs), 14336, padded) * 2 * padded * padded * 8  # matrices still to be added

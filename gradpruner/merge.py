@@ -40,7 +40,7 @@ def apply(
     optimizer made before holds parameters that are gone: see `rebuild_optimizer`.
     Raises InvalidArgument, ModelMismatch, UnsupportedModel.
     """
-    share = _share(top)
+    share = share_of(top)
     decoder = Decoder(model, layers)
     check_fits(decoder, plan, igia)
     surgery = prepare(decoder, plan.kept)
@@ -97,8 +97,8 @@ def _accepted(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {name: value for name, value in optimizer.defaults.items() if name in names}
 
 
-def _share(top: float) -> Fraction:
-    """What was written, not its nearest double: floor(0.57 * 100) is 57. Raises InvalidArgument."""
+def share_of(top: float) -> Fraction:
+    """The share `top` as it was written, not its nearest double: floor(0.57 * 100) is 57. Raises InvalidArgument."""
     if isinstance(top, bool) or not isinstance(top, (int, float, Fraction)) or not 0 < top <= 1:
         raise InvalidArgument(f"top = {top!r}; accepted is a share above 0 and up to 1")
     return Fraction(str(top))

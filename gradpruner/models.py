@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def load_model(
 def _load_tokenizer(where: str, **options: Any) -> Any:
     from transformers import AutoTokenizer  # slow to import
 
-    with _refusing("tokenizer", where, options):
+    with refusing("tokenizer", where, options):
         return AutoTokenizer.from_pretrained(where, **options)
 
 
@@ -63,12 +63,12 @@ def _load_weights(where: str, **options: Any) -> Any:
         # else the model counts as quantised, and transformers neither saves nor trains it; where a kernel for
         # packed weights is installed, they would even stay packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _refusing("model", where, options):
+    with refusing("model", where, options):
         return transformers.AutoModelForCausalLM.from_pretrained(where, **options)
 
 
 @contextlib.contextmanager
-def _refusing(what: str, where: str, options: dict[str, Any]) -> Iterator[None]:
+def refusing(what: str, where: str, options: Mapping[str, Any]) -> Iterator[None]:
     """Turn a loading error into one line that names the source; the original stays its cause."""
     try:
         yield

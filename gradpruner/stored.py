@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from gradpruner.checkpoint import check_loaded, quiet
 from gradpruner.decoder import Decoder, Weight, sample_positions
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
+from gradpruner.models import refusing
 from gradpruner.shards import Stored, read_folder
 
 IN_MEMORY = "load the model in memory instead: gradpruner.apply, or a --dtype on the command line"
@@ -188,21 +188,12 @@ def config_of(folder: Path, trust_remote_code: bool) -> Any:
     """The folder's transformers configuration. Raises InvalidArgument."""
     from transformers import AutoConfig  # slow to import
 
-    with _refusing(folder):
+    with refusing("model", str(folder), {}):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def _class_of(folder: Path, config: Any, trust_remote_code: bool) -> type[nn.Module]:
     from transformers import AutoModelForCausalLM
 
-    with _refusing(folder), torch.device("meta"):
+    with refusing("model", str(folder), {}), torch.device("meta"):
         return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-
-
-@contextlib.contextmanager
-def _refusing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InvalidArgument(f"source {str(folder)!r}: no model could be loaded: {reason}") from error

@@ -18,7 +18,7 @@ from gradpruner.errors import CheckpointError, UnsupportedModel
 from gradpruner.files import atomic_folder, write_json
 from gradpruner.igia import Igia
 from gradpruner.logits import differ, logits_of
-from gradpruner.merge import _share, check_fits, donors_of, merge_weight_, skipping_logits
+from gradpruner.merge import check_fits, donors_of, merge_weight_, share_of, skipping_logits
 from gradpruner.plan import Plan
 from gradpruner.shards import Pending, Stored, bytes_of, checksum_of, read_folder, write_folder
 from gradpruner.stored import IN_MEMORY, StoredModel, config_of, load_empty
@@ -79,7 +79,7 @@ def apply_folder(
     the stock class; where the dense model fits in memory twice, also the logits, against the dense model with the
     same layers skipped. Raises InvalidArgument, ModelMismatch, UnsupportedModel, CheckpointError.
     """
-    share, source = _share(top), Path(source)
+    share, source = share_of(top), Path(source)
     stored = StoredModel(source, trust_remote_code=trust_remote_code)
     check_fits(stored.decoder, plan, igia, stored.samples)
     surgery = prepare(stored.decoder, plan.kept)

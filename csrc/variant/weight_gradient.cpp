@@ -125,7 +125,7 @@ void multiply(const T* x, const T* dy, const WeightGradient& call, const Tile& t
   }
 }
 
-// values: kGradientCols entries, zero from `count` on. Sums in lanes, several at a time: an addition takes a few cycles.
+// values: kGradientCols entries, zero from `count` on. Sums in lanes, several at a time: an addition takes cycles.
 template <class V>
 double sum_of_squares(const V* values, float* igia, int64_t count) {
   constexpr int64_t kSums = 4;
