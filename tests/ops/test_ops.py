@@ -187,6 +187,15 @@ def test_wgrad_of_no_tokens_and_no_entries_and_views():
     assert torch.equal(igia.double(), g.square()) and float(total) == float(g.square().sum())
 
 
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_wgrad_of_several_tiles(dtype):
+    x, dy = whole(70, 150, dtype=dtype), whole(70, 290, dtype=dtype, seed=1)
+    igia = whole(290, 150, low=0, high=9, seed=2)
+    expected = igia + (dy.double().T @ x.double()).square().float()
+    total = ops.wgrad_square_accumulate_(igia, x, dy, None)
+    assert torch.equal(igia, expected) and float(total) == float((dy.double().T @ x.double()).square().sum())
+
+
 # ---- threshold
 
 
@@ -440,6 +449,15 @@ def factors_that_differ_in_the_sample(n_out: int, n_in: int, low: float) -> tupl
 @pytest.mark.parametrize("share", [0.001, 0.2, 0.7])
 def test_threshold_of_many_entries_is_answered_from_the_bracket(share, answered_from_the_bracket):
     f = normal(300, 401).square()
+    check_threshold(f, int(share * f.numel()))
+    assert answered_from_the_bracket() in (None, True)
+
+
+@pytest.mark.parametrize("end", [0, 0xFFF])
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_threshold_of_entries_at_the_ends_of_the_bracket(share, end, answered_from_the_bracket):
+    # a bracket ends where a bucket of the sample does, and so do these
+    f = (normal(300, 401).square().view(torch.int32) & ~0xFFF | end).view(torch.float32)
     check_threshold(f, int(share * f.numel()))
     assert answered_from_the_bracket() in (None, True)
 
