@@ -453,13 +453,20 @@ def test_threshold_of_many_entries_is_answered_from_the_bracket(share, answered_
     assert answered_from_the_bracket() in (None, True)
 
 
-@pytest.mark.parametrize("end", [0, 0xFFF])
+@pytest.mark.parametrize(("rows", "last_bits"), [(300, 0xFFF), (700, 0x7FFF)])  # Triton's buckets, and C++'s
+@pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("share", [0.2, 0.7])
-def test_threshold_of_entries_at_the_ends_of_the_bracket(share, end, answered_from_the_bracket):
+def test_threshold_of_entries_at_the_ends_of_the_bracket(share, filled, rows, last_bits, answered_from_the_bracket):
     # a bracket ends where a bucket of the sample does, and so do these
-    f = (normal(300, 401).square().view(torch.int32) & ~0xFFF | end).view(torch.float32)
-    check_threshold(f, int(share * f.numel()))
-    assert answered_from_the_bracket() in (None, True)
+    bits = normal(rows, 401).square().view(torch.int32) & ~last_bits
+    f = (bits | last_bits if filled else bits).view(torch.float32)
+    k = int(share * f.numel())
+    value, index = ops.threshold(f, k)
+    kept = torch.zeros(f.numel(), dtype=torch.bool)
+    kept[f.flatten().argsort(descending=True, stable=True)[:k]] = True
+    assert torch.equal(mask_from(f, value, index), kept.view(f.shape))
+    if rows == 300:
+        assert answered_from_the_bracket() in (None, True)
 
 
 def test_threshold_is_exact_where_the_sample_lies(answered_from_the_bracket):
