@@ -29,29 +29,35 @@ SCORES = ("squared", "norm", "normalized")
 class Factors:
     """Importance as factors: F is, up to a positive constant, sum over steps of (b_i @ a_i) ** 2 (P eq. 2, 3).
 
-    a: (t, r, in), b: (t, out, r), float32 or bfloat16, in host memory, scaled by powers of two.
+    a: (t, r, in), b: (t, out, r), float32 or bfloat16, in host memory. exponents: the gradients' own factors are
+    a * 2 ** exponents[0] and b * 2 ** exponents[1]; a probe that goes on after an interruption scales by the same.
     """
 
     a: Tensor
     b: Tensor
+    exponents: tuple[int, int] = (0, 0)
 
     def dense(self) -> Dense:
         """The same importance as one float32 matrix."""
         f = torch.zeros(self.b.shape[1], self.a.shape[2], device=self.a.device)
         for a, b in zip(self.a, self.b, strict=True):
             ops.outer_square_accumulate_(f, a, b)
-        return Dense(f)
+        return Dense(f, self.exponents)
 
     def to(self, device: torch.device) -> Factors:
         """A copy on another device."""
-        return Factors(self.a.to(device), self.b.to(device))
+        return Factors(self.a.to(device), self.b.to(device), self.exponents)
 
 
 @dataclass(frozen=True)
 class Dense:
-    """Importance as it is: F up to a positive constant, float32, in the shape and layout of the weight."""
+    """Importance as it is: F up to a positive constant, float32, in the shape and layout of the weight.
+
+    exponents: where F was summed from factors, those that they were scaled by.
+    """
 
     f: Tensor
+    exponents: tuple[int, int] = (0, 0)
 
     def dense(self) -> Dense:
         """Itself."""
@@ -59,7 +65,7 @@ class Dense:
 
     def to(self, device: torch.device) -> Dense:
         """A copy on another device."""
-        return Dense(self.f.to(device))
+        return Dense(self.f.to(device), self.exponents)
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,7 @@ class Igia:
             "layer_parameters": list(self.layer_parameters),
             "total_parameters": self.total_parameters,
             "skipped": self.skipped,
+            "exponents": {f"{j}/{name}": kept.exponents for (j, name), kept in self.importance.items()},
             "crc32": {name: _crc32(tensor) for name, tensor in tensors.items()},
         }
         with atomic_path(path) as temporary:
@@ -211,7 +218,7 @@ class Igia:
             if header["crc32"].keys() != stored.keys():
                 raise CheckpointError(f"{path} is corrupted: its checksums are not those of its tensors")
             weights = tuple(Weight(j, name, tuple(shape), t) for j, name, shape, t in header["weights"])
-            importance = StoredImportance(weights, stored, header["crc32"])
+            importance = StoredImportance(weights, stored, header["crc32"], header.get("exponents", {}))
             return cls(
                 model=header["model"],
                 estimator=header["estimator"],
@@ -234,8 +241,14 @@ class StoredImportance(Mapping[tuple[int, str], Factors | Dense]):
     Raises CheckpointError where a tensor's checksum does not match.
     """
 
-    def __init__(self, weights: Iterable[Weight], stored: Mapping[str, Stored], crc32: Mapping[str, int]) -> None:
-        self._stored, self._crc32 = stored, crc32
+    def __init__(
+        self,
+        weights: Iterable[Weight],
+        stored: Mapping[str, Stored],
+        crc32: Mapping[str, int],
+        exponents: Mapping[str, list[int]],
+    ) -> None:
+        self._stored, self._crc32, self._exponents = stored, crc32, exponents
         self._parts: dict[tuple[int, str], tuple[str, ...]] = {}
         for weight in weights:
             for parts in (("f",), ("a", "b")):
@@ -245,7 +258,9 @@ class StoredImportance(Mapping[tuple[int, str], Factors | Dense]):
 
     def __getitem__(self, key: tuple[int, str]) -> Factors | Dense:
         tensors = [_read(self._stored[name], self._crc32) for name in self._parts[key]]
-        return Dense(*tensors) if len(tensors) == 1 else Factors(*tensors)
+        first, second = self._exponents.get(f"{key[0]}/{key[1]}", (0, 0))
+        exponents = (first, second)
+        return Dense(tensors[0], exponents) if len(tensors) == 1 else Factors(tensors[0], tensors[1], exponents)
 
     def __contains__(self, key: object) -> bool:  # Mapping's own would read the tensor
         return key in self._parts

@@ -40,8 +40,19 @@ def apply(
     optimizer made before holds parameters that are gone: see `rebuild_optimizer`.
     Raises InvalidArgument, ModelMismatch, UnsupportedModel.
     """
-    share = share_of(top)
     decoder = Decoder(model, layers)
+    fold_and_remove(decoder, plan, igia, share_of(top), weight)
+    peft = peft_of(model)
+    if peft is not None:
+        peft.unload()  # type: ignore[operator]
+        for parameter in decoder.base.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+    return decoder.base
+
+
+def fold_and_remove(decoder: Decoder, plan: Plan, igia: Igia | None, share: Fraction, weight: float) -> None:
+    """Fold and remove layers in the base model, whatever wraps it; adapters of kept layers stay. All or nothing."""
     check_fits(decoder, plan, igia)
     surgery = prepare(decoder, plan.kept)
     undo_merge: list[tuple[Tensor, Tensor]] = []
@@ -61,13 +72,6 @@ def apply(
         for parameter, before in undo_merge:
             parameter.copy_(before)
         raise
-    peft = peft_of(model)
-    if peft is not None:
-        peft.unload()  # type: ignore[operator]
-        for parameter in decoder.base.parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(True)
-    return decoder.base
 
 
 def rebuild_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:

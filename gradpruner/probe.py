@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradpruner.decoder import Decoder
-from gradpruner.errors import InvalidArgument, ProbeError
+from gradpruner.errors import InvalidArgument, ModelMismatch, ProbeError
 from gradpruner.estimators import Reader
 from gradpruner.estimators.exact import ExactReader
 from gradpruner.estimators.gradient import AdamReader, GradientReader, why_not_adam
 from gradpruner.estimators.lora import LoraReader, has_lora
-from gradpruner.igia import Igia
+from gradpruner.igia import Dense, Factors, Igia
 
 ESTIMATORS = ("auto", "lora", "gradient", "adam", "exact")
 
@@ -78,8 +78,12 @@ class Probe:
         finally:
             self.stop()
 
-    def start(self, optimizer: Any, steps: int) -> None:
-        """Begin to watch; `watching` without the block. Raises InvalidArgument."""
+    def start(self, optimizer: Any, steps: int, *, resume: Igia | None = None) -> None:
+        """Begin to watch; `watching` without the block.
+
+        resume: the `snapshot` of a probe that was interrupted: its steps count, and this one goes on from them.
+        Raises InvalidArgument, ModelMismatch where the snapshot is of another model.
+        """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise InvalidArgument(f"steps = {steps!r}; expected a number of optimizer steps, 1 or more")
         if self._handles or self._igia is not None:
@@ -91,8 +95,10 @@ class Probe:
                 f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer (or call probe.record() "
                 "before each step)"
             )
+        if resume is not None:
+            self._go_on(optimizer, steps, resume)
         self._reader = self._reader or self._make_reader(optimizer, steps)
-        self._left = steps
+        self._left = steps - self.steps
         self._handles = [
             optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: self._before_step(optimizer)),
             # the last step has to be in Adam's state before that is read
@@ -136,6 +142,35 @@ class Probe:
         assert self._igia is not None
         return self._igia
 
+    @property
+    def finished(self) -> bool:
+        """Whether the probe has seen all its steps, or was ended."""
+        return self._igia is not None
+
+    def snapshot(self) -> Igia:
+        """What was seen so far, for `start(..., resume=...)` in another process; the probe goes on."""
+        if self._igia is not None:
+            return self._igia
+        if self._reader is None:
+            raise ProbeError("the probe has not begun to watch")
+        self._settle()
+        # an interrupted probe on Adam finds F in the optimizer's state again
+        return self._seen({} if self._reader.name == "adam" else self._reader.importance())
+
+    def _go_on(self, optimizer: Any, steps: int, seen: Igia) -> None:
+        if not 0 < seen.steps + seen.skipped < steps:
+            raise InvalidArgument(f"resume: {seen.steps + seen.skipped} steps are seen; steps = {steps!r} are wanted")
+        self._decoder.check_fingerprint(seen.model, "the snapshot")
+        if self._reader is None:
+            wanted, self._estimator = self._estimator, seen.estimator
+            if wanted not in ("auto", seen.estimator):
+                raise InvalidArgument(f"resume: the snapshot's estimator is {seen.estimator!r}, not {wanted!r}")
+            self._reader = self._make_reader(optimizer, steps, begun=True)
+        if self._reader.weights != seen.weights:
+            raise ModelMismatch("the snapshot watched other weights than this model trains")
+        self._reader.restore(seen.importance)
+        self._model, self._usable, self._skipped = seen.model, list(seen.square_norms), seen.skipped
+
     def _before_step(self, optimizer: Any) -> None:
         if self._left > 0:
             self.record(optimizer)
@@ -160,10 +195,14 @@ class Probe:
     def _finish(self) -> None:
         assert self._reader is not None
         self._settle()
+        self._reader.close()
+        self._igia = self._seen(self._reader.importance())
+
+    def _seen(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> Igia:
+        assert self._reader is not None
         decoder, reader = self._decoder, self._reader
-        reader.close()
         n = len(reader.weights)
-        self._igia = Igia(
+        return Igia(
             model=self._model,
             estimator=reader.name,
             layers=len(decoder.layers),
@@ -172,11 +211,11 @@ class Probe:
             structures=tuple(decoder.structure(j) for j in range(len(decoder.layers))),
             layer_parameters=tuple(decoder.parameters_of(j) for j in range(len(decoder.layers))),
             total_parameters=decoder.total_parameters(),
-            importance=reader.importance(),
+            importance=importance,
             skipped=self._skipped,
         )
 
-    def _make_reader(self, optimizer: Any, steps: int | None) -> Reader:
+    def _make_reader(self, optimizer: Any, steps: int | None, *, begun: bool = False) -> Reader:
         kind, decoder = self._estimator, self._decoder
         if kind == "auto":
             if has_lora(decoder):
@@ -193,4 +232,4 @@ class Probe:
             return GradientReader(decoder, importance=self._importance)
         if steps is None:
             raise InvalidArgument("estimator 'adam' reads the optimizer: use probe.watching(optimizer, steps)")
-        return AdamReader(decoder, optimizer, steps=steps, importance=self._importance)
+        return AdamReader(decoder, optimizer, steps=steps, importance=self._importance, begun=begun)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor
@@ -34,7 +35,11 @@ class Reader(Protocol):
         ...
 
     def importance(self) -> dict[tuple[int, str], Factors | Dense]:
-        """What was kept, by layer and weight name; empty if only sums were asked for."""
+        """What was kept so far, by layer and weight name; empty if only sums were asked for."""
+        ...
+
+    def restore(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> None:
+        """Go on from what another reader of the same model had kept."""
         ...
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,12 @@ class ExactReader:
             for weight, squares in zip(self.weights, self._squares, strict=True)
             if squares.igia is not None
         }
+
+    def restore(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> None:
+        """F goes back to the devices of its weights."""
+        for weight, squares in zip(self.weights, self._squares, strict=True):
+            if squares.igia is not None:
+                squares.igia.copy_(importance[weight.layer, weight.name].dense().f)
 
     def close(self) -> None:
         """Give every linear its own forward back."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -54,6 +56,12 @@ class GradientReader:
         """F of every weight that had a gradient."""
         return {(weight.layer, weight.name): Dense(f) for weight, f in self._f.items()}
 
+    def restore(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> None:
+        """F goes on growing from what it was."""
+        for weight in self.weights:
+            if (weight.layer, weight.name) in importance:
+                self._f[weight] = importance[weight.layer, weight.name].dense().f.clone()
+
     def close(self) -> None:
         """Nothing was changed in the model."""
 
@@ -66,10 +74,12 @@ class AdamReader(GradientReader):
 
     name = "adam"
 
-    def __init__(self, decoder: Decoder, optimizer: Optimizer, *, steps: int, importance: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, optimizer: Optimizer, *, steps: int, importance: bool, begun: bool = False
+    ) -> None:
         super().__init__(decoder, importance=False)
         self._optimizer, self._wanted = optimizer, importance
-        reason = why_not_adam(decoder, optimizer, steps)
+        reason = why_not_adam(decoder, optimizer, steps, begun=begun)
         if reason:
             raise ProbeError(f"estimator 'adam': {reason}; use estimator='gradient'")
 
@@ -89,12 +99,18 @@ class AdamReader(GradientReader):
             found[weight.layer, weight.name] = Dense(f)
         return found
 
+    def restore(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> None:
+        """Nothing to do: F is in the optimizer's state, which whoever resumes the training restores."""
 
-def why_not_adam(decoder: Decoder, optimizer: object, steps: int) -> str | None:
-    """Why this optimizer's exp_avg_sq is not F up to a constant, None if it is (METHOD section 1)."""
+
+def why_not_adam(decoder: Decoder, optimizer: object, steps: int, *, begun: bool = False) -> str | None:
+    """Why this optimizer's exp_avg_sq is not F up to a constant, None if it is (METHOD section 1).
+
+    begun: its state holds the first steps of a probe that was interrupted, and no others.
+    """
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         return f"the optimizer is {type(optimizer).__name__}, not torch's Adam or AdamW"
-    if optimizer.state:
+    if optimizer.state and not begun:
         return "the optimizer has stepped before, its state holds older gradients"
     for group in optimizer.param_groups:
         if group["betas"][1] ** steps < 0.9:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,15 +99,29 @@ class LoraReader:
         """Factors or F of every weight that had a gradient."""
         found: dict[tuple[int, str], Factors | Dense] = {}
         for kept, weight in zip(self._kept, self.weights, strict=True):
+            first, second = kept.exponents or (0, 0)
+            exponents = (second, first) if weight.transposed else (first, second)
             if kept.dense is not None:
-                found[weight.layer, weight.name] = Dense(kept.dense)
+                found[weight.layer, weight.name] = Dense(kept.dense, exponents)
             elif kept.factors:
                 pairs = [_oriented(a, b, weight) for a, b in kept.factors]
-                kept.factors.clear()
-                found[weight.layer, weight.name] = Factors(
-                    torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
-                )
+                a, b = torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
+                kept.factors = _unstacked(a, b, weight)  # held once, should the probe go on
+                found[weight.layer, weight.name] = Factors(a, b, exponents)
         return found
+
+    def restore(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> None:
+        """Factors go on to be collected, matrices to be added to."""
+        for kept, weight in zip(self._kept, self.weights, strict=True):
+            known = importance.get((weight.layer, weight.name))
+            if known is None:
+                continue
+            first, second = known.exponents
+            kept.exponents = (second, first) if weight.transposed else (first, second)
+            if isinstance(known, Dense):
+                kept.dense = known.f.clone()
+            else:
+                kept.factors = _unstacked(known.a, known.b, weight)
 
     def close(self) -> None:
         """Nothing was changed in the model."""
@@ -158,6 +173,12 @@ def _ldexp(tensor: Tensor, exponent: int) -> Tensor:
 def _oriented(a: Tensor, b: Tensor, weight: Weight) -> tuple[Tensor, Tensor]:
     """Factors of G in the layout the weight is stored in."""
     return (b.T.contiguous(), a.T.contiguous()) if weight.transposed else (a, b)
+
+
+def _unstacked(a: Tensor, b: Tensor, weight: Weight) -> list[tuple[Tensor, Tensor]]:
+    """The pairs of stacked, oriented factors, as the adapters have them: views."""
+    pairs = zip(a, b, strict=True)
+    return [(second.T, first.T) for first, second in pairs] if weight.transposed else list(pairs)
 
 
 def _weight_of(pairs: list[tuple[Tensor, Tensor]] | list[tuple[Tensor, Tensor] | None]) -> int:
