@@ -1,6 +1,9 @@
 """Cheaper LLM fine-tuning and serving: remove the decoder layers a task does not need (GradPruner, ICLR 2026)."""
 
+from gradpruner.attach import attach
+from gradpruner.card import model_card
 from gradpruner.checkpoint import save
+from gradpruner.cut import cut
 from gradpruner.errors import (
     CheckpointError,
     GradPrunerError,
@@ -9,6 +12,7 @@ from gradpruner.errors import (
     ProbeError,
     UnsupportedModel,
 )
+from gradpruner.hub import push_to_hub
 from gradpruner.igia import Igia
 from gradpruner.merge import apply, rebuild_optimizer
 from gradpruner.oneshot import prune
@@ -33,8 +37,12 @@ __all__ = [
     "UnsupportedModel",
     "apply",
     "apply_folder",
+    "attach",
     "available_backends",
+    "cut",
+    "model_card",
     "prune",
+    "push_to_hub",
     "rebuild_optimizer",
     "save",
 ]

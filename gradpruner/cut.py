@@ -1,0 +1,110 @@
+"""cut: fold and remove layers inside a running training loop; model and optimizer stay the same objects."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradpruner.adapters import check_can_be_fresh, make_fresh
+from gradpruner.decoder import Decoder, peft_of
+from gradpruner.errors import InvalidArgument
+from gradpruner.igia import Igia
+from gradpruner.merge import fold_and_remove, share_of
+from gradpruner.plan import Plan
+
+
+def cut(
+    model: nn.Module,
+    optimizer: Any,
+    plan: Plan,
+    igia: Igia | None = None,
+    *,
+    top: float = 0.2,
+    weight: float = 1.0,
+    seed: int = 0,
+    layers: str | nn.ModuleList | None = None,
+) -> None:
+    """Fold and remove layers of a model that is being trained, so that the same loop goes on with fewer of them.
+
+    model: as the loop calls it: plain, PEFT, compiled, prepared by accelerate, in DistributedDataParallel or sharded
+    by fully_shard. It stays the same object, and so do its wrappers, adapters, the optimizer and its scheduler.
+    Adapters start anew in place (by `seed`), with no state in the optimizer; weights that train fully keep theirs.
+    optimizer: torch's or accelerate's, whose groups lose the removed parameters; None where there is none yet.
+    igia, top, weight: see `apply`. Call it between two optimizer steps, on every process. Source: METHOD section 3.
+
+    Nothing is changed unless everything succeeds. Raises InvalidArgument, ModelMismatch, UnsupportedModel.
+    """
+    decoder, peft, share = Decoder(model, layers), peft_of(model), share_of(top)
+    inner = _inner(optimizer)
+    if peft is not None:
+        check_can_be_fresh(peft)
+    dense = {id(p) for p in decoder.given.parameters()}
+    fold_and_remove(decoder, plan, igia, share, weight)
+    fresh = make_fresh(peft, seed) if peft is not None else []
+    gone = dense - {id(p) for p in decoder.given.parameters()}
+    if inner is not None:
+        _forget(inner, gone, {id(p) for p in fresh})
+    for wrapper in _wrappers(model):
+        if isinstance(wrapper, DistributedDataParallel):
+            _rewrap(wrapper)
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in (*_wrappers(model), *model.modules())):
+        torch.compiler.reset()  # graphs of the dense model
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.memory.empty_cache()
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer | None:
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise InvalidArgument(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, or None")
+    return optimizer
+
+
+def _forget(optimizer: torch.optim.Optimizer, gone: Collection[int], fresh: Collection[int]) -> None:
+    """Take removed parameters out of the groups, and the memory of removed and fresh ones out of the state."""
+    for group in optimizer.param_groups:
+        kept = [i for i, p in enumerate(group["params"]) if id(p) not in gone]
+        for name in ("params", "param_names"):
+            if name in group:
+                group[name] = [group[name][i] for i in kept]
+    for parameter in list(optimizer.state):
+        if id(parameter) in gone or id(parameter) in fresh:
+            del optimizer.state[parameter]
+
+
+def _wrappers(model: nn.Module) -> list[nn.Module]:
+    """The model, and what it wraps, from the outside in."""
+    found = [model]
+    while True:
+        inner = getattr(found[-1], "_orig_mod", None)
+        if inner is None and isinstance(found[-1], DistributedDataParallel):
+            inner = found[-1].module
+        if inner is None:
+            return found
+        found.append(inner)
+
+
+def _rewrap(ddp: DistributedDataParallel) -> None:
+    """Build the reducer anew in the same object: the old one waits for gradients that no longer come."""
+    names = set(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module", "device_mesh"}
+    arguments: dict[str, Any] = {name: getattr(ddp, name) for name in names if hasattr(ddp, name)}
+    if not ddp.bucket_bytes_cap_default:
+        arguments["bucket_cap_mb"] = ddp.bucket_bytes_cap / 2**20
+    module, training, comm_hooks = ddp.module, ddp.training, ddp._comm_hooks
+    hooks = {name: getattr(ddp, name) for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
+                                                   "_forward_pre_hooks_with_kwargs")}  # fmt: skip
+    ddp.logger = ddp.reducer = None  # type: ignore[assignment]  # its hooks on parameters go with it
+    DistributedDataParallel.__init__(ddp, module, **arguments)
+    for name, known in hooks.items():
+        setattr(ddp, name, known)
+    for hook, state in comm_hooks if ddp.mixed_precision is None else ():  # which registers its own
+        ddp.register_comm_hook(state, hook)
+    ddp.train(training)
