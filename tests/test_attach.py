@@ -1,0 +1,244 @@
+"""One Trainer run that starts dense and ends pruned: schedule, logs, checkpoints, and going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import signal
+
+import pytest
+import torch
+import training_runs
+from peft import AutoPeftModelForCausalLM
+from training_runs import LAYERS, PROBE, STEPS, lora, same, tensors, trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+
+import gradpruner
+from gradpruner.decoder import Decoder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Of each kind, one run that nothing interrupted: its folder, callback, Trainer and final tensors."""
+    runs = {}
+
+    def get(kind, **options):
+        key = kind, *sorted(options.items())
+        if key not in runs:
+            out = tmp_path_factory.mktemp(kind)
+            made, callback = trainer(out, kind, **options)
+            made.train()
+            runs[key] = out, callback, made, tensors(made.model)
+        return runs[key]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", training_runs.KINDS)
+def test_a_run_starts_dense_and_ends_pruned(kind, finished, tmp_path):
+    out, callback, made, _ = finished(kind)
+    plan = callback.plan
+    assert plan.layers == LAYERS and len(plan.removed) == 3 and callback.igia.steps == PROBE
+    assert made.state.global_step == STEPS and len(Decoder(made.model).layers) == LAYERS - 3
+    # the schedule of a run that was never cut
+    losses = [entry for entry in made.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in losses] == list(range(1, STEPS + 1))
+    rates = [entry["learning_rate"] for entry in losses]
+    assert rates == pytest.approx([1e-2 * (STEPS - i) / STEPS for i in range(STEPS)])
+    # what trackers are told
+    (figures,) = [e for e in made.state.log_history if "gradpruner/removed_layers" in e]
+    assert figures["step"] == PROBE and figures["gradpruner/removed_layers"] == 3
+    for layer, score in enumerate(callback.igia.layer_scores().tolist()):
+        assert figures[f"gradpruner/score/{layer:02d}"] == score
+        fate = 1.0 if layer in plan.drop else 2.0 if layer in plan.merge else 0.0
+        assert figures[f"gradpruner/fate/{layer:02d}"] == fate
+    # nothing holds a parameter that is gone
+    alive = {id(p) for p in made.model.parameters() if p.requires_grad}
+    held = [p for group in made.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == alive and len(held) == len(alive)
+    assert gradpruner.Plan.load(out / "gradpruner" / "plan.json") == plan
+    scores = gradpruner.Igia.load(out / "gradpruner" / "igia.safetensors").layer_scores()
+    assert torch.equal(scores, callback.igia.layer_scores())
+
+
+@pytest.mark.parametrize("kind", training_runs.KINDS)
+def test_the_probe_saw_what_a_probe_alone_sees(kind, finished, tmp_path):
+    _, callback, _, _ = finished(kind)
+    probe = gradpruner.ProbeCallback(steps=PROBE)
+    made, _ = trainer(tmp_path, kind, attached=False, callbacks=[probe])
+    made.train()
+    assert torch.equal(probe.igia.square_norms, callback.igia.square_norms)
+    assert probe.igia.plan(0.4) == callback.plan
+
+
+def test_adapters_start_anew_and_merged_weights_are_those_of_apply(finished, tmp_path):
+    out, callback, made, _ = finished("lora")
+    assert callback.plan.merge  # else nothing is shown
+    expected = gradpruner.apply(training_runs.llama(), callback.plan, callback.igia)
+    decoder = Decoder(made.model)
+    for weight in decoder.weights:
+        assert torch.equal(decoder.parameter(weight), Decoder(expected).parameter(weight))
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == PROBE
+
+    made, _ = trainer(tmp_path, callbacks=[Stop()])
+    made.train()
+    for name, parameter in made.model.named_parameters():
+        assert "lora_B" not in name or not parameter.any()  # a fresh adapter's B is 0
+    assert not any(made.optimizer.state.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"), [("lora", 3), ("lora", 6), ("lora", 9), ("dora", 6), ("full", 3), ("full", 9)]
+)
+def test_resuming_gives_the_same_plan_and_weights(kind, step, finished, tmp_path):
+    out, callback, _, final = finished(kind)
+    shutil.copytree(out, tmp_path / "copy")
+    made, again = trainer(tmp_path / "copy", kind)
+    made.train(resume_from_checkpoint=str(tmp_path / "copy" / f"checkpoint-{step}"))
+    assert again.plan == callback.plan and made.state.global_step == STEPS
+    assert same(final, tensors(made.model))
+
+
+def test_resuming_with_accumulated_micro_batches(finished, tmp_path):
+    options = {"gradient_accumulation_steps": 3}
+    out, callback, _, final = finished("lora", **options)
+    made, again = trainer(out, "lora", **options)
+    made.train(resume_from_checkpoint=str(out / "checkpoint-3"))
+    assert again.plan == callback.plan and same(final, tensors(made.model))
+
+
+@pytest.mark.parametrize("step", [6, 12])
+@pytest.mark.parametrize("kind", training_runs.KINDS)
+def test_stock_tools_load_a_checkpoint_made_after_the_cut(kind, step, finished):
+    out, _, made, _ = finished(kind)
+    loader = AutoModelForCausalLM if kind == "full" else AutoPeftModelForCausalLM
+    again = loader.from_pretrained(out / f"checkpoint-{step}").eval()
+    assert len(Decoder(again).layers) == LAYERS - 3
+    if step == STEPS:
+        ids = training_runs.rows(1)[0]["input_ids"][None]
+        with torch.no_grad():
+            assert torch.equal(made.model.eval()(input_ids=ids).logits, again(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("moment", ["probe", "apply", "save of the base", "save of step 3", "save of step 6"])
+def test_killed_and_resumed_as_if_nothing_had_happened(moment, finished, tmp_path):
+    _, callback, _, final = finished("lora")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_runs"])
+    process = context.Process(target=training_runs.run_and_die, args=(str(tmp_path), "lora", moment))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "survived").exists()
+    made, again = trainer(tmp_path)
+    if moment == "save of step 3":
+        with pytest.raises(gradpruner.CheckpointError, match="no complete checkpoint"):
+            made.train(resume_from_checkpoint=True)
+        made.train()
+    else:
+        made.train(resume_from_checkpoint=True)
+    assert again.plan == callback.plan and same(final, tensors(made.model))
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(finished, tmp_path):
+    out, callback, _, final = finished("lora")
+    shutil.copytree(out, tmp_path / "copy")
+    for step, content in ((9, None), (12, '{"cut sho')):
+        state = tmp_path / "copy" / f"checkpoint-{step}" / "trainer_state.json"
+        state.write_text(content) if content else state.unlink()
+    made, again = trainer(tmp_path / "copy")
+    with pytest.raises(gradpruner.CheckpointError, match="not complete"):
+        made.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-12"))
+    made.train(resume_from_checkpoint=True)
+    assert same(final, tensors(made.model))
+    assert json.loads((tmp_path / "copy" / "checkpoint-12" / "trainer_state.json").read_text())["global_step"] == 12
+
+
+def test_a_checkpoint_of_another_base_is_refused(finished, tmp_path):
+    out, _, _, _ = finished("lora")
+    made, _ = trainer(tmp_path)
+    with torch.no_grad():
+        for parameter in made.model.get_base_model().model.layers.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(gradpruner.ModelMismatch):
+        made.train(resume_from_checkpoint=str(out / "checkpoint-9"))
+    made, _ = trainer(tmp_path, "full")
+    with pytest.raises(gradpruner.ModelMismatch, match="with adapters"):
+        made.train(resume_from_checkpoint=str(out / "checkpoint-9"))
+
+
+def test_the_best_checkpoint_is_one_of_the_smaller_model(tmp_path):
+    made, callback = trainer(
+        tmp_path, "full", eval_dataset=training_runs.rows(8), eval_strategy="steps", eval_steps=3,
+        load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True,
+    )  # fmt: skip
+    made.train()
+    assert made.state.best_global_step > PROBE
+    assert len(Decoder(made.model).layers) == len(callback.plan.kept)
+
+
+def test_training_a_second_time_does_not_cut_again(finished):
+    out, callback, made, _ = finished("full")
+    plan = callback.plan
+    made.train()
+    assert callback.plan is plan and len(Decoder(made.model).layers) == len(plan.kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"steps": 0}, "steps = 0"),
+        ({"steps": True}, "steps = True"),
+        ({"ratio": 1.5}, "ratio = 1.5"),
+        ({"ratio": 0.4, "count": 99}, "99 of 8 layers"),
+        ({"kind": "best"}, "kind = 'best'"),
+        ({"merge": 7}, "merge = 7"),
+        ({"top": 0}, "top = 0"),
+        ({"protect": [8]}, "protect names layer 8"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once_and_leave_the_trainer_alone(change, reason, tmp_path):
+    made, _ = trainer(tmp_path, attached=False)
+    before, callbacks = dict(vars(made)), list(made.callback_handler.callbacks)
+    with pytest.raises(gradpruner.InvalidArgument, match=reason):
+        gradpruner.attach(made, **change)
+    assert vars(made).keys() == before.keys() and made.callback_handler.callbacks == callbacks
+
+
+def test_what_is_no_trainer_and_what_is_attached_twice(tmp_path):
+    with pytest.raises(gradpruner.InvalidArgument, match=r"expected a transformers\.Trainer"):
+        gradpruner.attach(object())
+    made, _ = trainer(tmp_path)
+    with pytest.raises(gradpruner.InvalidArgument, match="attached already"):
+        gradpruner.attach(made)
+
+
+def test_a_run_too_short_for_the_probe_is_refused_before_its_first_step(tmp_path):
+    made, _ = trainer(tmp_path, max_steps=PROBE)
+    with pytest.raises(gradpruner.InvalidArgument, match="has 5 steps left"):
+        made.train()
+    assert made.state.global_step == 0 and not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_adapters_that_changed_the_base_cannot_start_anew(tmp_path, monkeypatch):
+    monkeypatch.setitem(training_runs.KINDS, "lora", lambda: lora(training_runs.llama(), init_lora_weights="pissa"))
+    with pytest.raises(gradpruner.UnsupportedModel, match="init_lora_weights='pissa'"):
+        trainer(tmp_path)
+
+
+def test_a_subclass_of_the_trainer_keeps_its_own_methods(tmp_path):
+    saved = []
+
+    class Mine(Trainer):
+        def _save_checkpoint(self, model, trial):
+            saved.append(self.state.global_step)
+            super()._save_checkpoint(model, trial)
+
+    made, _ = trainer(tmp_path, attached=False)
+    mine = Mine(model=made.model, args=made.args, train_dataset=made.train_dataset)
+    gradpruner.attach(mine, steps=PROBE, ratio=0.4)
+    mine.train()
+    assert saved == [3, 6, 9, 12]
