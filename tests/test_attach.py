@@ -1,4 +1,4 @@
-"""One Trainer run that starts dense and ends pruned: schedule, logs, checkpoints, and going on after an interruption."""
+"""One Trainer run that starts dense and ends pruned: schedule, logs, checkpoints, and resuming."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_probe_saw_what_a_probe_alone_sees(kind, finished, tmp_path):
 
 
 def test_adapters_start_anew_and_merged_weights_are_those_of_apply(finished, tmp_path):
-    out, callback, made, _ = finished("lora")
+    _out, callback, made, _ = finished("lora")
     assert callback.plan.merge  # else nothing is shown
     expected = gradpruner.apply(training_runs.llama(), callback.plan, callback.igia)
     decoder = Decoder(made.model)
@@ -144,12 +144,12 @@ def test_killed_and_resumed_as_if_nothing_had_happened(moment, finished, tmp_pat
 
 
 def test_a_checkpoint_that_was_not_finished_is_passed_over(finished, tmp_path):
-    out, callback, _, final = finished("lora")
+    out, _callback, _, final = finished("lora")
     shutil.copytree(out, tmp_path / "copy")
     for step, content in ((9, None), (12, '{"cut sho')):
         state = tmp_path / "copy" / f"checkpoint-{step}" / "trainer_state.json"
         state.write_text(content) if content else state.unlink()
-    made, again = trainer(tmp_path / "copy")
+    made, _again = trainer(tmp_path / "copy")
     with pytest.raises(gradpruner.CheckpointError, match="not complete"):
         made.train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-12"))
     made.train(resume_from_checkpoint=True)
@@ -181,7 +181,7 @@ def test_the_best_checkpoint_is_one_of_the_smaller_model(tmp_path):
 
 
 def test_training_a_second_time_does_not_cut_again(finished):
-    out, callback, made, _ = finished("full")
+    _out, callback, made, _ = finished("full")
     plan = callback.plan
     made.train()
     assert callback.plan is plan and len(Decoder(made.model).layers) == len(plan.kept)

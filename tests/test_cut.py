@@ -1,0 +1,272 @@
+"""cut: the same objects go on in a loop of one's own, whatever wraps them."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from peft import AutoPeftModelForCausalLM, PeftModel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from training_runs import LAYERS, llama, lora, rows, same, tensors
+
+import gradpruner
+from gradpruner.adapters import describe, without_adapters
+from gradpruner.decoder import Decoder
+
+PROBE = 4
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def probe_and_cut(model, optimizer, step, **options):
+    """What a user writes, around a step of his own."""
+    probe = gradpruner.Probe(model)
+    with probe.watching(optimizer, PROBE):
+        for i in range(PROBE):
+            step(i)
+    plan = probe.igia.plan(0.4)
+    gradpruner.cut(model, optimizer, plan, probe.igia, **options)
+    return plan, probe.igia
+
+
+def stepper(model, optimizer):
+    batches = list(DataLoader(rows(40), batch_size=4))
+
+    def step(i):
+        loss = model(**batches[i]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    return step
+
+
+@pytest.mark.parametrize("make", [lambda: lora(llama()), llama], ids=["lora", "full"])
+def test_the_same_objects_go_on(make):
+    model = make()
+    optimizer = torch.optim.AdamW([{"params": trainable(model)[:5]}, {"params": trainable(model)[5:], "lr": 2e-3}])
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 10)
+    step = stepper(model, optimizer)
+    modules = set(map(id, model.modules()))
+    _plan, _ = probe_and_cut(model, optimizer, step)
+    assert len(Decoder(model).layers) == LAYERS - 3
+    assert {id(m) for m in model.modules() if not isinstance(m, torch.nn.ModuleList)} <= modules
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in trainable(model)} and len(optimizer.param_groups) == 2
+    states = [optimizer.state[p] for p in held if p in optimizer.state]
+    assert len(states) == (0 if isinstance(model, PeftModel) else len(held))  # fresh adapters have no past
+    for i in range(PROBE, 8):
+        step(i)
+        scheduler.step()
+    assert optimizer.param_groups[1]["lr"] < 2e-3
+    assert all(int(optimizer.state[p]["step"]) == (4 if isinstance(model, PeftModel) else 8) for p in held)
+
+
+def test_named_parameters_of_an_optimizer_stay_with_their_parameters():
+    model = llama()
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    probe_and_cut(model, optimizer, stepper(model, optimizer))
+    (group,) = optimizer.param_groups
+    # names are those that the user gave, of the dense model
+    assert len(group["params"]) == len(group["param_names"]) == len(list(model.parameters()))
+    assert group["param_names"][0] == "model.embed_tokens.weight"
+
+
+def test_through_accelerate_in_a_plain_loop():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = lora(llama())
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 10)
+    model, optimizer, loader, scheduler = accelerator.prepare(
+        model, optimizer, DataLoader(rows(40), batch_size=2), scheduler
+    )
+    probe = gradpruner.Probe(model)
+    probe.start(optimizer, PROBE)
+    for batch in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(model(**batch).loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        if probe.finished and len(Decoder(model).layers) == LAYERS:
+            gradpruner.cut(model, optimizer, probe.igia.plan(0.4), probe.igia)
+    assert len(Decoder(model).layers) == LAYERS - 3
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {int(optimizer.state[p]["step"]) for p in held} == {10 - PROBE}
+
+
+def test_a_compiled_model_is_compiled_again():
+    plain, model = lora(llama()), lora(llama())
+    compiled = torch.compile(model, backend="eager")
+    losses = []
+    for called in (plain, compiled):
+        optimizer = torch.optim.AdamW(trainable(called), lr=1e-2)
+        step = stepper(called, optimizer)
+        probe_and_cut(called, optimizer, step)
+        losses.append([step(i) for i in range(PROBE, 8)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers_to_transform": [0, 2, 5, 7], "target_modules": ["q_proj", "up_proj"]},
+        {"rank_pattern": {"model.layers.7.self_attn.q_proj": 2}, "alpha_pattern": {r".*\.5\.mlp\.up_proj": 3}},
+        {"target_modules": r".*\.[1357]\.self_attn\.(q|v)_proj"},
+        {"target_modules": ["q_proj", "lm_head"], "exclude_modules": ["model.layers.6.self_attn.q_proj"]},
+        {"target_modules": ["embed_tokens", "q_proj"], "use_rslora": True},
+        {"init_lora_weights": "gaussian", "lora_bias": False},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_the_adapter_config_says_where_the_layers_are_now(options, tmp_path):
+    model = lora(llama(), **options)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
+    step = stepper(model, optimizer)
+    plan = gradpruner.Plan(LAYERS, drop=[1, 3, 6])
+    for i in range(3):
+        step(i)
+    gradpruner.cut(model, optimizer, plan)
+    base = without_adapters(model.get_base_model())
+    gradpruner.save(base, tmp_path / "base")
+    describe(model, str(tmp_path / "base"))
+    for i in range(3, 6):
+        step(i)
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    ids = rows(1)[0]["input_ids"][None]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=ids).logits, again(input_ids=ids).logits)
+
+
+def test_two_adapters_only_the_trained_one_starts_anew():
+    model = lora(llama())
+    model.add_adapter("kept", model.peft_config["default"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".kept." in name:
+                parameter.fill_(0.25)
+    model.set_adapter("default")
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
+    probe_and_cut(model, optimizer, stepper(model, optimizer))
+    for name, parameter in model.named_parameters():
+        if ".kept." in name:
+            assert bool((parameter == 0.25).all())
+        elif "lora_B" in name:
+            assert not parameter.any()
+
+
+def test_dora_starts_from_the_norms_of_the_merged_weights():
+    model = lora(llama(), use_dora=True)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
+    plan, _ = probe_and_cut(model, optimizer, stepper(model, optimizer))
+    assert plan.merge
+    ids = rows(1)[0]["input_ids"][None]
+    with torch.no_grad():
+        fresh = model.eval()(input_ids=ids).logits
+        with model.disable_adapter():
+            torch.testing.assert_close(fresh, model(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_fresh_adapters_hang_on_the_seed_and_on_nothing_else():
+    def values(seed):
+        model = lora(llama())
+        optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
+        torch.manual_seed(seed * 7)  # the global generator neither matters nor moves
+        state = torch.get_rng_state()
+        gradpruner.cut(model, optimizer, gradpruner.Plan(LAYERS, drop=[1, 3]), seed=seed)
+        assert torch.equal(state, torch.get_rng_state())
+        return tensors(model)
+
+    assert same(values(1), values(1)) and not same(values(1), values(2))
+
+
+def test_nothing_changes_where_something_is_refused():
+    model = lora(llama())
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    step = stepper(model, optimizer)
+    for i in range(2):
+        step(i)
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    for plan, error in (
+        (gradpruner.Plan(LAYERS, merge=[3]), gradpruner.InvalidArgument),  # no importance
+        (gradpruner.Plan(LAYERS + 1, drop=[3]), gradpruner.ModelMismatch),
+        (gradpruner.Plan(LAYERS), gradpruner.InvalidArgument),
+    ):
+        with pytest.raises(error):
+            gradpruner.cut(model, optimizer, plan)
+    with pytest.raises(gradpruner.InvalidArgument, match="optimizer is a list"):
+        gradpruner.cut(model, [optimizer], gradpruner.Plan(LAYERS, drop=[3]))
+    assert same(before, model.state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == state["param_groups"]
+    assert all(torch.equal(after["state"][k]["exp_avg"], state["state"][k]["exp_avg"]) for k in state["state"])
+
+
+def ddp_run(rank, world, port, queue):
+    """Train, cut and train on; every rank gets its share of each batch."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    inner = lora(llama(torch.float64))
+    calls = []
+    model = DistributedDataParallel(inner, static_graph=False, bucket_cap_mb=1) if world > 1 else inner
+    if world > 1:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        model.register_comm_hook(None, allreduce_hook)
+        model.register_forward_hook(lambda *args: calls.append(1))
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
+    data = rows(64)
+
+    def step(i):
+        batch = torch.stack([row["input_ids"] for row in data[8 * i : 8 * i + 8]]).chunk(world)[rank]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    plan, _ = probe_and_cut(model, optimizer, step)
+    for i in range(PROBE, 8):
+        step(i)
+    if world > 1:
+        assert len(calls) == 8 and len(model._comm_hooks) == 1
+        dist.destroy_process_group()
+    queue.put((rank, plan.to_dict(), {name: t.numpy() for name, t in tensors(inner).items()}))
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
+def test_distributed_data_parallel_goes_on_with_a_reducer_for_what_is_left():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_runs", "test_cut"])
+    results = {}
+    for world in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        queue = context.Queue()
+        processes = [context.Process(target=ddp_run, args=(rank, world, port, queue)) for rank in range(world)]
+        for process in processes:
+            process.start()
+        results[world] = dict((rank, rest) for rank, *rest in (queue.get(timeout=120) for _ in processes))
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0
+    (plan, single), (plan0, rank0), (plan1, rank1) = results[1][0], results[2][0], results[2][1]
+    assert plan == plan0 == plan1
+    for name, value in single.items():
+        value, first, second = (torch.from_numpy(v) for v in (value, rank0[name], rank1[name]))
+        assert torch.equal(first, second)
+        torch.testing.assert_close(value, first, rtol=1e-9, atol=1e-12)
