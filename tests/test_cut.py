@@ -51,7 +51,9 @@ def stepper(model, optimizer):
     return step
 
 
-@pytest.mark.parametrize("make", [lambda: lora(llama()), llama], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "make", [lambda: lora(llama()), lambda: lora(llama(), use_dora=True), llama], ids=["lora", "dora", "full"]
+)
 def test_the_same_objects_go_on(make):
     model = make()
     optimizer = torch.optim.AdamW([{"params": trainable(model)[:5]}, {"params": trainable(model)[5:], "lr": 2e-3}])

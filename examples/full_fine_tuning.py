@@ -1,0 +1,49 @@
+"""Full fine-tuning: no adapters; the weights that are left keep their optimizer state.
+
+python examples/full_fine_tuning.py MODEL TEXTS.jsonl OUT
+"""
+
+import sys
+
+from datasets import load_dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
+
+import gradpruner
+
+
+def main(model_name: str, data: str, out: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
+    rows = load_dataset("json", data_files=data, split="train")
+    rows = rows.map(
+        lambda row: tokenizer(row["text"], truncation=True, max_length=256), remove_columns=rows.column_names
+    )
+    arguments = TrainingArguments(
+        output_dir=f"{out}-run",
+        max_steps=60,
+        per_device_train_batch_size=4,
+        learning_rate=1e-5,
+        logging_steps=10,
+        save_strategy="no",
+        report_to=[],
+    )
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+
+    # plain AdamW: the importance is read from its second moment, and takes no memory of its own
+    pruning = gradpruner.attach(trainer, steps=20, ratio=0.4)
+
+    trainer.train()
+    print(pruning.plan.summary())
+    gradpruner.save(trainer.model, out, tokenizer=tokenizer, plan=pruning.plan)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])
