@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gradpruner {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_run, _add_probe, _add_plan, _add_apply, _add_finetune, _add_evaluate, _add_report, _add_demo,
-                _add_backends):  # fmt: skip
+    for add in (_add_run, _add_probe, _add_plan, _add_apply, _add_finetune, _add_evaluate, _add_report, _add_push,
+                _add_demo, _add_backends):  # fmt: skip
         add(commands)
     return parser
 
@@ -148,6 +148,19 @@ def _add_report(commands: Any) -> None:
         commands, "report", _report, "Draw the report of a finished run again.", "gradpruner report small"
     )
     parser.add_argument("folder", help="the --out of gradpruner run")
+
+
+def _add_push(commands: Any) -> None:
+    parser = _command(
+        commands, "push", _push, "Verify a pruned checkpoint, write its card and upload both to the hub.",
+        "gradpruner push small/model me/Llama-3.2-1B-pruned --base-model meta-llama/Llama-3.2-1B --private",
+    )  # fmt: skip
+    parser.add_argument("folder", help="checkpoint folder, with the gradpruner.json that apply or run wrote")
+    parser.add_argument("repo_id", help="where to: owner/name; made if it does not exist")
+    parser.add_argument("--base-model", metavar="M", help="hub id or folder of the dense model, for the card")
+    parser.add_argument("--license", metavar="L", help="for the card (default: the base model's, where its card is)")
+    parser.add_argument("--private", action="store_true", default=None, help="make a private repository")
+    parser.add_argument("--revision", metavar="R", help="branch to commit to (default main)")
 
 
 def _add_demo(commands: Any) -> None:
@@ -366,6 +379,14 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
 
     path = write_report(Path(options.folder))
     return {"json": {"report": str(path)}, "line": str(path)}
+
+
+def _push(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.hub import push_to_hub
+
+    url = push_to_hub(options.folder, options.repo_id, base_model=options.base_model, license=options.license,
+                      private=options.private, revision=options.revision)  # fmt: skip
+    return {"json": {"url": url}, "line": f"{options.folder}: verified and uploaded: {url}"}
 
 
 def _demo(options: argparse.Namespace) -> dict[str, Any]:

@@ -124,10 +124,12 @@ def train(
     recipe: Recipe,
     *,
     callbacks: Sequence[TrainerCallback] = (),
+    prepare: Callable[[Trainer], object] | None = None,
     quiet: bool = False,
 ) -> Training:
     """Train `model` in place on rows already in order (see `schedule`), one pass.
 
+    prepare: called with the Trainer before it trains: `attach`, say.
     Raises InvalidArgument where the rows do not fill the last step, GradPrunerError if the loss is not finite.
     """
     steps, rest = divmod(len(ordered), recipe.rows_a_step)
@@ -160,6 +162,8 @@ def train(
         )  # fmt: skip
         for printer in ("ProgressCallback", "PrinterCallback"):
             _replace_printer(trainer, printer, quiet)
+        if prepare is not None:
+            prepare(trainer)
         reset_peak_memory()
         trainer.train()
     return Training(steps, tuple(watch.losses), statistics.median(watch.seconds), peak_memory())

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gradpruner.card import model_card, write_card
 from gradpruner.checkpoint import save
 from gradpruner.data import Collator, Example, tokenize
 from gradpruner.decoder import Decoder
@@ -31,6 +32,11 @@ from gradpruner.report import html_report, plot_layer_scores
 from gradpruner.trainer import ProbeCallback
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+OF_THE_MACHINE = (
+    "training step (s)",
+    "generation (tokens/s)",
+    "peak memory, training (GB)",
+)  # as `comparison` has them
 PROBE_SHARE, PROBE_LEAST = 0.01, 20  # P: the first 1 % of the steps; below 20 the ranking has not settled (D)
 
 
@@ -132,6 +138,11 @@ class Run:
         }
         write_json(self.folder / "results.json", results)
         write_report(self.folder)
+        # a card travels without the machine that it was made on
+        of_the_model = [line for line in comparison(rows) if line[""] not in OF_THE_MACHINE]
+        card = model_card(self.folder / "model", plan, base_model=self.job.source, scores=igia, kind=self.job.kind,
+                          results=of_the_model, trust_remote_code=self.job.trust_remote_code)  # fmt: skip
+        write_card(self.folder / "model", card)
         return results
 
     def dense(self) -> dict[str, Any]:

@@ -1,0 +1,128 @@
+"""Publishing: a pruned checkpoint, verified, with its card, to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import glob
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradpruner.card import is_ours, model_card, write_card
+from gradpruner.checkpoint import free_memory, quiet, save
+from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
+from gradpruner.igia import Igia
+from gradpruner.logits import logits_of
+from gradpruner.plan import Plan
+from gradpruner.shards import INDEX, SINGLE, read_folder
+from gradpruner.stored import StoredModel
+from gradpruner.streaming import FOLDERS
+
+# nothing else leaves the machine: no pickle, no Python code, no optimizer state
+UPLOADED = (".safetensors", ".json", ".jinja", ".txt", ".md")
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+LICENSES = ("license", "notice", "use_policy")
+# of an earlier, larger upload: vLLM and others read every *.safetensors they find
+REPLACED = (SINGLE, INDEX, "model-*-of-*.safetensors")
+
+
+def push_to_hub(
+    source: nn.Module | str | os.PathLike[str],
+    repo_id: str,
+    *,
+    plan: Plan | None = None,
+    tokenizer: Any = None,
+    base_model: str | os.PathLike[str] | None = None,
+    license: str | None = None,
+    scores: Igia | Sequence[float] | None = None,
+    kind: str = "squared",
+    results: Sequence[Mapping[str, Any]] = (),
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a pruned model",
+    api: Any = None,
+) -> str:
+    """Verify a pruned model, write its card and upload both in one commit; the URL of the commit.
+
+    source: a model (with its plan and tokenizer), saved as `save` does, or a checkpoint folder: its files must be
+    whole, the stock class must take exactly these keys and shapes, and, where the model fits in memory, answer with
+    finite numbers. The card is written into the folder, unless one of ours is there and nothing to write into it is
+    given (plan, base_model, license, scores, results: see `model_card`). Weights of an earlier upload are replaced;
+    pickles and Python code never leave the machine. private, token, revision: as huggingface_hub has them. api: an
+    `huggingface_hub.HfApi` for another endpoint.
+    Raises InvalidArgument, ModelMismatch, UnsupportedModel, CheckpointError; GradPrunerError if the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InvalidArgument(f"repo_id = {repo_id!r}: {error}") from None
+    known = {"plan": plan, "base_model": base_model, "license": license, "scores": scores, "results": results or None}
+    given = {key: value for key, value in known.items() if value is not None}
+    with tempfile.TemporaryDirectory() as temporary:
+        if isinstance(source, nn.Module):
+            if plan is None:
+                raise InvalidArgument("plan = None; expected the plan that the model was pruned by")
+            folder = save(source, Path(temporary) / "model", tokenizer=tokenizer, plan=plan)
+        else:
+            if tokenizer is not None:
+                raise InvalidArgument("tokenizer is given with a folder; expected it in the folder")
+            folder = Path(source)
+            verify_folder(folder)
+        if given or not is_ours(folder):
+            # a model in memory knows where it came from
+            write_card(folder, model_card(source, name=repo_id, kind=kind, **given))  # type: ignore[arg-type]
+        api = api if api is not None else HfApi()
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True, token=token)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                allow_patterns=[glob.escape(file) for file in uploaded_files(folder)],
+                delete_patterns=list(REPLACED),
+                commit_message=commit_message,
+                revision=revision,
+                token=token,
+            )
+        except Exception as error:  # the hub's, the network's, ...: huggingface_hub does not say which it raises
+            raise GradPrunerError(f"{repo_id} was not uploaded: {' '.join(str(error).split())[:300]}") from error
+    return str(commit.commit_url)
+
+
+def verify_folder(folder: Path) -> None:
+    """Raises CheckpointError (or InvalidArgument, UnsupportedModel) unless the folder is a whole, sound checkpoint."""
+    stored = StoredModel(folder)
+    tensors = read_folder(folder)
+    strange = sorted(tensors.keys() - stored.tensors.keys())
+    if strange:
+        raise CheckpointError(f"{folder} holds tensors that its model has no place for: {strange[:3]}")
+    if 2 * sum(tensor.size for tensor in tensors.values()) >= free_memory():
+        return
+    kind: Any = type(stored.model)
+    with quiet():
+        model = kind.from_pretrained(folder, dtype="auto", use_safetensors=True)
+    logits = logits_of(model)
+    if logits is not None and not bool(torch.isfinite(logits).all()):
+        raise CheckpointError(f"the model in {folder} answers with numbers that are not finite")
+
+
+def uploaded_files(folder: Path) -> list[str]:
+    """What of a checkpoint folder may leave the machine, relative to it, sorted."""
+    files = [file for file in folder.iterdir() if file.is_file()]
+    files += [file for name in FOLDERS if (folder / name).is_dir() for file in (folder / name).iterdir()]
+    return sorted(str(file.relative_to(folder)) for file in files if _may_leave(file))
+
+
+def _may_leave(file: Path) -> bool:
+    if not file.is_file() or file.name.startswith("."):
+        return False
+    if file.suffix in UPLOADED or file.name in SENTENCEPIECE:
+        return True
+    return not file.suffix and file.name.lower().startswith(LICENSES)
