@@ -64,13 +64,13 @@ def _renew(module: Any, adapter: str, config: Any, generator: torch.Generator) -
             nn.init.normal_(values, std=1 / module.r[adapter], generator=generator)
         else:
             nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
-        _assign(a, values)
+        assign(a, values)
         for parameter in b.parameters():
             parameter.zero_()
     if adapter in module.lora_embedding_A:
         b = module.lora_embedding_B[adapter]
         module.lora_embedding_A[adapter].zero_()
-        _assign(b, torch.empty(b.shape).normal_(generator=generator))
+        assign(b, torch.empty(b.shape).normal_(generator=generator))
     magnitudes = getattr(module, "lora_magnitude_vector", {})
     if adapter in magnitudes:
         dora = magnitudes[adapter]
@@ -84,7 +84,8 @@ def _renew(module: Any, adapter: str, config: Any, generator: torch.Generator) -
         dora.train(dora.training)  # forgets cached norms
 
 
-def _assign(parameter: Any, values: Tensor) -> None:
+def assign(parameter: Any, values: Tensor) -> None:
+    """Copy whole values into a parameter, of a sharded one into this process's shard."""
     if hasattr(parameter, "device_mesh"):  # every rank has the same values and keeps its shard
         from torch.distributed.tensor import distribute_tensor
 

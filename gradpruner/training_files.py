@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from gradpruner.adapters import assign
 from gradpruner.decoder import Decoder
 from gradpruner.errors import CheckpointError, InvalidArgument
 
@@ -47,7 +48,7 @@ def load_merged(decoder: Decoder, folder: Path) -> None:
     known = Decoder(kind.from_pretrained(folder, dtype="auto"))
     with torch.no_grad():
         for weight in decoder.weights:
-            decoder.parameter(weight).copy_(known.parameter(weight))
+            assign(decoder.parameter(weight), known.parameter(weight))
 
 
 def written_once(write: Callable[[], Any], *, writer: bool) -> None:

@@ -1,0 +1,124 @@
+"""attach on two processes: DistributedDataParallel, and FSDP2 as accelerate prepares it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from training_runs import KINDS, LAYERS, PROBE, STEPS, trainer
+
+import gradpruner
+from gradpruner.decoder import Decoder
+
+RUNS = [("ddp", "lora"), ("ddp", "full"), ("fsdp2", "full"), ("fsdp2", "lora")]
+
+
+def shard(made):
+    """What accelerate would choose by itself on GPUs; on the CPU it takes DDP whatever is configured."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    state = made.accelerator.state
+    state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="SHARDED_STATE_DICT",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"], reshard_after_forward=True,
+    )  # fmt: skip
+    made.is_fsdp_enabled = True
+
+
+def one_run(wrapper, kind, folder, resume=None):
+    made, _ = trainer(folder, kind, attached=False)
+    if wrapper == "fsdp2":
+        shard(made)
+    callback = gradpruner.attach(made, steps=PROBE, ratio=0.4)
+    made.train(resume_from_checkpoint=None if resume is None else f"{folder}/checkpoint-{resume}")
+    assert made.state.global_step == STEPS and len(Decoder(made.model).layers) == LAYERS - 3
+    whole = {
+        n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in made.model.named_parameters()
+    }
+    return callback.plan, {name: tensor.clone() for name, tensor in whole.items()}
+
+
+def worker(rank, port, folder, queue):
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    found = {}
+    for wrapper, kind in RUNS:
+        out = Path(folder, f"{wrapper}-{kind}")
+        plan, final = one_run(wrapper, kind, out)
+        found[wrapper, kind] = plan.to_dict(), {name: tensor.numpy() for name, tensor in final.items()}
+        for step in (3, 6):
+            copy = Path(folder, f"{wrapper}-{kind}-{step}")
+            if rank == 0:
+                shutil.copytree(out, copy)
+            dist.barrier()
+            again, weights = one_run(wrapper, kind, copy, resume=step)
+            assert again == plan, (wrapper, kind, step)
+            for name, tensor in final.items():
+                assert torch.equal(tensor, weights[name]), (wrapper, kind, step, name)
+    dist.barrier()
+    dist.destroy_process_group()
+    queue.put((rank, found))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_runs", "test_attach_processes"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = context.Queue()
+    processes = [context.Process(target=worker, args=(rank, port, str(folder), queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = dict(queue.get(timeout=300) for _ in processes)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return folder, found
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
+@pytest.mark.parametrize(("wrapper", "kind"), RUNS)
+def test_every_process_ends_with_the_same_smaller_model(wrapper, kind, runs):
+    """That each of them resumed to the same weights, the processes have checked themselves."""
+    folder, found = runs
+    (plan, first), (other, second) = (found[rank][wrapper, kind] for rank in range(2))
+    assert plan == other and len(plan["kept"]) == LAYERS - 3
+    assert first.keys() == second.keys() and all((first[n] == second[n]).all() for n in first)
+    assert gradpruner.Plan.load(folder / f"{wrapper}-{kind}" / "gradpruner" / "plan.json").to_dict() == plan
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_sharded_and_replicated_runs_agree(kind, runs):
+    _, found = runs
+    (plan, replicated), (other, sharded) = (found[0][wrapper, kind] for wrapper in ("ddp", "fsdp2"))
+    assert plan["drop"] == other["drop"] and plan["merge"] == other["merge"]
+    for name, value in replicated.items():
+        torch.testing.assert_close(torch.from_numpy(value), torch.from_numpy(sharded[name]), rtol=1e-3, atol=1e-4)
+
+
+def test_the_base_of_a_sharded_run_is_an_ordinary_checkpoint(runs):
+    from transformers import AutoModelForCausalLM
+
+    folder, found = runs
+    (base,) = (folder / "fsdp2-lora" / "gradpruner").glob("base-*")
+    stored = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+    trained = found[0]["fsdp2", "lora"][1]
+    for name, parameter in stored.items():
+        wrapped = f"base_model.model.{name}"
+        value = trained.get(wrapped, trained.get(wrapped.removesuffix("weight") + "base_layer.weight"))
+        assert torch.equal(parameter.detach(), torch.from_numpy(value)), name
+    assert set(KINDS) >= {"lora", "full"}
