@@ -15,6 +15,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from gradpruner.decoder import is_peft, unwrap
+from gradpruner.distributed import is_sharded, peers_of, together, whole
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 from gradpruner.files import atomic_folder, write_json
 from gradpruner.logits import differ, logits_of
@@ -30,36 +31,82 @@ def save(
     tokenizer: Any = None,
     plan: Plan | None = None,
     overwrite: bool = False,
+    group: Any = None,
 ) -> Path:
     """Write the model as safetensors with its config, verify it by reading it back, and only then name it `folder`.
 
     Verified: the files describe a model with exactly these keys and shapes, and, where the model fits in memory a
-    second time, every tensor bit for bit, and the logits. tokenizer: saved beside it. plan: kept as gradpruner.json.
-    Raises InvalidArgument (adapters not merged, folder in use) or CheckpointError; the folder is then as it was.
+    second time, every tensor bit for bit, and the logits (of a sharded model not the logits). tokenizer: saved beside
+    it. plan: kept as gradpruner.json.
+
+    In several processes all of them call it: the first one writes, the others wait for it. A model sharded by FSDP2
+    is gathered one tensor at a time into its host memory. group: False where the process of rank 0 saves alone.
+    Raises InvalidArgument (adapters not merged, folder in use) or CheckpointError, in every process; the folder is
+    then as it was.
     """
     base: Any = unwrap(model)
+    if group not in (None, False):
+        raise InvalidArgument(f"group = {group!r}; accepted are None and False")
     if is_peft(model) or any(hasattr(m, "lora_A") for m in base.modules()):
         raise InvalidArgument("model still has adapters; expected a plain model (merge_and_unload first)")
     if not hasattr(base, "save_pretrained"):
         raise InvalidArgument(f"model is a {type(base).__name__}; expected a transformers model")
+    sharded = any(map(is_sharded, base.parameters()))
+    if sharded and group is False:
+        raise InvalidArgument("group = False; expected None: the model is sharded, all processes save it together")
+    peers = peers_of(group)
+    if peers is not None and len(folders := set(peers.gather(os.fspath(folder)))) > 1:
+        raise InvalidArgument(f"folder differs between the processes: {sorted(folders)}; expected one for all of them")
+    writes = peers is None or peers.rank == 0
+    state = _gathered(base, keep=writes) if sharded else None
+    with together(peers):
+        if writes:
+            _write(base, folder, state, tokenizer, plan, overwrite)
+    return Path(folder)
+
+
+def _gathered(base: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
+    """The whole state dict in host memory, empty where it is not kept: a collective for each tensor in turn."""
+    found: dict[str, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
+    for name, tensor in base.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            gathered = whole(tensor.detach())
+            seen[id(tensor)] = gathered.cpu() if keep else torch.empty(0)
+        if keep:
+            found[name] = seen[id(tensor)]
+    return found
+
+
+def _write(
+    base: Any,
+    folder: str | os.PathLike[str],
+    state: dict[str, torch.Tensor] | None,
+    tokenizer: Any,
+    plan: Plan | None,
+    overwrite: bool,
+) -> None:
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         try:
             with quiet():
-                base.save_pretrained(temporary)
+                # a copy: saving takes the tensors out one by one
+                base.save_pretrained(temporary, state_dict=None if state is None else dict(state))
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
             if plan is not None:
                 write_json(temporary / PLAN_FILE, plan.to_dict())
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"could not write {folder}: {error}; nothing was written") from error
-        verify(base, temporary)
-    return Path(folder)
+        verify(base, temporary, state)
 
 
-def verify(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Raises CheckpointError unless the stock class loads `folder` as exactly `model`."""
+def verify(model: nn.Module, folder: str | os.PathLike[str], state: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Raises CheckpointError unless the stock class loads `folder` as exactly `model`.
+
+    state: the state dict of a model whose own is sharded; its logits are then not asked for.
+    """
     kind: Any = type(model)
-    expected = model.state_dict()
+    expected = model.state_dict() if state is None else state
     size = sum(t.numel() * t.element_size() for t in expected.values())
     # a model too large for a second copy is loaded as names and shapes only
     placement = {} if 2 * size < free_memory() else {"device_map": {"": "meta"}}
@@ -88,7 +135,7 @@ def verify(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             raise CheckpointError(f"{name} reloads with shape {tuple(actual[name].shape)}, not {tuple(tensor.shape)}")
         if not actual[name].is_meta and not _same(actual[name], tensor):
             raise CheckpointError(f"{name} reloads with other values")
-    if not placement:
+    if not placement and state is None:
         first = next(model.parameters())
         gap = differ(logits_of(model), logits_of(again.to(first.device)), first.dtype)
         if gap is not None:

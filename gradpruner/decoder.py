@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gradpruner.distributed import local, rows_of, shard_group, summed
 from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
 
 ROUTERS = ("gate", "router", "shared_expert_gate")  # a router's weight is never merged (C)
+# What peft's adapters call the parameters and modules they add to a layer: its prefixes, and where it has none.
+ADAPTERS = (
+    "lora_", "adamss_", "adaption_", "beft_", "boft_", "c3a_", "deft_", "delora_", "fourierft_", "frod_", "glora_",
+    "gralora_", "hada_", "hira_", "hra_", "ia3_", "lily_", "ln_tuning_", "lokr_", "miss_", "oft_", "osf_", "peanut_",
+    "poly_", "psoft_", "pvera_", "randlora_", "ranknum", "road_", "shadow_", "shira_", "supertuning_", "tinylora_",
+    "trainable_tokens_", "unilora_", "vblora_", "vera_", "waveft_", "xlora_",
+)  # fmt: skip
+# Ways to begin an adapter after which the base weights are what they were; others move a part of them into it.
+KEEPING_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 SAMPLES = 16  # entries of each weight that go into the fingerprint
+# What configurations call the number of decoder layers; an encoder-decoder's `num_hidden_layers` counts the encoder's.
+DECODER_COUNTS = ("decoder_layers", "num_decoder_layers")
+COUNTS = ("num_hidden_layers", "num_layers", "num_blocks")
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,8 @@ class Decoder:
         self.given = model
         self.base = unwrap(model)
         self.path = _find(self.base, layers)
+        owners = Counter(id(p) for layer in self.layers for p in {id(p): p for p in layer.parameters()}.values())
+        self.shared = {parameter for parameter, count in owners.items() if count > 1}
         weights = [weight for index in range(len(self.layers)) for weight in linear_weights(self, index)]
         self.weights = weights
 
@@ -69,33 +85,34 @@ class Decoder:
 
     def structure(self, layer: int) -> str:
         """A digest of names and shapes: layers with equal digests can be merged."""
-        parts = [f"{name}{tuple(_full_shape(p))}" for name, p in base_parameters(self.layers[layer])]
+        parts = [f"{name}{tuple(shape)}" for name, _, shape in _base_shapes(self.layers[layer])]
         return hashlib.sha256("|".join(sorted(parts)).encode()).hexdigest()[:16]
 
     def parameters_of(self, layer: int) -> int:
         """Number of parameters of a layer, adapters not counted."""
-        return sum(_full_shape(p).numel() for _, p in base_parameters(self.layers[layer]))
+        return sum(shape.numel() for _, _, shape in _base_shapes(self.layers[layer]))
 
     def total_parameters(self) -> int:
         """Number of parameters of the model, tied ones once, adapters not counted."""
-        return sum({id(p): _full_shape(p).numel() for _, p in base_parameters(self.base)}.values())
+        return sum({id(p): shape.numel() for _, p, shape in _base_shapes(self.base)}.values())
 
     def fingerprint(self, *, content: bool | None = None, samples: Callable[[Weight], Tensor] | None = None) -> str:
         """Tells this model from others: its structure, and a sample of its weights.
 
         content: whether to sample the weights; by default only where they are frozen, since weights that train
-        change while the probe watches. Sampled values are rounded to bfloat16: the same checkpoint loaded in
-        float32 or bfloat16 has the same fingerprint. samples: where the model is on the meta device, what gives
-        the values at `sample_positions` of a weight, as loading would store them.
+        change while the probe watches, and where no adapter has changed them. Sampled values are rounded to
+        bfloat16: the same checkpoint loaded in float32 or bfloat16 has the same fingerprint. samples: where the
+        model is on the meta device, what gives the values at `sample_positions` of a weight, as loading would
+        store them.
         """
         parameters = [self.parameter(weight) for weight in self.weights]
         shape = hashlib.sha256(self.path.encode())
         for layer in range(len(self.layers)):
             shape.update(self.structure(layer).encode())
         if content is None:
-            content = all(not p.requires_grad for p in parameters)
+            content = all(not p.requires_grad for p in parameters) and altered_base(self.given) is None
         known = samples is not None or not any(p.is_meta for p in parameters)
-        if not content or not known or not all(p.is_floating_point() for p in parameters):
+        if not content or not known or any(is_packed(p) for p in parameters):
             return shape.hexdigest()[:16]
         sample = hashlib.sha256()
         for weight, parameter in zip(self.weights, parameters, strict=True):
@@ -120,12 +137,23 @@ def sample_positions(entries: int) -> range:
 
 def _sampled(parameter: nn.Parameter) -> Tensor:
     positions = sample_positions(parameter.numel())
-    return parameter.detach().flatten()[:: positions.step][: len(positions)]
+    rows = rows_of(parameter)
+    if rows is None:
+        return local(parameter.detach()).flatten()[:: positions.step][: len(positions)]
+    width = parameter.numel() // parameter.shape[0]
+    start, end = rows[0] * width, sum(rows) * width
+    here = [i for i, position in enumerate(positions) if start <= position < end]
+    own = local(parameter.detach()).flatten()[[positions[i] - start for i in here]]
+    # each entry is on one process only: a sum of bits, which unlike a sum of values keeps even a zero's sign
+    bits = torch.zeros(len(positions), dtype=torch.int32)
+    bits[here] = own.to("cpu", torch.bfloat16).view(torch.int16).int()
+    return summed(bits, shard_group(parameter)).to(torch.int16).view(torch.bfloat16)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers (or plain) model inside torch.compile, DistributedDataParallel and PEFT wrappers."""
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """The model and what it wraps, from the outside in: torch.compile, DistributedDataParallel, PEFT, the base."""
     while True:
+        yield model
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, DistributedDataParallel):
@@ -133,7 +161,13 @@ def unwrap(model: nn.Module) -> nn.Module:
         elif is_peft(model):
             model = model.get_base_model()  # type: ignore[operator]
         else:
-            return model
+            return
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers (or plain) model inside torch.compile, DistributedDataParallel and PEFT wrappers."""
+    *_, base = wrappers(model)
+    return base
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -143,14 +177,39 @@ def is_peft(model: nn.Module) -> bool:
 
 def peft_of(model: nn.Module) -> nn.Module | None:
     """The PeftModel in a stack of wrappers, if there is one."""
-    while not is_peft(model):
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, DistributedDataParallel):
-            model = model.module
-        else:
-            return None
-    return model
+    return next((wrapper for wrapper in wrappers(model) if is_peft(wrapper)), None)
+
+
+def altered_base(model: nn.Module) -> str | None:
+    """Why the weights under a model's adapters are not those that it came with, None if they are.
+
+    Some adapters begin as a part of the weights, and only the rest is left in the base model.
+    """
+    peft = peft_of(model)
+    for name, config in getattr(peft, "peft_config", {}).items():
+        init = getattr(config, "init_lora_weights", True)
+        if str(init).lower() not in KEEPING_INITS:
+            return f"adapter {name!r} (init_lora_weights={init!r}) took a part of the base weights into itself"
+        if getattr(config, "bias", "none") not in ("none", False, None):
+            return f"adapter {name!r} (bias={config.bias!r}) trains biases of the base model itself"
+        if getattr(config, "kasa_config", None):
+            return f"adapter {name!r} (kasa_config) cut the smallest singular values off the base weights"
+    if any(getattr(module, "merged_adapters", None) for module in unwrap(model).modules()):
+        return "adapters are merged into the base weights (unmerge_adapter() takes them out again, up to rounding)"
+    return None
+
+
+def is_packed(parameter: Tensor) -> bool:
+    """Whether a quantiser stores the values in a form of its own; bitsandbytes may keep that in a float tensor."""
+    return not parameter.is_floating_point() or hasattr(parameter, "quant_state")
+
+
+def _base_shapes(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.Size]]:
+    """`base_parameters` with the shape that each has before a quantiser packs it."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        plain = base_name(name)
+        if plain is not None:
+            yield plain, parameter, _full_shape(parameter, module.get_submodule(name.rpartition(".")[0]))
 
 
 def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -164,15 +223,20 @@ def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def base_name(name: str) -> str | None:
     """The name a parameter has without adapters, or None if it belongs to an adapter."""
     parts = name.split(".")
-    if any(part.startswith("lora_") for part in parts) or "modules_to_save" in parts:
+    if any(part.startswith(ADAPTERS) for part in parts) or "modules_to_save" in parts:
         return None
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter"))
 
 
 def linear_weights(decoder: Decoder, index: int) -> Iterator[Weight]:
-    """The weights of a layer that are scored and merged: of linears and experts; no norm, bias, router (C)."""
+    """The weights of a layer that are scored and merged: of linears and experts; no norm, bias, router (C).
+
+    Nor a weight that several layers share (Zamba): it is no layer's own, and adding it to itself would double it.
+    """
     layer = decoder.layers[index]
     for name, parameter in base_parameters(layer):
+        if id(parameter) in decoder.shared:
+            continue
         path, _, leaf = name.rpartition(".")
         owner = _owner(layer, path)
         if path.rpartition(".")[2] in ROUTERS or path.endswith("router"):
@@ -211,7 +275,7 @@ def _owner(layer: nn.Module, path: str) -> nn.Module:
 
 
 def _full_shape(parameter: Tensor, owner: Any = None) -> torch.Size:
-    if owner is not None and not parameter.is_floating_point() and hasattr(owner, "in_features"):
+    if owner is not None and is_packed(parameter) and hasattr(owner, "in_features"):
         return torch.Size((int(owner.out_features), int(owner.in_features)))  # packed by a quantiser
     return parameter.shape
 
@@ -227,29 +291,68 @@ def _find(base: nn.Module, layers: str | nn.ModuleList | None) -> str:
         if layers not in lists:
             raise InvalidArgument(f"layers = {layers!r} is no ModuleList of this model; accepted are {sorted(lists)}")
         return layers
-    count = _configured_layers(base)
-    if count is None:
+    counts = [count for _, count in layer_counts(base.config)] if hasattr(base, "config") else []
+    if not counts:
         raise UnsupportedModel(
             f"{type(base).__name__} has no config with num_hidden_layers: name its ModuleList of decoder layers "
             f"with layers=...; it has {sorted(lists)}"
         )
-    fitting = [name for name, module in lists.items() if len(module) == count and _holds_linears(module)]
-    outer = [n for n in fitting if not any(n.startswith(f"{other}.") for other in fitting if other != n)]
-    if len(outer) > 1 and hasattr(base, "get_decoder"):
+    fitting: list[str] = []
+    for count in dict.fromkeys(counts):
+        long = [name for name, module in lists.items() if len(module) == count and _holds_linears(module)]
+        outer = [n for n in long if not any(n.startswith(f"{other}.") for other in long if other != n)]
+        fitting = _of_the_decoder(base, outer)
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            break
+    found = f"several lists of {count} layers, {fitting}" if fitting else f"no list of {counts[0]} decoder layers"
+    raise UnsupportedModel(f"{type(base).__name__} has {found}: name it with layers=...; lists: {sorted(lists)}")
+
+
+def _of_the_decoder(base: nn.Module, names: list[str]) -> list[str]:
+    """Of several lists of layers, those of the text decoder: not a vision tower's, not an encoder's."""
+    text = type(text_config(base.config))
+    inside: set[int] = set()
+    if len(names) > 1 and hasattr(base, "get_decoder"):
         inside = {id(module) for module in base.get_decoder().modules()}  # type: ignore[operator]
-        outer = [name for name in outer if id(lists[name]) in inside]
-    if len(outer) != 1:
-        found = f"several lists of {count} layers, {outer}" if outer else f"no list of {count} decoder layers"
-        raise UnsupportedModel(f"{type(base).__name__} has {found}: name it with layers=...; lists: {sorted(lists)}")
-    return outer[0]
+    for belongs in (
+        lambda name: type(_nearest_config(base, name)) is text,
+        lambda name: id(base.get_submodule(name)) in inside,
+        lambda name: any("decoder" in part for part in name.split(".")),
+    ):
+        if len(names) > 1:
+            names = [name for name in names if belongs(name)] or names
+    return names
 
 
-def _configured_layers(base: nn.Module) -> int | None:
-    config: Any = getattr(base, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    count = getattr(config, "num_hidden_layers", None)
-    return count if isinstance(count, int) else None
+def _nearest_config(base: nn.Module, name: str) -> Any:
+    """The configuration of the innermost module around `name` that has one."""
+    while name:
+        name = name.rpartition(".")[0]
+        config = getattr(base.get_submodule(name), "config", None)
+        if config is not None:
+            return config
+    return None
+
+
+def text_config(config: Any) -> Any:
+    """The part of a transformers configuration that describes the decoder: the object itself, not a copy."""
+    if not hasattr(config, "get_text_config"):
+        return config
+    text = config.get_text_config(decoder=True)
+    return config if type(text) is type(config) else text  # of a flat encoder-decoder transformers gives a copy
+
+
+def layer_counts(config: Any) -> list[tuple[str, int]]:
+    """The fields of a configuration that count the decoder's layers, with their values."""
+    text = text_config(config)
+    for names in (DECODER_COUNTS, COUNTS):
+        counts = [(name, getattr(text, name, None)) for name in names]
+        found = [(name, count) for name, count in counts if type(count) is int]
+        if found:
+            return found
+    return []
 
 
 def _holds_linears(layers: nn.ModuleList) -> bool:

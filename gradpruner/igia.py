@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from gradpruner import ops
 from gradpruner.decoder import Weight
+from gradpruner.distributed import Peers, together
 from gradpruner.errors import CheckpointError, InvalidArgument, ProbeError
 from gradpruner.files import atomic_path
 from gradpruner.plan import Plan, select
@@ -44,6 +46,11 @@ class Factors:
             ops.outer_square_accumulate_(f, a, b)
         return Dense(f, self.exponents)
 
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        return {"a": self.a, "b": self.b}
+
     def to(self, device: torch.device) -> Factors:
         """A copy on another device."""
         return Factors(self.a.to(device), self.b.to(device), self.exponents)
@@ -63,6 +70,11 @@ class Dense:
         """Itself."""
         return self
 
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Its tensor by name."""
+        return {"f": self.f}
+
     def to(self, device: torch.device) -> Dense:
         """A copy on another device."""
         return Dense(self.f.to(device), self.exponents)
@@ -73,7 +85,8 @@ class Igia:
     """Scores and importance of one model on one task, with the fingerprint of the model they belong to.
 
     weights: the linear weights watched, n of them. square_norms: float64 (t, n), ||G_i||_F^2 of each usable
-    optimizer step. importance: by (layer, name); may lack weights when only scores were asked for.
+    optimizer step. importance: by (layer, name); may lack weights when only scores were asked for. Of a probe in
+    several processes it is a SharedImportance: every process asks for the same entries in the same order.
     skipped: steps with a non-finite gradient, left out. estimator: "lora", "gradient", "adam" or "exact".
     structures, layer_parameters: one entry a layer. total_parameters: of the whole model.
     """
@@ -177,11 +190,27 @@ class Igia:
         return shares
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write igia.safetensors atomically, every tensor with a checksum. Raises CheckpointError (disk full)."""
+        """Write igia.safetensors atomically, every tensor with a checksum. Raises CheckpointError (disk full).
+
+        Of a probe in several processes: all of them call it, the first one writes, all of them raise what it does.
+        """
+        peers = self.importance.peers if isinstance(self.importance, SharedImportance) else None
+        writes = peers is None or peers.rank == 0
         tensors = {"square_norms": self.square_norms.contiguous()}
-        for (layer, name), kept in self.importance.items():
-            parts = {"f": kept.f} if isinstance(kept, Dense) else {"a": kept.a, "b": kept.b}
-            tensors |= {f"{layer}/{name}/{part}": tensor.contiguous() for part, tensor in parts.items()}
+        exponents = {}
+        for layer, name in self.importance:
+            kept = self.importance[layer, name]
+            if not writes:
+                continue
+            exponents[f"{layer}/{name}"] = kept.exponents
+            tensors |= {f"{layer}/{name}/{part}": tensor.contiguous() for part, tensor in kept.parts.items()}
+        with together(peers):
+            if writes:
+                self._write(path, tensors, exponents)
+
+    def _write(
+        self, path: str | os.PathLike[str], tensors: dict[str, Tensor], exponents: dict[str, tuple[int, int]]
+    ) -> None:
         header = {
             "format": FORMAT,
             "model": self.model,
@@ -192,7 +221,7 @@ class Igia:
             "layer_parameters": list(self.layer_parameters),
             "total_parameters": self.total_parameters,
             "skipped": self.skipped,
-            "exponents": {f"{j}/{name}": kept.exponents for (j, name), kept in self.importance.items()},
+            "exponents": exponents,
             "crc32": {name: _crc32(tensor) for name, tensor in tensors.items()},
         }
         with atomic_path(path) as temporary:
@@ -233,6 +262,57 @@ class Igia:
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is not an igia file, or is corrupted: {error}") from error
+
+
+class SharedImportance(Mapping[tuple[int, str], Factors | Dense]):
+    """Importance by (layer, name), each entry kept by one process or as shards by all, brought when asked for.
+
+    Every process knows the keys; asking for an entry is a collective: all ask, in the same order, and each gets a
+    copy of its own. fetch: what brings an entry. peers: the processes.
+    """
+
+    def __init__(self, fetch: Mapping[tuple[int, str], Callable[[], Factors | Dense]], peers: Peers) -> None:
+        self._fetch, self.peers = fetch, peers
+
+    def __getitem__(self, key: tuple[int, str]) -> Factors | Dense:
+        return self._fetch[key]()
+
+    def __contains__(self, key: object) -> bool:  # Mapping's own would be a collective
+        return key in self._fetch
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return iter(self._fetch)
+
+    def __len__(self) -> int:
+        return len(self._fetch)
+
+
+def shared(
+    own: Mapping[tuple[int, str], Factors | Dense],
+    sharded: Mapping[tuple[int, str], Callable[[], Factors | Dense]],
+    peers: Peers | None,
+) -> Mapping[tuple[int, str], Factors | Dense]:
+    """What all processes keep, as one mapping: a collective.
+
+    own: the entries that this process keeps. sharded: those of which each keeps a part, with what gathers them.
+    """
+    if peers is None:
+        return {**own, **{key: gather() for key, gather in sharded.items()}}
+    meta = torch.device("meta")
+    fetch: dict[tuple[int, str], Callable[[], Factors | Dense]] = dict(sharded)
+    for source, entries in enumerate(peers.gather([(key, kept.to(meta)) for key, kept in own.items()])):
+        fetch |= {key: functools.partial(_brought, peers, source, own.get(key), like) for key, like in entries}
+    return SharedImportance(dict(sorted(fetch.items())), peers)
+
+
+def _brought(peers: Peers, source: int, kept: Factors | Dense | None, like: Factors | Dense) -> Factors | Dense:
+    parts = {
+        name: peers.broadcast(None if kept is None else kept.parts[name], tensor, source)
+        for name, tensor in like.parts.items()
+    }
+    if isinstance(like, Dense):
+        return Dense(parts["f"], like.exponents)
+    return Factors(parts["a"], parts["b"], like.exponents)
 
 
 class StoredImportance(Mapping[tuple[int, str], Factors | Dense]):

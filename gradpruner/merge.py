@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner import ops
-from gradpruner.decoder import Decoder, Weight, peft_of
+from gradpruner.decoder import Decoder, Weight, altered_base, is_packed, peft_of
+from gradpruner.distributed import Peers, forget, local, peers_of, reshard, rows_of, together
 from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
-from gradpruner.igia import Dense, Factors, Igia
-from gradpruner.logits import differ, logits_of
+from gradpruner.igia import Dense, Factors, Igia, SharedImportance
+from gradpruner.logits import differ, logits_of, root_of
 from gradpruner.plan import Plan
 from gradpruner.surgery import prepare
 
@@ -30,31 +31,65 @@ def apply(
 ) -> nn.Module:
     """Fold the plan's merged layers into kept ones, remove what the plan removes, and return the smaller model.
 
-    model: plain or PEFT; the base transformers model comes back, the same object, its adapters discarded and all of
-    its parameters trainable, as from_pretrained gives them. igia may be None when the plan merges nothing.
+    model: plain or PEFT; the base transformers model comes back, the same object, its adapters and the trained copies
+    of modules_to_save discarded and all of its parameters trainable, as from_pretrained gives them. Adapters that
+    keep a part of the base weights in themselves (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA), or are merged into
+    them, are refused. igia may be None when the plan merges nothing.
     top: share p of each merged weight's entries to keep, the most important ones (C: 0.2). weight: factor of
     the merged entries (P, C: 1). Source: METHOD section 3.
 
     Nothing is changed unless everything succeeds: the removal is planned against the configuration first, and the
     logits of the smaller model are compared with those of the dense one with the same layers skipped. An
     optimizer made before holds parameters that are gone: see `rebuild_optimizer`.
+
+    In several processes all of them call it. A model sharded by FSDP2 is merged shard by shard, and stays sharded; one
+    without adapters can go on training. If FSDP2's root was the PeftModel, what comes back is for `save` only: its
+    root is gone with the adapters.
     Raises InvalidArgument, ModelMismatch, UnsupportedModel.
     """
     decoder = Decoder(model, layers)
+    take_off = _adapters_of(decoder)
     fold_and_remove(decoder, plan, igia, share_of(top), weight)
-    peft = peft_of(model)
-    if peft is not None:
-        peft.unload()  # type: ignore[operator]
-        for parameter in decoder.base.parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(True)
+    take_off()
     return decoder.base
+
+
+def _adapters_of(decoder: Decoder) -> Callable[[], None]:
+    """What takes the adapters off the base model. Raises UnsupportedModel where that cannot be done."""
+    peft, base = peft_of(decoder.given), decoder.base
+    if peft is None:
+        if any(hasattr(module, "adapter_layer_names") for module in base.modules()):
+            raise UnsupportedModel(
+                "the model holds adapters without a PeftModel around it (add_adapter, inject_adapter_in_model, "
+                "mixed=True), which would stay in it: make it with peft.get_peft_model, or unload them first"
+            )
+        return lambda: None
+    in_layers = peft.base_model is not base  # a prompt stands before the model, there is nothing to take out of it
+    if in_layers and not hasattr(peft.base_model, "unload"):
+        raise UnsupportedModel(f"adapters of {type(peft.base_model).__name__} cannot be taken off the base model")
+
+    def take_off() -> None:
+        # peft would leave the trained copies of modules_to_save in: not what was checked, and of tied weights only one
+        wrappers = {n: m for n, m in base.named_modules() if "original_module" in m._modules}
+        for name, wrapper in wrappers.items():
+            base.set_submodule(name, wrapper.original_module)
+        if in_layers:
+            peft.base_model.unload()  # type: ignore[operator, union-attr]
+        for parameter in base.parameters():
+            if not is_packed(parameter):
+                parameter.requires_grad_(True)
+
+    return take_off
 
 
 def fold_and_remove(decoder: Decoder, plan: Plan, igia: Igia | None, share: Fraction, weight: float) -> None:
     """Fold and remove layers in the base model, whatever wraps it; adapters of kept layers stay. All or nothing."""
+    root = root_of(decoder.given)
+    if root is not None:
+        reshard(root)  # what is merged into a gathered parameter would be lost
     check_fits(decoder, plan, igia)
     surgery = prepare(decoder, plan.kept)
+    removed = [decoder.layers[i] for i in plan.removed]
     undo_merge: list[tuple[Tensor, Tensor]] = []
     undo_cut = None
     try:
@@ -65,13 +100,24 @@ def fold_and_remove(decoder: Decoder, plan: Plan, igia: Igia | None, share: Frac
                     _fold(decoder, kept, donors, igia, share, weight, undo_merge)
         expected = skipping_logits(decoder, plan.removed)
         undo_cut = surgery.perform()
-        _check_logits(expected, skipping_logits(decoder, ()), next(decoder.base.parameters()).dtype)
+        actual = skipping_logits(decoder, ())
+        with together(_peers_of(root, igia)):
+            _check_logits(expected, actual, next(decoder.base.parameters()).dtype)
     except BaseException:
         if undo_cut is not None:
             undo_cut()
         for parameter, before in undo_merge:
             parameter.copy_(before)
         raise
+    if root is not None:
+        forget(root, removed)
+
+
+def _peers_of(root: nn.Module | None, igia: Igia | None) -> Peers | None:
+    """The processes that remove the same layers, where they are known to: to succeed or to fail all together."""
+    if igia is not None and isinstance(igia.importance, SharedImportance):
+        return igia.importance.peers
+    return None if root is None else peers_of()
 
 
 def rebuild_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
@@ -122,6 +168,12 @@ def check_fits(
         raise ModelMismatch(f"the plan is for {plan.layers} decoder layers; the model has {len(decoder.layers)}")
     if not plan.removed:
         raise InvalidArgument("the plan removes no layer")
+    altered = altered_base(decoder.given)
+    if altered is not None:
+        raise UnsupportedModel(
+            f"{altered}: without the adapters the model would be damaged. Apply the plan and its igia to the model as "
+            "it was before it got them"
+        )
     if plan.model is not None:
         decoder.check_fingerprint(plan.model, "the plan", samples)
     if igia is not None and (plan.model is None or igia.model != plan.model):
@@ -137,7 +189,7 @@ def check_fits(
             if not any(layer == donor for layer, _ in igia.importance):
                 raise InvalidArgument(f"igia holds no element importance of layer {donor}, which the plan merges")
         for weight in decoder.weights:
-            if weight.layer in (target, *donors) and not decoder.parameter(weight).is_floating_point():
+            if weight.layer in (target, *donors) and is_packed(decoder.parameter(weight)):
                 raise UnsupportedModel(
                     f"layer {weight.layer} {weight.name} is quantised: merge into the full-precision checkpoint instead"
                 )
@@ -160,55 +212,100 @@ def _fold(
     undo: list[tuple[Tensor, Tensor]],
 ) -> None:
     """Merge one weight of the donors into that of the kept layer, all donors in one pass."""
-    parameter = decoder.parameter(kept).data
+    stored = decoder.parameter(kept).data
     found = donors_of(kept, donors, igia)
     if not found:
         return
-    undo.append((parameter, parameter.to("cpu", copy=True)))
     own = {w.layer: w for w in decoder.weights if w.name == kept.name}
-    values = [decoder.parameter(own[donor]).data.to(parameter.device) for donor in found]
-    importance = [igia.importance[donor, kept.name].to(parameter.device) for donor in found]
-    merge_weight_(parameter, values, importance, share, scale)
+    theirs = [decoder.parameter(own[donor]).data for donor in found]
+    rows = rows_of(stored)
+    if any(rows_of(their) != rows for their in theirs):
+        raise UnsupportedModel(f"layer {kept.layer} {kept.name} is sharded otherwise than in layers {found}")
+    parameter = local(stored)
+    undo.append((parameter, parameter.to("cpu", copy=True)))
+    values = [local(their).to(parameter.device) for their in theirs]
+    importance = [igia.importance[donor, kept.name] for donor in found]
+    merge_weight_(parameter, values, importance, share, scale, first=0 if rows is None else rows[0])
 
 
 def merge_weight_(
-    weight: Tensor, donors: list[Tensor], importance: list[Factors | Dense], share: Fraction, scale: float
+    weight: Tensor,
+    donors: list[Tensor],
+    importance: list[Factors | Dense],
+    share: Fraction,
+    scale: float,
+    *,
+    first: int = 0,
 ) -> None:
-    """Merge donors, ascending, into one stored weight, 2-D or 3-D, in place (METHOD section 3)."""
+    """Merge donors, ascending, into one stored weight, 2-D or 3-D, in place (METHOD section 3).
+
+    weight and donors may be some of the rows (3-D: of the experts) of the whole, from row `first` on; importance is
+    always of the whole, on any device.
+    """
     if weight.ndim == 2:
-        _merge_matrix(weight, donors, importance, share, scale)
+        _merge_matrix(weight, donors, importance, share, scale, first)
         return
     for expert in range(weight.shape[0]):  # 3-D: the top share of each expert
-        slices = [Dense(f.dense().f[expert]) for f in importance]
-        _merge_matrix(weight[expert], [v[expert] for v in donors], list(slices), share, scale)
+        slices = [Dense(f.dense().f[first + expert]) for f in importance]
+        _merge_matrix(weight[expert], [v[expert] for v in donors], list(slices), share, scale, 0)
 
 
 def _merge_matrix(
-    weight: Tensor, donors: list[Tensor], importance: list[Factors | Dense], share: Fraction, scale: float
+    weight: Tensor,
+    donors: list[Tensor],
+    importance: list[Factors | Dense],
+    share: Fraction,
+    scale: float,
+    first: int,
 ) -> None:
-    k = int(share * weight.numel())
+    rows, columns = weight.shape
     scales = [float(scale)] * len(donors)
-    factors = [f for f in importance if isinstance(f, Factors)]
+    factors = [f.to(weight.device) for f in importance if isinstance(f, Factors)]
     if len(factors) == len(importance):
-        edges = [ops.factor_threshold(f.a, f.b, k) for f in factors]
-        a, b = [f.a for f in factors], [f.b for f in factors]
-        ops.factor_sign_merge_(weight, donors, a, b, [v for v, _ in edges], [i for _, i in edges], scales)
+        edges = [ops.factor_threshold(f.a, f.b, int(share * f.b.shape[1] * columns)) for f in factors]
+        a, b = [f.a for f in factors], [f.b[:, first : first + rows] for f in factors]
+        values, indices = [v for v, _ in edges], [i - first * columns for _, i in edges]
+        ops.factor_sign_merge_(weight, donors, a, b, values, indices, scales)
         return
-    dense = [f.dense().f for f in importance]
-    edges = [ops.threshold(f, k) for f in dense]
-    ops.sign_merge_(weight, donors, dense, [v for v, _ in edges], [i for _, i in edges], scales)
+    parts, edges = [], []
+    for given in importance:
+        f = given.to(weight.device).dense().f
+        edges.append(ops.threshold(f, int(share * f.numel())))
+        parts.append(f if len(f) == rows else f[first : first + rows].clone())  # of the whole, one at a time
+    # an index below zero: the last tie that is kept lies in rows before these
+    values, indices = [v for v, _ in edges], [i - first * columns for _, i in edges]
+    ops.sign_merge_(weight, donors, parts, values, indices, scales)
 
 
 def skipping_logits(decoder: Decoder, skip: tuple[int, ...]) -> Tensor | None:
-    """Logits of the model without its adapters, each layer in `skip` passing its input on as its output."""
-    peft = peft_of(decoder.given)
+    """Logits of the model without its adapters, each layer in `skip` passing its input on as its output.
+
+    A model that FSDP2 shards is asked through its root; every process calls this.
+    """
+    root = root_of(decoder.given)
     handles = [decoder.layers[i].register_forward_hook(_pass_input_on, with_kwargs=True) for i in skip]
     try:
-        with peft.disable_adapter() if peft is not None else contextlib.nullcontext():  # type: ignore[operator]
-            return logits_of(decoder.base)
+        with _adapters_off(decoder.base):
+            return logits_of(root or decoder.base)
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _adapters_off(base: nn.Module) -> Iterator[None]:
+    """peft's own `disable_adapter` fails where no layer with an adapter is left, and unfreezes what was frozen."""
+    wrappers: list[Any] = [m for m in base.modules() if hasattr(m, "enable_adapters") and not m.disable_adapters]
+    trains = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
+    try:
+        for wrapper in wrappers:
+            wrapper.enable_adapters(False)
+        yield
+    finally:
+        for wrapper in wrappers:
+            wrapper.enable_adapters(True)
+        for parameter, was in trains:
+            parameter.requires_grad_(was)
 
 
 def _pass_input_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

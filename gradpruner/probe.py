@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradpruner.decoder import Decoder
+from gradpruner.distributed import Peers, gone, is_lost, peers_of
 from gradpruner.errors import InvalidArgument, ModelMismatch, ProbeError
 from gradpruner.estimators import Reader
 from gradpruner.estimators.exact import ExactReader
 from gradpruner.estimators.gradient import AdamReader, GradientReader, why_not_adam
 from gradpruner.estimators.lora import LoraReader, has_lora
-from gradpruner.igia import Dense, Factors, Igia
+from gradpruner.igia import Igia, shared
 
 ESTIMATORS = ("auto", "lora", "gradient", "adam", "exact")
+ALIKE = 1e-3  # relative; what processes that read the same reduced gradient may differ by, and no others stay within
 
 
 class Probe:
@@ -28,7 +30,10 @@ class Probe:
     for it, else "gradient"; "exact" squares the true gradient of frozen or trainable weights inside the
     backward pass. importance: False keeps layer scores only, for plans that merge nothing. factor_dtype: of
     stored LoRA factors; bfloat16 halves the host memory and changes about 0.1 % of a mask. micro_batches: backward
-    calls an optimizer step, needed by "exact" on trainable weights. Source: P eq. 2 to 4, METHOD section 1.
+    calls an optimizer step, needed by "exact" on trainable weights. group: the processes that train this model
+    together (DistributedDataParallel, FSDP2): a torch ProcessGroup, by default the default group, False where each
+    process has a model of its own. All of them then make, start, end and ask the probe alike, and share the storing
+    of what it keeps. Source: P eq. 2 to 4, METHOD section 1.
 
     Raises InvalidArgument, UnsupportedModel, and ProbeError where gradients cannot be read.
     """
@@ -42,11 +47,19 @@ class Probe:
         importance: bool = True,
         factor_dtype: torch.dtype = torch.float32,
         micro_batches: int = 1,
+        group: Any = None,
     ) -> None:
         if estimator not in ESTIMATORS:
             raise InvalidArgument(f"estimator = {estimator!r}; accepted are {', '.join(ESTIMATORS)}")
         if factor_dtype not in (torch.float32, torch.bfloat16):
             raise InvalidArgument(f"factor_dtype = {factor_dtype}; accepted are torch.float32 and torch.bfloat16")
+        self._peers = peers_of(group)
+        if self._peers is not None and estimator == "exact":
+            raise InvalidArgument(
+                "estimator = 'exact' reads what one process's backward pass computes, before that is reduced over the "
+                f"{self._peers.size} processes of the group; accepted are auto, lora, gradient and adam, or exact with "
+                "group=False where each process trains a model of its own"
+            )
         self._decoder = Decoder(model, layers)
         self._model = self._decoder.fingerprint()
         self._estimator, self._importance, self._factor_dtype = estimator, importance, factor_dtype
@@ -70,13 +83,21 @@ class Probe:
     def watching(self, optimizer: Any, steps: int) -> Iterator[Probe]:
         """Watch `steps` optimizer steps of the loop inside; stops by itself after them, or when the block ends.
 
-        optimizer: the torch optimizer, or accelerate's wrapper around it. Raises InvalidArgument.
+        optimizer: the torch optimizer, or accelerate's wrapper around it. Raises InvalidArgument; ProbeError where
+        another process of the group has died.
         """
         self.start(optimizer, steps)
         try:
             yield self
-        finally:
-            self.stop()
+        except BaseException as error:
+            if self._peers is None:
+                self.stop()
+                raise
+            self._let_go()  # the others may be anywhere: nothing can be finished with them
+            if isinstance(error, RuntimeError) and is_lost(error):
+                raise gone(error, self._peers.group) from error
+            raise
+        self.stop()
 
     def start(self, optimizer: Any, steps: int, *, resume: Igia | None = None) -> None:
         """Begin to watch; `watching` without the block.
@@ -95,6 +116,11 @@ class Probe:
                 f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer (or call probe.record() "
                 "before each step)"
             )
+        if _steps_in_backward(optimizer, self._decoder):
+            raise InvalidArgument(
+                f"optimizer {type(optimizer).__name__} steps inside backward (LOMO, layer-wise GaLore): no gradient is "
+                "left when its step is called, and none is clipped or accumulated; expected one that steps after it"
+            )
         if resume is not None:
             self._go_on(optimizer, steps, resume)
         self._reader = self._reader or self._make_reader(optimizer, steps)
@@ -107,27 +133,33 @@ class Probe:
 
     def stop(self) -> None:
         """Stop watching and give the model back as it was. What was seen is kept."""
+        self._let_go()
+        if self._igia is None and self.steps:
+            self._finish()
+
+    def _let_go(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._igia is None and self.steps:
-            self._finish()
-        elif self._reader is not None:
+        if self._reader is not None:
             self._reader.close()
 
     def record(self, optimizer: Any = None) -> None:
         """Read the gradients now, just before optimizer.step(): for loops whose optimizer has no hooks.
 
-        optimizer: where given, its `grad_scale` and `found_inf` (a fused optimizer under GradScaler) are honoured.
+        optimizer: where given, its `grad_scale` and `found_inf` (a fused optimizer under GradScaler) are honoured. They
+        are there only inside `scaler.step`: before it, call `scaler.unscale_(optimizer)`.
         """
         if self._igia is not None:
             raise ProbeError("this probe has finished; make a new one")
         if self._reader is None:
             self._reader = self._make_reader(None, None)
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-        if found_inf is not None and bool(found_inf > 0):  # the optimizer is about to reject this step
-            self._skipped += 1
-            return
+        if found_inf is not None:
+            rejected = bool(found_inf > 0)
+            if rejected if self._peers is None else self._peers.any(rejected):  # the optimizer is about to reject it
+                self._skipped += 1
+                return
         self._pending.append(self._reader.read(None if scale is None else 1.0 / scale))
         if self._reader.full:
             self._settle()
@@ -155,7 +187,7 @@ class Probe:
             raise ProbeError("the probe has not begun to watch")
         self._settle()
         # an interrupted probe on Adam finds F in the optimizer's state again
-        return self._seen({} if self._reader.name == "adam" else self._reader.importance())
+        return self._seen(with_importance=self._reader.name != "adam")
 
     def _go_on(self, optimizer: Any, steps: int, seen: Igia) -> None:
         if not 0 < seen.steps + seen.skipped < steps:
@@ -196,12 +228,15 @@ class Probe:
         assert self._reader is not None
         self._settle()
         self._reader.close()
-        self._igia = self._seen(self._reader.importance())
+        self._igia = self._seen(with_importance=True)
 
-    def _seen(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> Igia:
+    def _seen(self, *, with_importance: bool) -> Igia:
         assert self._reader is not None
         decoder, reader = self._decoder, self._reader
         n = len(reader.weights)
+        if self._peers is not None:
+            self._usable = self._agreed(self._peers)
+        importance = reader.importance() if with_importance else shared({}, {}, self._peers)
         return Igia(
             model=self._model,
             estimator=reader.name,
@@ -215,6 +250,28 @@ class Probe:
             skipped=self._skipped,
         )
 
+    def _agreed(self, peers: Peers) -> list[Tensor]:
+        """The first process's square norms, from which all then compute the same plan. Raises ProbeError."""
+        assert self._reader is not None
+        n = len(self._reader.weights)
+        norms = torch.stack(self._usable) if self._usable else torch.zeros(0, n, dtype=torch.float64)
+        seen = peers.gather((self._model, self._reader.weights, self._skipped, norms))
+        model, weights, skipped, first = seen[0]
+        for rank, (other_model, other_weights, other_skipped, other) in enumerate(seen):
+            if (other_model, other_weights) != (model, weights):
+                difference = "watched another model than process 0"
+            elif (len(other), other_skipped) != (len(first), skipped):
+                difference = f"saw {len(other)} steps and skipped {other_skipped}, process 0 {len(first)} and {skipped}"
+            elif not torch.allclose(other, first, rtol=ALIKE, atol=0):
+                difference = "saw other gradients than process 0"
+            else:
+                continue
+            raise ProbeError(
+                f"process {rank} {difference}: the gradients are not reduced over the processes (no_sync in every "
+                "step, or no DistributedDataParallel), or each trains a model of its own: then pass group=False"
+            )
+        return list(first)
+
     def _make_reader(self, optimizer: Any, steps: int | None, *, begun: bool = False) -> Reader:
         kind, decoder = self._estimator, self._decoder
         if kind == "auto":
@@ -225,11 +282,19 @@ class Probe:
             else:
                 kind = "gradient"
         if kind == "lora":
-            return LoraReader(decoder, importance=self._importance, factor_dtype=self._factor_dtype)
+            return LoraReader(decoder, importance=self._importance, factor_dtype=self._factor_dtype, peers=self._peers)
         if kind == "exact":
             return ExactReader(decoder, importance=self._importance, micro_batches=self._micro_batches)
         if kind == "gradient":
-            return GradientReader(decoder, importance=self._importance)
+            return GradientReader(decoder, importance=self._importance, peers=self._peers)
         if steps is None:
             raise InvalidArgument("estimator 'adam' reads the optimizer: use probe.watching(optimizer, steps)")
-        return AdamReader(decoder, optimizer, steps=steps, importance=self._importance, begun=begun)
+        return AdamReader(decoder, optimizer, steps=steps, importance=self._importance, begun=begun, peers=self._peers)
+
+
+def _steps_in_backward(optimizer: Any, decoder: Decoder) -> bool:
+    """Whether the weights change, and their gradients go, during the backward pass."""
+    fused = hasattr(optimizer, "fused_backward")  # lomo_optim's
+    per_layer = getattr(optimizer, "optimizer_dict", None) is not None  # transformers' LayerWiseDummyOptimizer
+    overlapped = any(hasattr(p, "_in_backward_optimizers") for p in decoder.layers.parameters())  # torch's own
+    return fused or per_layer or overlapped

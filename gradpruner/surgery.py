@@ -9,34 +9,22 @@ plain attribute. What differs is an index to renumber, or a reason to refuse (ME
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache, PreTrainedConfig
 
-from gradpruner.decoder import Decoder, base_name
+from gradpruner.decoder import Decoder, base_name, text_config
 from gradpruner.errors import UnsupportedModel
+from gradpruner.layer_config import cut_config
 
-# Lists with one entry a layer, under every name transformers 5 uses for them.
-PER_LAYER = (
-    "layer_types",
-    "mlp_layer_types",
-    "layers_block_type",
-    "block_types",
-    "attention_layers",
-    "no_rope_layers",
-    "layer_rope_theta",
-    "num_attention_heads_per_layer",
-    "activation_sparsity_pattern",
-    "indexer_types",
-)
-# Lists of layer indices.
-INDEX_LISTS = ("moe_layers", "attn_layer_indices", "full_attn_idxs", "cross_attention_layers")
-# The first so many layers are dense.
-LEADING_DENSE = ("first_k_dense_replace", "num_dense_layers")
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number")
+PER_INSTANCE = ("_tied_weights_keys", "_keys_to_ignore_on_load_unexpected")  # transformers' own; may name layers
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -48,6 +36,9 @@ class Surgery:
     kept: tuple[int, ...]
     configs: list[tuple[Any, Any]] = field(default_factory=list)  # (old object, its replacement)
     attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    parts: list[tuple[str, int]] = field(
+        default_factory=list
+    )  # parameters outside the layers, axis with a part a layer
 
     def perform(self) -> Callable[[], None]:
         """Cut the list of layers, renumber, swap the config; nothing in here can fail half way for good."""
@@ -72,11 +63,21 @@ class Surgery:
                         assign(module, name, replacement[id(value)])
             for module, name, value in self.attributes:
                 assign(module, name, value)
+            for name, axis in self.parts:
+                owner_path, _, own = name.rpartition(".")
+                owner = _live(base, owner_path)
+                assign(owner, own, self._kept_parts(getattr(owner, own), axis))
             assign(parent, leaf, nn.ModuleList([old_layers[i] for i in self.kept]))
         except BaseException:
             restore()
             raise
         return restore
+
+    def _kept_parts(self, parameter: nn.Parameter, axis: int) -> nn.Parameter:
+        """A parameter with one equal part a layer along `axis`, layer after layer, without the removed layers'."""
+        parts: torch.Tensor = parameter.detach().unflatten(axis, (len(self.decoder.layers), -1))
+        kept = torch.tensor(self.kept, device=parameter.device)
+        return nn.Parameter(parts.index_select(axis, kept).flatten(axis, axis + 1), parameter.requires_grad)
 
 
 def prepare(decoder: Decoder, kept: tuple[int, ...]) -> Surgery:
@@ -85,53 +86,28 @@ def prepare(decoder: Decoder, kept: tuple[int, ...]) -> Surgery:
     Raises UnsupportedModel naming what would change.
     """
     surgery = Surgery(decoder, kept)
+    _check_one_stream(decoder)
     if not hasattr(decoder.config, "get_text_config"):
         _renumber_by_name(surgery)
         return surgery
     old, new = decoder.config, cut_config(decoder.config, kept, len(decoder.layers))
     surgery.configs = [(old, new)]
-    if old.get_text_config(decoder=True) is not old:
-        surgery.configs.append((old.get_text_config(decoder=True), new.get_text_config(decoder=True)))
+    if text_config(old) is not old:
+        surgery.configs.append((text_config(old), text_config(new)))
     dense = build_empty(type(decoder.base), old)
     small = build_empty(type(decoder.base), _as_reloaded(new))
     _check_described(decoder, dense)
     _compare(surgery, dense, small)
+    _check_cache(old, new)
     return surgery
 
 
-def cut_config(config: Any, kept: tuple[int, ...], layers: int) -> Any:
-    """A copy of `config` for the kept layers: count, per-layer lists, lists of indices, rules on an index."""
-    new = copy.deepcopy(config)
-    text = new.get_text_config(decoder=True)
-    old = config.get_text_config(decoder=True)
-    changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
-    for name in PER_LAYER:
-        values = getattr(old, name, None)
-        if isinstance(values, (list, tuple)) and len(values) == layers:
-            changes[name] = type(values)(values[i] for i in kept)
-    for name in INDEX_LISTS:
-        values = getattr(old, name, None)
-        if isinstance(values, (list, tuple)):
-            changes[name] = type(values)(i for i, layer in enumerate(kept) if layer in values)
-    for name in LEADING_DENSE:
-        if isinstance(getattr(old, name, None), int):
-            changes[name] = sum(layer < getattr(old, name) for layer in kept)
-    step = getattr(old, "decoder_sparse_step", None)
-    if isinstance(step, int) and isinstance(getattr(old, "mlp_only_layers", None), (list, tuple)):
-        dense = [i for i, layer in enumerate(kept) if layer in old.mlp_only_layers or (layer + 1) % step]
-        changes |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
-    if (
-        isinstance(getattr(old, "attention_types", None), list) and "attention_layers" in changes
-    ):  # GPT-Neo's run lengths
-        changes["attention_types"] = [[[kind], 1] for kind in changes["attention_layers"]]
-    for name, value in changes.items():
-        try:
-            setattr(text, name, value)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise UnsupportedModel(
-                f"config.{name} of {type(old).__name__} cannot be set to {value!r}: {error}"
-            ) from error
-    return new
+def _check_one_stream(decoder: Decoder) -> None:
+    """Skipping a layer means passing its hidden states on, which needs exactly one stream of them (not Reformer)."""
+    for layer in decoder.layers:
+        names = list(inspect.signature(layer.forward).parameters)
+        if "hidden_states" in names[1:]:
+            raise UnsupportedModel(f"{type(layer).__name__} takes {names[0]} beside hidden_states: two streams")
 
 
 def _as_reloaded(config: Any) -> Any:
@@ -180,24 +156,65 @@ def _compare(surgery: Surgery, dense: nn.Module, small: nn.Module) -> None:
         raise UnsupportedModel(f"a model rebuilt from the cut config has {len(after)} layers, not {len(surgery.kept)}")
     for new, old in enumerate(surgery.kept):
         _compare_modules(surgery, before[old], after[new], surgery.decoder.layers[old], f"layer {old}", new - old)
-    outside = {n: s for n, s in _shapes(dense).items() if not n.startswith(f"{path}.")}
-    for name, shape in _shapes(small).items():
-        if not name.startswith(f"{path}.") and outside.pop(name, None) != shape:
-            raise UnsupportedModel(f"{name} depends on the number of layers (it becomes {shape})")
-    if outside:
-        raise UnsupportedModel(f"{sorted(outside)[0]} would vanish with the removed layers")
+    _compare_shapes_outside(surgery, dense, small)
     for name, module in dense.named_modules():
         if name == path or name.startswith(f"{path}."):
             continue
-        other = small.get_submodule(name)
-        live = base.get_submodule(name)
-        for attribute, value in _plain(other).items():  # e.g. a count of layers, "has any sliding layer"
-            if (
-                attribute in _plain(module)
-                and not _equal(_plain(module)[attribute], value)
-                and hasattr(live, attribute)
-            ):
+        other, live = small.get_submodule(name), base.get_submodule(name)
+        _swap_configs(surgery, module, other, live)
+        was = _plain(module, PER_INSTANCE)
+        for attribute, value in _plain(other, PER_INSTANCE).items():  # a count of layers, "has any sliding layer"
+            if attribute in was and not _equal(was[attribute], value) and hasattr(live, attribute):
                 surgery.attributes.append((live, attribute, value))
+
+
+def _compare_shapes_outside(surgery: Surgery, dense: nn.Module, small: nn.Module) -> None:
+    """Outside the layers nothing may change its shape, but for a part for each layer (Gemma 3n's embeddings)."""
+    path, kept, layers = surgery.decoder.path, surgery.kept, len(surgery.decoder.layers)
+    outside = {n: s for n, s in _shapes(dense).items() if not n.startswith(f"{path}.")}
+    for name, shape in _shapes(small).items():
+        if name.startswith(f"{path}."):
+            continue
+        before = outside.pop(name, None)
+        if before == shape:
+            continue
+        axes = [i for i, (a, b) in enumerate(zip(before or (), shape or (), strict=False)) if a != b]
+        if before is None or shape is None or len(before) != len(shape) or len(axes) != 1:
+            raise UnsupportedModel(f"{name} depends on the number of layers (it becomes {shape})")
+        if before[axes[0]] % layers or shape[axes[0]] * layers != before[axes[0]] * len(kept):
+            raise UnsupportedModel(f"{name} depends on the number of layers (it becomes {shape})")
+        surgery.parts.append((name, axes[0]))
+    if outside:
+        raise UnsupportedModel(f"{sorted(outside)[0]} would vanish with the removed layers")
+
+
+def _swap_configs(surgery: Surgery, old: nn.Module, new: nn.Module, live: nn.Module) -> None:
+    """Modules may hold a configuration of their own, a copy made from the model's: it is cut like that one."""
+    for name, value in vars(live).items():
+        if not isinstance(value, PreTrainedConfig) or any(value is known for known, _ in surgery.configs):
+            continue
+        before, after = vars(old).get(name), vars(new).get(name)
+        if isinstance(before, PreTrainedConfig) and isinstance(after, PreTrainedConfig):
+            if before.to_dict() == after.to_dict():
+                continue
+            own = copy.deepcopy(after)
+            own._attn_implementation = value._attn_implementation  # chosen when loading; not part of the config
+            surgery.configs.append((value, own))
+
+
+def _check_cache(old: Any, new: Any) -> None:
+    """A cache counts its tokens in attention layers: a hybrid that has lost all of them cannot generate."""
+    lost = _cache_error(new)
+    if lost is not None and _cache_error(old) is None:
+        raise UnsupportedModel("no attention layer would be left, and a cache counts its tokens in one")
+
+
+def _cache_error(config: Any) -> Exception | None:
+    try:
+        DynamicCache(config=config).get_seq_length()
+    except Exception as error:
+        return error
+    return None
 
 
 def _compare_modules(surgery: Surgery, old: nn.Module, new: nn.Module, live: nn.Module, where: str, shift: int) -> None:
@@ -209,19 +226,35 @@ def _compare_modules(surgery: Surgery, old: nn.Module, new: nn.Module, live: nn.
     if _shapes(old) != _shapes(new):
         raise UnsupportedModel(f"{where} would change its shape: its config has a rule on the layer's index")
     for name, module in old_modules.items():
+        target = _live(live, name)
+        _swap_configs(surgery, module, new_modules[name], target)
         before, after = _plain(module), _plain(new_modules[name])
         for attribute in before.keys() | after.keys():
             a, b = before.get(attribute), after.get(attribute)
             if _equal(a, b):
                 continue
-            target = _live(live, name)
-            if type(a) is int and type(b) is int and b - a == shift and hasattr(target, attribute):
+            if _equal(_of_kept(a, surgery), b):  # of every layer's, not this one's
+                surgery.attributes.append((target, attribute, b))
+                continue
+            numbered = type(a) is int and type(b) is int and (b - a == shift or attribute in INDEX_NAMES)
+            if numbered and hasattr(target, attribute):
                 surgery.attributes.append((target, attribute, b))
             else:
                 raise UnsupportedModel(
                     f"{where}: {name or 'the layer'}.{attribute} depends on the layer's index "
                     f"({a!r} would become {b!r})"
                 )
+
+
+def _of_kept(value: Any, surgery: Surgery) -> Any:
+    """A list with an entry for each layer, a list of layers, or a dict by layer, as it is for the kept ones."""
+    if isinstance(value, (list, tuple)) and len(value) == len(surgery.decoder.layers):
+        return [value[i] for i in surgery.kept]
+    if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
+        return [surgery.kept.index(item) for item in value if item in surgery.kept]
+    if isinstance(value, dict) and all(type(key) is int for key in value):
+        return {new: value[old] for new, old in enumerate(surgery.kept) if old in value}
+    return value
 
 
 def _live(layer: nn.Module, path: str) -> nn.Module:
@@ -233,23 +266,29 @@ def _live(layer: nn.Module, path: str) -> nn.Module:
     return getattr(module, "base_layer", module)
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
-    """Attributes that a layer's behaviour may hang on: numbers, strings, and lists of them."""
+def _plain(module: nn.Module, also: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Attributes that a layer's behaviour may hang on: numbers, strings, and lists and dicts of them."""
     return {
         name: value
         for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training" and _is_plain(value)
+        if (not name.startswith("_") or name in also) and name != "training" and _is_plain(value)
     }
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, set)):
         return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in (*value, *value.values()))
     return isinstance(value, PLAIN)
 
 
 def _equal(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and (a == b or (a != a and b != b))
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):  # JSON has no tuples
+        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-12) or (math.isnan(a) and math.isnan(b))
+    return type(a) is type(b) and a == b
 
 
 def _renumber_by_name(surgery: Surgery) -> None:

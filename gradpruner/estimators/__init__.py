@@ -34,8 +34,11 @@ class Reader(Protocol):
         """Keep the pending steps whose square norms are given, forget those that are None."""
         ...
 
-    def importance(self) -> dict[tuple[int, str], Factors | Dense]:
-        """What was kept so far, by layer and weight name; empty if only sums were asked for."""
+    def importance(self) -> Mapping[tuple[int, str], Factors | Dense]:
+        """What was kept so far, by layer and weight name; empty if only sums were asked for.
+
+        In several processes a collective, as `read` and `restore` are.
+        """
         ...
 
     def restore(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> None:

@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gradpruner import ops
-from gradpruner.decoder import Decoder, Weight
+from gradpruner.decoder import Decoder, Weight, peft_of
+from gradpruner.distributed import Layout, Peers, local, rows_of, shard_group, summed, together
 from gradpruner.errors import ProbeError
-from gradpruner.igia import Dense, Factors
+from gradpruner.igia import Dense, Factors, shared
 
 
 class GradientReader:
-    """F = sum over steps of W.grad ** 2, in host memory (P eq. 3). Raises ProbeError if no weight trains."""
+    """F = sum over steps of W.grad ** 2, in host memory (P eq. 3). Raises ProbeError if no weight trains.
+
+    Of several processes (`peers`) each keeps F of its own layers, or, where the gradients are sharded, of its shards.
+    """
 
     name = "gradient"
 
-    def __init__(self, decoder: Decoder, *, importance: bool) -> None:
-        self._decoder, self._importance = decoder, importance
+    def __init__(self, decoder: Decoder, *, importance: bool, peers: Peers | None = None) -> None:
+        self._decoder, self._importance, self._peers = decoder, importance, peers
         self.weights: tuple[Weight, ...] = tuple(w for w in decoder.weights if decoder.parameter(w).requires_grad)
         if not self.weights:
-            raise ProbeError(f"estimator {self.name!r}: no linear weight of the decoder layers trains")
+            raise ProbeError(f"estimator {self.name!r}: no linear weight of the decoder layers trains{_other(decoder)}")
         self._f: dict[Weight, Tensor] = {}
 
     def read(self, inverse_scale: Tensor | None) -> Tensor:
         """Norms of this step; F only grows by a step whose gradients are all finite."""
         grads = [self._decoder.parameter(weight).grad for weight in self.weights]
-        if any(hasattr(grad, "full_tensor") for grad in grads):
-            raise ProbeError("the gradients are sharded DTensors (FSDP2); this version reads whole gradients only")
         norms = torch.zeros(len(grads), dtype=torch.float64)
         present = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
         scale = 1.0 if inverse_scale is None else float(inverse_scale)
         if present:
-            wide = [torch.linalg.vector_norm(grad, dtype=_wide(grad)) for _, grad in present]
+            wide = [torch.linalg.vector_norm(local(grad), dtype=_wide(grad)) for _, grad in present]
             norms[[i for i, _ in present]] = torch.stack([n.cpu().double() for n in wide]).square() * scale**2
+        by_group: dict[Any, list[int]] = {}
+        for i, grad in present:
+            if rows_of(grad) is not None:
+                by_group.setdefault(shard_group(grad), []).append(i)
+        for group, cut in by_group.items():  # one for a model under FSDP2
+            norms[cut] = summed(norms[cut], group)
         if self._importance and bool(norms.isfinite().all()):
             for i, grad in present:
-                f = self._f.setdefault(self.weights[i], torch.zeros(grad.shape))
-                host = grad.detach().to("cpu")
+                if not self._keeps(self.weights[i], grad):
+                    continue
+                host = local(grad.detach()).to("cpu")
+                f = self._f.setdefault(self.weights[i], torch.zeros(host.shape))
                 ops.square_accumulate_(f, host if inverse_scale is None else host.float() * scale)
         return norms
+
+    def _keeps(self, weight: Weight, stored: Tensor) -> bool:
+        return rows_of(stored) is not None or self._peers is None or self._peers.keeps(weight.layer)
 
     @property
     def full(self) -> bool:
@@ -52,15 +67,31 @@ class GradientReader:
     def settle(self, usable: list[Tensor | None]) -> None:
         """Nothing is ever pending."""
 
-    def importance(self) -> dict[tuple[int, str], Factors | Dense]:
+    def importance(self) -> Mapping[tuple[int, str], Factors | Dense]:
         """F of every weight that had a gradient."""
-        return {(weight.layer, weight.name): Dense(f) for weight, f in self._f.items()}
+        return self._shared(self._f)
+
+    def _shared(self, kept: dict[Weight, Tensor]) -> Mapping[tuple[int, str], Factors | Dense]:
+        """What this process keeps of F, and what the others do."""
+        own: dict[tuple[int, str], Factors | Dense] = {}
+        sharded: dict[tuple[int, str], Callable[[], Factors | Dense]] = {}
+        for weight, f in kept.items():
+            stored = self._decoder.parameter(weight)
+            if rows_of(stored) is None:
+                own[weight.layer, weight.name] = Dense(f)
+            else:
+                sharded[weight.layer, weight.name] = functools.partial(_gathered, f, Layout.of(stored))
+        return shared(own, sharded, self._peers)
 
     def restore(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> None:
         """F goes on growing from what it was."""
         for weight in self.weights:
-            if (weight.layer, weight.name) in importance:
-                self._f[weight] = importance[weight.layer, weight.name].dense().f.clone()
+            known = importance.get((weight.layer, weight.name))  # by all processes alike: it may be a collective
+            stored = self._decoder.parameter(weight)
+            if known is None or not self._keeps(weight, stored):
+                continue
+            first, count = rows_of(stored) or (0, weight.shape[0])
+            self._f[weight] = known.dense().f[first : first + count].clone()
 
     def close(self) -> None:
         """Nothing was changed in the model."""
@@ -75,29 +106,38 @@ class AdamReader(GradientReader):
     name = "adam"
 
     def __init__(
-        self, decoder: Decoder, optimizer: Optimizer, *, steps: int, importance: bool, begun: bool = False
+        self,
+        decoder: Decoder,
+        optimizer: Optimizer,
+        *,
+        steps: int,
+        importance: bool,
+        begun: bool = False,
+        peers: Peers | None = None,
     ) -> None:
-        super().__init__(decoder, importance=False)
+        super().__init__(decoder, importance=False, peers=peers)
         self._optimizer, self._wanted = optimizer, importance
         reason = why_not_adam(decoder, optimizer, steps, begun=begun)
         if reason:
             raise ProbeError(f"estimator 'adam': {reason}; use estimator='gradient'")
 
-    def importance(self) -> dict[tuple[int, str], Factors | Dense]:
+    def importance(self) -> Mapping[tuple[int, str], Factors | Dense]:
         """exp_avg_sq of every weight. Raises ProbeError if a non-finite gradient has got into it."""
-        found: dict[tuple[int, str], Factors | Dense] = {}
-        for weight in self.weights if self._wanted else ():
-            state = self._optimizer.state.get(self._decoder.parameter(weight), {})
-            if "exp_avg_sq" not in state:
-                continue
-            f = state["exp_avg_sq"].detach().to("cpu", torch.float32, copy=True)
-            if not bool(f.isfinite().all()):
-                raise ProbeError(
-                    f"Adam's state of layer {weight.layer} {weight.name} is not finite: use estimator='gradient', "
-                    "which leaves such steps out"
-                )
-            found[weight.layer, weight.name] = Dense(f)
-        return found
+        kept: dict[Weight, Tensor] = {}
+        with together(self._peers):
+            for weight in self.weights if self._wanted else ():
+                stored = self._decoder.parameter(weight)
+                state = self._optimizer.state.get(stored, {})
+                if "exp_avg_sq" not in state or not self._keeps(weight, stored):
+                    continue
+                f = local(state["exp_avg_sq"].detach()).to("cpu", torch.float32, copy=True)
+                if not bool(f.isfinite().all()):
+                    raise ProbeError(
+                        f"Adam's state of layer {weight.layer} {weight.name} is not finite: use estimator='gradient', "
+                        "which leaves such steps out"
+                    )
+                kept[weight] = f
+        return self._shared(kept)
 
     def restore(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> None:
         """Nothing to do: F is in the optimizer's state, which whoever resumes the training restores."""
@@ -122,6 +162,17 @@ def why_not_adam(decoder: Decoder, optimizer: object, steps: int, *, begun: bool
     if any(id(decoder.parameter(w)) not in held for w in decoder.weights if decoder.parameter(w).requires_grad):
         return "the optimizer does not hold every trainable weight of the decoder layers"
     return None
+
+
+def _other(decoder: Decoder) -> str:
+    """What to do where only adapters of another kind train."""
+    configs = getattr(peft_of(decoder.given), "peft_config", {}).values()
+    kinds = ", ".join(sorted({getattr(config.peft_type, "value", "adapter") for config in configs}))
+    return f"; the probe reads no adapter of kind {kinds}: estimator='exact' reads frozen weights" if kinds else ""
+
+
+def _gathered(shard: Tensor, layout: Layout) -> Dense:
+    return Dense(layout.whole(shard))
 
 
 def _wide(grad: Tensor) -> torch.dtype:

@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradpruner import ops
 from gradpruner.decoder import Decoder, Weight
+from gradpruner.distributed import Peers, whole
 from gradpruner.errors import ProbeError
-from gradpruner.igia import Dense, Factors
+from gradpruner.igia import Dense, Factors, shared
+
+INSTEAD = "estimator='exact' reads the frozen weights' own gradients, whatever adapts them"
 
 
 @dataclass
@@ -31,28 +35,36 @@ class LoraReader:
 
     Norms come from Gram matrices; the factors go to host memory. A weight's factors are folded into one dense
     float32 matrix as soon as they would take more room than it (the crossover: t r (in + out) against in out,
-    in elements weighted by their size), so host memory is bounded whatever t and r. Raises ProbeError if
-    the decoder layers hold no LoRA adapter.
+    in elements weighted by their size), so host memory is bounded whatever t and r. Of several processes (`peers`)
+    each reads all gradients, gathered where they are sharded, and keeps the factors of its own layers. Raises
+    ProbeError if the decoder layers hold no LoRA adapter.
     """
 
     name = "lora"
 
-    def __init__(self, decoder: Decoder, *, importance: bool, factor_dtype: torch.dtype) -> None:
-        self._importance, self._dtype = importance, factor_dtype
-        known = {(w.layer, w.name) for w in decoder.weights}
+    def __init__(
+        self, decoder: Decoder, *, importance: bool, factor_dtype: torch.dtype, peers: Peers | None = None
+    ) -> None:
+        self._importance, self._dtype, self._peers = importance, factor_dtype, peers
+        known = {(w.layer, w.name): w for w in decoder.weights}
         found = []
         for index, layer in enumerate(decoder.layers):
             for path, module in layer.named_modules():
                 if not (hasattr(module, "lora_A") and hasattr(module, "lora_B") and hasattr(module, "base_layer")):
                     continue
                 name = ".".join(p for p in path.split(".") if p != "base_layer") + ".weight"
+                if hasattr(module, "parameter_name"):
+                    raise ProbeError(
+                        f"estimator 'lora': layer {index} {path} has adapters on {module.parameter_name!r} "
+                        "(target_parameters), which it does not read; expected adapters on linear layers only"
+                    )
                 if (index, name) in known:
+                    _check_factors(module, index, known[index, name])
                     found.append((index, name, module))
         if not found:
             raise ProbeError("estimator 'lora': the decoder layers hold no LoRA adapter on a linear layer")
         self._modules = [module for _, _, module in found]
-        by_name = {(w.layer, w.name): w for w in decoder.weights}
-        self.weights: tuple[Weight, ...] = tuple(by_name[index, name] for index, name, _ in found)
+        self.weights: tuple[Weight, ...] = tuple(known[index, name] for index, name, _ in found)
         self._kept = [_Kept() for _ in found]
 
     def read(self, inverse_scale: Tensor | None) -> Tensor:
@@ -68,10 +80,15 @@ class LoraReader:
                 norms[first : first + len(here)].copy_(values, non_blocking=True)
             first += len(here)
         if self._importance:
-            for kept, pair in zip(self._kept, pairs, strict=True):
+            for kept, weight, pair in zip(self._kept, self.weights, pairs, strict=True):
+                if not self._keeps(weight):
+                    continue
                 copy = None if pair is None else (_to_host(pair[0], self._dtype), _to_host(pair[1], self._dtype))
                 kept.pending.append(copy)
         return norms
+
+    def _keeps(self, weight: Weight) -> bool:
+        return self._peers is None or self._peers.keeps(weight.layer)
 
     @property
     def full(self) -> bool:
@@ -83,6 +100,8 @@ class LoraReader:
         if not self._importance:
             return
         for n, (kept, weight) in enumerate(zip(self._kept, self.weights, strict=True)):
+            if not self._keeps(weight):
+                continue
             for norms, pair in zip(usable, kept.pending, strict=True):
                 # a zero pair (B = 0 before the first step) adds nothing to F
                 if norms is not None and pair is not None and float(norms[n]) > 0:
@@ -95,7 +114,7 @@ class LoraReader:
                     ops.outer_square_accumulate_(kept.dense, *_oriented(a, b, weight))
                 kept.factors.clear()
 
-    def importance(self) -> dict[tuple[int, str], Factors | Dense]:
+    def importance(self) -> Mapping[tuple[int, str], Factors | Dense]:
         """Factors or F of every weight that had a gradient."""
         found: dict[tuple[int, str], Factors | Dense] = {}
         for kept, weight in zip(self._kept, self.weights, strict=True):
@@ -104,17 +123,18 @@ class LoraReader:
             if kept.dense is not None:
                 found[weight.layer, weight.name] = Dense(kept.dense, exponents)
             elif kept.factors:
-                pairs = [_oriented(a, b, weight) for a, b in kept.factors]
+                rank = max(a.shape[0] for a, _ in kept.factors)  # another adapter may have become the active one
+                pairs = [_oriented(*_padded(a, b, rank), weight) for a, b in kept.factors]
                 a, b = torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
                 kept.factors = _unstacked(a, b, weight)  # held once, should the probe go on
                 found[weight.layer, weight.name] = Factors(a, b, exponents)
-        return found
+        return shared(found, {}, self._peers)
 
     def restore(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> None:
         """Factors go on to be collected, matrices to be added to."""
         for kept, weight in zip(self._kept, self.weights, strict=True):
-            known = importance.get((weight.layer, weight.name))
-            if known is None:
+            known = importance.get((weight.layer, weight.name))  # by all processes alike: it may be a collective
+            if known is None or not self._keeps(weight):
                 continue
             first, second = known.exponents
             kept.exponents = (second, first) if weight.transposed else (first, second)
@@ -127,6 +147,24 @@ class LoraReader:
         """Nothing was changed in the model."""
 
 
+def _check_factors(module: Any, layer: int, weight: Weight) -> None:
+    """Raises ProbeError unless the active adapters are pairs of factors (r, in) and (out, r) that both train."""
+    for adapter in module.active_adapters:
+        if adapter not in module.lora_A:
+            continue
+        pair: list[Any] = [getattr(factors[adapter], "weight", None) for factors in (module.lora_A, module.lora_B)]
+        where = f"estimator 'lora': layer {layer} {weight.name}, adapter {adapter!r}"
+        if pair[0] is None or pair[1] is None:
+            raise ProbeError(f"{where} has more factors than LoRA's two (AdaLoRA): {INSTEAD}")
+        rows, columns = reversed(weight.shape) if weight.transposed else weight.shape
+        shapes = [tuple(factor.shape) for factor in pair]
+        if len(shapes[0]) == len(shapes[1]) == 2 and (shapes[0][1] != columns or shapes[1][0] != rows):
+            raise ProbeError(f"{where} has factors of shapes {shapes}, no product of the weight's own: {INSTEAD}")
+        if pair[0].requires_grad != pair[1].requires_grad:
+            frozen = "A" if pair[1].requires_grad else "B"
+            raise ProbeError(f"{where}: lora_{frozen} is frozen (LoRA-FA, MiCA), both gradients are needed: {INSTEAD}")
+
+
 def _pair(module: Any, inverse_scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """This step's (gA, gB), several active adapters side by side along r; None without a gradient."""
     parts = []
@@ -136,10 +174,7 @@ def _pair(module: Any, inverse_scale: Tensor | None) -> tuple[Tensor, Tensor] | 
         grads = module.lora_A[adapter].weight.grad, module.lora_B[adapter].weight.grad
         if grads[0] is None or grads[1] is None:
             continue
-        for grad in grads:
-            if hasattr(grad, "full_tensor"):
-                raise ProbeError("the gradients are sharded DTensors (FSDP2); this version reads whole gradients only")
-        parts.append(grads)
+        parts.append((whole(grads[0]), whole(grads[1])))
     if not parts:
         return None
     a, b = parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts], 1))
@@ -173,6 +208,12 @@ def _ldexp(tensor: Tensor, exponent: int) -> Tensor:
 def _oriented(a: Tensor, b: Tensor, weight: Weight) -> tuple[Tensor, Tensor]:
     """Factors of G in the layout the weight is stored in."""
     return (b.T.contiguous(), a.T.contiguous()) if weight.transposed else (a, b)
+
+
+def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same product with zeros up to a larger r."""
+    more = rank - a.shape[0]
+    return (F.pad(a, (0, 0, 0, more)), F.pad(b, (0, more))) if more else (a, b)
 
 
 def _unstacked(a: Tensor, b: Tensor, weight: Weight) -> list[tuple[Tensor, Tensor]]:
