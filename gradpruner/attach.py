@@ -23,6 +23,7 @@ from gradpruner.merge import share_of
 from gradpruner.plan import Plan, select
 from gradpruner.probe import Probe
 from gradpruner.streaming import apply_folder
+from gradpruner.surgery import prepare
 from gradpruner.training_files import (
     FOLDER,
     SNAPSHOT,
@@ -115,9 +116,9 @@ class PruneCallback(TrainerCallback):
         decoder = Decoder(model)
         count = len(decoder.layers)
         sizes = [decoder.parameters_of(j) for j in range(count)]
-        # that the numbers are accepted at all: any scores will do
+        # that such a plan is possible, and that layers can be removed at all: better told now than after the probe
         accepted = {**self._wanted, "layer_parameters": sizes, "total_parameters": decoder.total_parameters()}
-        select([float(j) for j in range(count)], **accepted)
+        prepare(decoder, select([float(j) for j in range(count)], **accepted).kept)
         if peft is not None:
             check_can_be_fresh(peft)
         if is_quantised(decoder):

@@ -12,7 +12,7 @@ import torch
 import training_runs
 from peft import AutoPeftModelForCausalLM
 from training_runs import LAYERS, PROBE, STEPS, lora, same, tensors, trainer
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainerCallback
 
 import gradpruner
 from gradpruner.decoder import Decoder
@@ -227,6 +227,13 @@ def test_adapters_that_changed_the_base_cannot_start_anew(tmp_path, monkeypatch)
     monkeypatch.setitem(training_runs.KINDS, "lora", lambda: lora(training_runs.llama(), init_lora_weights="pissa"))
     with pytest.raises(gradpruner.UnsupportedModel, match="init_lora_weights='pissa'"):
         trainer(tmp_path)
+
+
+def test_an_architecture_that_cannot_be_cut_is_refused_before_training(tmp_path, monkeypatch):
+    config = GPT2Config(vocab_size=61, n_embd=16, n_layer=8, n_head=2, scale_attn_by_inverse_layer_idx=True)
+    monkeypatch.setitem(training_runs.KINDS, "full", lambda: AutoModelForCausalLM.from_config(config))
+    with pytest.raises(gradpruner.UnsupportedModel, match="depends on the layer's index"):
+        trainer(tmp_path, "full")
 
 
 def test_a_subclass_of_the_trainer_keeps_its_own_methods(tmp_path):
