@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradpruner.adapters import assign
-from gradpruner.decoder import Decoder
+from gradpruner.decoder import Decoder, is_packed
 from gradpruner.errors import CheckpointError, InvalidArgument
 
 FOLDER = "gradpruner"  # in the Trainer's output_dir: plan, scores, and the cut base model of adapters
@@ -68,8 +68,8 @@ def written_once(write: Callable[[], Any], *, writer: bool) -> None:
 
 
 def is_quantised(decoder: Decoder) -> bool:
-    """Whether weights of the decoder layers are packed integers."""
-    return any(not decoder.parameter(weight).is_floating_point() for weight in decoder.weights)
+    """Whether a quantiser has packed weights of the decoder layers."""
+    return any(is_packed(decoder.parameter(weight)) for weight in decoder.weights)
 
 
 def full_precision(decoder: Decoder) -> Path:

@@ -12,7 +12,7 @@ import torch
 import training_runs
 from peft import AutoPeftModelForCausalLM
 from training_runs import LAYERS, PROBE, STEPS, lora, same, tensors, trainer
-from transformers import AutoModelForCausalLM, GPT2Config, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, Trainer, TrainerCallback
 
 import gradpruner
 from gradpruner.decoder import Decoder
@@ -234,6 +234,41 @@ def test_an_architecture_that_cannot_be_cut_is_refused_before_training(tmp_path,
     monkeypatch.setitem(training_runs.KINDS, "full", lambda: AutoModelForCausalLM.from_config(config))
     with pytest.raises(gradpruner.UnsupportedModel, match="depends on the layer's index"):
         trainer(tmp_path, "full")
+
+
+@pytest.fixture
+def packed(tmp_path, monkeypatch):
+    """Runs of kind "lora" get a 4-bit base, loaded from tmp_path/dense."""
+    pytest.importorskip("bitsandbytes")
+    dense = training_runs.llama(hidden=64, intermediate=128)  # the widths that bitsandbytes' kernels take
+    dense.save_pretrained(tmp_path / "dense")
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=quantised)
+
+    monkeypatch.setitem(training_runs.KINDS, "lora", lambda: lora(load()))
+    return dense
+
+
+def test_a_quantised_base_is_cut_and_its_full_precision_twin_written(packed, tmp_path):
+    made, _ = trainer(tmp_path / "out", attached=False)
+    with pytest.raises(gradpruner.InvalidArgument, match="the base is quantised, accepted is 0"):
+        gradpruner.attach(made, steps=PROBE)
+    callback = gradpruner.attach(made, steps=PROBE, ratio=0.4, merge=0)
+    made.train()
+    final = tensors(made.model)
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-12")
+    for new, old in enumerate(callback.plan.kept):
+        layer = again.get_base_model().model.layers[new]
+        twin = dict(packed.model.layers[old].named_parameters())
+        for name, parameter in layer.named_parameters():
+            if "lora_" not in name:
+                assert torch.equal(parameter, twin[name.replace(".base_layer", "")])
+    made, _ = trainer(tmp_path / "out", attached=False)
+    gradpruner.attach(made, steps=PROBE, ratio=0.4, merge=0)
+    made.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+    assert same(final, tensors(made.model))
 
 
 def test_a_subclass_of_the_trainer_keeps_its_own_methods(tmp_path):

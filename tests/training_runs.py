@@ -16,11 +16,11 @@ from gradpruner import checkpoint, merge
 LAYERS, STEPS, PROBE = 8, 12, 5
 
 
-def llama(dtype=torch.float32):
+def llama(dtype=torch.float32, hidden=24, intermediate=52):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=61, hidden_size=24, intermediate_size=52, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
+        vocab_size=61, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config).to(dtype)
 
