@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import shutil
 import socket
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from test_examples import checked, write_inputs
 from training_runs import LAYERS, PROBE, STEPS, trainer
 
 import gradpruner
@@ -46,7 +48,7 @@ def one_run(wrapper, kind, folder, resume=None):
     return callback.plan, {name: tensor.clone() for name, tensor in whole.items()}
 
 
-def worker(rank, port, folder, queue):
+def worker(rank, port, folder, inputs, queue):
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
         LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1",
@@ -66,6 +68,9 @@ def worker(rank, port, folder, queue):
             assert again == plan, (wrapper, kind, step)
             for name, tensor in final.items():
                 assert torch.equal(tensor, weights[name]), (wrapper, kind, step, name)
+    # accelerate is set to shard by now
+    example = Path(__file__).parent.parent / "examples" / "accelerate_fsdp2.py"
+    runpy.run_path(str(example))["main"](*inputs)
     dist.barrier()
     dist.destroy_process_group()
     queue.put((rank, found))
@@ -79,8 +84,8 @@ def runs(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    queue = context.Queue()
-    processes = [context.Process(target=worker, args=(rank, port, str(folder), queue)) for rank in range(2)]
+    queue, inputs = context.Queue(), write_inputs(folder)
+    processes = [context.Process(target=worker, args=(rank, port, str(folder), inputs, queue)) for rank in range(2)]
     for process in processes:
         process.start()
     found = dict(queue.get(timeout=300) for _ in processes)
@@ -108,6 +113,11 @@ def test_sharded_and_replicated_runs_agree(kind, runs):
     assert plan["drop"] == other["drop"] and plan["merge"] == other["merge"]
     for name, value in replicated.items():
         torch.testing.assert_close(torch.from_numpy(value), torch.from_numpy(sharded[name]), rtol=1e-3, atol=1e-4)
+
+
+def test_the_example_of_accelerate_and_fsdp2(runs):
+    folder, _ = runs
+    checked(folder / "out")
 
 
 def test_the_base_of_a_sharded_run_is_an_ordinary_checkpoint(runs):

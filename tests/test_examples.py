@@ -20,7 +20,11 @@ NEEDS = {"sft_trainer": "trl", "qlora": "bitsandbytes"}
 
 @pytest.fixture
 def inputs(tmp_path):
-    """Model folder, data file and output folder, as strings."""
+    return write_inputs(tmp_path)
+
+
+def write_inputs(folder):
+    """Model folder, data file and output folder of an example, as strings."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer(bos=True)
     config = LlamaConfig(
@@ -28,11 +32,11 @@ def inputs(tmp_path):
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
     rows = [{"text": f"row {i} says that {i} and {i} are {2 * i}"} for i in range(80)]
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(tmp_path / "model"), str(tmp_path / "texts.jsonl"), str(tmp_path / "out")
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "model"), str(folder / "texts.jsonl"), str(folder / "out")
 
 
 def checked(folder):
