@@ -89,8 +89,8 @@ def _write(
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         try:
             with quiet():
-                # a copy: saving takes the tensors out one by one
-                base.save_pretrained(temporary, state_dict=None if state is None else dict(state))
+                # a copy of it: saving takes the tensors out one by one
+                base.save_pretrained(temporary, **({} if state is None else {"state_dict": dict(state)}))
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
             if plan is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gradpruner.deepspeed import is_engine, unpartitioned
 from gradpruner.distributed import local, rows_of, shard_group, summed
 from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
 
@@ -136,10 +137,11 @@ def sample_positions(entries: int) -> range:
 
 
 def _sampled(parameter: nn.Parameter) -> Tensor:
-    positions = sample_positions(parameter.numel())
+    positions = sample_positions(_full_shape(parameter).numel())
     rows = rows_of(parameter)
     if rows is None:
-        return local(parameter.detach()).flatten()[:: positions.step][: len(positions)]
+        with unpartitioned(parameter) as whole:
+            return local(whole.detach()).flatten()[:: positions.step][: len(positions)].clone()
     width = parameter.numel() // parameter.shape[0]
     start, end = rows[0] * width, sum(rows) * width
     here = [i for i, position in enumerate(positions) if start <= position < end]
@@ -151,10 +153,12 @@ def _sampled(parameter: nn.Parameter) -> Tensor:
 
 
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """The model and what it wraps, from the outside in: torch.compile, DistributedDataParallel, PEFT, the base."""
+    """The model and what it wraps, from the outside in: DeepSpeed, torch.compile, DDP, PEFT, the base."""
     while True:
         yield model
-        if hasattr(model, "_orig_mod"):
+        if is_engine(model):  # first: it shows its module's attributes as its own
+            model = model.module  # type: ignore[assignment]
+        elif hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
         elif isinstance(model, DistributedDataParallel):
             model = model.module
@@ -177,7 +181,7 @@ def is_peft(model: nn.Module) -> bool:
 
 def peft_of(model: nn.Module) -> nn.Module | None:
     """The PeftModel in a stack of wrappers, if there is one."""
-    return next((wrapper for wrapper in wrappers(model) if is_peft(wrapper)), None)
+    return next((wrapper for wrapper in wrappers(model) if is_peft(wrapper) and not is_engine(wrapper)), None)
 
 
 def altered_base(model: nn.Module) -> str | None:
@@ -277,7 +281,7 @@ def _owner(layer: nn.Module, path: str) -> nn.Module:
 def _full_shape(parameter: Tensor, owner: Any = None) -> torch.Size:
     if owner is not None and is_packed(parameter) and hasattr(owner, "in_features"):
         return torch.Size((int(owner.out_features), int(owner.in_features)))  # packed by a quantiser
-    return parameter.shape
+    return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor
 
 
 def _find(base: nn.Module, layers: str | nn.ModuleList | None) -> str:

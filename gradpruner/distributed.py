@@ -205,6 +205,17 @@ def _sharded_dimension(tensor: Any) -> int | None:
     return cut[0] if cut else None
 
 
+def refuse_flat(model: nn.Module) -> None:
+    """Raises UnsupportedModel for FSDP1, which hides each weight in a part of one flat parameter."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FullyShardedDataParallel", ())
+    if fsdp is not None and any(isinstance(module, kind) for module in model.modules()):
+        raise UnsupportedModel(
+            "the model is wrapped in FullyShardedDataParallel (FSDP1), whose weights and gradients are flat pieces; "
+            "accepted are fully_shard (FSDP2; fsdp_version: 2 in accelerate), DistributedDataParallel and DeepSpeed"
+        )
+
+
 def is_fsdp(module: nn.Module) -> bool:
     """Whether `fully_shard` was applied to this module."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported, not used

@@ -55,6 +55,7 @@ BOUNDARIES = (
     "n_input_layers",
     "loop_layer_index_start",
     "loop_layer_index_end",
+    "max_window_layers",
 )
 SCALES = ("scale_depth",)  # of residuals, divided by the root of the number of layers
 LAST = ("num_kv_shared_layers", "n_output_layers")  # counts of the last layers
@@ -92,6 +93,11 @@ def _changes(old: Any, kept: tuple[int, ...], layers: int) -> dict[str, Any]:
     for name, values in _lists(old, PER_LAYER):
         if len(values) == layers:
             changes[name] = type(values)(values[i] for i in kept)
+    longest = getattr(old, "max_position_embeddings", None)
+    lost = "layer_types" in changes and _windowed(old.layer_types) and not _windowed(changes["layer_types"])
+    if lost and longest and isinstance(getattr(old, "sliding_window", None), int):
+        # vLLM takes the window of a model whose layers are alike for that of every layer; null is not always accepted
+        changes["sliding_window"] = longest
     for name, values in _lists(old, PATTERNS):
         changes[name] = type(values)(values[i % len(values)] for i in kept)
     for name, values in _lists(old, INDEX_LISTS):
@@ -127,6 +133,10 @@ def _changes(old: Any, kept: tuple[int, ...], layers: int) -> dict[str, Any]:
     if isinstance(getattr(old, "attention_types", None), list) and "attention_layers" in changes:
         changes["attention_types"] = [[[kind], 1] for kind in changes["attention_layers"]]  # GPT-Neo's run lengths
     return changes
+
+
+def _windowed(kinds: Sequence[str]) -> bool:
+    return any("sliding" in kind for kind in kinds)
 
 
 def _keep_visual_targets(config: Any, kept: tuple[int, ...]) -> None:

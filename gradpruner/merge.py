@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from gradpruner import ops
 from gradpruner.decoder import Decoder, Weight, altered_base, is_packed, peft_of
-from gradpruner.distributed import Peers, forget, local, peers_of, reshard, rows_of, together
+from gradpruner.deepspeed import is_deepspeeds
+from gradpruner.distributed import (
+    Peers,
+    forget,
+    local,
+    peers_of,
+    refuse_flat,
+    reshard,
+    rows_of,
+    together,
+)
 from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.igia import Dense, Factors, Igia, SharedImportance
 from gradpruner.logits import differ, logits_of, root_of
@@ -84,6 +94,12 @@ def _adapters_of(decoder: Decoder) -> Callable[[], None]:
 
 def fold_and_remove(decoder: Decoder, plan: Plan, igia: Igia | None, share: Fraction, weight: float) -> None:
     """Fold and remove layers in the base model, whatever wraps it; adapters of kept layers stay. All or nothing."""
+    refuse_flat(decoder.given)
+    if any(map(is_deepspeeds, decoder.given.parameters())):
+        raise UnsupportedModel(
+            "a DeepSpeed engine holds the model, with copies of its weights in the optimizer: apply plan and igia to "
+            "the model before it gets an engine, or to its checkpoint (apply_folder)"
+        )
     root = root_of(decoder.given)
     if root is not None:
         reshard(root)  # what is merged into a gathered parameter would be lost

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.decoder import Decoder
-from gradpruner.distributed import Peers, gone, is_lost, peers_of
+from gradpruner.deepspeed import factor_to_come, is_deepspeeds
+from gradpruner.distributed import Peers, gone, is_lost, peers_of, refuse_flat
 from gradpruner.errors import InvalidArgument, ModelMismatch, ProbeError
 from gradpruner.estimators import Reader
 from gradpruner.estimators.exact import ExactReader
@@ -60,6 +61,7 @@ class Probe:
                 f"{self._peers.size} processes of the group; accepted are auto, lora, gradient and adam, or exact with "
                 "group=False where each process trains a model of its own"
             )
+        refuse_flat(model)
         self._decoder = Decoder(model, layers)
         self._model = self._decoder.fingerprint()
         self._estimator, self._importance, self._factor_dtype = estimator, importance, factor_dtype
@@ -116,6 +118,11 @@ class Probe:
                 f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer (or call probe.record() "
                 "before each step)"
             )
+        if self._by_deepspeed():
+            raise InvalidArgument(
+                "optimizer: a DeepSpeed engine trains this model and steps it without a hook; call "
+                "probe.record(engine.optimizer) between engine.backward(loss) and engine.step() instead"
+            )
         if _steps_in_backward(optimizer, self._decoder):
             raise InvalidArgument(
                 f"optimizer {type(optimizer).__name__} steps inside backward (LOMO, layer-wise GaLore): no gradient is "
@@ -148,7 +155,9 @@ class Probe:
         """Read the gradients now, just before optimizer.step(): for loops whose optimizer has no hooks.
 
         optimizer: where given, its `grad_scale` and `found_inf` (a fused optimizer under GradScaler) are honoured. They
-        are there only inside `scaler.step`: before it, call `scaler.unscale_(optimizer)`.
+        are there only inside `scaler.step`: before it, call `scaler.unscale_(optimizer)`. Under DeepSpeed (ZeRO 1 to 3)
+        it is `engine.optimizer`, and every process calls this once a step, between engine.backward(loss) and
+        engine.step().
         """
         if self._igia is not None:
             raise ProbeError("this probe has finished; make a new one")
@@ -160,7 +169,10 @@ class Probe:
             if rejected if self._peers is None else self._peers.any(rejected):  # the optimizer is about to reject it
                 self._skipped += 1
                 return
-        self._pending.append(self._reader.read(None if scale is None else 1.0 / scale))
+        inverse = None if scale is None else 1.0 / scale
+        if self._by_deepspeed():
+            inverse = factor_to_come(optimizer, [p for p in self._decoder.given.parameters() if p.requires_grad])
+        self._pending.append(self._reader.read(inverse))
         if self._reader.full:
             self._settle()
 
@@ -180,7 +192,10 @@ class Probe:
         return self._igia is not None
 
     def snapshot(self) -> Igia:
-        """What was seen so far, for `start(..., resume=...)` in another process; the probe goes on."""
+        """What was seen so far, for `start(..., resume=...)` in another process; the probe goes on.
+
+        In several processes all of them call it, save it and start from it.
+        """
         if self._igia is not None:
             return self._igia
         if self._reader is None:
@@ -202,6 +217,9 @@ class Probe:
             raise ModelMismatch("the snapshot watched other weights than this model trains")
         self._reader.restore(seen.importance)
         self._model, self._usable, self._skipped = seen.model, list(seen.square_norms), seen.skipped
+
+    def _by_deepspeed(self) -> bool:
+        return any(is_deepspeeds(p) for p in self._decoder.layers.parameters() if p.requires_grad)
 
     def _before_step(self, optimizer: Any) -> None:
         if self._left > 0:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from gradpruner.decoder import Decoder, base_name, text_config
+from gradpruner.decoder import Decoder, base_name, is_packed, text_config
 from gradpruner.errors import UnsupportedModel
 from gradpruner.layer_config import cut_config
 
@@ -130,7 +130,7 @@ def build_empty(kind: type[nn.Module], config: Any) -> nn.Module:
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...] | None]:
     """Name to shape, without adapters; None where a quantiser packed the parameter."""
     return {
-        name: tuple(tensor.shape) if tensor.is_floating_point() else None
+        name: None if is_packed(tensor) else tuple(tensor.shape)
         for raw, tensor in model.named_parameters(remove_duplicate=False)
         if (name := base_name(raw)) is not None
     }
@@ -138,7 +138,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...] | None]:
 
 def _check_described(decoder: Decoder, dense: nn.Module) -> None:
     actual, described = _shapes(decoder.base), _shapes(dense)
-    for name in actual.keys() | described.keys():
+    for name in sorted(actual.keys() | described.keys()):
         if name not in actual or name not in described:
             where = "has no" if name not in actual else "has an undescribed"
             raise UnsupportedModel(f"the model is not what its config describes: it {where} parameter {name!r}")
@@ -229,7 +229,7 @@ def _compare_modules(surgery: Surgery, old: nn.Module, new: nn.Module, live: nn.
         target = _live(live, name)
         _swap_configs(surgery, module, new_modules[name], target)
         before, after = _plain(module), _plain(new_modules[name])
-        for attribute in before.keys() | after.keys():
+        for attribute in sorted(before.keys() | after.keys()):
             a, b = before.get(attribute), after.get(attribute)
             if _equal(a, b):
                 continue

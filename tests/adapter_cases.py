@@ -19,7 +19,6 @@ from adapter_models import (
     VOCABULARY,
     Case,
     Loop,
-    Refusal,
     batch,
     gpt2,
     llama,
@@ -31,8 +30,6 @@ from adapter_models import (
 )  # fmt: skip
 from torch import nn
 from transformers import BitsAndBytesConfig, MixtralConfig
-
-import gradpruner
 
 
 def in_turn(model: nn.Module, step: int) -> None:
@@ -163,8 +160,7 @@ QLORA = [
           lambda: BitsAndBytesConfig(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, **FOUR_BIT)),
     qlora("4 bits, fp4", lambda: BitsAndBytesConfig(bnb_4bit_quant_type="fp4", **FOUR_BIT)),
     qlora("4 bits, nf4, stored as bfloat16",
-          lambda: BitsAndBytesConfig(bnb_4bit_quant_storage=torch.bfloat16, **FOUR_BIT),
-          refused=Refusal("apply", gradpruner.UnsupportedModel, "the model is not what its config describes")),
+          lambda: BitsAndBytesConfig(bnb_4bit_quant_storage=torch.bfloat16, **FOUR_BIT)),
     qlora("8 bits", lambda: BitsAndBytesConfig(load_in_8bit=True)),
     qlora("4 bits, DoRA, 4 micro-batches", lambda: BitsAndBytesConfig(**FOUR_BIT),
           adapt=options(use_dora=True), loop=Loop(micro_batches=4)),

@@ -193,7 +193,9 @@ LOOPS = [
 # A default run has one of each sort; the rest is run with the slow ones.
 RARE = (
     "rank pattern, by name, layer and expression", "alpha pattern", "MLP only", "rsLoRA", "dropout",
-    "two adapters, one active", "modules_to_save: lm_head", "modules_to_save: embeddings and head, tied",
+    "two adapters, one active", "two adapters, the second active", "adapters on tied embeddings",
+    "modules_to_save: lm_head", "modules_to_save, checkpointing, 4 micro-batches", "False (B not zero)",
+    "rank pattern, two active adapters", "modules_to_save: embeddings and head, tied",
     "adapters on embeddings and head", "gaussian", "eva", "pissa_niter_4", "corda", "lora_ga", "KaSA", "aLoRA",
     "4 bits, nf4", "4 bits, fp4", "4 bits, rank pattern, modules_to_save", "AdamW, amsgrad", "AdamW, beta2 = 0.95",
     "8 micro-batches, no clipping, full fine-tuning", "bfloat16 model and adapters", "bfloat16 autocast",

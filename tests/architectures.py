@@ -305,8 +305,8 @@ def table(outcomes: list[Outcome]) -> str:
         f"Of each, a random model with {LAYERS} decoder layers is built; of those that can be built, layers are "
         "removed that are not the last (layers 1, 3 and 4, or the first other choice that is accepted), one of them "
         "merged; it is saved and read back by the stock class. The logits of both are compared with those of the dense "
-        "model with the same layers skipped, and so is greedy generation with and without a cache, step by step. Images "
-        "are not given unless the model cannot do without: what a vision tower adds is not compared.",
+        "model with the same layers skipped, and so is greedy generation with and without a cache, step by step. "
+        "Images are not given unless the model cannot do without: what a vision tower adds is not compared.",
         "",
         "| result | architectures | meaning |",
         "|---|---|---|",

@@ -11,6 +11,7 @@ import torch
 from distributed_equality import ESTIMATORS, LAYERS, SCORES, WEIGHTS, WRAPPERS, make, plan_of, probed, step, values_of
 from safetensors.torch import load_file
 from torch import distributed
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import gradpruner
 from gradpruner import checkpoint, igia, merge
@@ -152,6 +153,7 @@ def details(folder):
     same_fingerprint()
     adapters_go_on(folder)
     all_or_nothing()
+    gathered_before()
     for wrapper in WRAPPERS:
         for estimator in ("lora", "gradient"):
             interrupted(folder / f"{wrapper}-{estimator}.safetensors", wrapper, estimator)
@@ -199,6 +201,20 @@ def all_or_nothing():
     after = values_of(model)
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
     step(model, optimizer, 9, "FSDP2")
+
+
+def gathered_before():
+    """A forward without a backward has left the weights gathered: what is merged goes into the shards all the same."""
+    plain, _, alone = probed("gradient")
+    model, _, seen = probed("gradient", "FSDP2")
+    for layer in Decoder(model).layers:
+        layer.set_reshard_after_forward(False)
+    with torch.no_grad():
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert not any(is_sharded(p) for p in model.parameters())
+    merged = values_of(gradpruner.apply(model, plan_of(seen), seen))
+    for name, value in values_of(gradpruner.apply(plain, plan_of(alone), alone)).items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=WEIGHTS)
 
 
 def interrupted(path, wrapper, estimator):
@@ -258,6 +274,9 @@ def refusals():
     with pytest.raises(gradpruner.InvalidArgument, match="group = 'x'"):
         gradpruner.Probe(model, group="x")
 
+    with pytest.raises(gradpruner.UnsupportedModel, match="FSDP1"):
+        gradpruner.Probe(FullyShardedDataParallel(make("gradient")[0], device_id=torch.device("cpu")))
+
     def separate(group, data):
         model, optimizer = make("lora")
         with gradpruner.Probe(model, group=group).watching(optimizer, 3) as probe:
@@ -304,8 +323,12 @@ def killed_at_the_end(folder):
     def die(*args):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    # in the last step's hook its gradients are reduced, and the other process comes to compare what was seen
-    killed(folder, lambda i, optimizer: i == 2 and optimizer.register_step_pre_hook(die))
+    model, optimizer = make("lora", "DDP")
+    gradpruner.Probe(model).start(optimizer, 3)
+    for i in range(3):
+        if i == 2 and distributed.get_rank() == 1:
+            optimizer.register_step_pre_hook(die)  # the gradients are reduced; the other comes to compare what was seen
+        step_without_report(model, optimizer, i)
 
 
 def failed_in_training(folder):
@@ -331,3 +354,48 @@ def step_without_report(model, optimizer, seed):
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def deepspeed_stages(folder):
+    import deepspeed
+
+    os.environ |= {"LOCAL_RANK": str(distributed.get_rank()), "DS_ACCELERATOR": "cpu"}
+    deepspeed.init_distributed("gloo")
+    for stage in (1, 2, 3):
+        for estimator in ("lora", "gradient"):
+            runs = [deepspeed_probe(estimator, stage) for stage in (None, stage)]
+            assert runs[0].model == runs[1].model and plan_of(runs[0]) == plan_of(runs[1])
+            torch.testing.assert_close(runs[1].square_norms, runs[0].square_norms, rtol=1e-4, atol=1e-12)
+            assert_same_importance(runs[1].importance, runs[0].importance, rel=1e-2)
+            assert sum(all_of(stored_bytes(runs[1].importance))) == stored_bytes(runs[0].importance)
+
+
+def deepspeed_probe(estimator, stage):
+    """float32, clipped at 0.3; in one process with plain torch, or by an engine in all of them."""
+    import deepspeed
+
+    model = make(estimator)[0].float()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.05)
+    if stage is not None:
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, "gradient_clipping": 0.3,
+                  "zero_allow_untested_optimizer": True}  # fmt: skip
+        model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    probe = gradpruner.Probe(model, estimator=estimator, group=False if stage is None else None)
+    for i in range(3):
+        ids = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(i))
+        if stage is not None:
+            ids = ids.chunk(distributed.get_world_size())[distributed.get_rank()]
+        loss = model(input_ids=ids, labels=ids).loss
+        if stage is None:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+            probe.record(optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            model.backward(loss)
+            probe.record(model.optimizer)
+            model.step()
+    return probe.igia

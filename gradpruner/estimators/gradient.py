@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from gradpruner import ops
 from gradpruner.decoder import Decoder, Weight, peft_of
+from gradpruner.deepspeed import gradient_of
 from gradpruner.distributed import Layout, Peers, local, rows_of, shard_group, summed, together
 from gradpruner.errors import ProbeError
 from gradpruner.igia import Dense, Factors, shared
@@ -34,22 +35,28 @@ class GradientReader:
 
     def read(self, inverse_scale: Tensor | None) -> Tensor:
         """Norms of this step; F only grows by a step whose gradients are all finite."""
-        grads = [self._decoder.parameter(weight).grad for weight in self.weights]
-        norms = torch.zeros(len(grads), dtype=torch.float64)
-        present = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
+        parameters = [self._decoder.parameter(weight) for weight in self.weights]
+        norms = torch.zeros(len(parameters), dtype=torch.float64)
         scale = 1.0 if inverse_scale is None else float(inverse_scale)
-        if present:
-            wide = [torch.linalg.vector_norm(local(grad), dtype=_wide(grad)) for _, grad in present]
-            norms[[i for i, _ in present]] = torch.stack([n.cpu().double() for n in wide]).square() * scale**2
+        present: list[int] = []
+        lengths: list[Tensor] = []
         by_group: dict[Any, list[int]] = {}
-        for i, grad in present:
+        for i, parameter in enumerate(parameters):
+            grad = gradient_of(parameter)
+            if grad is None:
+                continue
+            present.append(i)
+            lengths.append(torch.linalg.vector_norm(local(grad), dtype=_wide(grad)))
             if rows_of(grad) is not None:
                 by_group.setdefault(shard_group(grad), []).append(i)
+        if present:
+            norms[present] = torch.stack([n.cpu().double() for n in lengths]).square() * scale**2
         for group, cut in by_group.items():  # one for a model under FSDP2
             norms[cut] = summed(norms[cut], group)
         if self._importance and bool(norms.isfinite().all()):
-            for i, grad in present:
-                if not self._keeps(self.weights[i], grad):
+            for i in present:
+                grad = gradient_of(parameters[i])  # again: of all at once there may be no room
+                if grad is None or not self._keeps(self.weights[i], grad):
                     continue
                 host = local(grad.detach()).to("cpu")
                 f = self._f.setdefault(self.weights[i], torch.zeros(host.shape))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradpruner import ops
 from gradpruner.decoder import Decoder, Weight
+from gradpruner.deepspeed import gradient_of
 from gradpruner.distributed import Peers, whole
 from gradpruner.errors import ProbeError
 from gradpruner.igia import Dense, Factors, shared
@@ -171,7 +172,7 @@ def _pair(module: Any, inverse_scale: Tensor | None) -> tuple[Tensor, Tensor] | 
     for adapter in module.active_adapters:
         if adapter not in module.lora_A:
             continue
-        grads = module.lora_A[adapter].weight.grad, module.lora_B[adapter].weight.grad
+        grads = gradient_of(module.lora_A[adapter].weight), gradient_of(module.lora_B[adapter].weight)
         if grads[0] is None or grads[1] is None:
             continue
         parts.append((whole(grads[0]), whole(grads[1])))
