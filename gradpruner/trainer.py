@@ -31,7 +31,7 @@ class ProbeCallback(TrainerCallback):
         """Let go of the model; write the igia where asked to."""
         assert self._probe is not None
         self._probe.stop()
-        if self._save_to is not None and state.is_world_process_zero:
+        if self._save_to is not None:  # on every process: each holds a part, and one writes
             self.igia.save(self._save_to)
 
     @property
