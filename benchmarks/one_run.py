@@ -134,9 +134,7 @@ def main() -> int:
         writer.writerow(["way", "step", "loss", "seconds"])
         writer.writerows((way, step, round(loss, 4), round(seconds, 4)) for way, step, loss, seconds in lines)
     draw(options.out.with_suffix(".svg"), curves, options.probe_steps)
-    print(
-        f"{records.machine(torch.device('cpu'))}; {options.steps} steps of {options.batch_size}, {len(tests)} rows"
-    )
+    print(f"{records.machine(torch.device('cpu'))}; {options.steps} steps of {options.batch_size}, {len(tests)} rows")
     print(text_table(table))
     return 0
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.decoder import base_name
+from gradpruner.decoder import CHECKPOINTED, base_name
 from gradpruner.errors import UnsupportedModel
 
 FRESH_INITS = (True, "gaussian")  # of LoraConfig.init_lora_weights: those that leave the base weights alone
@@ -107,7 +107,8 @@ def describe(peft: Any, base: str) -> None:
 
     Patterns that name layers by number are replaced by the full names of the modules that hold the adapter.
     """
-    names = {name: module for name, module in peft.get_base_model().named_modules() if hasattr(module, "lora_A")}
+    modules = peft.get_base_model().named_modules()
+    names = {name.replace(f"{CHECKPOINTED}.", ""): module for name, module in modules if hasattr(module, "lora_A")}
     for adapter, config in peft.peft_config.items():
         config.base_model_name_or_path, config.revision = base, None
         if not _names_layers(config):

@@ -26,6 +26,8 @@ ADAPTERS = (
 )  # fmt: skip
 # Ways to begin an adapter after which the base weights are what they were; others move a part of them into it.
 KEEPING_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
+CHECKPOINTED = "_checkpoint_wrapped_module"  # in torch's checkpoint_wrapper, which accelerate puts around layers
+WRAPPERS = ("base_layer", "original_module", "token_adapter", CHECKPOINTED)  # parts of names that hold what was wrapped
 SAMPLES = 16  # entries of each weight that go into the fingerprint
 # What configurations call the number of decoder layers; an encoder-decoder's `num_hidden_layers` counts the encoder's.
 DECODER_COUNTS = ("decoder_layers", "num_decoder_layers")
@@ -229,7 +231,7 @@ def base_name(name: str) -> str | None:
     parts = name.split(".")
     if any(part.startswith(ADAPTERS) for part in parts) or "modules_to_save" in parts:
         return None
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter"))
+    return ".".join(part for part in parts if part not in WRAPPERS)
 
 
 def linear_weights(decoder: Decoder, index: int) -> Iterator[Weight]:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from gradpruner.decoder import Decoder, base_name, is_packed, text_config
+from gradpruner.decoder import CHECKPOINTED, Decoder, base_name, is_packed, text_config
 from gradpruner.errors import UnsupportedModel
 from gradpruner.layer_config import cut_config
 
@@ -263,6 +263,7 @@ def _live(layer: nn.Module, path: str) -> nn.Module:
         if not hasattr(module, part) and hasattr(module, "base_layer"):
             module = module.base_layer  # type: ignore[assignment]
         module = getattr(module, part)
+    module = getattr(module, CHECKPOINTED, module)
     return getattr(module, "base_layer", module)
 
 

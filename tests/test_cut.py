@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from peft import AutoPeftModelForCausalLM, PeftModel
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from training_runs import LAYERS, llama, lora, rows, same, tensors
@@ -118,6 +119,25 @@ def test_a_compiled_model_is_compiled_again():
         probe_and_cut(called, optimizer, step)
         losses.append([step(i) for i in range(PROBE, 8)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("make", [lambda: lora(llama()), llama], ids=["lora", "full"])
+def test_layers_in_checkpoint_wrappers(make):
+    """As accelerate's fsdp_activation_checkpointing wraps them."""
+    found = []
+    for wrapped in (False, True):
+        model = make()
+        decoder = Decoder(model)
+        if wrapped:
+            for i, layer in enumerate(decoder.layers):
+                decoder.layers[i] = checkpoint_wrapper(layer)
+        optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
+        step = stepper(model, optimizer)
+        plan, _ = probe_and_cut(model, optimizer, step)
+        losses = [step(i) for i in range(PROBE, 8)]
+        numbers = [layer.self_attn.layer_idx for layer in Decoder(model).layers]
+        found.append((plan.to_dict(), losses, numbers))
+    assert found[0] == found[1] and found[0][2] == list(range(LAYERS - 3))
 
 
 @pytest.mark.parametrize(

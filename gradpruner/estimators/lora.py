@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradpruner import ops
-from gradpruner.decoder import Decoder, Weight
+from gradpruner.decoder import Decoder, Weight, base_name
 from gradpruner.deepspeed import gradient_of
 from gradpruner.distributed import Peers, whole
 from gradpruner.errors import ProbeError
@@ -53,7 +53,7 @@ class LoraReader:
             for path, module in layer.named_modules():
                 if not (hasattr(module, "lora_A") and hasattr(module, "lora_B") and hasattr(module, "base_layer")):
                     continue
-                name = ".".join(p for p in path.split(".") if p != "base_layer") + ".weight"
+                name = str(base_name(f"{path}.weight"))
                 if hasattr(module, "parameter_name"):
                     raise ProbeError(
                         f"estimator 'lora': layer {index} {path} has adapters on {module.parameter_name!r} "
