@@ -51,9 +51,9 @@ class Clock(TrainerCallback):
 def one_run(model: Any, tokenizer: Any, rows: Sequence[Any], recipe: Recipe, probing: int, options: Any) -> Any:
     """Dense at first, pruned at the end, in one Trainer run."""
     clock, attached = Clock(), []
-    adapted = add_adapters(model, recipe)
+    adapted, chosen = add_adapters(model, recipe), {"ratio": options["ratio"], "merge": options["merge"]}
     train(adapted, rows, Collator(tokenizer), recipe, callbacks=[clock],
-          prepare=lambda trainer: attached.append(gradpruner.attach(trainer, probing, **options)))  # fmt: skip
+          prepare=lambda trainer: attached.append(gradpruner.attach(trainer, probing, **chosen)))  # fmt: skip
     return adapted.merge_and_unload(), clock, attached[0].plan  # type: ignore[operator]
 
 
@@ -62,7 +62,7 @@ def two_stages(model: Any, tokenizer: Any, rows: Sequence[Any], recipe: Recipe, 
     clock, probe, head = Clock(), gradpruner.ProbeCallback(probing), probing * recipe.rows_a_step
     adapted = add_adapters(model, recipe)
     train(adapted, rows[:head], Collator(tokenizer), recipe, callbacks=[clock, probe])
-    plan = probe.igia.plan(options["ratio"], merge=options["merge"])
+    plan = options["plan"] or probe.igia.plan(options["ratio"], merge=options["merge"])
     smaller = add_adapters(gradpruner.apply(adapted, plan, probe.igia), recipe)
     train(smaller, rows[head:], Collator(tokenizer), recipe, callbacks=[clock])
     return smaller.merge_and_unload(), clock, plan  # type: ignore[operator]
@@ -98,6 +98,8 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--ratio", type=float, default=0.4)
     parser.add_argument("--merge", default="auto")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--plan", help="a plan.json that the two-stage way takes instead of its own")
     parser.add_argument("--test-rows", type=int, help="default: all")
     parser.add_argument("--out", type=Path, default=FOLDER / "one_run.csv")
     options = parser.parse_args()
@@ -105,11 +107,12 @@ def main() -> int:
     chosen = {
         "ratio": options.ratio,
         "merge": options.merge if options.merge == "auto" else int(options.merge),
+        "plan": gradpruner.Plan.load(options.plan) if options.plan else None,
     }
     examples = load_examples(options.data, prompt=options.prompt, answer=options.answer)
     tests = load_examples(options.test_data, prompt=options.prompt, answer=options.answer)[: options.test_rows]
     table, curves, lines = [], {}, []
-    for way, run in WAYS.items():
+    for way, run in ((way, WAYS[way]) for way in options.ways):
         model, tokenizer = load_model(options.model, dtype=torch.bfloat16)
         rows = schedule(tokenize(examples, tokenizer, max_length=128, train_on="answer"), options.steps, recipe)
         smaller, clock, plan = run(model, tokenizer, rows, recipe, options.probe_steps, chosen)

@@ -32,6 +32,11 @@ def check_can_be_fresh(peft: Any) -> None:
                 f"adapter {name!r} has init_lora_weights={config.init_lora_weights!r}; a cut in place starts adapters "
                 f"anew, accepted are {' and '.join(map(repr, FRESH_INITS))}"
             )
+        variants = {type(module.lora_variant[name]).__name__ for module in peft.modules()
+                    if name in getattr(module, "lora_variant", ())}  # fmt: skip
+        unknown = sorted(variant for variant in variants if not variant.startswith("Dora"))
+        if unknown:
+            raise UnsupportedModel(f"adapter {name!r} is a {unknown[0]}; only LoRA and DoRA can be cut in place")
 
 
 @torch.no_grad()
@@ -75,10 +80,11 @@ def _renew(module: Any, adapter: str, config: Any, generator: torch.Generator) -
     if adapter in magnitudes:
         dora = magnitudes[adapter]
         known = dora.weight
-        dora.update_layer(
-            base_layer=module.get_base_layer(), lora_A=module.lora_A[adapter].weight,
-            lora_B=module.lora_B[adapter].weight, scaling=module.scaling[adapter],
-        )  # fmt: skip
+        if adapter in module.lora_A:
+            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        else:
+            a, b = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+        dora.update_layer(base_layer=module.get_base_layer(), lora_A=a, lora_B=b, scaling=module.scaling[adapter])
         known.copy_(dora.weight)
         dora.weight = known
         dora.train(dora.training)  # forgets cached norms

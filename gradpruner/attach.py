@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch.nn.parallel import DistributedDataParallel
+import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradpruner.adapters import check_can_be_fresh, describe, without_adapters
 from gradpruner.checkpoint import PLAN_FILE, save
-from gradpruner.cut import cut
-from gradpruner.decoder import Decoder, peft_of
+from gradpruner.cut import check_wrappers, cut
+from gradpruner.decoder import Decoder, altered_base, peft_of
+from gradpruner.distributed import peers_of, together
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.files import read_json, write_json
 from gradpruner.igia import SCORES, Igia
@@ -32,9 +36,11 @@ from gradpruner.training_files import (
     is_complete,
     is_quantised,
     load_merged,
+    mark_of,
     newest_complete,
-    written_once,
-)  # fmt: skip
+)
+
+logger = logging.getLogger(__name__)
 
 
 def attach(
@@ -49,7 +55,9 @@ def attach(
     protect: Iterable[int] = (0,),
     top: float = 0.2,
     weight: float = 1.0,
-    **probe: Any,
+    estimator: str = "auto",
+    factor_dtype: torch.dtype = torch.float32,
+    micro_batches: int = 1,
 ) -> PruneCallback:
     """Make a Trainer probe its first `steps` optimizer steps, cut its model, and train on to the end, in one run.
 
@@ -59,7 +67,7 @@ def attach(
     takes the newest that is complete. output_dir/gradpruner holds the plan, the scores, and, where adapters
     train, the cut base model that their checkpoints belong to (and name).
 
-    ratio, count, of, kind, merge, protect: see `Igia.plan`. top, weight: see `apply`. probe: arguments of `Probe`.
+    ratio, count, of, kind, merge, protect: see `Igia.plan`. top, weight: see `apply`. The rest: see `Probe`.
     Returns the callback, whose `plan` and `igia` can be read after the cut. Raises InvalidArgument,
     UnsupportedModel; what only the prepared model shows (its optimizer, say) is refused when training begins.
     """
@@ -73,6 +81,7 @@ def attach(
     if kind not in SCORES:
         raise InvalidArgument(f"kind = {kind!r}; accepted are {', '.join(SCORES)}")
     wanted = dict(ratio=None if count is not None else ratio, count=count, of=of, merge=merge, protect=tuple(protect))
+    probe = dict(estimator=estimator, factor_dtype=factor_dtype, micro_batches=micro_batches, importance=merge != 0)
     callback = PruneCallback(trainer, steps, kind, wanted, dict(top=top, weight=weight), probe)
     if trainer.model is not None:
         callback.check(trainer.model)
@@ -108,19 +117,31 @@ class PruneCallback(TrainerCallback):
         """Raises InvalidArgument or UnsupportedModel for what can be told before training."""
         trainer, peft = self._trainer, peft_of(model)
         if trainer.is_deepspeed_enabled:
-            raise UnsupportedModel("trainer uses DeepSpeed: probe with ProbeCallback, then apply to the saved model")
+            raise UnsupportedModel(
+                "trainer uses DeepSpeed, whose engine steps inside backward: probe in a loop of your own, with "
+                "probe.record(engine.optimizer), and apply to the saved model"
+            )
         if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise UnsupportedModel(
                 "trainer uses FSDP version 1, whose flat parameters cannot be cut: use fsdp_version=2"
             )
-        decoder = Decoder(model)
-        count = len(decoder.layers)
-        sizes = [decoder.parameters_of(j) for j in range(count)]
-        # that such a plan is possible, and that layers can be removed at all: better told now than after the probe
-        accepted = {**self._wanted, "layer_parameters": sizes, "total_parameters": decoder.total_parameters()}
-        prepare(decoder, select([float(j) for j in range(count)], **accepted).kept)
+        arguments, nodes = trainer.args, trainer.args.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if arguments.save_on_each_node and nodes > 1:
+            raise InvalidArgument(
+                "save_on_each_node = True: one process writes; expected a folder that all nodes share"
+            )
+        if arguments.push_to_hub and peft is not None:
+            raise InvalidArgument(
+                "push_to_hub = True: checkpoints of adapters name the cut base model, a folder on this machine; merge "
+                "them after training and use gradpruner.push_to_hub"
+            )
+        altered = altered_base(model)
+        if altered is not None:
+            raise UnsupportedModel(f"{altered}; a cut discards what the probe trained, which would damage the model")
         if peft is not None:
             check_can_be_fresh(peft)
+        decoder = Decoder(model)
+        self._check_plans(decoder)
         if is_quantised(decoder):
             if self._wanted["merge"] != 0:
                 raise InvalidArgument(
@@ -128,6 +149,22 @@ class PruneCallback(TrainerCallback):
                     "ProbeCallback and merge into the full-precision checkpoint with apply_folder)"
                 )
             full_precision(decoder)
+
+    def _check_plans(self, decoder: Decoder) -> None:
+        """That such a plan is possible, and that layers can be removed at all: better told now than after the probe."""
+        count = len(decoder.layers)
+        sizes = [decoder.parameters_of(j) for j in range(count)]
+        accepted = {**self._wanted, "layer_parameters": sizes, "total_parameters": decoder.total_parameters()}
+        rising = [float(j) for j in range(count)]
+        falling = [*rising[:0:-1], float(count)]  # but for the last: that no layer needs another number proves nothing
+        early, late = (select(scores, **accepted).kept for scores in (rising, falling))
+        try:
+            prepare(decoder, early)
+        except UnsupportedModel:
+            with contextlib.suppress(UnsupportedModel):  # where a vision tower feeds the first layers, say
+                prepare(decoder, late)
+                return
+            raise
 
     # the Trainer's events
 
@@ -137,14 +174,19 @@ class PruneCallback(TrainerCallback):
         if self.plan is not None and len(Decoder(model).layers) == len(self.plan.kept):
             return
         self.check(model)
+        check_wrappers(self._trainer.model_wrapped)
+        self.plan = self.igia = self._base = None  # of an earlier run of this Trainer
         left = self._steps - (self._seen.steps + self._seen.skipped if self._seen is not None else 0)
         if state.max_steps - state.global_step <= left:
             raise InvalidArgument(
                 f"steps = {self._steps}: the run has {state.max_steps - state.global_step} steps left; expected some "
                 "for the smaller model too"
             )
+        if self._probe is not None:  # a run that was given up, by auto_find_batch_size say
+            self._probe.abandon()
         self._probe = Probe(model, **self._options)
         self._probe.start(kwargs["optimizer"], self._steps, resume=self._seen)
+        self._seen = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut after the last step of the probe."""
@@ -153,9 +195,9 @@ class PruneCallback(TrainerCallback):
         self._probe.stop()
         igia, self._probe = self._probe.igia, None
         plan = igia.plan(kind=self._kind, **self._wanted)
-        # as the loop calls it where the wrapper has to know
+        # as the loop calls it: its wrappers have to know; DataParallel makes its copies anew at each step
         wrapped: Any = self._trainer.model_wrapped
-        model = wrapped if isinstance(wrapped, DistributedDataParallel) else kwargs["model"]
+        model = kwargs["model"] if isinstance(wrapped, nn.DataParallel) else wrapped
         cut(model, self._trainer.optimizer, plan, igia, seed=args.seed, **self._merging)
         self.igia, self.plan = igia, plan
         self._keep(kwargs["model"], plan, igia)
@@ -168,7 +210,9 @@ class PruneCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the model where training ended early."""
         if self._probe is not None:
-            self._probe.stop()
+            logger.warning(f"training ended in step {self._probe.steps} of {self._steps} of the probe: nothing was cut")
+            self._probe.abandon()
+            self._probe = None
 
     # what goes to disk
 
@@ -183,10 +227,13 @@ class PruneCallback(TrainerCallback):
         if peft is None:
             return
         # another run in the same place, with another cut, gets a base of its own
-        base = self._base = (folder / f"base-{decoder.fingerprint(content=True)}").resolve()
+        name = f"base-{decoder.fingerprint(content=True)}-{mark_of(plan, self._merging)}"
+        base = self._base = (folder / name).resolve()
         if is_quantised(decoder):
-            source, dropped = full_precision(decoder), Plan(plan.layers, plan.removed)
-            written_once(lambda: apply_folder(source, base, dropped, overwrite=True), writer=arguments.should_save)
+            with together(peers_of()):
+                if arguments.should_save:
+                    source = full_precision(decoder)
+                    apply_folder(source, base, Plan(plan.layers, plan.removed), overwrite=True)
         else:
             tokenizer = getattr(self._trainer, "processing_class", None)
             save(without_adapters(decoder.base), base, tokenizer=tokenizer, plan=plan, overwrite=True)
@@ -216,7 +263,7 @@ class PruneCallback(TrainerCallback):
             for stale in (TRAINER_STATE, SNAPSHOT, PLAN_FILE):  # of a run that was killed here before
                 (folder / stale).unlink(missing_ok=True)
             if self.plan is not None:
-                base = None if self._base is None else os.path.relpath(self._base, folder)
+                base = None if self._base is None else os.path.relpath(self._base, folder.resolve())
                 write_json(folder / PLAN_FILE, {**self.plan.to_dict(), "base": base})
         if self._probe is not None and self._probe.steps:
             self._probe.snapshot().save(folder / SNAPSHOT)
@@ -234,11 +281,13 @@ class PruneCallback(TrainerCallback):
     def load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Bring the model to the shape that the checkpoint has, then let the Trainer load it."""
         checkpoint, model = Path(resume_from_checkpoint), self._trainer.model if model is None else model
-        if (checkpoint / SNAPSHOT).is_file():
-            self._seen = Igia.load(checkpoint / SNAPSHOT)
-        elif (checkpoint / PLAN_FILE).is_file():
+        if (checkpoint / PLAN_FILE).is_file():
             content = read_json(checkpoint / PLAN_FILE, "plan")
             self._rebuild(model, Plan.from_dict(content), checkpoint, content.get("base"))
+        elif self.plan is not None and len(Decoder(model).layers) == len(self.plan.kept):
+            raise ModelMismatch(f"checkpoint {str(checkpoint)!r} is of the dense model; the Trainer's is cut already")
+        elif (checkpoint / SNAPSHOT).is_file():
+            self._seen = Igia.load(checkpoint / SNAPSHOT, lazy=True)
         self._load(resume_from_checkpoint, model)
 
     def _rebuild(self, model: Any, plan: Plan, checkpoint: Path, base: str | None) -> None:
@@ -248,15 +297,18 @@ class PruneCallback(TrainerCallback):
                 f"checkpoint {str(checkpoint)!r} is of a model {'without' if base is None else 'with'} adapters; "
                 f"the Trainer's has {'none' if peft is None else 'some'}"
             )
-        if len(Decoder(model).layers) != len(plan.kept):
+        if self.plan != plan or len(Decoder(model).layers) != len(plan.kept):
             cut(model, self._trainer.optimizer, Plan(plan.layers, plan.removed, model=plan.model),
                 seed=self._trainer.args.seed)  # fmt: skip
         if base is not None:
             self._base = (checkpoint / base).resolve()
+            if not self._base.is_dir():
+                raise CheckpointError(f"the cut base model {str(self._base)!r} of {str(checkpoint)!r} is gone")
             if plan.merge:
-                load_merged(Decoder(model), self._base)
-            mark, expected = Decoder(model).fingerprint(content=True), self._base.name.partition("-")[2]
-            if mark != expected:
+                load_merged(Decoder(model), plan, self._base)
+            if self._base.name.rpartition("-")[0] != f"base-{Decoder(model).fingerprint(content=True)}":
                 raise ModelMismatch(f"the base model is not that of {str(checkpoint)!r}: expected {self._base}")
             describe(peft, str(self._base))
         self.plan = plan
+        scores = Path(str(self._trainer.args.output_dir)) / FOLDER / "igia.safetensors"
+        self.igia = Igia.load(scores) if scores.is_file() else None

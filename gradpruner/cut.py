@@ -12,9 +12,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradpruner.adapters import check_can_be_fresh, make_fresh
-from gradpruner.decoder import Decoder, peft_of
-from gradpruner.errors import InvalidArgument
+from gradpruner.decoder import Decoder, peft_of, wrappers
+from gradpruner.distributed import reshard
+from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.igia import Igia
+from gradpruner.logits import root_of
 from gradpruner.merge import fold_and_remove, share_of
 from gradpruner.plan import Plan
 
@@ -40,24 +42,38 @@ def cut(
 
     Nothing is changed unless everything succeeds. Raises InvalidArgument, ModelMismatch, UnsupportedModel.
     """
+    check_wrappers(model)
     decoder, peft, share = Decoder(model, layers), peft_of(model), share_of(top)
     inner = _inner(optimizer)
     if peft is not None:
         check_can_be_fresh(peft)
+    root = root_of(model)
+    if root is not None:
+        reshard(root)  # the optimizer holds the shards
     dense = {id(p) for p in decoder.given.parameters()}
     fold_and_remove(decoder, plan, igia, share, weight)
     fresh = make_fresh(peft, seed) if peft is not None else []
     gone = dense - {id(p) for p in decoder.given.parameters()}
     if inner is not None:
         _forget(inner, gone, {id(p) for p in fresh})
-    for wrapper in _wrappers(model):
+    for wrapper in wrappers(model):
         if isinstance(wrapper, DistributedDataParallel):
             _rewrap(wrapper)
-    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in (*_wrappers(model), *model.modules())):
+    if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()):
         torch.compiler.reset()  # graphs of the dense model
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.memory.empty_cache()
+
+
+def check_wrappers(model: nn.Module) -> None:
+    """Raises UnsupportedModel if the loop calls a copy of the model, whose layers no cut would reach."""
+    for wrapper in wrappers(model):
+        if "_orig_mod" in vars(wrapper):  # torch.compile's own wrapper has it as a submodule
+            raise UnsupportedModel(
+                "the model is compiled by regions (accelerate's use_regional_compilation), which trains a copy of it: "
+                "compile the whole model instead"
+            )
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer | None:
@@ -80,21 +96,11 @@ def _forget(optimizer: torch.optim.Optimizer, gone: Collection[int], fresh: Coll
             del optimizer.state[parameter]
 
 
-def _wrappers(model: nn.Module) -> list[nn.Module]:
-    """The model, and what it wraps, from the outside in."""
-    found = [model]
-    while True:
-        inner = getattr(found[-1], "_orig_mod", None)
-        if inner is None and isinstance(found[-1], DistributedDataParallel):
-            inner = found[-1].module
-        if inner is None:
-            return found
-        found.append(inner)
-
-
 def _rewrap(ddp: DistributedDataParallel) -> None:
     """Build the reducer anew in the same object: the old one waits for gradients that no longer come."""
     names = set(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module", "device_mesh"}
+    if hasattr(ddp, "forward_sync_buffers"):
+        names -= {"broadcast_buffers"}  # its old name
     arguments: dict[str, Any] = {name: getattr(ddp, name) for name in names if hasattr(ddp, name)}
     if not ddp.bucket_bytes_cap_default:
         arguments["bucket_cap_mb"] = ddp.bucket_bytes_cap / 2**20

@@ -26,8 +26,8 @@ from gradpruner.streaming import FOLDERS
 UPLOADED = (".safetensors", ".json", ".jinja", ".txt", ".md")
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 LICENSES = ("license", "notice", "use_policy")
-# of an earlier, larger upload: vLLM and others read every *.safetensors they find
-REPLACED = (SINGLE, INDEX, "model-*-of-*.safetensors")
+# of an earlier upload: vLLM and others read every *.safetensors they find, and transformers takes an adapter first
+REPLACED = (SINGLE, INDEX, "model-*-of-*.safetensors", "pytorch_model*.bin", "adapter_config.json", "adapter_model.*")
 
 
 def push_to_hub(

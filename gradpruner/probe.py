@@ -95,7 +95,7 @@ class Probe:
             if self._peers is None:
                 self.stop()
                 raise
-            self._let_go()  # the others may be anywhere: nothing can be finished with them
+            self.abandon()  # the others may be anywhere: nothing can be finished with them
             if isinstance(error, RuntimeError) and is_lost(error):
                 raise gone(error, self._peers.group) from error
             raise
@@ -140,11 +140,12 @@ class Probe:
 
     def stop(self) -> None:
         """Stop watching and give the model back as it was. What was seen is kept."""
-        self._let_go()
+        self.abandon()
         if self._igia is None and self.steps:
             self._finish()
 
-    def _let_go(self) -> None:
+    def abandon(self) -> None:
+        """Give the model back as it was without finishing: what was seen is lost, and no other process is asked."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradpruner.adapters import assign
-from gradpruner.decoder import Decoder, is_packed
+from gradpruner.decoder import Decoder, base_parameters, is_packed
+from gradpruner.distributed import whole
 from gradpruner.errors import CheckpointError, InvalidArgument
+from gradpruner.plan import Plan
+from gradpruner.stored import StoredModel
 
 FOLDER = "gradpruner"  # in the Trainer's output_dir: plan, scores, and the cut base model of adapters
 SNAPSHOT = "gradpruner_probe.safetensors"  # in a checkpoint made while the probe watches
@@ -25,10 +28,10 @@ TRAINER_STATE = "trainer_state.json"  # the Trainer writes it last
 def newest_complete(folder: str | os.PathLike[str]) -> str:
     """The newest checkpoint that was written to the end. Raises CheckpointError if there is none."""
     found = [p for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if re.fullmatch(r".*-\d+", p.name)]
-    whole = [p for p in found if is_complete(p)]
-    if not whole:
+    finished = [p for p in found if is_complete(p)]
+    if not finished:
         raise CheckpointError(f"{str(folder)!r} holds no complete checkpoint ({len(found)} incomplete)")
-    return str(max(whole, key=lambda p: int(p.name.rpartition("-")[2])))
+    return str(max(finished, key=lambda p: int(p.name.rpartition("-")[2])))
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -40,31 +43,24 @@ def is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def load_merged(decoder: Decoder, folder: Path) -> None:
-    """Take the merged weights of the cut base model from the checkpoint that was made of it."""
-    if not folder.is_dir():
-        raise CheckpointError(f"the cut base model {str(folder)!r} is gone; merged layers cannot be rebuilt without it")
-    kind: Any = type(decoder.base)
-    known = Decoder(kind.from_pretrained(folder, dtype="auto"))
+def load_merged(decoder: Decoder, plan: Plan, folder: Path) -> None:
+    """Take the merged weights of the cut base model from the checkpoint that was made of it, one at a time."""
+    stored, targets = StoredModel(folder), {plan.kept.index(target) for target in plan.donors}
     with torch.no_grad():
-        for weight in decoder.weights:
-            assign(decoder.parameter(weight), known.parameter(weight))
+        for weight in [w for w in decoder.weights if w.layer in targets]:
+            name = stored.parameter_name(weight)
+            if name in stored.whole:
+                values = stored.whole[name].read()
+            else:  # stored in another form, a matrix an expert, say
+                kind: Any = type(decoder.base)
+                values = kind.from_pretrained(folder, dtype="auto").get_parameter(name)
+            assign(decoder.parameter(weight), values)
 
 
-def written_once(write: Callable[[], Any], *, writer: bool) -> None:
-    """One process a machine writes, the others wait and fail with it. Raises CheckpointError."""
-    if not (dist.is_available() and dist.is_initialized()):
-        write()
-        return
-    failed: list[str | None] = [None]
-    if writer:
-        try:
-            write()
-        except Exception as error:
-            failed = [f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(failed)
-    if failed[0] is not None:
-        raise CheckpointError(failed[0])
+def mark_of(plan: Plan, merging: Mapping[str, Any]) -> str:
+    """Tells what was done to a model from anything else that could have been done to it."""
+    content = json.dumps([plan.to_dict(), dict(merging)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 
 def is_quantised(decoder: Decoder) -> bool:
@@ -73,13 +69,26 @@ def is_quantised(decoder: Decoder) -> bool:
 
 
 def full_precision(decoder: Decoder) -> Path:
-    """The folder of the checkpoint that a quantised model was loaded from. Raises InvalidArgument."""
-    name = str(getattr(decoder.config, "_name_or_path", ""))
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
+    """The folder of the checkpoint that a quantised model was loaded from, checked to be that one.
 
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except Exception as error:
-        raise InvalidArgument(f"the full-precision checkpoint {name!r} of the quantised base is not here") from error
+    Raises InvalidArgument if it is not on this machine or is another one, UnsupportedModel if it is quantised itself.
+    """
+    name = str(getattr(decoder.config, "_name_or_path", ""))
+    folder = Path(name)
+    if not name or not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except Exception as error:
+            raise InvalidArgument(
+                f"the full-precision checkpoint {name!r} of the quantised base is not here"
+            ) from error
+    stored = StoredModel(folder)
+    for parameter_name, parameter in base_parameters(decoder.base):
+        if parameter.ndim != 1 or is_packed(parameter) or parameter_name not in stored.whole:
+            continue  # norms and biases are left as they are
+        known = stored.whole[parameter_name].read().to(torch.bfloat16)
+        if not torch.equal(known, whole(parameter.detach()).cpu().to(torch.bfloat16)):
+            raise InvalidArgument(f"{folder} is not what the quantised base was loaded from (another revision?)")
+    return folder

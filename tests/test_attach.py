@@ -170,6 +170,51 @@ def test_a_checkpoint_of_another_base_is_refused(finished, tmp_path):
         made.train(resume_from_checkpoint=str(out / "checkpoint-9"))
 
 
+def test_a_checkpoint_of_the_dense_model_is_not_loaded_into_the_cut_one(tmp_path):
+    made, _ = trainer(tmp_path, "full", save_only_model=True)
+    made.train()
+    with pytest.raises(gradpruner.ModelMismatch, match="is cut already"):
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_adams_memory_of_the_first_steps_must_come_back(tmp_path):
+    made, _ = trainer(tmp_path, "full", save_only_model=True)
+    made.train()
+    made, _ = trainer(tmp_path, "full", save_only_model=True)
+    with pytest.raises(gradpruner.ProbeError, match="its state is lost"):
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_through_a_symbolic_link(finished, tmp_path):
+    _, _, _, final = finished("lora")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "b")
+    made, _ = trainer(tmp_path / "link")
+    made.train()
+    made, _ = trainer(tmp_path / "link")
+    made.train(resume_from_checkpoint=str(tmp_path / "link" / "checkpoint-9"))
+    assert same(final, tensors(made.model))
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "link" / "checkpoint-12")
+
+
+def test_a_compiled_trainer_run_goes_on(finished, tmp_path):
+    _, callback, _, _ = finished("lora")
+    made, again = trainer(tmp_path, torch_compile=True, torch_compile_backend="eager")
+    made.train()
+    assert again.plan == callback.plan and made.state.global_step == STEPS
+
+
+def test_training_that_ends_within_the_probe_says_so(tmp_path, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    made, callback = trainer(tmp_path, callbacks=[Stop()])
+    made.train()
+    assert "ended in step 2 of 5 of the probe" in caplog.text and callback.plan is None
+    assert not made.optimizer.optimizer._optimizer_step_pre_hooks
+
+
 def test_the_best_checkpoint_is_one_of_the_smaller_model(tmp_path):
     made, callback = trainer(
         tmp_path, "full", eval_dataset=training_runs.rows(8), eval_strategy="steps", eval_steps=3,
@@ -214,6 +259,13 @@ def test_what_is_no_trainer_and_what_is_attached_twice(tmp_path):
     made, _ = trainer(tmp_path)
     with pytest.raises(gradpruner.InvalidArgument, match="attached already"):
         gradpruner.attach(made)
+
+
+def test_adapter_checkpoints_are_not_pushed_from_a_run(tmp_path):
+    made, _ = trainer(tmp_path, attached=False)
+    made.args.push_to_hub = True
+    with pytest.raises(gradpruner.InvalidArgument, match="push_to_hub = True"):
+        gradpruner.attach(made, steps=PROBE)
 
 
 def test_a_run_too_short_for_the_probe_is_refused_before_its_first_step(tmp_path):

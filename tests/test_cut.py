@@ -109,6 +109,31 @@ def test_through_accelerate_in_a_plain_loop():
     assert {int(optimizer.state[p]["step"]) for p in held} == {10 - PROBE}
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_under_a_gradient_scaler(fused):
+    found = []
+    for scale in (None, 2.0**10):
+        model = lora(llama())
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None, growth_interval=3)
+        batches, losses = list(DataLoader(rows(40), batch_size=4)), []
+
+        def step(i, model=model, optimizer=optimizer, scaler=scaler, batches=batches, losses=losses):
+            loss = model(**batches[i]).loss
+            losses.append(float(loss.detach()))
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+        plan, igia = probe_and_cut(model, optimizer, step)
+        for i in range(PROBE, 8):
+            step(i)
+        found.append((plan, igia.layer_scores(), losses))
+    assert found[0][0] == found[1][0] and found[0][2] == pytest.approx(found[1][2], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=0)
+
+
 def test_a_compiled_model_is_compiled_again():
     plain, model = lora(llama()), lora(llama())
     compiled = torch.compile(model, backend="eager")
@@ -200,6 +225,23 @@ def test_dora_starts_from_the_norms_of_the_merged_weights():
         fresh = model.eval()(input_ids=ids).logits
         with model.disable_adapter():
             torch.testing.assert_close(fresh, model(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_dora_on_an_embedding():
+    model = lora(llama(), use_dora=True, target_modules=["embed_tokens", "q_proj"])
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
+    probe_and_cut(model, optimizer, stepper(model, optimizer))
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in trainable(model)}
+
+
+def test_a_model_compiled_by_regions_is_refused():
+    """What accelerate's compile_regions returns is a copy that knows the original; the loop calls the copy."""
+    original = lora(llama())
+    called = copy.deepcopy(original)
+    called.__dict__["_orig_mod"] = original
+    with pytest.raises(gradpruner.UnsupportedModel, match="compiled by regions"):
+        gradpruner.cut(called, None, gradpruner.Plan(LAYERS, drop=[3]))
 
 
 def test_fresh_adapters_hang_on_the_seed_and_on_nothing_else():

@@ -157,6 +157,8 @@ def why_not_adam(decoder: Decoder, optimizer: object, steps: int, *, begun: bool
     """
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         return f"the optimizer is {type(optimizer).__name__}, not torch's Adam or AdamW"
+    if begun and not optimizer.state:
+        return "its state is lost, and with it the steps before the interruption (save_only_model?)"
     if optimizer.state and not begun:
         return "the optimizer has stepped before, its state holds older gradients"
     for group in optimizer.param_groups:
