@@ -225,7 +225,7 @@ def interrupted(path, wrapper, estimator):
     for i in range(2):
         step(model, optimizer, i, wrapper)
     probe.snapshot().save(path)
-    probe._let_go()  # as if the processes had ended here
+    probe.abandon()  # as if the processes had ended here
     probe = gradpruner.Probe(model, estimator=estimator)
     probe.start(optimizer, equality.STEPS, resume=gradpruner.Igia.load(path))
     for i in range(2, 4):
