@@ -103,12 +103,30 @@ def test_resuming_gives_the_same_plan_and_weights(kind, step, finished, tmp_path
     assert same(final, tensors(made.model))
 
 
-def test_resuming_with_accumulated_micro_batches(finished, tmp_path):
-    options = {"gradient_accumulation_steps": 3}
-    out, callback, _, final = finished("lora", **options)
-    made, again = trainer(out, "lora", **options)
-    made.train(resume_from_checkpoint=str(out / "checkpoint-3"))
-    assert again.plan == callback.plan and same(final, tensors(made.model))
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("lora", {"gradient_accumulation_steps": 3}),
+        ("lora", {"gradient_checkpointing": True}),
+        ("lora", {"bf16": True, "neftune_noise_alpha": 5.0}),
+        ("lora", {"optim": "adamw_8bit", "auto_find_batch_size": True}),
+        ("full", {"gradient_checkpointing": True, "lr_scheduler_type": "cosine", "warmup_steps": 3}),
+        ("full", {"optim": "adafactor"}),
+        ("full", {"optim": "adamw_8bit"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_what_a_trainer_can_be_told(kind, options, tmp_path):
+    """Each runs across the cut, and resumes within the probe to the same plan and weights."""
+    if options.get("optim") == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    made, callback = trainer(tmp_path, kind, **options)
+    made.train()
+    plan, final = callback.plan, tensors(made.model)
+    assert len(Decoder(made.model).layers) == len(plan.kept) and made.state.global_step == STEPS
+    made, again = trainer(tmp_path, kind, **options)
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again.plan == plan and same(final, tensors(made.model))
 
 
 @pytest.mark.parametrize("step", [6, 12])
