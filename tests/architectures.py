@@ -29,6 +29,7 @@ WORKS, LAST, REFUSED, UNBUILT, WRONG = "works", "last layers only", "refused", "
 # The layers to remove, until a choice is accepted. The last ones need no renumbering and prove little.
 SCATTERED = ((1, 3, 4), (1, 3), (2, 4), (1, 4), (2, 5), (3, 5), (1, 2, 3), (2, 3), (1,), (3,))
 CHOICES = (*SCATTERED, (4, 5), (5,))
+LARGEST = 500_000_000  # parameters
 IMAGES = {"pixel_values": (3, 16, 16)}
 ADDRESS = "https://huggingface.co/docs/transformers"
 
@@ -70,6 +71,7 @@ def build(group: str, model_type: str) -> torch.nn.Module:
     kind, registered = getattr(hf, names[model_type]), hf.CONFIG_MAPPING[model_type]
     own = kind.config_class if kind.config_class in sub_configs(registered).values() else registered
     config = tiny_config(own)
+    _check_size(kind, config)
     torch.manual_seed(0)
     model = automatic.from_config(config) if config.__class__ in automatic._model_mapping else kind(config)
     with torch.no_grad():
@@ -77,6 +79,15 @@ def build(group: str, model_type: str) -> torch.nn.Module:
             if parameter.is_floating_point() and parameter.requires_grad:
                 parameter.copy_(torch.nan_to_num(parameter) + torch.randn_like(parameter) * 0.05)
     return model.float().eval()
+
+
+def _check_size(kind, config) -> None:
+    """Raises ValueError where a part that the shrinker does not know is as large as in earnest."""
+    size = 0
+    with contextlib.suppress(Exception), torch.device("meta"):  # what cannot be built says so itself, later
+        size = sum(parameter.numel() for parameter in kind(copy.deepcopy(config)).parameters())
+    if size > LARGEST:
+        raise ValueError(f"its tiny config describes {size / 1e9:.1f} billion parameters")
 
 
 def inputs_of(model, rows: int = 2, length: int = 14) -> dict[str, torch.Tensor]:
