@@ -310,5 +310,6 @@ class PruneCallback(TrainerCallback):
                 raise ModelMismatch(f"the base model is not that of {str(checkpoint)!r}: expected {self._base}")
             describe(peft, str(self._base))
         self.plan = plan
-        scores = Path(str(self._trainer.args.output_dir)) / FOLDER / "igia.safetensors"
-        self.igia = Igia.load(scores) if scores.is_file() else None
+        folder = Path(str(self._trainer.args.output_dir)) / FOLDER
+        if (folder / "plan.json").is_file() and Plan.load(folder / "plan.json") == plan:  # else of another run's
+            self.igia = Igia.load(folder / "igia.safetensors")

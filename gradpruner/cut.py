@@ -18,6 +18,7 @@ from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.igia import Igia
 from gradpruner.logits import root_of
 from gradpruner.merge import fold_and_remove, share_of
+from gradpruner.optimizers import unwrapped
 from gradpruner.plan import Plan
 
 
@@ -44,7 +45,9 @@ def cut(
     """
     check_wrappers(model)
     decoder, peft, share = Decoder(model, layers), peft_of(model), share_of(top)
-    inner = _inner(optimizer)
+    inner = unwrapped(optimizer)
+    if inner is not None and not hasattr(inner, "param_groups"):
+        raise InvalidArgument(f"optimizer is a {type(inner).__name__}; expected a torch.optim.Optimizer, or None")
     if peft is not None:
         check_can_be_fresh(peft)
     root = root_of(model)
@@ -62,8 +65,8 @@ def cut(
     if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()):
         torch.compiler.reset()  # graphs of the dense model
     gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.memory.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def check_wrappers(model: nn.Module) -> None:
@@ -74,14 +77,6 @@ def check_wrappers(model: nn.Module) -> None:
                 "the model is compiled by regions (accelerate's use_regional_compilation), which trains a copy of it: "
                 "compile the whole model instead"
             )
-
-
-def _inner(optimizer: Any) -> torch.optim.Optimizer | None:
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
-    if optimizer is not None and not hasattr(optimizer, "param_groups"):
-        raise InvalidArgument(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, or None")
-    return optimizer
 
 
 def _forget(optimizer: torch.optim.Optimizer, gone: Collection[int], fresh: Collection[int]) -> None:

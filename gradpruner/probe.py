@@ -18,6 +18,7 @@ from gradpruner.estimators.exact import ExactReader
 from gradpruner.estimators.gradient import AdamReader, GradientReader, why_not_adam
 from gradpruner.estimators.lora import LoraReader, has_lora
 from gradpruner.igia import Igia, shared
+from gradpruner.optimizers import unwrapped
 
 ESTIMATORS = ("auto", "lora", "gradient", "adam", "exact")
 ALIKE = 1e-3  # relative; what processes that read the same reduced gradient may differ by, and no others stay within
@@ -111,8 +112,7 @@ class Probe:
             raise InvalidArgument(f"steps = {steps!r}; expected a number of optimizer steps, 1 or more")
         if self._handles or self._igia is not None:
             raise InvalidArgument("this probe is already watching, or has finished; make a new one")
-        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = optimizer.optimizer  # accelerate's wrapper: hooks belong on the one that really steps
+        optimizer = unwrapped(optimizer)  # hooks belong on the one that really steps
         if not hasattr(optimizer, "register_step_pre_hook"):
             raise InvalidArgument(
                 f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer (or call probe.record() "

@@ -59,7 +59,7 @@ def load_merged(decoder: Decoder, plan: Plan, folder: Path) -> None:
 
 def mark_of(plan: Plan, merging: Mapping[str, Any]) -> str:
     """Tells what was done to a model from anything else that could have been done to it."""
-    content = json.dumps([plan.to_dict(), dict(merging)], sort_keys=True)
+    content = json.dumps([plan.to_dict(), dict(merging)], sort_keys=True, default=str)  # a share may be a Fraction
     return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import shutil
 import signal
+from fractions import Fraction
 
 import pytest
 import torch
@@ -101,6 +102,14 @@ def test_resuming_gives_the_same_plan_and_weights(kind, step, finished, tmp_path
     made.train(resume_from_checkpoint=str(tmp_path / "copy" / f"checkpoint-{step}"))
     assert again.plan == callback.plan and made.state.global_step == STEPS
     assert same(final, tensors(made.model))
+    assert torch.equal(again.igia.layer_scores(), callback.igia.layer_scores())
+
+
+def test_a_share_may_be_a_fraction(tmp_path):
+    made, _ = trainer(tmp_path, attached=False)
+    callback = gradpruner.attach(made, steps=PROBE, ratio=0.4, top=Fraction(1, 3))
+    made.train()
+    assert callback.plan.merge and list((tmp_path / "gradpruner").glob("base-*"))
 
 
 @pytest.mark.parametrize(
