@@ -10,14 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner import __version__
+from gradpruner import cli_options as given
+from gradpruner.cli_compare import add_compare
 from gradpruner.errors import GradPrunerError, InvalidArgument
-
-DATA_HELP = """\
-data:
-  a .jsonl, .json or .csv file, or the id of a hub data set. Templates fill in columns:
-    --prompt 'Question: {text}\\nIntent:' --answer '{category}'
-  Without templates the usual column pairs are recognised (prompt/completion, question/answer, text/label, ...).
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,32 +45,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gradpruner {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_run, _add_probe, _add_plan, _add_apply, _add_finetune, _add_evaluate, _add_report, _add_push,
-                _add_demo, _add_backends):  # fmt: skip
+    for add in (_add_run, add_compare, _add_probe, _add_plan, _add_apply, _add_finetune, _add_evaluate, _add_report,
+                _add_push, _add_demo, _add_backends):  # fmt: skip
         add(commands)
     return parser
 
 
-def _command(commands: Any, name: str, call: Any, summary: str, example: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name, help=summary, description=summary,
-        epilog=f"{DATA_HELP if '--data' in example else ''}example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.set_defaults(call=call)
-    parser.add_argument("--json", action="store_true", help="print the result as JSON, for a program")
-    return parser
-
-
 def _add_run(commands: Any) -> None:
-    parser = _command(
+    parser = given.command(
         commands, "run", _run, "The whole job: probe, plan, cut, fine-tune, evaluate, report.",
         "gradpruner run --model meta-llama/Llama-3.2-1B --data train.jsonl --steps 1000 --ratio 0.4 --out small",
     )  # fmt: skip
-    _model_options(parser)
-    _data_options(parser, testing=True)
-    _plan_options(parser)
-    _recipe_options(parser)
+    given.model_options(parser)
+    given.data_options(parser, testing=True)
+    given.plan_options(parser)
+    given.recipe_options(parser)
     parser.add_argument("--probe-steps", type=int, metavar="N", help="steps of the probe (default: 1 %%, 20 at least)")
     parser.add_argument(
         "--top", type=float, default=0.2, metavar="P", help="share of a merged weight kept (default 0.2)"
@@ -85,32 +69,32 @@ def _add_run(commands: Any) -> None:
 
 
 def _add_probe(commands: Any) -> None:
-    parser = _command(
+    parser = given.command(
         commands, "probe", _probe, "Watch the gradients of the first steps; write igia.safetensors.",
         "gradpruner probe --model M --data train.jsonl --steps 40 --out igia.safetensors",
     )  # fmt: skip
-    _model_options(parser)
-    _data_options(parser, testing=False)
-    _recipe_options(parser)
+    given.model_options(parser)
+    given.data_options(parser, testing=False)
+    given.recipe_options(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="igia.safetensors to write")
 
 
 def _add_plan(commands: Any) -> None:
-    parser = _command(
+    parser = given.command(
         commands, "plan", _plan, "Decide which layers go; write plan.json. No model is loaded.",
         "gradpruner plan igia.safetensors --ratio 0.4 --out plan.json",
     )  # fmt: skip
     parser.add_argument("igia", help="igia.safetensors, from the probe")
-    _plan_options(parser)
+    given.plan_options(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="plan.json to write")
 
 
 def _add_apply(commands: Any) -> None:
-    parser = _command(
+    parser = given.command(
         commands, "apply", _apply, "Fold and remove layers; write a smaller, verified checkpoint.",
         "gradpruner apply --model M --plan plan.json --igia igia.safetensors --out small",
     )  # fmt: skip
-    _model_options(parser)
+    given.model_options(parser)
     parser.add_argument("--plan", required=True, metavar="FILE", help="plan.json")
     parser.add_argument("--igia", metavar="FILE", help="igia.safetensors; not needed if the plan merges nothing")
     parser.add_argument(
@@ -121,37 +105,37 @@ def _add_apply(commands: Any) -> None:
 
 
 def _add_finetune(commands: Any) -> None:
-    parser = _command(
+    parser = given.command(
         commands, "finetune", _finetune, "Fine-tune a checkpoint and write an ordinary one.",
         "gradpruner finetune --model small --data train.jsonl --steps 1000 --out tuned",
     )  # fmt: skip
-    _model_options(parser)
-    _data_options(parser, testing=False)
-    _recipe_options(parser)
+    given.model_options(parser)
+    given.data_options(parser, testing=False)
+    given.recipe_options(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = _command(
+    parser = given.command(
         commands, "evaluate", _evaluate, "Exact match, perplexity and, if asked for, ROUGE-L of a checkpoint.",
         "gradpruner evaluate --model tuned --data test.jsonl",
     )  # fmt: skip
-    _model_options(parser)
-    _data_options(parser, testing=False)
+    given.model_options(parser)
+    given.data_options(parser, testing=False)
     parser.add_argument("--batch-size", type=int, default=16, metavar="N")
     parser.add_argument("--rouge", type=int, metavar="TOKENS", help="generate up to so many tokens and score ROUGE-L")
 
 
 def _add_report(commands: Any) -> None:
-    parser = _command(
+    parser = given.command(
         commands, "report", _report, "Draw the report of a finished run again.", "gradpruner report small"
     )
-    parser.add_argument("folder", help="the --out of gradpruner run")
+    parser.add_argument("folder", help="the --out of gradpruner run or compare")
 
 
 def _add_push(commands: Any) -> None:
-    parser = _command(
+    parser = given.command(
         commands, "push", _push, "Verify a pruned checkpoint, write its card and upload both to the hub.",
         "gradpruner push small/model me/Llama-3.2-1B-pruned --base-model meta-llama/Llama-3.2-1B --private",
     )  # fmt: skip
@@ -164,7 +148,7 @@ def _add_push(commands: Any) -> None:
 
 
 def _add_demo(commands: Any) -> None:
-    parser = _command(
+    parser = given.command(
         commands, "demo", _demo, "The whole job on a model and data that need no hub: ten minutes on two cores.",
         "gradpruner demo --out gradpruner-demo",
     )  # fmt: skip
@@ -172,116 +156,25 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_backends(commands: Any) -> None:
-    _command(commands, "backends", _backends, "Which kernels this installation can run.", "gradpruner backends")
-
-
-def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="M", help="checkpoint folder, hub id, .gguf file, or smollm2")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                        help="to load in (default: as stored)")  # fmt: skip
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-
-
-def _data_options(parser: argparse.ArgumentParser, *, testing: bool) -> None:
-    parser.add_argument("--data", required=True, metavar="D", help="file or hub id; see below")
-    parser.add_argument("--split", default="train", help="split of a hub data set (default train)")
-    parser.add_argument("--prompt", metavar="T", help="template of the prompt")
-    parser.add_argument("--answer", metavar="T", help="template of the answer")
-    parser.add_argument("--limit", type=int, metavar="N", help="use N examples of --data, shuffled by --data-seed")
-    parser.add_argument("--data-seed", type=int, default=0, metavar="N", help="shuffling of the data (default 0)")
-    parser.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of an example (default 512)")
-    parser.add_argument("--train-on", choices=("answer", "all"), default="answer", help="tokens that count")
-    if testing:
-        parser.add_argument("--test-data", metavar="D", help="evaluated at the end (default: held out of --data)")
-        parser.add_argument("--test-split", help="split of a hub data set for --test-data (default test)")
-        parser.add_argument("--test-limit", type=int, metavar="N", help="use N of them")
-        parser.add_argument("--held-out", type=float, default=0.1, metavar="P", help="share held out (default 0.1)")
-
-
-def _plan_options(parser: argparse.ArgumentParser) -> None:
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--ratio", type=float, metavar="P", help="share of the layers to remove (default 0.4)")
-    amount.add_argument("--count", type=int, metavar="N", help="how many layers to remove")
-    parser.add_argument("--of", choices=("layers", "parameters"), default="layers", help="what --ratio is a share of")
-    parser.add_argument("--kind", choices=("squared", "norm", "normalized"), default="squared", help="layer score")
-    parser.add_argument("--merge", type=_merge, default="auto", metavar="N", help="layers to fold, not drop, or auto")
-
-
-def _merge(text: str) -> str | int:
-    return text if text == "auto" else int(text)
-
-
-def _recipe_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, required=True, metavar="N", help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples at a time (default 16)")
-    parser.add_argument("--accumulation", type=int, default=1, metavar="N", help="batches of a step (default 1)")
-    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default 1e-4)")
-    parser.add_argument("--rank", type=int, default=8, metavar="R", help="LoRA rank; 0 trains all weights (default 8)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="order of the data, adapters (default 0)")
-
-
-def _recipe(options: argparse.Namespace) -> Any:
-    from gradpruner.finetune import Recipe
-
-    return Recipe(batch_size=options.batch_size, accumulation=options.accumulation, learning_rate=options.lr,
-                  rank=options.rank, seed=options.seed)  # fmt: skip
-
-
-def _load(options: argparse.Namespace) -> tuple[Any, Any]:
-    from gradpruner.models import load_model
-    from gradpruner.pipeline import torch_dtype
-
-    return load_model(options.model, dtype=torch_dtype(options.dtype), trust_remote_code=options.trust_remote_code)
+    given.command(commands, "backends", _backends, "Which kernels this installation can run.", "gradpruner backends")
 
 
 def _training(options: argparse.Namespace, recipe: Any) -> tuple[Any, Any, list[Any]]:
     from gradpruner.data import tokenize
     from gradpruner.finetune import schedule
 
-    examples = _examples(options)
-    model, tokenizer = _load(options)
+    examples = given.examples(options)
+    model, tokenizer = given.load(options)
     rows = tokenize(examples, tokenizer, max_length=options.max_length, train_on=options.train_on)
     return model, tokenizer, schedule(rows, options.steps, recipe)
 
 
-def _examples(options: argparse.Namespace) -> list[Any]:
-    from gradpruner.data import load_examples
-
-    return load_examples(options.data, split=options.split, prompt=options.prompt, answer=options.answer,
-                         limit=options.limit, seed=options.data_seed)  # fmt: skip
-
-
-def _amount(options: argparse.Namespace) -> dict[str, Any]:
-    ratio = 0.4 if options.ratio is None and options.count is None else options.ratio
-    return {
-        "ratio": ratio,
-        "count": options.count,
-        "of": options.of,
-        "kind": options.kind,
-        "merge": options.merge,
-    }
-
-
-def _say(options: argparse.Namespace) -> Any:
-    return (lambda line: None) if options.json else (lambda line: print(line, file=sys.stderr, flush=True))
-
-
 def _run(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.data import is_file, load_examples, split_examples
     from gradpruner.pipeline import Job, Run
 
-    job = Job(source=options.model, steps=options.steps, recipe=_recipe(options), **_amount(options), top=options.top,
-              probe_steps=options.probe_steps, max_length=options.max_length, train_on=options.train_on,
-              dtype=options.dtype, trust_remote_code=options.trust_remote_code)  # fmt: skip
-    train_examples, templates = _examples(options), {"prompt": options.prompt, "answer": options.answer}
-    if options.test_data:
-        split = options.test_split or ("train" if is_file(options.test_data) else "test")
-        test_examples = load_examples(options.test_data, split=split, **templates, limit=options.test_limit,
-                                      seed=options.data_seed)  # fmt: skip
-    else:
-        train_examples, test_examples = split_examples(train_examples, options.held_out, options.data_seed)
-        test_examples = test_examples[: options.test_limit]
-    run = Run(job, train_examples, test_examples, options.out, say=_say(options), quiet=options.json)
+    job = Job(**given.job(options), **given.amount(options), top=options.top)
+    train_examples, test_examples = given.split(options)
+    run = Run(job, train_examples, test_examples, options.out, say=given.say(options), quiet=options.json)
     return _results(run.everything(dense=not options.no_dense), options.out)
 
 
@@ -296,7 +189,7 @@ def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.pipeline import watch
 
-    recipe = _recipe(options)
+    recipe = given.recipe(options)
     model, tokenizer, ordered = _training(options, recipe)
     igia = watch(model, tokenizer, ordered, recipe, quiet=options.json)
     scores = igia.layer_scores()
@@ -312,7 +205,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.igia import Igia
 
     igia = Igia.load(options.igia)
-    plan = igia.plan(**_amount(options))
+    plan = igia.plan(**given.amount(options))
     plan.save(options.out)
     margin, stability = igia.margin(plan, options.kind), igia.stability(plan, options.kind)
     return {
@@ -339,7 +232,7 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
         folder = apply_folder(options.model, options.out, plan, igia, top=options.top, overwrite=options.overwrite,
                               trust_remote_code=options.trust_remote_code)  # fmt: skip
     else:
-        model, tokenizer = _load(options)
+        model, tokenizer = given.load(options)
         folder = save(apply(model, plan, igia, top=options.top), options.out, tokenizer=tokenizer, plan=plan,
                       overwrite=options.overwrite)  # fmt: skip
     return {
@@ -352,7 +245,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint import save
     from gradpruner.pipeline import tune
 
-    recipe = _recipe(options)
+    recipe = given.recipe(options)
     model, tokenizer, ordered = _training(options, recipe)
     tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json)
     save(tuned, options.out, tokenizer=tokenizer, overwrite=options.overwrite)
@@ -366,8 +259,8 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.pipeline import measure
 
-    examples = _examples(options)
-    model, tokenizer = _load(options)
+    examples = given.examples(options)
+    model, tokenizer = given.load(options)
     result = measure(model, tokenizer, examples, max_length=options.max_length, train_on=options.train_on,
                      batch_size=options.batch_size, rouge_tokens=options.rouge).to_dict()  # fmt: skip
     shown = [f"{name} {value:.4g}" for name, value in result.items() if value is not None and name != "examples"]
@@ -392,7 +285,7 @@ def _push(options: argparse.Namespace) -> dict[str, Any]:
 def _demo(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.demo import demo
 
-    return _results(demo(options.out, say=_say(options), quiet=options.json), options.out)
+    return _results(demo(options.out, say=given.say(options), quiet=options.json), options.out)
 
 
 def _backends(options: argparse.Namespace) -> dict[str, Any]:

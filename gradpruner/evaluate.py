@@ -9,7 +9,7 @@ import inspect
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +37,45 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model makes of one row. right: see `exact_matches`. loss: sum over `tokens` labelled tokens, in nats.
+
+    said: the most likely token at every labelled position, given what truly stands before it.
+    """
+
+    right: bool
+    loss: float
+    tokens: int
+    said: tuple[int, ...]
+
+
+def answers(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> list[Answer]:
+    """All that one pass tells of every row, in order: exact match, loss and what was said.
+
+    Raises:
+        InvalidArgument: there are no rows, or a row has no answer.
+    """
+    result: dict[int, Answer] = {}
+    for indices, logits, labels in _answer_logits(model, rows, collate, batch_size):
+        best = logits.argmax(-1)
+        for index, scores, said, wanted in zip(indices, logits, best, labels, strict=True):
+            counts = wanted != IGNORED
+            right = bool((said == wanted)[counts].all())
+            tokens = tuple(said[counts].tolist())
+            result[index] = Answer(right, _cross_entropy_sum(scores, wanted), len(tokens), tokens)
+    return [result[index] for index in range(len(rows))]
+
+
+def macro_f1(said: Sequence[Hashable], truth: Sequence[Hashable]) -> float:
+    """Mean over the classes of `truth` of the F1 measure, 0 to 1; an answer outside them only costs recall."""
+    scores = []
+    for label in sorted(set(truth), key=repr):
+        hits = sum(s == label == t for s, t in zip(said, truth, strict=True))
+        scores.append(2 * hits / (sum(s == label for s in said) + sum(t == label for t in truth)))
+    return statistics.fmean(scores)
 
 
 def exact_match(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> float:

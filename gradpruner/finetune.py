@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -21,6 +23,7 @@ from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.memory import peak_memory, reset_peak_memory
 
 Row = Mapping[str, Any]
+GROUPED = 50  # batches whose rows are sorted together: as transformers groups by length
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Recipe:
 
     batch_size: examples of one forward pass. accumulation: forward passes of one optimizer step. warmup: share of
     the steps with a rising learning rate; then it falls linearly. rank: of the adapters, on every linear of
-    every decoder layer; 0 trains all weights. Raises InvalidArgument.
+    every decoder layer; 0 trains all weights. group_by_length: rows of a batch of about one length, which saves
+    padding. Raises InvalidArgument.
     """
 
     batch_size: int = 16
@@ -41,6 +45,7 @@ class Recipe:
     rank: int = 8
     alpha: int = 32
     seed: int = 0
+    group_by_length: bool = False
 
     def __post_init__(self) -> None:
         """Check every value by name."""
@@ -94,7 +99,19 @@ def schedule(rows: Sequence[Row], steps: int, recipe: Recipe) -> list[Row]:
         epoch = list(rows)
         shuffler.shuffle(epoch)
         ordered += epoch
-    return ordered[: steps * recipe.rows_a_step]
+    ordered = ordered[: steps * recipe.rows_a_step]
+    return _grouped(ordered, recipe.batch_size, shuffler) if recipe.group_by_length else ordered
+
+
+def _grouped(ordered: list[Row], batch_size: int, shuffler: random.Random) -> list[Row]:
+    """The same rows, sorted by length within every `GROUPED` batches, those batches in random order."""
+    result = list[Row]()
+    for start in range(0, len(ordered), GROUPED * batch_size):
+        part = sorted(ordered[start : start + GROUPED * batch_size], key=lambda row: len(row["input_ids"]))
+        batches = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+        shuffler.shuffle(batches)
+        result += [row for batch in batches for row in batch]
+    return result
 
 
 def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -123,28 +140,36 @@ def train(
     collate: Callable[[Any], Any],
     recipe: Recipe,
     *,
+    of_steps: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     prepare: Callable[[Trainer], object] | None = None,
     quiet: bool = False,
 ) -> Training:
     """Train `model` in place on rows already in order (see `schedule`), one pass.
 
-    prepare: called with the Trainer before it trains: `attach`, say.
+    of_steps: steps of the run whose beginning this is: the learning rate goes as it would in that run. prepare: called
+    with the Trainer before it trains: `attach`, say. Adapters in float32 on a bfloat16 model are multiplied in
+    bfloat16 (autocast), as on a GPU with bf16=True.
     Raises InvalidArgument where the rows do not fill the last step, GradPrunerError if the loss is not finite.
     """
     steps, rest = divmod(len(ordered), recipe.rows_a_step)
     if not steps or rest:
         raise InvalidArgument(f"{len(ordered)} rows; expected a multiple of {recipe.rows_a_step}, the rows of a step")
-    watch = _Watch()
-    with tempfile.TemporaryDirectory() as scratch:
+    of_steps = of_steps or steps
+    watch = _Watch(steps)
+    mixed = any(p.dtype == torch.bfloat16 for p in model.parameters()) and all(
+        p.dtype == torch.float32 for p in model.parameters() if p.requires_grad
+    )
+    with tempfile.TemporaryDirectory() as scratch, _input_as_it_is(model) if mixed else contextlib.nullcontext():
         arguments = TrainingArguments(
             output_dir=scratch,
-            max_steps=steps,
+            max_steps=of_steps,
+            bf16=mixed,
             per_device_train_batch_size=recipe.batch_size,
             gradient_accumulation_steps=recipe.accumulation,
             learning_rate=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
-            warmup_steps=round(recipe.warmup * steps),
+            warmup_steps=round(recipe.warmup * of_steps),
             max_grad_norm=recipe.max_grad_norm,
             lr_scheduler_type="linear",
             logging_steps=1,
@@ -169,6 +194,11 @@ def train(
     return Training(steps, tuple(watch.losses), statistics.median(watch.seconds), peak_memory())
 
 
+def _input_as_it_is(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Without it peft would widen every activation to the adapters' float32 first, and autocast narrow it again."""
+    return disable_input_dtype_casting(model) if is_peft(model) else contextlib.nullcontext()
+
+
 def finish(model: nn.Module) -> nn.Module:
     """The plain model after training: adapters folded into the weights. A plain model comes back as it is."""
     return model.merge_and_unload() if is_peft(model) else model  # type: ignore[operator]
@@ -183,7 +213,8 @@ class _InOrder(Trainer):
 
 
 class _Watch(TrainerCallback):
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self._began = 0.0
@@ -195,6 +226,7 @@ class _Watch(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._began)
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss")

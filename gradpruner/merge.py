@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -26,6 +26,7 @@ from gradpruner.distributed import (
 from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.igia import Dense, Factors, Igia, SharedImportance
 from gradpruner.logits import differ, logits_of, root_of
+from gradpruner.patch import Patch, check_patches
 from gradpruner.plan import Plan
 from gradpruner.surgery import prepare
 
@@ -37,6 +38,7 @@ def apply(
     *,
     top: float = 0.2,
     weight: float = 1.0,
+    patches: Sequence[Patch] = (),
     layers: str | nn.ModuleList | None = None,
 ) -> nn.Module:
     """Fold the plan's merged layers into kept ones, remove what the plan removes, and return the smaller model.
@@ -46,7 +48,7 @@ def apply(
     keep a part of the base weights in themselves (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA), or are merged into
     them, are refused. igia may be None when the plan merges nothing.
     top: share p of each merged weight's entries to keep, the most important ones (C: 0.2). weight: factor of
-    the merged entries (P, C: 1). Source: METHOD section 3.
+    the merged entries (P, C: 1). patches: of `fit_patches`, for gaps of this plan. Source: METHOD section 3.
 
     Nothing is changed unless everything succeeds: the removal is planned against the configuration first, and the
     logits of the smaller model are compared with those of the dense one with the same layers skipped. An
@@ -59,7 +61,7 @@ def apply(
     """
     decoder = Decoder(model, layers)
     take_off = _adapters_of(decoder)
-    fold_and_remove(decoder, plan, igia, share_of(top), weight)
+    fold_and_remove(decoder, plan, igia, share_of(top), weight, patches)
     take_off()
     return decoder.base
 
@@ -92,8 +94,15 @@ def _adapters_of(decoder: Decoder) -> Callable[[], None]:
     return take_off
 
 
-def fold_and_remove(decoder: Decoder, plan: Plan, igia: Igia | None, share: Fraction, weight: float) -> None:
-    """Fold and remove layers in the base model, whatever wraps it; adapters of kept layers stay. All or nothing."""
+def fold_and_remove(
+    decoder: Decoder,
+    plan: Plan,
+    igia: Igia | None,
+    share: Fraction,
+    weight: float,
+    patches: Sequence[Patch] = (),
+) -> None:
+    """Fold, patch, remove layers in the base model, whatever wraps it; adapters of kept layers stay. All or nothing."""
     refuse_flat(decoder.given)
     if any(map(is_deepspeeds, decoder.given.parameters())):
         raise UnsupportedModel(
@@ -104,6 +113,7 @@ def fold_and_remove(decoder: Decoder, plan: Plan, igia: Igia | None, share: Frac
     if root is not None:
         reshard(root)  # what is merged into a gathered parameter would be lost
     check_fits(decoder, plan, igia)
+    check_patches(decoder, plan, patches)
     surgery = prepare(decoder, plan.kept)
     removed = [decoder.layers[i] for i in plan.removed]
     undo_merge: list[tuple[Tensor, Tensor]] = []
@@ -114,6 +124,8 @@ def fold_and_remove(decoder: Decoder, plan: Plan, igia: Igia | None, share: Frac
                 assert igia is not None
                 for kept in [w for w in decoder.weights if w.layer == target]:
                     _fold(decoder, kept, donors, igia, share, weight, undo_merge)
+            for patch in patches:
+                _add(decoder, patch, undo_merge)
         expected = skipping_logits(decoder, plan.removed)
         undo_cut = surgery.perform()
         actual = skipping_logits(decoder, ())
@@ -122,7 +134,7 @@ def fold_and_remove(decoder: Decoder, plan: Plan, igia: Igia | None, share: Frac
     except BaseException:
         if undo_cut is not None:
             undo_cut()
-        for parameter, before in undo_merge:
+        for parameter, before in reversed(undo_merge):  # a weight may have been merged, then patched
             parameter.copy_(before)
         raise
     if root is not None:
@@ -242,6 +254,14 @@ def _fold(
     values = [local(their).to(parameter.device) for their in theirs]
     importance = [igia.importance[donor, kept.name] for donor in found]
     merge_weight_(parameter, values, importance, share, scale, first=0 if rows is None else rows[0])
+
+
+def _add(decoder: Decoder, patch: Patch, undo: list[tuple[Tensor, Tensor]]) -> None:
+    stored = decoder.parameter(patch.weight).data
+    rows, parameter = rows_of(stored), local(stored)
+    change = patch.change if rows is None else patch.change[rows[0] : sum(rows)]
+    undo.append((parameter, parameter.to("cpu", copy=True)))
+    parameter.copy_(parameter.float() + change.to(parameter.device))
 
 
 def merge_weight_(

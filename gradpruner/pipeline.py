@@ -61,6 +61,7 @@ class Job:
     max_length: int = 512
     train_on: str = "answer"
     dtype: str = "auto"
+    attention: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -156,7 +157,7 @@ class Run:
             self.say(f"probe: {self.job.probing} steps")
             model, tokenizer = self._load(self.job.source)
             rows = self._rows(tokenizer)[: self.job.probing * self.job.recipe.rows_a_step]
-            watch(model, tokenizer, rows, self.job.recipe, quiet=self.quiet).save(path)
+            watch(model, tokenizer, rows, self.job.recipe, of_steps=self.job.steps, quiet=self.quiet).save(path)
         return Igia.load(path)
 
     def plan(self) -> Plan:
@@ -223,18 +224,30 @@ class Run:
         return read_json(path, "results")
 
     def _load(self, source: str) -> tuple[Any, Any]:
-        return load_model(source, dtype=torch_dtype(self.job.dtype), trust_remote_code=self.job.trust_remote_code)
+        return load_model(source, dtype=torch_dtype(self.job.dtype), attention=self.job.attention,
+                          trust_remote_code=self.job.trust_remote_code)  # fmt: skip
 
     def _rows(self, tokenizer: Any) -> list[Row]:
         tokens = tokenize(self._examples[0], tokenizer, max_length=self.job.max_length, train_on=self.job.train_on)  # type: ignore[arg-type]
         return schedule(tokens, self.job.steps, self.job.recipe)
 
 
-def watch(model: Any, tokenizer: Any, ordered: Sequence[Row], recipe: Recipe, *, quiet: bool = False) -> Igia:
-    """Train on `ordered`, on throw-away adapters unless rank is 0, with a probe watching every step."""
+def watch(
+    model: Any,
+    tokenizer: Any,
+    ordered: Sequence[Row],
+    recipe: Recipe,
+    *,
+    of_steps: int | None = None,
+    quiet: bool = False,
+) -> Igia:
+    """Train on `ordered`, on throw-away adapters unless rank is 0, with a probe watching every step.
+
+    of_steps: steps of the run that the probe is the beginning of; its learning rate is that run's (P).
+    """
     watched = add_adapters(model, recipe) if recipe.rank else model
     probe = ProbeCallback(len(ordered) // recipe.rows_a_step)
-    train(watched, ordered, Collator(tokenizer), recipe, callbacks=[probe], quiet=quiet)
+    train(watched, ordered, Collator(tokenizer), recipe, of_steps=of_steps, callbacks=[probe], quiet=quiet)
     return probe.igia
 
 

@@ -188,6 +188,20 @@ def select(
     return Plan(total, sorted(set(removed) - set(targets)), targets, model, parameter_ratio)
 
 
+def how_many(layers: int, ratio: float) -> int:
+    """How many of `layers` layers the share `ratio` is. Raises InvalidArgument if none, or no such share."""
+    _check_ratio(ratio)
+    wanted = round(Fraction(str(ratio)) * layers)
+    if wanted == 0:
+        raise InvalidArgument(f"ratio = {ratio} of {layers} layers rounds to none; expected {0.5 / layers:.2f} or more")
+    return wanted
+
+
+def _check_ratio(ratio: object) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
+        raise InvalidArgument(f"ratio = {ratio!r}; accepted is a share above 0 and below 1")
+
+
 def _how_many(
     total: int,
     order: Sequence[int],
@@ -206,15 +220,9 @@ def _how_many(
             raise InvalidArgument(f"count = {count!r}; expected a number of layers, 1 or more")
         return count
     assert ratio is not None
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
-        raise InvalidArgument(f"ratio = {ratio!r}; accepted is a share above 0 and below 1")
     if of == "layers":
-        wanted = round(Fraction(str(ratio)) * total)
-        if wanted == 0:
-            raise InvalidArgument(
-                f"ratio = {ratio} of {total} layers rounds to none; expected {0.5 / total:.2f} or more"
-            )
-        return wanted
+        return how_many(total, ratio)
+    _check_ratio(ratio)
     if layer_parameters is None or not total_parameters:
         raise InvalidArgument("of = 'parameters' needs layer_parameters and total_parameters")
     gone = 0

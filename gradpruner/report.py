@@ -8,10 +8,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gradpruner.errors import InvalidArgument
 from gradpruner.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by every kind of colour vision and, by lightness and hatching, in print.
 STYLES: dict[str, dict[str, Any]] = {
@@ -64,20 +68,20 @@ def plot_layer_scores(
         InvalidArgument: matplotlib is missing, or `scores` is not one finite score per layer of the plan.
         CheckpointError: the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure  # not pyplot, whose state belongs to the caller
-    except ImportError:
-        raise InvalidArgument("a plot needs matplotlib: pip install gradpruner[plot]") from None
+    figure = new_figure(9.6, 4.8)
+    draw_layer_scores(figure.add_subplot(), scores, plan)
+    if title:
+        title_figure(figure, title)
+    save_figure(figure, path)
+
+
+def draw_layer_scores(axes: Axes, scores: Sequence[float], plan: PlanLike) -> None:
+    """Draw what `plot_layer_scores` writes. Raises InvalidArgument if `scores` does not fit the plan."""
     values = [float(score) for score in scores]
     if len(values) != plan.layers:
         raise InvalidArgument(f"scores has {len(values)} values, but the plan is for {plan.layers} layers")
     if not all(math.isfinite(value) and value >= 0 for value in values):
         raise InvalidArgument("scores has a negative or non-finite value; accepted: 0 or more")
-
-    figure = Figure(figsize=(9.6, 4.8), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     fates = {**dict.fromkeys(plan.drop, "dropped"), **dict.fromkeys(plan.merge, "merged")}
     floor = _floor(values)
     for fate, style in STYLES.items():
@@ -91,15 +95,39 @@ def plot_layer_scores(
     axes.set_ylim(bottom=floor)
     axes.set_xlim(-0.7, plan.layers - 0.3)
     axes.set_xticks(range(0, plan.layers, max(1, -(-plan.layers // 32))))
-    axes.set_xlabel("decoder layer", fontsize=13)
-    axes.set_ylabel("layer score", fontsize=13)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
+    style_axes(axes, "decoder layer", "layer score")
     # above the axes, where no bar can be
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=12)
-    if title:
-        figure.suptitle(title, fontsize=15, fontweight="bold", x=0.01, ha="left", parse_math=False)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches. Raises InvalidArgument where matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure  # not pyplot, whose state belongs to the caller
+    except ImportError:
+        raise InvalidArgument("a plot needs matplotlib: pip install gradpruner[plot]") from None
+    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def title_figure(figure: Figure, title: str) -> None:
+    """Put a title over the whole figure, at its left."""
+    figure.suptitle(title, fontsize=15, fontweight="bold", x=0.01, ha="left", parse_math=False)
+
+
+def style_axes(axes: Axes, across: str, up: str, grid: Literal["x", "y"] = "y") -> None:
+    """The look all plots share: open axes, a faint grid behind the data, labels that a slide can carry."""
+    axes.set_xlabel(across, fontsize=13, parse_math=False)
+    axes.set_ylabel(up, fontsize=13, parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write the figure as a PNG, atomically. Raises CheckpointError if the file cannot be written."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -118,18 +146,21 @@ def html_report(
         InvalidArgument: a plot does not exist or is not a PNG.
         CheckpointError: the file cannot be written.
     """
-    figures = "".join(
-        f"<div><dt>{_escaped(key)}</dt><dd>{_escaped(value)}</dd></div>" for key, value in summary.items()
-    )
+    figures = "".join(f"<div><dt>{escaped(key)}</dt><dd>{escaped(value)}</dd></div>" for key, value in summary.items())
     images = "".join(
-        f'<img alt="Plot {number}" src="data:image/png;base64,{_base64(plot)}">\n'
+        f'<img alt="Plot {number}" src="data:image/png;base64,{base64_png(plot)}">\n'
         for number, plot in enumerate(plots, 1)
     )
+    body = f"<h1>{escaped(title)}</h1>\n<dl>{figures}</dl>\n{images}{_html_table(rows)}"
+    write_page(path, title, body)
+
+
+def write_page(path: str | os.PathLike[str], title: str, body: str, css: str = CSS) -> None:
+    """Write an HTML page around a `body` that is HTML already. Raises CheckpointError if it cannot be written."""
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_escaped(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<h1>{_escaped(title)}</h1>\n"
-        f"<dl>{figures}</dl>\n{images}{_html_table(rows)}</body>\n</html>\n"
+        f"<title>{escaped(title)}</title>\n<style>{css}</style>\n</head>\n<body>\n{body}</body>\n</html>\n"
     )
     with atomic_path(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -168,10 +199,10 @@ def _html_table(rows: Sequence[Mapping[str, Any]]) -> str:
         return ""
     columns = _columns(rows)
     kinds = [' class="number"' if _is_numeric(rows, column) else "" for column in columns]
-    head = "".join(f"<th{kind}>{_escaped(c)}</th>" for c, kind in zip(columns, kinds, strict=True))
+    head = "".join(f"<th{kind}>{escaped(c)}</th>" for c, kind in zip(columns, kinds, strict=True))
     body = "".join(
         "<tr>"
-        + "".join(f"<td{kind}>{_escaped(row.get(c))}</td>" for c, kind in zip(columns, kinds, strict=True))
+        + "".join(f"<td{kind}>{escaped(row.get(c))}</td>" for c, kind in zip(columns, kinds, strict=True))
         + "</tr>\n"
         for row in rows
     )
@@ -179,7 +210,8 @@ def _html_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return f'<div class="scroll"><table>\n{content}</table></div>\n'
 
 
-def _base64(plot: Path | bytes) -> str:
+def base64_png(plot: Path | bytes) -> str:
+    """A PNG as a data address holds it. Raises InvalidArgument if it does not exist or is not a PNG."""
     try:
         png = plot if isinstance(plot, bytes) else plot.read_bytes()
     except OSError as error:
@@ -204,5 +236,6 @@ def _shown(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _escaped(value: Any) -> str:
+def escaped(value: Any) -> str:
+    """A value as HTML text or attribute."""
     return html.escape(_shown(value))

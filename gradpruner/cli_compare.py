@@ -1,0 +1,51 @@
+"""The command `compare`: arguments to calls; no logic."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from gradpruner import cli_options as given
+
+METHODS = ("gradpruner", "shortgpt", "laco", "drop-last", "random", "magnitude", "taylor", "block", "loss")
+
+
+def add_compare(commands: Any) -> None:
+    """`gradpruner compare`."""
+    parser = given.command(
+        commands, "compare", _compare, "Methods against each other on your model and data, on one budget.",
+        "gradpruner compare --model M --data train.jsonl --steps 250 --ratios 0.2 0.4 --seeds 0 1 2 --out comparison",
+    )  # fmt: skip
+    given.model_options(parser)
+    given.data_options(parser, testing=True)
+    given.recipe_options(parser)
+    parser.add_argument("--probe-steps", type=int, metavar="N", help="steps of the probe (default: 1 %%, 20 at least)")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="M",
+                        help="name or name:option=value,... (default: all that there are)")  # fmt: skip
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.4], metavar="P", help="shares of the layers")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="order of the data, adapters")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="models at a time: one a GPU, or a core")
+    parser.add_argument("--no-costs", action="store_true", help="do not measure time and memory at the end")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything goes; run again to go on")
+
+
+def _compare(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.compare import Compare, work_in_processes
+    from gradpruner.compared import write
+    from gradpruner.pipeline import Job
+
+    train_examples, test_examples = given.split(options)
+    comparison = Compare(Job(**given.job(options)), train_examples, test_examples, options.out,
+                         methods=options.methods, ratios=options.ratios, seeds=options.seeds,
+                         say=_quiet if options.json else _say)  # fmt: skip
+    work_in_processes(comparison, options.processes)
+    return write(comparison, costs=not options.no_costs)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _quiet(line: str) -> None:
+    pass

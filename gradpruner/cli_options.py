@@ -1,0 +1,147 @@
+"""Options that several commands share, and what they say."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+DATA_HELP = """\
+data:
+  a .jsonl, .json or .csv file, or the id of a hub data set. Templates fill in columns:
+    --prompt 'Question: {text}\\nIntent:' --answer '{category}'
+  Without templates the usual column pairs are recognised (prompt/completion, question/answer, text/label, ...).
+"""
+
+
+def command(commands: Any, name: str, call: Any, summary: str, example: str) -> argparse.ArgumentParser:
+    """A command with the options that all have."""
+    parser = commands.add_parser(
+        name, help=summary, description=summary,
+        epilog=f"{DATA_HELP if '--data' in example else ''}example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(call=call)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, for a program")
+    return parser
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it is loaded."""
+    parser.add_argument("--model", required=True, metavar="M", help="checkpoint folder, hub id, .gguf file, or smollm2")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                        help="to load in (default: as stored)")  # fmt: skip
+    parser.add_argument("--attention", metavar="A", help="transformers' attn_implementation (default: its choice)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def data_options(parser: argparse.ArgumentParser, *, testing: bool) -> None:
+    """Which data, and how it is read."""
+    parser.add_argument("--data", required=True, metavar="D", help="file or hub id; see below")
+    parser.add_argument("--split", default="train", help="split of a hub data set (default train)")
+    parser.add_argument("--prompt", metavar="T", help="template of the prompt")
+    parser.add_argument("--answer", metavar="T", help="template of the answer")
+    parser.add_argument("--limit", type=int, metavar="N", help="use N examples of --data, shuffled by --data-seed")
+    parser.add_argument("--data-seed", type=int, default=0, metavar="N", help="shuffling of the data (default 0)")
+    parser.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of an example (default 512)")
+    parser.add_argument("--train-on", choices=("answer", "all"), default="answer", help="tokens that count")
+    if testing:
+        parser.add_argument("--test-data", metavar="D", help="evaluated at the end (default: held out of --data)")
+        parser.add_argument("--test-split", help="split of a hub data set for --test-data (default test)")
+        parser.add_argument("--test-limit", type=int, metavar="N", help="use N of them")
+        parser.add_argument("--held-out", type=float, default=0.1, metavar="P", help="share held out (default 0.1)")
+
+
+def plan_options(parser: argparse.ArgumentParser) -> None:
+    """How many layers go, and which."""
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--ratio", type=float, metavar="P", help="share of the layers to remove (default 0.4)")
+    amount.add_argument("--count", type=int, metavar="N", help="how many layers to remove")
+    parser.add_argument("--of", choices=("layers", "parameters"), default="layers", help="what --ratio is a share of")
+    parser.add_argument("--kind", choices=("squared", "norm", "normalized"), default="squared", help="layer score")
+    parser.add_argument("--merge", type=_merge, default="auto", metavar="N", help="layers to fold, not drop, or auto")
+
+
+def _merge(text: str) -> str | int:
+    return text if text == "auto" else int(text)
+
+
+def recipe_options(parser: argparse.ArgumentParser) -> None:
+    """How to fine-tune."""
+    parser.add_argument("--steps", type=int, required=True, metavar="N", help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples at a time (default 16)")
+    parser.add_argument("--accumulation", type=int, default=1, metavar="N", help="batches of a step (default 1)")
+    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default 1e-4)")
+    parser.add_argument("--rank", type=int, default=8, metavar="R", help="LoRA rank; 0 trains all weights (default 8)")
+    parser.add_argument("--group-by-length", action="store_true", help="rows of one length together: less padding")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="order of the data, adapters (default 0)")
+
+
+def recipe(options: argparse.Namespace) -> Any:
+    """What `recipe_options` say."""
+    from gradpruner.finetune import Recipe
+
+    return Recipe(batch_size=options.batch_size, accumulation=options.accumulation, learning_rate=options.lr,
+                  rank=options.rank, seed=options.seed, group_by_length=options.group_by_length)  # fmt: skip
+
+
+def job(options: argparse.Namespace) -> dict[str, Any]:
+    """What a `Job` is told by the options of the model, the data and the recipe."""
+    return {
+        "source": options.model,
+        "steps": options.steps,
+        "recipe": recipe(options),
+        "probe_steps": options.probe_steps,
+        "max_length": options.max_length,
+        "train_on": options.train_on,
+        "dtype": options.dtype,
+        "attention": options.attention,
+        "trust_remote_code": options.trust_remote_code,
+    }
+
+
+def load(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    from gradpruner.models import load_model
+    from gradpruner.pipeline import torch_dtype
+
+    return load_model(options.model, dtype=torch_dtype(options.dtype), attention=options.attention,
+                      trust_remote_code=options.trust_remote_code)  # fmt: skip
+
+
+def examples(options: argparse.Namespace) -> list[Any]:
+    """The examples of --data."""
+    from gradpruner.data import load_examples
+
+    return load_examples(options.data, split=options.split, prompt=options.prompt, answer=options.answer,
+                         limit=options.limit, seed=options.data_seed)  # fmt: skip
+
+
+def amount(options: argparse.Namespace) -> dict[str, Any]:
+    """What `plan_options` say."""
+    ratio = 0.4 if options.ratio is None and options.count is None else options.ratio
+    return {
+        "ratio": ratio,
+        "count": options.count,
+        "of": options.of,
+        "kind": options.kind,
+        "merge": options.merge,
+    }
+
+
+def say(options: argparse.Namespace) -> Any:
+    """Where progress goes: to stderr, or nowhere if a program reads."""
+    return (lambda line: None) if options.json else (lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def split(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """Training and test examples: of --test-data, or held out of --data."""
+    from gradpruner.data import is_file, load_examples, split_examples
+
+    train_examples, templates = examples(options), {"prompt": options.prompt, "answer": options.answer}
+    if not options.test_data:
+        train_examples, test_examples = split_examples(train_examples, options.held_out, options.data_seed)
+        return train_examples, test_examples[: options.test_limit]
+    part = options.test_split or ("train" if is_file(options.test_data) else "test")
+    return train_examples, load_examples(options.test_data, split=part, **templates, limit=options.test_limit,
+                                         seed=options.data_seed)  # fmt: skip

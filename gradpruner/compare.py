@@ -1,0 +1,339 @@
+"""Methods against each other on one budget: the same rows in the same order, the same number of optimizer steps.
+
+Everything is kept in one folder under what it was made from: a probe, a plan, a trained model's figures are computed
+once, whoever asks for them, and a comparison that was stopped, or is asked for more, goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import math
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+from torch import nn
+
+from gradpruner.data import IGNORED, Collator, Example, tokenize
+from gradpruner.decoder import Decoder
+from gradpruner.errors import GradPrunerError, InvalidArgument
+from gradpruner.evaluate import answers, macro_f1, perplexity
+from gradpruner.files import read_json, write_json
+from gradpruner.finetune import Recipe, Row, schedule
+from gradpruner.igia import Igia
+from gradpruner.methods import Clues, Method, parse_method, spelled
+from gradpruner.models import load_model
+from gradpruner.pipeline import Job, torch_dtype, tune, watch
+from gradpruner.plan import Plan, how_many
+
+DENSE = "dense"
+FEW = 10  # classes: with more of them, macro-F1 is not what people look at
+EVALUATED_AT_ONCE = 32
+SETTINGS = "comparison.json"
+OF_A_PLAN = ("ratio", "count", "of", "kind", "merge", "top")  # what a job says that methods and ratios say here
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model of the comparison: what a method (or nothing, "dense") makes with `count` layers less."""
+
+    method: str
+    count: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As a file is called."""
+        tidy = "".join(c if c.isalnum() or c in "-.=" else "_" for c in self.method)
+        return f"{tidy}-{self.count}-{self.seed}"
+
+
+class Compare:
+    """A comparison and its folder.
+
+    job: model, steps, recipe; its seed is replaced by each of `seeds`, its ratio and merging by those of the methods.
+    methods: see `parse_method`. ratios: shares of the layers. held_out: training examples that nothing is trained on,
+    for methods that want to try. Raises InvalidArgument; also if the folder holds a comparison on other terms.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        train_examples: Sequence[Example],
+        test_examples: Sequence[Example],
+        folder: str | os.PathLike[str],
+        *,
+        methods: Sequence[str],
+        ratios: Sequence[float] = (0.4,),
+        seeds: Sequence[int] = (0,),
+        held_out: int = 48,
+        dense: bool = True,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        if not test_examples or not 0 < held_out < len(train_examples):
+            raise InvalidArgument(
+                f"{len(train_examples)} training and {len(test_examples)} test examples, {held_out} held out; expected "
+                "at least one of each"
+            )
+        if not methods or not ratios or not seeds:
+            raise InvalidArgument("methods, ratios or seeds is empty; expected at least one of each")
+        self.job, self.folder, self.say = job, Path(folder), say
+        self.methods = [spelled(parse_method(text)) for text in methods]
+        self.ratios, self.seeds, self.with_dense = ratios, seeds, dense
+        shuffled = list(train_examples)
+        random.Random(0).shuffle(shuffled)
+        self._held_out, self._train, self._test = shuffled[:held_out], shuffled[held_out:], list(test_examples)
+        self.terms = {
+            **{name: value for name, value in job.to_dict().items() if name not in OF_A_PLAN},
+            "train_examples": len(self._train),
+            "test_examples": len(self._test),
+            "data": _digest([*self._held_out, *self._train, *self._test]),
+            "held_out": held_out,
+        }
+        self.terms["recipe"] = {**self.terms["recipe"], "seed": None}
+        known = self.folder / SETTINGS
+        if known.exists():
+            before = read_json(known, "comparison")
+            changed = sorted(name for name in self.terms if before.get(name) != self.terms[name])
+            if changed:
+                raise InvalidArgument(
+                    f"folder {str(self.folder)!r} holds a comparison with another {', '.join(changed)}; "
+                    "expected a new folder, or the same terms to go on or to add methods, ratios and seeds"
+                )
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(known, self.terms)
+
+    def cells(self, layers: int) -> list[Cell]:
+        """All models, dense ones first."""
+        counts = list(dict.fromkeys(how_many(layers, ratio) for ratio in self.ratios))
+        found = [Cell(DENSE, 0, seed) for seed in self.seeds] if self.with_dense else []
+        return found + [Cell(m, count, seed) for seed in self.seeds for count in counts for m in self.methods]
+
+    def work(self) -> None:
+        """Make every model that is not there yet and that no other process is making."""
+        for cell in self.cells(self.layers()):
+            if self._cell(cell).exists():
+                continue
+            with _claim(self.folder / "locks" / cell.name) as mine:
+                if mine and not self._cell(cell).exists():
+                    self._make(cell)
+                    gc.collect()
+
+    def layers(self) -> int:
+        """Decoder layers of the dense model."""
+        path = self.folder / "model.json"
+        with _lock(self.folder / "locks" / "model"):
+            if not path.exists():
+                decoder = Decoder(self._load()[0])
+                write_json(path, {"layers": len(decoder.layers), "parameters": decoder.total_parameters()})
+        return int(read_json(path, "model")["layers"])
+
+    def finished(self) -> list[dict[str, Any]]:
+        """What is known of each model that is done, in the order of `cells`."""
+        paths = [self._cell(cell) for cell in self.cells(self.layers())]
+        return [self.read(path) for path in paths if path.exists()]
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """A cell with the figures of its training."""
+        cell = read_json(path, "cell")
+        return {**read_json(self.folder / "trained" / f"{cell['trained']}.json", "training"), **cell}
+
+    def rows_of_dense(self) -> list[Row]:
+        """The rows of the dense run with the first seed, in order."""
+        recipe = dataclasses.replace(self.job.recipe, seed=self.seeds[0])
+        return self._rows(self._train, self._load()[1], recipe)
+
+    def seen(self, method: Method, seed: int) -> Igia:
+        """What the probe of a method saw."""
+        return self._probe(method, self._load()[1], seed)
+
+    def plan_of(self, cell: Mapping[str, Any]) -> Plan:
+        """The plan of a finished cell."""
+        return Plan.load(self.folder / "plans" / f"{Cell(cell['method'], cell['count'], cell['seed']).name}.json")
+
+    def _cell(self, cell: Cell) -> Path:
+        return self.folder / "cells" / f"{cell.name}.json"
+
+    def _make(self, cell: Cell) -> None:
+        began = time.perf_counter()
+        model, tokenizer = self._load()
+        layers = len(Decoder(model).layers)
+        recipe = dataclasses.replace(self.job.recipe, seed=cell.seed)
+        rows = self._rows(self._train, tokenizer, recipe)
+        about: dict[str, Any] = {**vars(cell), "ratio": cell.count / layers}
+        if cell.method == DENSE:
+            about |= {"removed": [], "merged": {}}
+        else:
+            method = parse_method(cell.method)
+            probing = method.probe_steps or self.job.probing
+            if probing >= self.job.steps:
+                raise InvalidArgument(f"{cell.method}: {probing} steps to probe of {self.job.steps}; expected fewer")
+            clues = self._clues(method, model, tokenizer, rows[: probing * recipe.rows_a_step], cell.seed)
+            self.say(f"{cell.name}: choosing")
+            plan = self._plan(method, clues, cell)
+            model = method.cut(clues, plan)
+            rows = rows[probing * recipe.rows_a_step :]
+            about |= {"removed": list(plan.removed), "merged": plan.to_dict()["merge"]}
+        about["seconds_to_cut"] = time.perf_counter() - began
+        key = _digest([_content(model), rows, recipe.to_dict(), self.terms["data"]])
+        with _lock(self.folder / "locks" / key):
+            path = self.folder / "trained" / f"{key}.json"
+            if not path.exists():
+                self.say(f"{cell.name}: {len(rows) // recipe.rows_a_step} steps")
+                path.parent.mkdir(exist_ok=True)
+                write_json(path, self._train_and_test(model, tokenizer, rows, recipe))
+        self._cell(cell).parent.mkdir(exist_ok=True)
+        write_json(self._cell(cell), {**about, "trained": key})
+        self.say(f"{cell.name}: exact match {read_json(path, 'training')['exact_match']}")
+
+    def _train_and_test(self, model: Any, tokenizer: Any, rows: list[Row], recipe: Recipe) -> dict[str, Any]:
+        began = time.perf_counter()
+        model, training = tune(model, tokenizer, rows, recipe, quiet=True)
+        seconds = time.perf_counter() - began
+        found = tested(model, tokenizer, self._test, self.job)
+        decoder = Decoder(model)
+        return {
+            **found,
+            "layers": len(decoder.layers),
+            "parameters": decoder.total_parameters(),
+            "training_seconds": seconds,
+            "training": training.to_dict(),
+        }
+
+    def _clues(self, method: Method, model: nn.Module, tokenizer: Any, rows: list[Row], seed: int) -> Clues:
+        collate = Collator(tokenizer)
+        size = self.job.recipe.batch_size
+
+        def batches(of: Sequence[Row]) -> list[Any]:
+            return [collate(of[i : i + size]) for i in range(0, len(of), size)]
+
+        held_out = self._tokens(self._held_out, tokenizer)
+        return Clues(model, batches(rows), batches(held_out), seed, lambda: self._probe(method, tokenizer, seed))
+
+    def _probe(self, method: Method, tokenizer: Any, seed: int) -> Igia:
+        steps = method.probe_steps or self.job.probing
+        recipe = dataclasses.replace(self.job.recipe, seed=seed, rank=method.rank or self.job.recipe.rank)
+        examples = self._train[: max(1, round(method.share * len(self._train)))] if method.share else self._train
+        rows = self._rows(examples, tokenizer, recipe)[: steps * recipe.rows_a_step]
+        path = self.folder / "probes" / f"{_digest([rows, recipe.to_dict(), self.job.source])}.safetensors"
+        with _lock(self.folder / "locks" / path.stem):
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                self.say(f"seed {seed}: probing {steps} steps")
+                watch(self._load()[0], tokenizer, rows, recipe, of_steps=self.job.steps, quiet=True).save(path)
+        return Igia.load(path, lazy=True)
+
+    def _plan(self, method: Method, clues: Clues, cell: Cell) -> Plan:
+        path = self.folder / "plans" / f"{cell.name}.json"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            method.plan(clues, cell.count).save(path)
+        return Plan.load(path)
+
+    def _load(self) -> tuple[Any, Any]:
+        return load_model(
+            self.job.source,
+            dtype=torch_dtype(self.job.dtype),
+            attention=self.job.attention,
+            trust_remote_code=self.job.trust_remote_code,
+        )
+
+    def _tokens(self, examples: Sequence[Example], tokenizer: Any) -> list[dict[str, list[int]]]:
+        return tokenize(examples, tokenizer, max_length=self.job.max_length, train_on=self.job.train_on)  # type: ignore[arg-type]
+
+    def _rows(self, examples: Sequence[Example], tokenizer: Any, recipe: Recipe) -> list[Row]:
+        return schedule(self._tokens(examples, tokenizer), self.job.steps, recipe)
+
+
+def work_in_processes(comparison: Compare, processes: int) -> None:
+    """`comparison.work()` in so many processes, each with its share of the cores and, where there are, a GPU.
+
+    Raises GradPrunerError if one of them failed; the others finish what they can.
+    """
+    if processes == 1:
+        comparison.work()
+        return
+    spawn = multiprocessing.get_context("spawn")
+    children = [spawn.Process(target=_child, args=(comparison, i, processes)) for i in range(processes)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    failed = sum(child.exitcode != 0 for child in children)
+    if failed:
+        raise GradPrunerError(f"{failed} of {processes} processes failed; what the others finished is kept")
+
+
+def _child(comparison: Compare, index: int, processes: int) -> None:
+    if torch.cuda.device_count():
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index % torch.cuda.device_count())
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    comparison.work()
+
+
+def tested(model: Any, tokenizer: Any, examples: Sequence[Example], job: Job) -> dict[str, Any]:
+    """Exact match, macro-F1 where there are few different answers, perplexity; `right`: 1 or 0 for every example."""
+    collate, found = Collator(tokenizer), dict[str, Any](exact_match=None, macro_f1=None, right="")
+    answered = [e for e in examples if e.answer]
+    rows = tokenize(answered, tokenizer, max_length=job.max_length)
+    judged = answers(model, rows, collate=collate, batch_size=EVALUATED_AT_ONCE) if rows else []
+    if judged:
+        found["exact_match"] = sum(answer.right for answer in judged) / len(judged)
+        found["right"] = "".join(str(int(answer.right)) for answer in judged)
+        truth = [tuple(t for t in row["labels"] if t != IGNORED) for row in rows]
+        if len(set(truth)) <= FEW:
+            found["macro_f1"] = macro_f1([answer.said for answer in judged], truth)
+    if job.train_on == "answer" and len(answered) == len(examples):
+        found["perplexity"] = math.exp(min(700.0, sum(a.loss for a in judged) / sum(a.tokens for a in judged)))
+    else:
+        every = tokenize(examples, tokenizer, max_length=job.max_length, train_on=job.train_on)  # type: ignore[arg-type]
+        found["perplexity"] = perplexity(model, every, collate=collate, batch_size=EVALUATED_AT_ONCE)
+    return {**found, "examples": len(examples)}
+
+
+def _digest(of: Any) -> str:
+    return hashlib.sha256(repr(of).encode()).hexdigest()[:16]
+
+
+def _content(model: nn.Module) -> str:
+    """A digest of every parameter: two plans that make the same model are trained once."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _claim(path: Path) -> Iterator[bool]:
+    """Whether nobody else is at it; if so, nobody else will be until the block ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(f"{path}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time; the others wait, and find what it made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{path}.lock"):
+        yield

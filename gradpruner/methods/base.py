@@ -1,0 +1,139 @@
+"""What every way to remove decoder layers has in common: clues in, a plan out, a smaller model."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from gradpruner.decoder import Decoder
+from gradpruner.errors import InvalidArgument
+from gradpruner.igia import Igia
+from gradpruner.merge import apply
+from gradpruner.plan import Plan, select
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Clues:
+    """What a method may look at before it decides.
+
+    model: the dense, plain transformers model; a method leaves it as it was. batches: collated training examples with
+    labels, those that the probe's steps used. held_out: others, not trained on. seed: for what is random.
+    igia: what a probe saw of the model, made when first asked for.
+    """
+
+    model: nn.Module
+    batches: Sequence[Batch]
+    held_out: Sequence[Batch]
+    seed: int
+    probe: Callable[[], Igia] | None = None
+
+    @property
+    def igia(self) -> Igia:
+        """What the probe saw. Raises InvalidArgument where there was none."""
+        if self.probe is None:
+            raise InvalidArgument("igia is None; this method needs what a probe saw of the model")
+        return self.probe()
+
+
+class Method(abc.ABC):
+    """A way to remove decoder layers; a subclass is a frozen dataclass whose fields are its options.
+
+    A method scores the layers (`scores`: the lowest go), or makes the whole plan (`plan`), and may change the layers
+    that stay (`cut`).
+    """
+
+    name: ClassVar[str]
+    # of a method with a probe, where it differs from the job's: its steps, its rank, the share of the data it sees
+    probe_steps: int | None = None
+    rank: int | None = None
+    share: float | None = None
+
+    def scores(self, clues: Clues) -> Sequence[float]:
+        """One finite number a decoder layer; the lowest are removed, of equals the one further back."""
+        raise NotImplementedError
+
+    def plan(self, clues: Clues, count: int) -> Plan:
+        """Which `count` layers go. Raises InvalidArgument if so many cannot."""
+        decoder = Decoder(clues.model)
+        check_count(decoder, count)
+        return lowest(decoder, self.scores(clues), count)
+
+    def cut(self, clues: Clues, plan: Plan) -> nn.Module:
+        """The smaller model: `clues.model` itself, cut."""
+        return apply(clues.model, plan, None)
+
+
+def check_count(decoder: Decoder, count: int) -> None:
+    """Before anything is computed: raises InvalidArgument unless `count` layers can go."""
+    select([0.0] * len(decoder.layers), count=count, merge=0, protect=())
+
+
+def lowest(decoder: Decoder, scores: Sequence[float], count: int) -> Plan:
+    """The plan that drops the `count` lowest scores, of equals the one further back. Raises InvalidArgument."""
+    return select(
+        scores,
+        count=count,
+        merge=0,
+        protect=(),
+        layer_parameters=[decoder.parameters_of(j) for j in range(len(decoder.layers))],
+        total_parameters=decoder.total_parameters(),
+        model=decoder.fingerprint(),
+    )
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Make a method known by its name."""
+    METHODS[method.name] = method
+    return method
+
+
+def parse_method(text: str) -> Method:
+    """A method from "name" or "name:option=value,option=value". Raises InvalidArgument for what it does not know."""
+    name, _, rest = text.partition(":")
+    if name not in METHODS:
+        raise InvalidArgument(f"method = {name!r}; accepted are {', '.join(sorted(METHODS))}")
+    options: dict[str, Any] = {}
+    fields = {field.name: field for field in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if key not in fields or not equals:
+            known = ", ".join(fields) or "none"
+            raise InvalidArgument(f"method {name!r}: {part!r} is no option=value; its options are {known}")
+        options[key] = _value(value)
+    return METHODS[name](**options)
+
+
+def spelled(method: Method) -> str:
+    """The opposite of `parse_method`: the name and every option that is not as by default."""
+    changed = [
+        f"{field.name}={_text(getattr(method, field.name))}"
+        for field in dataclasses.fields(method)  # type: ignore[arg-type]
+        if getattr(method, field.name) != field.default
+    ]
+    return method.name + (":" + ",".join(changed) if changed else "")
+
+
+def _value(text: str) -> Any:
+    words: dict[str, Any] = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

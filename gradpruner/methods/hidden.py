@@ -1,0 +1,103 @@
+"""What enters and leaves each decoder layer, and what leaves the last norm. One batch at a time, in evaluation mode."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpruner.decoder import Decoder
+from gradpruner.errors import InvalidArgument, UnsupportedModel
+from gradpruner.logits import evaluating
+from gradpruner.merge import _pass_input_on
+from gradpruner.methods.base import Batch
+
+Seen = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+def moved(decoder: Decoder, batches: Sequence[Batch], name: str) -> Iterator[dict[str, Any]]:
+    """The batches on the model's device. Raises InvalidArgument, with their `name`, if there are none."""
+    if not batches:
+        raise InvalidArgument(f"{name} is empty; expected at least one batch")
+    device = next(decoder.base.parameters()).device
+    for batch in batches:
+        yield {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def watch(decoder: Decoder, batches: Sequence[Batch], seen: Seen) -> None:
+    """Show `seen` each layer of each forward: its index, what enters, what leaves, and which tokens are real.
+
+    Hidden states are (rows, tokens, width), the mask is boolean (rows, tokens). Raises InvalidArgument without
+    batches, UnsupportedModel where hidden states are not one vector a token.
+    """
+    mask = torch.empty(0)
+
+    def hook(index: int) -> Callable[..., None]:
+        def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            entering = args[0] if args else kwargs["hidden_states"]
+            leaving = output if isinstance(output, Tensor) else output[0]
+            for hidden in (entering, leaving):
+                _check(hidden, mask)
+            seen(index, entering, leaving, mask)
+
+        return show
+
+    handles = [layer.register_forward_hook(hook(j), with_kwargs=True) for j, layer in enumerate(decoder.layers)]
+    try:
+        for inputs in moved(decoder, batches, "batches"):
+            mask = real(decoder, inputs)
+            _without_head(decoder, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def skipping(decoder: Decoder, layers: Iterable[int]) -> Iterator[None]:
+    """Inside, these layers pass their input on as their output."""
+    handles = [decoder.layers[j].register_forward_hook(_pass_input_on, with_kwargs=True) for j in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def final_states(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[Tensor]:
+    """For each batch what the model's head would be given, (rows, tokens, width); zero where there is padding.
+
+    In host memory, in the model's own dtype. Raises InvalidArgument, UnsupportedModel.
+    """
+    for inputs in moved(decoder, batches, "batches"):
+        mask = real(decoder, inputs)
+        final = getattr(_without_head(decoder, inputs), "last_hidden_state", None)
+        if final is None:
+            raise UnsupportedModel(f"{type(decoder.base).__name__} does not tell its last hidden state")
+        _check(final, mask)
+        yield final.masked_fill(~mask[..., None], 0).cpu()
+
+
+def real(decoder: Decoder, inputs: dict[str, Any]) -> Tensor:
+    """Which tokens are no padding, boolean (rows, tokens). Raises UnsupportedModel for an encoder-decoder."""
+    if getattr(decoder.config, "is_encoder_decoder", False):
+        raise UnsupportedModel("an encoder-decoder: which tokens of its decoder are padding is not known")
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _check(hidden: Tensor, mask: Tensor) -> None:
+    if hidden.ndim != 3 or hidden.shape[:2] != mask.shape:
+        shapes = f"{tuple(hidden.shape)} for tokens of shape {tuple(mask.shape)}"
+        raise UnsupportedModel(f"hidden states of shape {shapes}; expected one vector a token")
+
+
+def _without_head(decoder: Decoder, inputs: dict[str, Any]) -> Any:
+    """A forward of the model without its head, whose logits nobody asked for."""
+    body = getattr(decoder.base, "base_model", decoder.base)
+    if all(module is not decoder.layers for module in body.modules()):
+        body = decoder.base
+    with evaluating(decoder.base):
+        return body(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)

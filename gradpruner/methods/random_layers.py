@@ -1,0 +1,25 @@
+"""random: what a choice without any clue is worth."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gradpruner.decoder import Decoder
+from gradpruner.methods.base import Clues, Method, register
+
+
+@register
+@dataclass(frozen=True)
+class RandomLayers(Method):
+    """Remove layers by lot, drawn from the clues' seed; more layers are always these and others."""
+
+    name: ClassVar[str] = "random"
+
+    def scores(self, clues: Clues) -> Sequence[float]:
+        """A shuffled order."""
+        order = [float(j) for j in range(len(Decoder(clues.model).layers))]
+        random.Random(clues.seed).shuffle(order)
+        return order

@@ -1,0 +1,59 @@
+"""taylor: the layers whose weights the loss depends on least, to first order, go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from gradpruner.decoder import Decoder
+from gradpruner.errors import InvalidArgument
+from gradpruner.logits import evaluating
+from gradpruner.methods.base import Clues, Method, register
+from gradpruner.methods.hidden import moved
+from gradpruner.methods.magnitude import linear_parameters
+
+
+@register
+@dataclass(frozen=True)
+class Taylor(Method):
+    """Remove the layers of least first-order importance (source: Kim et al. 2024, Shortened LLaMA, Taylor)."""
+
+    name: ClassVar[str] = "taylor"
+
+    def scores(self, clues: Clues) -> Sequence[float]:
+        """The sum of |w g| over a layer's linear weights, g the gradient of the mean of the batches' losses.
+
+        Needs the memory of one gradient of these weights, in their own dtype. Raises InvalidArgument without batches
+        or labels, UnsupportedModel if weights are packed by a quantiser.
+        """
+        decoder = Decoder(clues.model)
+        layers = linear_parameters(decoder)
+        wanted = {id(weight) for weights in layers for weight in weights}
+        before = [(p, p.requires_grad, p.grad) for p in decoder.base.parameters()]
+        try:
+            for parameter, _, _ in before:
+                parameter.grad = None
+                parameter.requires_grad_(id(parameter) in wanted)
+            with evaluating(decoder.base), torch.enable_grad():
+                for inputs in moved(decoder, clues.batches, "batches"):
+                    loss = decoder.base(**inputs, use_cache=False).loss
+                    if loss is None:
+                        raise InvalidArgument("batches: the model returned no loss; expected batches with labels")
+                    (loss / len(clues.batches)).backward()
+            return [sum(map(_importance, weights)) for weights in layers]
+        finally:
+            for parameter, flag, gradient in before:
+                parameter.requires_grad_(flag)
+                parameter.grad = gradient
+
+
+def _importance(weight: nn.Parameter) -> float:
+    if weight.grad is None:  # of an expert that no token was sent to, say
+        return 0.0
+    wide = torch.promote_types(weight.dtype, torch.float32)  # products of two bfloat16 would lose half their digits
+    products = weight.detach().to(wide) * weight.grad.to(wide)
+    return float(products.abs_().cpu().sum(dtype=torch.float64))

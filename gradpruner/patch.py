@@ -1,0 +1,214 @@
+"""Patch: what a gap of removed layers did, as far as it is linear, folded into the layer before the gap.
+
+No parameter is added: the last linear of the kept layer, which writes to the residual stream, gets the least-squares
+change that brings the layer's output closest to what left the last removed layer (source: D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpruner.decoder import Decoder, Weight, is_linear, is_packed, linear_modules
+from gradpruner.errors import InvalidArgument, UnsupportedModel
+from gradpruner.logits import evaluating
+from gradpruner.plan import Plan
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean square of an input
+HELD_OUT = 5  # every fifth row chooses the ridge, and is fitted with it afterwards
+NEARLY = 0.02  # how exactly a shift of a linear must come out of its layer; half precision rounds it
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A change of one linear weight of a kept layer.
+
+    change: float32, in the layout in which the weight is stored. left: share of the squared error (of each token,
+    relative to its state) at the gap's end that remains on rows that were not fitted; 1 without a patch.
+    """
+
+    weight: Weight
+    end: int
+    change: Tensor
+    left: float
+
+
+def gaps(plan: Plan) -> dict[int, int]:
+    """Kept layer before each gap to the last removed layer of the gap; a gap without a layer before has no entry."""
+    ends = {}
+    for layer, following in zip(plan.kept, (*plan.kept[1:], plan.layers), strict=True):
+        if following - 1 > layer:
+            ends[layer] = following - 1
+    return ends
+
+
+def fit_patches(
+    model: nn.Module,
+    plan: Plan,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    layers: str | nn.ModuleList | None = None,
+) -> list[Patch]:
+    """The patch of every gap of the plan, fitted on what the dense model computes on `batches`: one forward each.
+
+    model: dense, before the cut; adapters count. batches: keyword arguments of the model, with attention_mask where
+    rows are padded; labels are ignored. Give the patches to `apply`. A gap gets none where the layer before it has no
+    linear that writes straight to the residual stream (Gemma 2's norm is in between, experts are many), or where it
+    would not help on held-out rows. Raises InvalidArgument where batches are empty or the plan is of another depth.
+    """
+    decoder = Decoder(model, layers)
+    if plan.layers != len(decoder.layers):
+        raise InvalidArgument(f"the plan is for {plan.layers} decoder layers; the model has {len(decoder.layers)}")
+    device = next(decoder.base.parameters()).device
+    fits: dict[int, _Fit] | None = None
+    with evaluating(decoder.given):
+        for batch in batches:
+            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
+            if fits is None:
+                one = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in moved.items()}
+                fits = _fits(decoder, plan, lambda one=one: _forward(decoder.given, one))  # type: ignore[misc]
+            mask = moved.get("attention_mask")
+            for fit in fits.values():
+                fit.begin(mask)
+            _forward(decoder.given, moved)
+        if fits is None:
+            raise InvalidArgument("batches is empty; expected at least one")
+    for fit in fits.values():
+        fit.stop()
+    return [patch for fit in fits.values() if (patch := fit.patch()) is not None]
+
+
+def _forward(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    model(**batch, use_cache=False)
+
+
+class _Fit:
+    """Sums over tokens, and hooks that add to them, for one gap."""
+
+    def __init__(self, decoder: Decoder, weight: Weight, linear: nn.Module, end: int) -> None:
+        self.weight, self.end = weight, end
+        self._rows = 0
+        self._mask: Tensor | None = None
+        self._entered = self._left = torch.empty(0)
+        # of the rows that are fitted, and of those that choose the ridge
+        self._sums: tuple[list[Tensor], list[Tensor]] = ([], [])
+        layer, last = decoder.layers[weight.layer], decoder.layers[end]
+        self._handles = [
+            linear.register_forward_pre_hook(self._on_input),
+            layer.register_forward_hook(self._on_layer),
+            last.register_forward_hook(self._on_end),
+        ]
+
+    def begin(self, mask: Tensor | None) -> None:
+        """Before each batch: which tokens count."""
+        self._mask = mask
+
+    def stop(self) -> None:
+        """Let go of the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._entered = args[0].detach()
+
+    def _on_layer(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._left = _hidden(output).detach()
+
+    def _on_end(self, module: nn.Module, args: Any, output: Any) -> None:
+        target = _hidden(output).detach().float()
+        rows = torch.arange(self._rows, self._rows + len(target), device=target.device)
+        self._rows += len(target)
+        chooses = (rows % HELD_OUT == HELD_OUT - 1)[:, None].expand(target.shape[:2])
+        counts = torch.ones_like(chooses) if self._mask is None else self._mask.bool()
+        for sums, which in zip(self._sums, (counts & ~chooses, counts & chooses), strict=True):
+            wanted = target[which]
+            # what follows a gap normalises its input: an error counts relative to the size of the state
+            scale = wanted.norm(dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
+            x = self._entered[which].float() * scale
+            error = (wanted - self._left[which].float()) * scale
+            new = [x.T @ x, x.T @ error, error.square().sum()]
+            sums[:] = [old + add for old, add in zip(sums, new, strict=True)] if sums else new
+
+    def patch(self) -> Patch | None:
+        """The best change, None where it does not help on held-out rows (or there were too few rows to tell)."""
+        fitted, held = self._sums
+        if not float(held[2]) > 0 or not float(fitted[2]) > 0:
+            return None
+        shares = {ridge: _share_left(_solve(fitted, ridge), held) for ridge in RIDGES}
+        best = min(shares, key=lambda ridge: shares[ridge])
+        if not shares[best] < 1:
+            return None
+        change = _solve([a + b for a, b in zip(fitted, held, strict=True)], best).float()  # (in, out)
+        stored = change if self.weight.transposed else change.T
+        return Patch(self.weight, self.end, stored.contiguous().cpu(), shares[best])
+
+
+def _solve(sums: list[Tensor], ridge: float) -> Tensor:
+    gram = sums[0].double()
+    gram.diagonal().add_(ridge * float(gram.diagonal().mean()))
+    return torch.linalg.solve(gram, sums[1].double())
+
+
+def _share_left(change: Tensor, sums: list[Tensor]) -> float:
+    gram, cross, square = sums[0].double(), sums[1].double(), float(sums[2])
+    return float((square - 2 * (change * cross).sum() + (change * (gram @ change)).sum()) / square)
+
+
+def _fits(decoder: Decoder, plan: Plan, forward: Callable[[], None]) -> dict[int, _Fit]:
+    """A fit for every gap whose layer has a linear that writes to the residual stream, found by trying."""
+    fits = {}
+    for layer, end in gaps(plan).items():
+        found = _writer(decoder, layer, forward)
+        if found is not None:
+            fits[layer] = _Fit(decoder, *found, end)
+    return fits
+
+
+def _writer(decoder: Decoder, layer: int, forward: Callable[[], None]) -> tuple[Weight, nn.Module] | None:
+    """The last linear of a layer to run, if what is added to its output is added to the layer's output."""
+    names = {name: module for name, module in linear_modules(decoder, layer).items() if is_linear(module)}
+    order: list[str] = []
+    handles = [m.register_forward_hook(lambda *_, name=n: order.append(name)) for n, m in names.items()]
+    states: list[Tensor] = []
+    handles.append(decoder.layers[layer].register_forward_hook(lambda *a: states.append(_hidden(a[2]).detach())))
+    try:
+        forward()
+        if not order:
+            return None
+        linear = names[order[-1]]
+        shifts: list[Tensor] = []
+
+        def shift(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+            shifts.append(states[0].float().square().mean().sqrt() * noise.float())
+            return output + shifts[0].to(output.dtype)
+
+        handles.append(linear.register_forward_hook(shift))
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    weight = next(w for w in decoder.weights if (w.layer, w.name) == (layer, order[-1]))
+    if is_packed(decoder.parameter(weight)) or shifts[0].shape != states[0].shape or len(shifts) != 1:
+        return None
+    moved = states[1].float() - states[0].float()
+    return (weight, linear) if float((moved - shifts[0]).norm()) < NEARLY * float(shifts[0].norm()) else None
+
+
+def _hidden(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def check_patches(decoder: Decoder, plan: Plan, patches: Iterable[Patch]) -> None:
+    """Raises InvalidArgument unless the patches belong to this plan, UnsupportedModel if a weight cannot take one."""
+    ends, known = gaps(plan), set(decoder.weights)
+    for patch in patches:
+        where = f"the patch of layer {patch.weight.layer} {patch.weight.name}"
+        if ends.get(patch.weight.layer) != patch.end or patch.weight not in known:
+            raise InvalidArgument(f"{where} up to layer {patch.end} does not belong to a gap of this plan and model")
+        if is_packed(decoder.parameter(patch.weight)):
+            raise UnsupportedModel(f"{where}: the weight is quantised; patch the full-precision model instead")
