@@ -61,8 +61,10 @@ def _add_run(commands: Any) -> None:
     given.plan_options(parser)
     given.recipe_options(parser)
     parser.add_argument("--probe-steps", type=int, metavar="N", help="steps of the probe (default: 1 %%, 20 at least)")
+    parser.add_argument("--top", type=float, metavar="P", help="share of a merged weight kept (default: the preset's)")
+    parser.add_argument("--no-patch", action="store_const", const=False, dest="patch", help="leave the gaps unpatched")
     parser.add_argument(
-        "--top", type=float, default=0.2, metavar="P", help="share of a merged weight kept (default 0.2)"
+        "--adapters", choices=("keep", "discard"), help="what the probe trained (default: the preset's)"
     )
     parser.add_argument("--no-dense", action="store_true", help="do not fine-tune the uncut model for comparison")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything goes; run again to resume")
@@ -76,6 +78,8 @@ def _add_probe(commands: Any) -> None:
     given.model_options(parser)
     given.data_options(parser, testing=False)
     given.recipe_options(parser)
+    parser.add_argument("--of-steps", type=int, metavar="N", help="steps of the run that this is the beginning of, for "
+                        "its learning rate (default: --steps)")  # fmt: skip
     parser.add_argument("--out", required=True, metavar="FILE", help="igia.safetensors to write")
 
 
@@ -172,7 +176,8 @@ def _training(options: argparse.Namespace, recipe: Any) -> tuple[Any, Any, list[
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.pipeline import Job, Run
 
-    job = Job(**given.job(options), **given.amount(options), top=options.top)
+    job = Job(**given.job(options), **given.amount(options), **given.choice(options), top=options.top,
+              patch=options.patch, adapters=options.adapters)  # fmt: skip
     train_examples, test_examples = given.split(options)
     run = Run(job, train_examples, test_examples, options.out, say=given.say(options), quiet=options.json)
     return _results(run.everything(dense=not options.no_dense), options.out)
@@ -191,7 +196,7 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
 
     recipe = given.recipe(options)
     model, tokenizer, ordered = _training(options, recipe)
-    igia = watch(model, tokenizer, ordered, recipe, quiet=options.json)
+    _, igia = watch(model, tokenizer, ordered, recipe, of_steps=options.of_steps, quiet=options.json)
     scores = igia.layer_scores()
     igia.save(options.out)
     return {
@@ -203,11 +208,13 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.igia import Igia
+    from gradpruner.settings import Settings
 
     igia = Igia.load(options.igia)
-    plan = igia.plan(**given.amount(options))
+    chosen = Settings.of(**given.choice(options))
+    plan = igia.plan(**given.amount(options), kind=chosen.kind, merge=chosen.merge)
     plan.save(options.out)
-    margin, stability = igia.margin(plan, options.kind), igia.stability(plan, options.kind)
+    margin, stability = igia.margin(plan, chosen.kind), igia.stability(plan, chosen.kind)
     return {
         "json": {**plan.to_dict(), "margin": margin, "stability": stability},
         "line": f"{options.out}: {plan.summary()}; margin at the cut {margin:.3f}, "

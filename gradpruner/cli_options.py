@@ -58,8 +58,10 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     amount.add_argument("--ratio", type=float, metavar="P", help="share of the layers to remove (default 0.4)")
     amount.add_argument("--count", type=int, metavar="N", help="how many layers to remove")
     parser.add_argument("--of", choices=("layers", "parameters"), default="layers", help="what --ratio is a share of")
-    parser.add_argument("--kind", choices=("squared", "norm", "normalized"), default="squared", help="layer score")
-    parser.add_argument("--merge", type=_merge, default="auto", metavar="N", help="layers to fold, not drop, or auto")
+    parser.add_argument("--preset", choices=("default", "paper"), default="default",
+                        help="settings that won in our trials, or those of the paper")  # fmt: skip
+    parser.add_argument("--kind", choices=("squared", "norm", "normalized"), help="layer score (default: the preset's)")
+    parser.add_argument("--merge", type=_merge, metavar="N", help="layers to fold, not drop, or auto (the preset's)")
 
 
 def _merge(text: str) -> str | int:
@@ -124,9 +126,12 @@ def amount(options: argparse.Namespace) -> dict[str, Any]:
         "ratio": ratio,
         "count": options.count,
         "of": options.of,
-        "kind": options.kind,
-        "merge": options.merge,
     }
+
+
+def choice(options: argparse.Namespace) -> dict[str, Any]:
+    """The preset and what differs from it."""
+    return {"preset": options.preset, "kind": options.kind, "merge": options.merge}
 
 
 def say(options: argparse.Namespace) -> Any:

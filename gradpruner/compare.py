@@ -31,10 +31,11 @@ from gradpruner.evaluate import answers, macro_f1, perplexity
 from gradpruner.files import read_json, write_json
 from gradpruner.finetune import Recipe, Row, schedule
 from gradpruner.igia import Igia
-from gradpruner.methods import Clues, Method, parse_method, spelled
+from gradpruner.methods import Clues, GradPruner, Method, parse_method, spelled
 from gradpruner.models import load_model
 from gradpruner.pipeline import Job, torch_dtype, tune, watch
 from gradpruner.plan import Plan, how_many
+from gradpruner.probed import IGIA, save_probed, with_probed
 
 DENSE = "dense"
 FEW = 10  # classes: with more of them, macro-F1 is not what people look at
@@ -156,7 +157,7 @@ class Compare:
 
     def seen(self, method: Method, seed: int) -> Igia:
         """What the probe of a method saw."""
-        return self._probe(method, self._load()[1], seed)
+        return Igia.load(self._probe(method, self._load()[1], seed) / IGIA)
 
     def plan_of(self, cell: Mapping[str, Any]) -> Plan:
         """The plan of a finished cell."""
@@ -179,6 +180,8 @@ class Compare:
             probing = method.probe_steps or self.job.probing
             if probing >= self.job.steps:
                 raise InvalidArgument(f"{cell.method}: {probing} steps to probe of {self.job.steps}; expected fewer")
+            if keeps(method):
+                model = with_probed(model, self._probe(method, tokenizer, cell.seed))
             clues = self._clues(method, model, tokenizer, rows[: probing * recipe.rows_a_step], cell.seed)
             self.say(f"{cell.name}: choosing")
             plan = self._plan(method, clues, cell)
@@ -219,20 +222,27 @@ class Compare:
             return [collate(of[i : i + size]) for i in range(0, len(of), size)]
 
         held_out = self._tokens(self._held_out, tokenizer)
-        return Clues(model, batches(rows), batches(held_out), seed, lambda: self._probe(method, tokenizer, seed))
 
-    def _probe(self, method: Method, tokenizer: Any, seed: int) -> Igia:
+        def igia() -> Igia:
+            return Igia.load(self._probe(method, tokenizer, seed) / IGIA, lazy=True)
+
+        return Clues(model, batches(rows), batches(held_out), seed, igia)
+
+    def _probe(self, method: Method, tokenizer: Any, seed: int) -> Path:
+        """The folder of the probe that a method needs, made now if it is not there."""
         steps = method.probe_steps or self.job.probing
         recipe = dataclasses.replace(self.job.recipe, seed=seed, rank=method.rank or self.job.recipe.rank)
         examples = self._train[: max(1, round(method.share * len(self._train)))] if method.share else self._train
         rows = self._rows(examples, tokenizer, recipe)[: steps * recipe.rows_a_step]
-        path = self.folder / "probes" / f"{_digest([rows, recipe.to_dict(), self.job.source])}.safetensors"
-        with _lock(self.folder / "locks" / path.stem):
+        path = self.folder / "probes" / _digest([rows, recipe.to_dict(), self.job.source])
+        with _lock(self.folder / "locks" / path.name):
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
                 self.say(f"seed {seed}: probing {steps} steps")
-                watch(self._load()[0], tokenizer, rows, recipe, of_steps=self.job.steps, quiet=True).save(path)
-        return Igia.load(path, lazy=True)
+                model = self._load()[0]
+                watched, igia = watch(model, tokenizer, rows, recipe, of_steps=self.job.steps, quiet=True)
+                save_probed(path, igia, watched)
+        return path
 
     def _plan(self, method: Method, clues: Clues, cell: Cell) -> Plan:
         path = self.folder / "plans" / f"{cell.name}.json"
@@ -280,6 +290,11 @@ def _child(comparison: Compare, index: int, processes: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(index % torch.cuda.device_count())
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     comparison.work()
+
+
+def keeps(method: Method) -> bool:
+    """Whether a method keeps what the probe's steps trained."""
+    return (method.settings.adapters if isinstance(method, GradPruner) else method.adapters) == "keep"
 
 
 def tested(model: Any, tokenizer: Any, examples: Sequence[Example], job: Job) -> dict[str, Any]:

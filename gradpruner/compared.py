@@ -106,8 +106,8 @@ def _probe(comparison: Compare, cells: Sequence[Mapping[str, Any]]) -> dict[str,
             igia, plan = comparison.seen(method, cell["seed"]), comparison.plan_of(cell)
             return {
                 "layer_scores": {kind: igia.layer_scores(kind).tolist() for kind in ("squared", "norm", "normalized")},
-                "kind": method.kind,
-                "stability": igia.stability(plan, method.kind),
+                "kind": method.settings.kind,
+                "stability": igia.stability(plan, method.settings.kind),
                 "plan": plan,
             }
     return None

@@ -28,6 +28,7 @@ from gradpruner.igia import Dense, Factors, Igia, SharedImportance
 from gradpruner.logits import differ, logits_of, root_of
 from gradpruner.patch import Patch, check_patches
 from gradpruner.plan import Plan
+from gradpruner.settings import ADAPTERS
 from gradpruner.surgery import prepare
 
 
@@ -39,14 +40,16 @@ def apply(
     top: float = 0.2,
     weight: float = 1.0,
     patches: Sequence[Patch] = (),
+    adapters: str = "discard",
     layers: str | nn.ModuleList | None = None,
 ) -> nn.Module:
     """Fold the plan's merged layers into kept ones, remove what the plan removes, and return the smaller model.
 
-    model: plain or PEFT; the base transformers model comes back, the same object, its adapters and the trained copies
-    of modules_to_save discarded and all of its parameters trainable, as from_pretrained gives them. Adapters that
-    keep a part of the base weights in themselves (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA), or are merged into
-    them, are refused. igia may be None when the plan merges nothing.
+    model: plain or PEFT; the base transformers model comes back, the same object, all of its parameters trainable, as
+    from_pretrained gives them. adapters: "discard" them and the trained copies of modules_to_save (P, C), or "keep"
+    what they learned, added to the weights of the layers that stay. Adapters that keep a part of the base weights in
+    themselves (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA), or are merged into them, are refused. igia may be None when
+    the plan merges nothing.
     top: share p of each merged weight's entries to keep, the most important ones (C: 0.2). weight: factor of
     the merged entries (P, C: 1). patches: of `fit_patches`, for gaps of this plan. Source: METHOD section 3.
 
@@ -60,14 +63,16 @@ def apply(
     Raises InvalidArgument, ModelMismatch, UnsupportedModel.
     """
     decoder = Decoder(model, layers)
-    take_off = _adapters_of(decoder)
+    take_off = _adapters_of(decoder, adapters)
     fold_and_remove(decoder, plan, igia, share_of(top), weight, patches)
     take_off()
     return decoder.base
 
 
-def _adapters_of(decoder: Decoder) -> Callable[[], None]:
+def _adapters_of(decoder: Decoder, adapters: str) -> Callable[[], None]:
     """What takes the adapters off the base model. Raises UnsupportedModel where that cannot be done."""
+    if adapters not in ADAPTERS:
+        raise InvalidArgument(f"adapters = {adapters!r}; accepted are {', '.join(ADAPTERS)}")
     peft, base = peft_of(decoder.given), decoder.base
     if peft is None:
         if any(hasattr(module, "adapter_layer_names") for module in base.modules()):
@@ -80,18 +85,39 @@ def _adapters_of(decoder: Decoder) -> Callable[[], None]:
     if in_layers and not hasattr(peft.base_model, "unload"):
         raise UnsupportedModel(f"adapters of {type(peft.base_model).__name__} cannot be taken off the base model")
 
+    if adapters == "keep":
+        _check_can_be_kept(decoder, peft)
+
     def take_off() -> None:
+        if adapters == "keep":
+            peft.base_model.merge_and_unload()  # type: ignore[operator, union-attr]
         # peft would leave the trained copies of modules_to_save in: not what was checked, and of tied weights only one
         wrappers = {n: m for n, m in base.named_modules() if "original_module" in m._modules}
         for name, wrapper in wrappers.items():
             base.set_submodule(name, wrapper.original_module)
-        if in_layers:
+        if in_layers and adapters == "discard":
             peft.base_model.unload()  # type: ignore[operator, union-attr]
         for parameter in base.parameters():
             if not is_packed(parameter):
                 parameter.requires_grad_(True)
 
     return take_off
+
+
+def _check_can_be_kept(decoder: Decoder, peft: Any) -> None:
+    """Raises UnsupportedModel unless peft can add every adapter to the weights it stands beside."""
+    if not hasattr(peft.base_model, "merge_and_unload"):
+        raise UnsupportedModel(f"adapters of {type(peft.base_model).__name__} cannot be added to the weights")
+    if any("original_module" in module._modules for module in decoder.base.modules()):
+        raise UnsupportedModel('modules_to_save: their trained copies cannot be kept yet; accepted: adapters="discard"')
+    if any(is_packed(decoder.parameter(weight)) for weight in decoder.weights) or root_of(decoder.given) is not None:
+        raise UnsupportedModel(
+            'adapters of a quantised or sharded model cannot be added to its weights; accepted: adapters="discard", '
+            "or `cut`, which leaves them where they are"
+        )
+    for name, parameter in peft.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise InvalidArgument(f"{name} is not finite; expected adapters that can be added to the weights")
 
 
 def fold_and_remove(

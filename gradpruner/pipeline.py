@@ -27,8 +27,11 @@ from gradpruner.finetune import Recipe, Row, Training, add_adapters, finish, sch
 from gradpruner.igia import Igia
 from gradpruner.merge import apply
 from gradpruner.models import load_model
+from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import Plan
+from gradpruner.probed import IGIA, save_probed, with_probed
 from gradpruner.report import html_report, plot_layer_scores
+from gradpruner.settings import Settings
 from gradpruner.trainer import ProbeCallback
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -44,7 +47,8 @@ PROBE_SHARE, PROBE_LEAST = 0.01, 20  # P: the first 1 % of the steps; below 20 t
 class Job:
     """One run. source: what `load_model` takes. steps: optimizer steps in all, the probe's included.
 
-    train_on: "answer" or "all" tokens. probe_steps: default 1 % of the steps, at least 20 and at most half.
+    preset, and what differs from it: see `Settings`. train_on: "answer" or "all" tokens. probe_steps: default
+    1 % of the steps, at least 20 and at most half.
     Raises InvalidArgument.
     """
 
@@ -54,9 +58,13 @@ class Job:
     ratio: float | None = 0.4
     count: int | None = None
     of: str = "layers"
-    kind: str = "squared"
-    merge: str | int = "auto"
-    top: float = 0.2
+    preset: str = "default"
+    kind: str | None = None
+    merge: str | int | None = None
+    top: float | None = None
+    weight: float | None = None
+    patch: bool | None = None
+    adapters: str | None = None
     probe_steps: int | None = None
     max_length: int = 512
     train_on: str = "answer"
@@ -70,6 +78,13 @@ class Job:
             raise InvalidArgument(f"steps = {self.steps!r}; expected 2 or more: some to probe, the rest to train")
         if not 1 <= self.probing < self.steps:
             raise InvalidArgument(f"probe_steps = {self.probe_steps!r}; accepted are 1 to {self.steps - 1}")
+        _ = self.settings
+
+    @property
+    def settings(self) -> Settings:
+        """What preset and options come to."""
+        return Settings.of(self.preset, kind=self.kind, merge=self.merge, top=self.top, weight=self.weight,
+                           patch=self.patch, adapters=self.adapters)  # fmt: skip
 
     @property
     def probing(self) -> int:
@@ -80,7 +95,7 @@ class Job:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; what a resumed run must agree with."""
-        return {**vars(self), "recipe": self.recipe.to_dict(), "probe_steps": self.probing}
+        return {**vars(self), **vars(self.settings), "recipe": self.recipe.to_dict(), "probe_steps": self.probing}
 
 
 class Run:
@@ -125,23 +140,23 @@ class Run:
         plan = self.plan()
         self.cut(plan)
         rows.append(self.pruned(plan))
-        igia = Igia.load(self.folder / "igia.safetensors")
+        igia, kind = self.probe(), self.job.settings.kind
         results = {
             "rows": rows,
             "plan": plan.to_dict(),
             "probe": {
                 "steps": igia.steps,
                 "skipped": igia.skipped,
-                "margin": igia.margin(plan, self.job.kind),
-                "stability": igia.stability(plan, self.job.kind),
-                "layer_scores": igia.layer_scores(self.job.kind).tolist(),
+                "margin": igia.margin(plan, kind),
+                "stability": igia.stability(plan, kind),
+                "layer_scores": igia.layer_scores(kind).tolist(),
             },
         }
         write_json(self.folder / "results.json", results)
         write_report(self.folder)
         # a card travels without the machine that it was made on
         of_the_model = [line for line in comparison(rows) if line[""] not in OF_THE_MACHINE]
-        card = model_card(self.folder / "model", plan, base_model=self.job.source, scores=igia, kind=self.job.kind,
+        card = model_card(self.folder / "model", plan, base_model=self.job.source, scores=igia, kind=kind,
                           results=of_the_model, trust_remote_code=self.job.trust_remote_code)  # fmt: skip
         write_card(self.folder / "model", card)
         return results
@@ -151,22 +166,22 @@ class Run:
         return self._stage("dense.json", self._dense)
 
     def probe(self) -> Igia:
-        """Train throw-away adapters for the first steps and write igia.safetensors."""
-        path = self.folder / "igia.safetensors"
-        if not path.exists():
+        """Train for the first steps and write `probe/`: igia.safetensors, and the adapters that were trained."""
+        if not self._probed.exists():
             self.say(f"probe: {self.job.probing} steps")
             model, tokenizer = self._load(self.job.source)
-            rows = self._rows(tokenizer)[: self.job.probing * self.job.recipe.rows_a_step]
-            watch(model, tokenizer, rows, self.job.recipe, of_steps=self.job.steps, quiet=self.quiet).save(path)
-        return Igia.load(path)
+            watched, igia = watch(model, tokenizer, self._probe_rows(tokenizer), self.job.recipe,
+                                  of_steps=self.job.steps, quiet=self.quiet)  # fmt: skip
+            save_probed(self._probed, igia, watched)
+        return Igia.load(self._probed / IGIA)
 
     def plan(self) -> Plan:
         """Score the layers and write plan.json."""
         path, job = self.folder / "plan.json", self.job
         if not path.exists():
             igia = self.probe()
-            igia.plan(job.ratio if job.count is None else None, count=job.count, of=job.of, kind=job.kind,
-                      merge=job.merge).save(path)  # fmt: skip
+            igia.plan(job.ratio if job.count is None else None, count=job.count, of=job.of, kind=job.settings.kind,
+                      merge=job.settings.merge).save(path)  # fmt: skip
         plan = Plan.load(path)
         self.say(f"plan: {plan.summary()}")
         return plan
@@ -175,9 +190,19 @@ class Run:
         """Fold and remove the layers; the smaller, not yet fine-tuned checkpoint is `cut/`."""
         path = self.folder / "cut"
         if not path.exists():
+            chosen = self.job.settings
             model, tokenizer = self._load(self.job.source)
-            igia = Igia.load(self.folder / "igia.safetensors") if plan.merge else None
-            save(apply(model, plan, igia, top=self.job.top), path, tokenizer=tokenizer, plan=plan)
+            if chosen.adapters == "keep":
+                model = with_probed(model, self._probed)
+            patches: list[Patch] = []
+            if chosen.patch:
+                collate, rows, size = Collator(tokenizer), self._probe_rows(tokenizer), self.job.recipe.batch_size
+                patches = fit_patches(model, plan, (collate(rows[i : i + size]) for i in range(0, len(rows), size)))
+                self.say(f"patches: {', '.join(f'{p.weight.layer}: {p.left:.2f} left' for p in patches) or 'none'}")
+            igia = Igia.load(self._probed / IGIA) if plan.merge else None
+            smaller = apply(model, plan, igia, top=chosen.top, weight=chosen.weight, patches=patches,
+                            adapters=chosen.adapters)  # fmt: skip
+            save(smaller, path, tokenizer=tokenizer, plan=plan)
         return path
 
     def pruned(self, plan: Plan) -> dict[str, Any]:
@@ -223,6 +248,13 @@ class Run:
             gc.collect()
         return read_json(path, "results")
 
+    @property
+    def _probed(self) -> Path:
+        return self.folder / "probe"
+
+    def _probe_rows(self, tokenizer: Any) -> list[Row]:
+        return self._rows(tokenizer)[: self.job.probing * self.job.recipe.rows_a_step]
+
     def _load(self, source: str) -> tuple[Any, Any]:
         return load_model(source, dtype=torch_dtype(self.job.dtype), attention=self.job.attention,
                           trust_remote_code=self.job.trust_remote_code)  # fmt: skip
@@ -240,15 +272,15 @@ def watch(
     *,
     of_steps: int | None = None,
     quiet: bool = False,
-) -> Igia:
-    """Train on `ordered`, on throw-away adapters unless rank is 0, with a probe watching every step.
+) -> tuple[Any, Igia]:
+    """Train on `ordered`, on adapters unless rank is 0, with a probe watching every step: the trained model, the igia.
 
     of_steps: steps of the run that the probe is the beginning of; its learning rate is that run's (P).
     """
     watched = add_adapters(model, recipe) if recipe.rank else model
     probe = ProbeCallback(len(ordered) // recipe.rows_a_step)
     train(watched, ordered, Collator(tokenizer), recipe, of_steps=of_steps, callbacks=[probe], quiet=quiet)
-    return probe.igia
+    return watched, probe.igia
 
 
 def tune(

@@ -14,6 +14,7 @@ from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument
 from gradpruner.igia import Igia
 from gradpruner.merge import apply
+from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan, select
 
 Batch = Mapping[str, Tensor]
@@ -23,7 +24,8 @@ Batch = Mapping[str, Tensor]
 class Clues:
     """What a method may look at before it decides.
 
-    model: the dense, plain transformers model; a method leaves it as it was. batches: collated training examples with
+    model: the dense transformers model, plain, or for a method that keeps what the probe trained, with that; a method
+    leaves it as it was. batches: collated training examples with
     labels, those that the probe's steps used. held_out: others, not trained on. seed: for what is random.
     igia: what a probe saw of the model, made when first asked for.
     """
@@ -54,6 +56,7 @@ class Method(abc.ABC):
     probe_steps: int | None = None
     rank: int | None = None
     share: float | None = None
+    adapters: str = "discard"  # "keep": what the probe's steps trained stays in the model
 
     def scores(self, clues: Clues) -> Sequence[float]:
         """One finite number a decoder layer; the lowest are removed, of equals the one further back."""
@@ -67,7 +70,7 @@ class Method(abc.ABC):
 
     def cut(self, clues: Clues, plan: Plan) -> nn.Module:
         """The smaller model: `clues.model` itself, cut."""
-        return apply(clues.model, plan, None)
+        raise NotImplementedError
 
 
 def check_count(decoder: Decoder, count: int) -> None:
@@ -86,6 +89,22 @@ def lowest(decoder: Decoder, scores: Sequence[float], count: int) -> Plan:
         total_parameters=decoder.total_parameters(),
         model=decoder.fingerprint(),
     )
+
+
+@dataclass(frozen=True)
+class Dropping(Method):
+    """A method that only chooses which layers go; nothing is added to those that stay, unless it is asked for.
+
+    patch, adapters: see `Settings`. As published, none of them has either.
+    """
+
+    patch: bool = False
+    adapters: str = "discard"
+
+    def cut(self, clues: Clues, plan: Plan) -> nn.Module:
+        """Patch where asked to, and remove."""
+        patches = fit_patches(clues.model, plan, clues.batches) if self.patch else ()
+        return apply(clues.model, plan, patches=patches, adapters=self.adapters)
 
 
 METHODS: dict[str, type[Method]] = {}

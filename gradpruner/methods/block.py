@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from gradpruner.decoder import Decoder
-from gradpruner.methods.base import Clues, Method, check_count, lowest, register
+from gradpruner.methods.base import Clues, Dropping, check_count, lowest, register
 from gradpruner.methods.hidden import watch
 from gradpruner.plan import Plan
 
 
 @register
 @dataclass(frozen=True)
-class Block(Method):
+class Block(Dropping):
     """Remove the block of layers of least angular distance.
 
     Source: Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers; its similarity-informed variant.

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradpruner.decoder import Decoder
-from gradpruner.methods.base import Clues, Method, register
+from gradpruner.methods.base import Clues, Dropping, register
 
 
 @register
 @dataclass(frozen=True)
-class DropLast(Method):
+class DropLast(Dropping):
     """Remove the last layers."""
 
     name: ClassVar[str] = "drop-last"

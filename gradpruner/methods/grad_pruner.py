@@ -11,33 +11,48 @@ from gradpruner.merge import apply
 from gradpruner.methods.base import Clues, Method, register
 from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan
+from gradpruner.settings import Settings
 
 
 @register
 @dataclass(frozen=True)
 class GradPruner(Method):
-    """This package's own method, with its defaults.
+    """This package's own method.
 
-    kind, merge: see `Igia.plan`. top, weight: see `apply`. patch: see `fit_patches`. probe_steps, rank, share: of the
-    probe, where they are not those of the comparison: its steps, its adapters' rank, the share of the data it sees.
+    preset, and what differs from it: see `Settings`. probe_steps, rank, share: of the probe, where they are not those
+    of the comparison: its steps, its adapters' rank, the share of the data it sees. Raises InvalidArgument.
     """
 
     name: ClassVar[str] = "gradpruner"
-    kind: str = "squared"
-    merge: str | int = "auto"
-    top: float = 0.2
-    weight: float = 1.0
-    patch: bool = True
+    preset: str = "default"
+    kind: str | None = None
+    merge: str | int | None = None
+    top: float | None = None
+    weight: float | None = None
+    patch: bool | None = None
+    adapters: str | None = None  # type: ignore[assignment]
     probe_steps: int | None = None
     rank: int | None = None
     share: float | None = None
 
+    def __post_init__(self) -> None:
+        """Check by asking."""
+        _ = self.settings
+
+    @property
+    def settings(self) -> Settings:
+        """What the options come to."""
+        return Settings.of(self.preset, kind=self.kind, merge=self.merge, top=self.top, weight=self.weight,
+                           patch=self.patch, adapters=self.adapters)  # fmt: skip
+
     def plan(self, clues: Clues, count: int) -> Plan:
         """The lowest scores go; some of them are merged."""
-        return clues.igia.plan(count=count, kind=self.kind, merge=self.merge)
+        return clues.igia.plan(count=count, kind=self.settings.kind, merge=self.settings.merge)
 
     def cut(self, clues: Clues, plan: Plan) -> nn.Module:
-        """Merge, patch, remove."""
-        patches = fit_patches(clues.model, plan, clues.batches) if self.patch else ()
+        """Merge, patch, remove; `clues.model` is as the probe left it, with its adapters."""
+        chosen = self.settings
+        patches = fit_patches(clues.model, plan, clues.batches) if chosen.patch else ()
         igia = clues.igia if plan.merge else None
-        return apply(clues.model, plan, igia, top=self.top, weight=self.weight, patches=patches)
+        return apply(clues.model, plan, igia, top=chosen.top, weight=chosen.weight, patches=patches,
+                     adapters=chosen.adapters)  # fmt: skip

@@ -14,14 +14,14 @@ from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument
 from gradpruner.evaluate import _cross_entropy_sum
 from gradpruner.logits import evaluating
-from gradpruner.methods.base import Clues, Method, check_count, lowest, register
+from gradpruner.methods.base import Clues, Dropping, check_count, lowest, register
 from gradpruner.methods.hidden import moved, real, skipping
 from gradpruner.plan import Plan
 
 
 @register
 @dataclass(frozen=True)
-class HeldOutLoss(Method):
+class HeldOutLoss(Dropping):
     """Remove layers greedily by held-out loss: about layers x count passes over the held-out batches.
 
     Source: Song et al. 2024, SLEB, with the loss of the task's own answers.

@@ -12,12 +12,12 @@ from torch import nn
 
 from gradpruner.decoder import Decoder, is_packed
 from gradpruner.errors import UnsupportedModel
-from gradpruner.methods.base import Clues, Method, register
+from gradpruner.methods.base import Clues, Dropping, register
 
 
 @register
 @dataclass(frozen=True)
-class Magnitude(Method):
+class Magnitude(Dropping):
     """Remove the layers of least norm (source: Kim et al. 2024, Shortened LLaMA, which adds |w| up instead)."""
 
     name: ClassVar[str] = "magnitude"

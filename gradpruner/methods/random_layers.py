@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradpruner.decoder import Decoder
-from gradpruner.methods.base import Clues, Method, register
+from gradpruner.methods.base import Clues, Dropping, register
 
 
 @register
 @dataclass(frozen=True)
-class RandomLayers(Method):
+class RandomLayers(Dropping):
     """Remove layers by lot, drawn from the clues' seed; more layers are always these and others."""
 
     name: ClassVar[str] = "random"

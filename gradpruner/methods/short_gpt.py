@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from gradpruner.decoder import Decoder
-from gradpruner.methods.base import Clues, Method, register
+from gradpruner.methods.base import Clues, Dropping, register
 from gradpruner.methods.hidden import watch
 
 
 @register
 @dataclass(frozen=True)
-class ShortGpt(Method):
+class ShortGpt(Dropping):
     """Remove the layers of least Block Influence (source: Men et al. 2024, ShortGPT)."""
 
     name: ClassVar[str] = "shortgpt"

@@ -12,14 +12,14 @@ from torch import nn
 from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument
 from gradpruner.logits import evaluating
-from gradpruner.methods.base import Clues, Method, register
+from gradpruner.methods.base import Clues, Dropping, register
 from gradpruner.methods.hidden import moved
 from gradpruner.methods.magnitude import linear_parameters
 
 
 @register
 @dataclass(frozen=True)
-class Taylor(Method):
+class Taylor(Dropping):
     """Remove the layers of least first-order importance (source: Kim et al. 2024, Shortened LLaMA, Taylor)."""
 
     name: ClassVar[str] = "taylor"

@@ -1,0 +1,46 @@
+"""What a probe leaves behind, in one folder: what it saw, and what its steps trained."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gradpruner.checkpoint import save
+from gradpruner.decoder import is_peft
+from gradpruner.errors import CheckpointError
+from gradpruner.files import atomic_folder
+from gradpruner.igia import Igia
+
+IGIA, ADAPTERS, MODEL = "igia.safetensors", "adapters", "model"
+
+
+def save_probed(folder: str | os.PathLike[str], igia: Igia, model: nn.Module) -> None:
+    """Write igia.safetensors and the adapters, or the whole model where that was trained; all or nothing."""
+    with atomic_folder(folder) as inside:
+        igia.save(inside / IGIA)
+        if is_peft(model):
+            model.save_pretrained(inside / ADAPTERS)  # type: ignore[operator]
+        else:
+            save(model, inside / MODEL)
+
+
+def with_probed(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """The plain dense model with the adapters of `save_probed` around it, or the trained model in its place.
+
+    Raises CheckpointError if the folder holds neither.
+    """
+    from peft import PeftModel  # slow to import
+    from transformers import AutoModelForCausalLM
+
+    place = Path(folder)
+    if (place / ADAPTERS).is_dir():
+        base: Any = model
+        return PeftModel.from_pretrained(base, str(place / ADAPTERS))
+    if not (place / MODEL).is_dir():
+        raise CheckpointError(f"{place} holds neither adapters nor a model of a probe")
+    parameter = next(model.parameters())
+    trained: nn.Module = AutoModelForCausalLM.from_pretrained(place / MODEL, dtype=parameter.dtype)
+    return trained.to(parameter.device)

@@ -1,0 +1,44 @@
+"""Settings: how layers are chosen and cut, by the name of a preset and by what differs from it. Pure data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from gradpruner.errors import InvalidArgument
+
+ADAPTERS = ("keep", "discard")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """kind, merge: see `Igia.plan`. top, weight, adapters: see `apply`. patch: see `fit_patches`.
+
+    The defaults are what won on this package's own trials (docs/evidence.md); "paper" is GradPruner as published.
+    Raises InvalidArgument.
+    """
+
+    kind: str = "squared"
+    merge: str | int = "auto"
+    top: float = 0.2
+    weight: float = 1.0
+    patch: bool = True
+    adapters: str = "keep"
+
+    def __post_init__(self) -> None:
+        """Check what no later stage checks before time is spent."""
+        if self.adapters not in ADAPTERS:
+            raise InvalidArgument(f"adapters = {self.adapters!r}; accepted are {', '.join(ADAPTERS)}")
+        if not isinstance(self.patch, bool):
+            raise InvalidArgument(f"patch = {self.patch!r}; accepted are True and False")
+
+    @classmethod
+    def of(cls, preset: str = "default", **changed: Any) -> Settings:
+        """A preset with those of `changed` that are not None. Raises InvalidArgument."""
+        if preset not in PRESETS:
+            raise InvalidArgument(f"preset = {preset!r}; accepted are {', '.join(PRESETS)}")
+        return dataclasses.replace(PRESETS[preset], **{k: v for k, v in changed.items() if v is not None})
+
+
+PRESETS = {"default": Settings(), "paper": Settings("squared", "auto", 0.2, 1.0, patch=False, adapters="discard")}
