@@ -11,7 +11,7 @@ from typing import Any
 
 from gradpruner import __version__
 from gradpruner import cli_options as given
-from gradpruner.cli_compare import add_compare
+from gradpruner.cli_compare import add_compare, add_sensitivity
 from gradpruner.errors import GradPrunerError, InvalidArgument
 
 
@@ -45,8 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gradpruner {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_run, add_compare, _add_probe, _add_plan, _add_apply, _add_finetune, _add_evaluate, _add_report,
-                _add_push, _add_demo, _add_backends):  # fmt: skip
+    for add in (_add_run, add_compare, add_sensitivity, _add_probe, _add_plan, _add_apply, _add_finetune, _add_evaluate,
+                _add_report, _add_push, _add_demo, _add_backends):  # fmt: skip
         add(commands)
     return parser
 

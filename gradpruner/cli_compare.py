@@ -1,4 +1,4 @@
-"""The command `compare`: arguments to calls; no logic."""
+"""The commands `compare` and `sensitivity`: arguments to calls; no logic."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from gradpruner import cli_options as given
+from gradpruner.factors import FACTORS
 
 METHODS = ("gradpruner", "shortgpt", "laco", "drop-last", "random", "magnitude", "taylor", "block", "loss")
 
@@ -17,17 +18,51 @@ def add_compare(commands: Any) -> None:
         commands, "compare", _compare, "Methods against each other on your model and data, on one budget.",
         "gradpruner compare --model M --data train.jsonl --steps 250 --ratios 0.2 0.4 --seeds 0 1 2 --out comparison",
     )  # fmt: skip
+    _options(parser)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="M",
+                        help="name or name:option=value,... (default: all that there are)")  # fmt: skip
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.4], metavar="P", help="shares of the layers")
+    parser.add_argument("--no-costs", action="store_true", help="do not measure time and memory at the end")
+
+
+def add_sensitivity(commands: Any) -> None:
+    """`gradpruner sensitivity`."""
+    parser = given.command(
+        commands, "sensitivity", _sensitivity, "The default method with one setting changed at a time.",
+        "gradpruner sensitivity --model M --data train.jsonl --steps 250 --out sensitivity",
+    )  # fmt: skip
+    _options(parser)
+    for factor, (option, _, values) in FACTORS.items():
+        parser.add_argument(f"--{option.replace('_', '-')}-values", nargs="*", default=list(values), metavar="V",
+                            help=f"{factor} (default: {' '.join(map(str, values))})")  # fmt: skip
+    parser.add_argument("--ratio", type=float, default=0.4, metavar="P", help="share of the layers (default 0.4)")
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
     given.model_options(parser)
     given.data_options(parser, testing=True)
     given.recipe_options(parser)
     parser.add_argument("--probe-steps", type=int, metavar="N", help="steps of the probe (default: 1 %%, 20 at least)")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="M",
-                        help="name or name:option=value,... (default: all that there are)")  # fmt: skip
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.4], metavar="P", help="shares of the layers")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="order of the data, adapters")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="models at a time: one a GPU, or a core")
-    parser.add_argument("--no-costs", action="store_true", help="do not measure time and memory at the end")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything goes; run again to go on")
+
+
+def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.compare import Compare, work_in_processes
+    from gradpruner.compared import write
+    from gradpruner.pipeline import Job
+    from gradpruner.sensitivity import variants
+
+    job = Job(**given.job(options))
+    factors = {factor: getattr(options, f"{option}_values") for factor, (option, _, _) in FACTORS.items()}
+    rows = variants(factors, {"probe_steps": job.probing, "rank": job.recipe.rank, "share": 1.0})
+    train_examples, test_examples = given.split(options)
+    comparison = Compare(job, train_examples, test_examples, options.out, ratios=[options.ratio], seeds=options.seeds,
+                         methods=list(dict.fromkeys(row["method"] for row in rows)),
+                         say=_quiet if options.json else _say)  # fmt: skip
+    work_in_processes(comparison, options.processes)
+    return write(comparison, costs=False, sensitivity=rows)
 
 
 def _compare(options: argparse.Namespace) -> dict[str, Any]:

@@ -17,14 +17,16 @@ from gradpruner.methods import GradPruner, parse_method, spelled
 from gradpruner.plan import Plan
 from gradpruner.report import table
 from gradpruner.results import Cost, Result, read_costs, write_costs, write_results
+from gradpruner.sensitivity import scored
 
 OURS = spelled(GradPruner())
 
 
-def write(comparison: Compare, *, costs: bool) -> dict[str, Any]:
+def write(comparison: Compare, *, costs: bool, sensitivity: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """Write results.csv, losses.csv, differences.csv, costs.csv (measured now if `costs`) and report.html.
 
-    Returns what the command prints: a table, and the same as JSON.
+    sensitivity: rows of `gradpruner.sensitivity.variants` whose methods are those of the comparison. Returns what the
+    command prints: a table, and the same as JSON.
     """
     folder, found = comparison.folder, comparison.finished()
     results = [_result(comparison, cell) for cell in found]
@@ -39,7 +41,8 @@ def write(comparison: Compare, *, costs: bool) -> dict[str, Any]:
     measured = _costs(comparison, found, costs)
     page = write_comparison(
         folder, title="Which layers can go", task=_task(comparison), results=results, losses=losses, costs=measured,
-        differences=differences, probe=_probe(comparison, found), notes=_notes(comparison),
+        differences=differences, probe=_probe(comparison, found),
+        sensitivity=scored(sensitivity, results), notes=_notes(comparison),
     )  # fmt: skip
     rows = _rows(results, differences)
     return {"json": {"rows": rows, "report": str(page)}, "line": f"{table(rows)}\n\nreport: {page}"}
