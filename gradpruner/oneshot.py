@@ -13,8 +13,10 @@ from gradpruner.errors import InvalidArgument
 from gradpruner.finetune import Recipe, add_adapters
 from gradpruner.igia import Igia
 from gradpruner.merge import apply
+from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan
 from gradpruner.probe import Probe
+from gradpruner.settings import Settings
 
 
 def prune(
@@ -23,24 +25,27 @@ def prune(
     *,
     ratio: float = 0.4,
     steps: int = 40,
-    kind: str = "squared",
-    merge: str | int = "auto",
-    top: float = 0.2,
+    preset: str = "default",
+    **settings: Any,
 ) -> nn.Module:
-    """Train throw-away LoRA adapters for up to `steps` batches, score the layers, and return the smaller model.
+    """Train LoRA adapters for up to `steps` batches, score the layers, and return the smaller model.
 
     batches: keyword arguments of the model with labels in them, as a data loader yields; one is one optimizer step.
-    A PEFT model's own adapters are used, and discarded like the throw-away ones. The plan is `.gradpruner_plan` of
-    the result. Raises InvalidArgument, UnsupportedModel, ProbeError (no usable step); a plain model is then as it was.
+    preset, and in settings what differs from it: see `Settings`. A PEFT model's own adapters are used, and treated as
+    the new ones are: kept in the weights, or discarded. The plan is `.gradpruner_plan` of the result.
+    Raises InvalidArgument, UnsupportedModel, ProbeError (no usable step); a plain model is then as it was.
     """
+    chosen = Settings.of(preset, **settings)
     recipe, wrapped = Recipe(), is_peft(model)
     trains = [(p, p.requires_grad) for p in model.parameters()]
     watched = model if wrapped else add_adapters(model, recipe)
     was_training = watched.training
     try:
-        igia = _watch(watched.train(), batches, recipe, steps)
-        plan: Plan = igia.plan(ratio, kind=kind, merge=merge)
-        smaller = apply(watched, plan, igia, top=top)
+        igia, seen = _watch(watched.train(), batches, recipe, steps)
+        plan: Plan = igia.plan(ratio, kind=chosen.kind, merge=chosen.merge)
+        patches = fit_patches(watched, plan, seen) if chosen.patch else ()
+        smaller = apply(watched, plan, igia, top=chosen.top, weight=chosen.weight, patches=patches,
+                        adapters=chosen.adapters)  # fmt: skip
     except BaseException:
         if not wrapped:
             watched.unload()  # type: ignore[operator]
@@ -52,13 +57,17 @@ def prune(
     return smaller.train(was_training)
 
 
-def _watch(model: nn.Module, batches: Iterable[Mapping[str, Any]], recipe: Recipe, steps: int) -> Igia:
+def _watch(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], recipe: Recipe, steps: int
+) -> tuple[Igia, list[Mapping[str, Any]]]:
+    """What was seen, and the batches that it was seen on."""
     device = next(model.parameters()).device
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    probe, seen = Probe(model), 0
+    probe, seen = Probe(model), list[Mapping[str, Any]]()
     with probe.watching(optimizer, steps):
-        for seen, batch in enumerate(batches, 1):
+        for batch in batches:
+            seen.append(batch)
             moved = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
             loss = model(**moved).loss
             if loss is None:
@@ -67,8 +76,8 @@ def _watch(model: nn.Module, batches: Iterable[Mapping[str, Any]], recipe: Recip
             torch.nn.utils.clip_grad_norm_(trainable, recipe.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            if seen == steps:
+            if len(seen) == steps:
                 break
     if not seen:
         raise InvalidArgument("batches is empty; expected at least one")
-    return probe.igia
+    return probe.igia, seen
