@@ -165,6 +165,7 @@ def train(
             output_dir=scratch,
             max_steps=of_steps,
             bf16=mixed,
+            use_cpu=not torch.accelerator.is_available(),  # else transformers takes bf16 for a GPU's
             per_device_train_batch_size=recipe.batch_size,
             gradient_accumulation_steps=recipe.accumulation,
             learning_rate=recipe.learning_rate,
