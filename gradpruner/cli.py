@@ -58,8 +58,14 @@ def _add_run(commands: Any) -> None:
     )  # fmt: skip
     given.model_options(parser)
     given.data_options(parser, testing=True)
-    given.plan_options(parser)
+    given.plan_options(parser, auto=True)
     given.recipe_options(parser)
+    parser.add_argument("--max-lost", type=float, metavar="P", help="with --ratio auto: share of the dense model's "
+                        "score that may be lost (default 0.01)")  # fmt: skip
+    parser.add_argument("--check-steps", type=int, metavar="N", help="with --ratio auto: extra steps that each model "
+                        "that is tried is trained for (default: as many as the probe)")  # fmt: skip
+    parser.add_argument("--check-rows", type=int, metavar="N", help="with --ratio auto: training examples held out to "
+                        "try on (default: 10 %%, at most 200)")  # fmt: skip
     parser.add_argument("--probe-steps", type=int, metavar="N", help="steps of the probe (default: 1 %%, 20 at least)")
     parser.add_argument("--top", type=float, metavar="P", help="share of a merged weight kept (default: the preset's)")
     parser.add_argument("--no-patch", action="store_const", const=False, dest="patch", help="leave the gaps unpatched")
@@ -177,17 +183,21 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.pipeline import Job, Run
 
     job = Job(**given.job(options), **given.amount(options), **given.choice(options), top=options.top,
-              patch=options.patch, adapters=options.adapters)  # fmt: skip
+              patch=options.patch, adapters=options.adapters, max_lost=options.max_lost,
+              check_steps=options.check_steps, check_rows=options.check_rows)  # fmt: skip
     train_examples, test_examples = given.split(options)
     run = Run(job, train_examples, test_examples, options.out, say=given.say(options), quiet=options.json)
     return _results(run.everything(dense=not options.no_dense), options.out)
 
 
 def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
+    from gradpruner.auto_ratio import trial_rows
     from gradpruner.pipeline import comparison
     from gradpruner.report import table
 
-    line = f"{table(comparison(results['rows']))}\n\ncheckpoint: {folder}/model    report: {folder}/report.html"
+    auto = results.get("auto")
+    why = f"{auto['reason']}\n\n{table(trial_rows(auto))}\n\n" if auto else ""
+    line = f"{why}{table(comparison(results['rows']))}\n\ncheckpoint: {folder}/model    report: {folder}/report.html"
     return {"json": results, "line": line}
 
 
@@ -275,9 +285,14 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.compare import SETTINGS
+    from gradpruner.compared import rewrite
     from gradpruner.pipeline import write_report
 
-    path = write_report(Path(options.folder))
+    folder = Path(options.folder)
+    if (folder / SETTINGS).exists():
+        return rewrite(folder)
+    path = write_report(folder)
     return {"json": {"report": str(path)}, "line": str(path)}
 
 

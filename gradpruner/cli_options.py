@@ -52,16 +52,30 @@ def data_options(parser: argparse.ArgumentParser, *, testing: bool) -> None:
         parser.add_argument("--held-out", type=float, default=0.1, metavar="P", help="share held out (default 0.1)")
 
 
-def plan_options(parser: argparse.ArgumentParser) -> None:
-    """How many layers go, and which."""
+def plan_options(parser: argparse.ArgumentParser, *, auto: bool = False) -> None:
+    """How many layers go, and which. auto: whether there is a model to try cuts on."""
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--ratio", type=float, metavar="P", help="share of the layers to remove (default 0.4)")
+    amount.add_argument("--ratio", type=_ratio if auto else _number, metavar="P", help="share of the layers to remove "
+                        f"(default 0.4){', or auto: see --max-lost' if auto else ''}")  # fmt: skip
     amount.add_argument("--count", type=int, metavar="N", help="how many layers to remove")
     parser.add_argument("--of", choices=("layers", "parameters"), default="layers", help="what --ratio is a share of")
     parser.add_argument("--preset", choices=("default", "paper"), default="default",
                         help="settings that won in our trials, or those of the paper")  # fmt: skip
     parser.add_argument("--kind", choices=("squared", "norm", "normalized"), help="layer score (default: the preset's)")
     parser.add_argument("--merge", type=_merge, metavar="N", help="layers to fold, not drop, or auto (the preset's)")
+
+
+def _ratio(text: str) -> str | float:
+    return text if text == "auto" else _number(text)
+
+
+def _number(text: str) -> float:
+    if text == "auto":
+        raise argparse.ArgumentTypeError("auto tries cuts on a model and its data: gradpruner run --ratio auto")
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid number {text!r}") from None
 
 
 def _merge(text: str) -> str | int:

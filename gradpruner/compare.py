@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,15 @@ from gradpruner.pipeline import Job, torch_dtype, tune, watch
 from gradpruner.plan import Plan, how_many
 from gradpruner.probed import IGIA, save_probed, with_probed
 
-DENSE = "dense"
+DENSE, OURS = "dense", spelled(GradPruner())
 FEW = 10  # classes: with more of them, macro-F1 is not what people look at
 EVALUATED_AT_ONCE = 32
 SETTINGS = "comparison.json"
-OF_A_PLAN = ("ratio", "count", "of", "kind", "merge", "top")  # what a job says that methods and ratios say here
+TERMS = ("source", "steps", "recipe", "probe_steps", "max_length", "train_on", "dtype", "attention")  # of a job
+
+
+def _nothing(line: str) -> None:
+    """Say nothing; unlike a lambda it goes with a comparison into another process."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Compare:
         seeds: Sequence[int] = (0,),
         held_out: int = 48,
         dense: bool = True,
-        say: Callable[[str], None] = lambda line: None,
+        say: Callable[[str], None] = _nothing,
     ) -> None:
         if not test_examples or not 0 < held_out < len(train_examples):
             raise InvalidArgument(
@@ -89,13 +93,18 @@ class Compare:
         if not methods or not ratios or not seeds:
             raise InvalidArgument("methods, ratios or seeds is empty; expected at least one of each")
         self.job, self.folder, self.say = job, Path(folder), say
-        self.methods = [spelled(parse_method(text)) for text in methods]
-        self.ratios, self.seeds, self.with_dense = ratios, seeds, dense
+        parsed = {spelled(method): method for method in map(parse_method, methods)}
+        for name, method in parsed.items():
+            probing = method.probe_steps or job.probing
+            if probing >= job.steps:
+                raise InvalidArgument(f"{name}: {probing} steps to probe of {job.steps}; expected fewer")
+        self.methods, self.seeds = list(parsed), list(dict.fromkeys(seeds))
+        self.ratios, self.with_dense = ratios, dense
         shuffled = list(train_examples)
         random.Random(0).shuffle(shuffled)
         self._held_out, self._train, self._test = shuffled[:held_out], shuffled[held_out:], list(test_examples)
         self.terms = {
-            **{name: value for name, value in job.to_dict().items() if name not in OF_A_PLAN},
+            **{name: job.to_dict()[name] for name in TERMS},
             "train_examples": len(self._train),
             "test_examples": len(self._test),
             "data": _digest([*self._held_out, *self._train, *self._test]),
@@ -141,27 +150,13 @@ class Compare:
         return int(read_json(path, "model")["layers"])
 
     def finished(self) -> list[dict[str, Any]]:
-        """What is known of each model that is done, in the order of `cells`."""
-        paths = [self._cell(cell) for cell in self.cells(self.layers())]
-        return [self.read(path) for path in paths if path.exists()]
-
-    def read(self, path: Path) -> dict[str, Any]:
-        """A cell with the figures of its training."""
-        cell = read_json(path, "cell")
-        return {**read_json(self.folder / "trained" / f"{cell['trained']}.json", "training"), **cell}
+        """Every model in the folder that is done."""
+        return finished(self.folder)
 
     def rows_of_dense(self) -> list[Row]:
         """The rows of the dense run with the first seed, in order."""
         recipe = dataclasses.replace(self.job.recipe, seed=self.seeds[0])
         return self._rows(self._train, self._load()[1], recipe)
-
-    def seen(self, method: Method, seed: int) -> Igia:
-        """What the probe of a method saw."""
-        return Igia.load(self._probe(method, self._load()[1], seed) / IGIA)
-
-    def plan_of(self, cell: Mapping[str, Any]) -> Plan:
-        """The plan of a finished cell."""
-        return Plan.load(self.folder / "plans" / f"{Cell(cell['method'], cell['count'], cell['seed']).name}.json")
 
     def _cell(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.name}.json"
@@ -178,10 +173,10 @@ class Compare:
         else:
             method = parse_method(cell.method)
             probing = method.probe_steps or self.job.probing
-            if probing >= self.job.steps:
-                raise InvalidArgument(f"{cell.method}: {probing} steps to probe of {self.job.steps}; expected fewer")
+            if isinstance(method, GradPruner) or keeps(method):
+                about["probe"] = self._probe(method, tokenizer, cell.seed).name
             if keeps(method):
-                model = with_probed(model, self._probe(method, tokenizer, cell.seed))
+                model = with_probed(model, self.folder / "probes" / about["probe"])
             clues = self._clues(method, model, tokenizer, rows[: probing * recipe.rows_a_step], cell.seed)
             self.say(f"{cell.name}: choosing")
             plan = self._plan(method, clues, cell)
@@ -266,11 +261,20 @@ class Compare:
         return schedule(self._tokens(examples, tokenizer), self.job.steps, recipe)
 
 
+def finished(folder: Path) -> list[dict[str, Any]]:
+    """Every model of a comparison that is done: dense first, then by count, method and seed."""
+    order = [DENSE, OURS]
+    cells = [read_json(path, "cell") for path in sorted((folder / "cells").glob("*.json"))]
+    cells.sort(key=lambda c: (c["count"], c["method"] not in order, c["method"], c["seed"]))
+    return [{**read_json(folder / "trained" / f"{c['trained']}.json", "training"), **c} for c in cells]
+
+
 def work_in_processes(comparison: Compare, processes: int) -> None:
     """`comparison.work()` in so many processes, each with its share of the cores and, where there are, a GPU.
 
-    Raises GradPrunerError if one of them failed; the others finish what they can.
+    Raises InvalidArgument if a ratio is wrong, GradPrunerError if a process failed; the others finish what they can.
     """
+    comparison.cells(comparison.layers())  # what is wrong with a ratio is told here, not by every process
     if processes == 1:
         comparison.work()
         return
@@ -306,7 +310,7 @@ def tested(model: Any, tokenizer: Any, examples: Sequence[Example], job: Job) ->
     if judged:
         found["exact_match"] = sum(answer.right for answer in judged) / len(judged)
         found["right"] = "".join(str(int(answer.right)) for answer in judged)
-        truth = [tuple(t for t in row["labels"] if t != IGNORED) for row in rows]
+        truth = [tuple(t for t in row["labels"][1:] if t != IGNORED) for row in rows]  # nothing says the first token
         if len(set(truth)) <= FEW:
             found["macro_f1"] = macro_f1([answer.said for answer in judged], truth)
     if job.train_on == "answer" and len(answered) == len(examples):

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import csv
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gradpruner.bootstrap import paired_difference
-from gradpruner.compare import DENSE, Compare
+from gradpruner.compare import DENSE, OURS, SETTINGS, Compare, finished
 from gradpruner.comparison_report import write_comparison
 from gradpruner.costs import measure
-from gradpruner.files import atomic_path
-from gradpruner.methods import GradPruner, parse_method, spelled
+from gradpruner.errors import InvalidArgument
+from gradpruner.files import atomic_path, read_json, write_json
+from gradpruner.igia import SCORES, Igia
+from gradpruner.methods import GradPruner
 from gradpruner.plan import Plan
+from gradpruner.probed import IGIA
 from gradpruner.report import table
-from gradpruner.results import Cost, Result, read_costs, write_costs, write_results
+from gradpruner.results import Result, read_costs, write_costs, write_results
 from gradpruner.sensitivity import scored
-
-OURS = spelled(GradPruner())
 
 
 def write(comparison: Compare, *, costs: bool, sensitivity: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
@@ -28,8 +30,19 @@ def write(comparison: Compare, *, costs: bool, sensitivity: Sequence[Mapping[str
     sensitivity: rows of `gradpruner.sensitivity.variants` whose methods are those of the comparison. Returns what the
     command prints: a table, and the same as JSON.
     """
-    folder, found = comparison.folder, comparison.finished()
-    results = [_result(comparison, cell) for cell in found]
+    if sensitivity:
+        write_json(comparison.folder / "sensitivity.json", {"rows": list(sensitivity)})
+    if costs:
+        _measure(comparison)
+    return rewrite(comparison.folder)
+
+
+def rewrite(folder: Path) -> dict[str, Any]:
+    """The same again, of every model that the folder of a comparison holds. Raises InvalidArgument if it is none."""
+    terms, found = read_json(folder / SETTINGS, "comparison"), finished(folder)
+    if not found:
+        raise InvalidArgument(f"folder {str(folder)!r} holds no finished model of a comparison")
+    results = [_result(terms, cell) for cell in found]
     losses = {(c["method"], c["count"], c["seed"]): c["training"]["losses"] for c in found}
     differences = _differences(found)
     write_results(folder / "results.csv", results)
@@ -38,19 +51,25 @@ def write(comparison: Compare, *, costs: bool, sensitivity: Sequence[Mapping[str
     ])  # fmt: skip
     _write_rows(folder / "differences.csv", ("method", "count", "difference", "low", "high"),
                 [tuple(row.values()) for row in differences])  # fmt: skip
-    measured = _costs(comparison, found, costs)
+    costs, sensitivity = folder / "costs.csv", folder / "sensitivity.json"
     page = write_comparison(
-        folder, title="Which layers can go", task=_task(comparison), results=results, losses=losses, costs=measured,
-        differences=differences, probe=_probe(comparison, found),
-        sensitivity=scored(sensitivity, results), notes=_notes(comparison),
-    )  # fmt: skip
+        folder,
+        title="Which layers can go",
+        task=_task(terms),
+        results=results,
+        losses=losses,
+        costs=read_costs(costs) if costs.exists() else [],
+        differences=differences,
+        probe=_probe(folder, found),
+        sensitivity=scored(read_json(sensitivity, "sensitivity")["rows"], results) if sensitivity.exists() else [],
+        notes=_notes(terms),
+    )
     rows = _rows(results, differences)
     return {"json": {"rows": rows, "report": str(page)}, "line": f"{table(rows)}\n\nreport: {page}"}
 
 
-def _result(comparison: Compare, cell: Mapping[str, Any]) -> Result:
+def _result(terms: Mapping[str, Any], cell: Mapping[str, Any]) -> Result:
     training, method = cell["training"], cell["method"]
-    probing = 0 if method == DENSE else comparison.job.steps - training["steps"]
     losses = training["losses"]
     return Result(
         method=method,
@@ -65,7 +84,7 @@ def _result(comparison: Compare, cell: Mapping[str, Any]) -> Result:
         parameters=cell["parameters"],
         removed=" ".join(map(str, cell["removed"])),
         merged=" ".join(f"{donor}>{target}" for donor, target in cell["merged"].items()),
-        steps=training["steps"] + probing,
+        steps=terms["steps"],
         first_loss=statistics.fmean(losses[:10]),
         last_loss=statistics.fmean(losses[-20:]),
         seconds=cell["seconds_to_cut"] + cell["training_seconds"],
@@ -88,48 +107,48 @@ def _differences(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _costs(comparison: Compare, cells: Sequence[Mapping[str, Any]], fresh: bool) -> list[Cost]:
+def _measure(comparison: Compare) -> None:
     """One line for every number of layers: only that number costs, not which layers they are."""
-    path, job = comparison.folder / "costs.csv", comparison.job
-    if not fresh:
-        return read_costs(path) if path.exists() else []
-    plans = {0: None, **{c["count"]: Plan(comparison.layers(), c["removed"]) for c in cells if c["count"]}}
+    job, layers = comparison.job, comparison.layers()
+    plans = {c["count"]: Plan(layers, c["removed"]) if c["count"] else None for c in finished(comparison.folder)}
     loading = {"source": job.source, "dtype": job.dtype, "attention": job.attention,
                "trust_remote_code": job.trust_remote_code}  # fmt: skip
     costs = measure(loading, list(plans.values()), comparison.rows_of_dense(), job.recipe)
-    write_costs(path, costs)
-    return costs
+    write_costs(comparison.folder / "costs.csv", costs)
 
 
-def _probe(comparison: Compare, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Scores and ranking of the default method's first model."""
-    for cell in cells:
-        method = DENSE if cell["method"] == DENSE else parse_method(cell["method"])
-        if isinstance(method, GradPruner) and cell["method"] == OURS:
-            igia, plan = comparison.seen(method, cell["seed"]), comparison.plan_of(cell)
-            return {
-                "layer_scores": {kind: igia.layer_scores(kind).tolist() for kind in ("squared", "norm", "normalized")},
-                "kind": method.settings.kind,
-                "stability": igia.stability(plan, method.settings.kind),
-                "plan": plan,
-            }
-    return None
+def _probe(folder: Path, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Scores and ranking of one model of the default method: at the count that was run most often."""
+    ours = [cell for cell in cells if cell["method"] == OURS and "probe" in cell]
+    if not ours:
+        return None
+    counts = Counter(cell["count"] for cell in ours)
+    cell = max(ours, key=lambda c: (counts[c["count"]], -c["seed"]))
+    igia, kind = Igia.load(folder / "probes" / cell["probe"] / IGIA, lazy=True), GradPruner().settings.kind
+    plan = Plan(igia.layers, [j for j in cell["removed"] if str(j) not in cell["merged"]],
+                {int(donor): target for donor, target in cell["merged"].items()})  # fmt: skip
+    return {
+        "layer_scores": {each: igia.layer_scores(each).tolist() for each in SCORES},
+        "kind": kind,
+        "stability": igia.stability(plan, kind),
+        "plan": plan,
+    }
 
 
-def _task(comparison: Compare) -> str:
-    job, terms = comparison.job, comparison.terms
+def _task(terms: Mapping[str, Any]) -> str:
     return (
-        f"{job.source}, {terms['train_examples']} training and {terms['test_examples']} test examples, "
-        f"{job.steps} steps of {job.recipe.rows_a_step}"
+        f"{terms['source']}, {terms['train_examples']} training and {terms['test_examples']} test examples, "
+        f"{terms['steps']} steps of {terms['recipe']['batch_size'] * terms['recipe']['accumulation']}"
     )
 
 
-def _notes(comparison: Compare) -> list[str]:
-    job = comparison.job
+def _notes(terms: Mapping[str, Any]) -> list[str]:
+    recipe = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in terms["recipe"].items() if name != "seed")
     return [
-        f"Every model trains on the same rows in the same order; of the {job.steps} steps a pruned model spends the "
-        f"first {job.probing} on choosing (unless its name says otherwise), whether its method trains in them or not.",
-        f"Fine-tuning: {job.recipe.to_dict()}.",
+        f"Every model trains on the same rows in the same order; of the {terms['steps']} steps a pruned model spends "
+        f"the first {terms['probe_steps']} on choosing (unless its name says otherwise), whether its method trains in "
+        "them or not.",
+        f"Fine-tuning: {recipe}.",
         "Exact match: every token of the answer, end token included, is the most likely one (one forward pass).",
         "Differences: paired bootstrap over the test examples, 95 %, runs of all seeds averaged first.",
     ]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gradpruner.auto_ratio import AUTO, MAX_LOST, Choice, choose, hold_out, trial_rows
 from gradpruner.card import model_card, write_card
 from gradpruner.checkpoint import save
 from gradpruner.data import Collator, Example, tokenize
@@ -40,6 +41,7 @@ OF_THE_MACHINE = (
     "generation (tokens/s)",
     "peak memory, training (GB)",
 )  # as `comparison` has them
+OF_AUTO = ("max_lost", "check_steps", "check_rows")
 PROBE_SHARE, PROBE_LEAST = 0.01, 20  # P: the first 1 % of the steps; below 20 the ranking has not settled (D)
 
 
@@ -49,13 +51,16 @@ class Job:
 
     preset, and what differs from it: see `Settings`. train_on: "answer" or "all" tokens. probe_steps: default
     1 % of the steps, at least 20 and at most half.
+    ratio: "auto" tries cuts (see `gradpruner.auto_ratio`) and loses at most max_lost, 0 to 1, of the dense score
+    (default 0.01) on check_rows training examples (default 10 %, at most 200) that nothing is trained on; every cut
+    that is tried, and the dense model, is trained for check_steps extra steps (default: as many as the probe).
     Raises InvalidArgument.
     """
 
     source: str
     steps: int
     recipe: Recipe = field(default_factory=Recipe)
-    ratio: float | None = 0.4
+    ratio: float | str | None = 0.4
     count: int | None = None
     of: str = "layers"
     preset: str = "default"
@@ -71,6 +76,9 @@ class Job:
     dtype: str = "auto"
     attention: str | None = None
     trust_remote_code: bool = False
+    max_lost: float | None = None
+    check_steps: int | None = None
+    check_rows: int | None = None
 
     def __post_init__(self) -> None:
         """Check what no later stage checks before time is spent."""
@@ -78,7 +86,38 @@ class Job:
             raise InvalidArgument(f"steps = {self.steps!r}; expected 2 or more: some to probe, the rest to train")
         if not 1 <= self.probing < self.steps:
             raise InvalidArgument(f"probe_steps = {self.probe_steps!r}; accepted are 1 to {self.steps - 1}")
+        self._check_auto()
         _ = self.settings
+
+    def _check_auto(self) -> None:
+        if self.ratio != AUTO:
+            if isinstance(self.ratio, str):
+                raise InvalidArgument(f"ratio = {self.ratio!r}; accepted are a share and 'auto'")
+            for name in OF_AUTO:
+                if getattr(self, name) is not None:  # a bound that nobody checks would be worse than none
+                    raise InvalidArgument(f"{name} = {getattr(self, name)!r} belongs to ratio = 'auto'")
+            return
+        if self.count is not None or self.of != "layers":
+            name = "of" if self.count is None else "count"
+            raise InvalidArgument(f"ratio = 'auto' counts layers itself; {name} = {getattr(self, name)!r} is too much")
+        if isinstance(self.bound, bool) or not isinstance(self.bound, (int, float)) or not 0 <= self.bound <= 1:
+            raise InvalidArgument(f"max_lost = {self.max_lost!r}; accepted is a share from 0 to 1")
+        for name, most in (("check_steps", self.steps - self.probing), ("check_rows", None)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if value is not None and not (whole and (most is None or value <= most)):
+                accepted = "a whole number, 1 or more" if most is None else f"1 to {most}, the steps after the probe"
+                raise InvalidArgument(f"{name} = {value!r}; accepted: {accepted}")
+
+    @property
+    def bound(self) -> float:
+        """Share of the dense score that ratio = "auto" may lose."""
+        return MAX_LOST if self.max_lost is None else self.max_lost
+
+    @property
+    def checking(self) -> int:
+        """Extra steps that ratio = "auto" trains every model for."""
+        return min(self.probing, self.steps - self.probing) if self.check_steps is None else self.check_steps
 
     @property
     def settings(self) -> Settings:
@@ -95,7 +134,10 @@ class Job:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; what a resumed run must agree with."""
-        return {**vars(self), **vars(self.settings), "recipe": self.recipe.to_dict(), "probe_steps": self.probing}
+        content = {**vars(self), **vars(self.settings), "recipe": self.recipe.to_dict(), "probe_steps": self.probing}
+        if self.ratio == AUTO:
+            return {**content, "max_lost": self.bound, "check_steps": self.checking}
+        return {name: value for name, value in content.items() if name not in OF_AUTO}
 
 
 class Run:
@@ -114,7 +156,10 @@ class Run:
         if not train_examples or not test_examples:
             raise InvalidArgument("no training or no test examples; expected at least one of each")
         self.job, self.folder, self.say, self.quiet = job, Path(folder), say, quiet
-        self._examples = train_examples, test_examples
+        kept, self._held_out = train_examples, list[Example]()
+        if job.ratio == AUTO:
+            kept, self._held_out = hold_out(train_examples, job.check_rows, job.recipe.seed)
+        self._examples = kept, test_examples
         settings = {
             **job.to_dict(),
             "train_examples": len(train_examples),
@@ -125,7 +170,9 @@ class Run:
         if known.exists():
             before = read_json(known, "run")
             changed = sorted(name for name in settings if before.get(name) != settings[name])
-            if changed:
+            if changed == ["max_lost"] and not (self.folder / "plan.json").exists():
+                write_json(known, settings)  # nothing was chosen by the old bound, and no check depends on it
+            elif changed:
                 raise InvalidArgument(
                     f"folder {str(self.folder)!r} holds a run with another {', '.join(changed)}; "
                     "expected a new folder, or the same settings to resume it"
@@ -136,8 +183,10 @@ class Run:
 
     def everything(self, *, dense: bool = True) -> dict[str, Any]:
         """All stages; the results as `results.json` holds them. dense: train the uncut model too, to compare."""
+        # that no cut is within the bound is better known before the dense run is paid for
+        early = self.plan() if self.job.ratio == AUTO else None
         rows = [self.dense()] if dense else []
-        plan = self.plan()
+        plan = early or self.plan()
         self.cut(plan)
         rows.append(self.pruned(plan))
         igia, kind = self.probe(), self.job.settings.kind
@@ -152,6 +201,8 @@ class Run:
                 "layer_scores": igia.layer_scores(kind).tolist(),
             },
         }
+        if self.job.ratio == AUTO:
+            results["auto"] = read_json(self.folder / "auto.json", "auto")
         write_json(self.folder / "results.json", results)
         write_report(self.folder)
         # a card travels without the machine that it was made on
@@ -176,12 +227,11 @@ class Run:
         return Igia.load(self._probed / IGIA)
 
     def plan(self) -> Plan:
-        """Score the layers and write plan.json."""
-        path, job = self.folder / "plan.json", self.job
+        """Score the layers and write plan.json; with ratio = "auto", try cuts before and write auto.json."""
+        path = self.folder / "plan.json"
         if not path.exists():
-            igia = self.probe()
-            igia.plan(job.ratio if job.count is None else None, count=job.count, of=job.of, kind=job.settings.kind,
-                      merge=job.settings.merge).save(path)  # fmt: skip
+            count = self._choose().count if self.job.ratio == AUTO else self.job.count
+            self._planned(count).save(path)
         plan = Plan.load(path)
         self.say(f"plan: {plan.summary()}")
         return plan
@@ -190,24 +240,65 @@ class Run:
         """Fold and remove the layers; the smaller, not yet fine-tuned checkpoint is `cut/`."""
         path = self.folder / "cut"
         if not path.exists():
-            chosen = self.job.settings
-            model, tokenizer = self._load(self.job.source)
-            if chosen.adapters == "keep":
-                model = with_probed(model, self._probed)
-            patches: list[Patch] = []
-            if chosen.patch:
-                collate, rows, size = Collator(tokenizer), self._probe_rows(tokenizer), self.job.recipe.batch_size
-                patches = fit_patches(model, plan, (collate(rows[i : i + size]) for i in range(0, len(rows), size)))
-                self.say(f"patches: {', '.join(f'{p.weight.layer}: {p.left:.2f} left' for p in patches) or 'none'}")
-            igia = Igia.load(self._probed / IGIA) if plan.merge else None
-            smaller = apply(model, plan, igia, top=chosen.top, weight=chosen.weight, patches=patches,
-                            adapters=chosen.adapters)  # fmt: skip
+            smaller, tokenizer = self._smaller(plan)
             save(smaller, path, tokenizer=tokenizer, plan=plan)
         return path
 
     def pruned(self, plan: Plan) -> dict[str, Any]:
         """Fine-tune the smaller model with the steps that the probe left, evaluate it, write `model/`."""
         return self._stage("pruned.json", lambda: self._pruned(plan))
+
+    def _planned(self, count: int | None) -> Plan:
+        ratio = self.job.ratio if count is None else None
+        assert not isinstance(ratio, str)
+        chosen = self.job.settings
+        return self.probe().plan(ratio, count=count, of=self.job.of, kind=chosen.kind, merge=chosen.merge)
+
+    def _before_the_cut(self) -> tuple[Any, Any]:
+        """The dense model, inside the adapters that the probe trained where these are kept."""
+        model, tokenizer = self._load(self.job.source)
+        return with_probed(model, self._probed) if self.job.settings.adapters == "keep" else model, tokenizer
+
+    def _smaller(self, plan: Plan) -> tuple[Any, Any]:
+        chosen = self.job.settings
+        model, tokenizer = self._before_the_cut()
+        patches: list[Patch] = []
+        if chosen.patch:
+            collate, rows, size = Collator(tokenizer), self._probe_rows(tokenizer), self.job.recipe.batch_size
+            patches = fit_patches(model, plan, (collate(rows[i : i + size]) for i in range(0, len(rows), size)))
+            self.say(f"patches: {', '.join(f'{p.weight.layer}: {p.left:.2f} left' for p in patches) or 'none'}")
+        igia = Igia.load(self._probed / IGIA) if plan.merge else None
+        smaller = apply(model, plan, igia, top=chosen.top, weight=chosen.weight, patches=patches,
+                        adapters=chosen.adapters)  # fmt: skip
+        return smaller, tokenizer
+
+    def _choose(self) -> Choice:
+        chosen = self.job.settings
+        choice = choose(self.probe().layer_scores(chosen.kind).tolist(), self._check, self.folder / "auto.json",
+                        bound=self.job.bound, steps=self.job.checking,
+                        least=chosen.merge if isinstance(chosen.merge, int) else 1)  # fmt: skip
+        self.say(f"auto: {choice.reason}")
+        return choice
+
+    def _check(self, count: int) -> Evaluation:
+        """The cut of `count` layers (0: the dense model) after a short run of its own on the rows after the probe's."""
+        self.say(f"auto: {self.job.checking} steps {f'with {count} layers removed' if count else 'of the dense model'}")
+        if count:
+            model, tokenizer = self._smaller(self._planned(count))
+        else:
+            model, tokenizer = self._before_the_cut()
+            model = finish(model)  # as the cut does with what the probe trained
+        size = self.job.recipe.rows_a_step
+        rows = self._rows(tokenizer)[self.job.probing * size : (self.job.probing + self.job.checking) * size]
+        model, _ = tune(model, tokenizer, rows, self.job.recipe, quiet=self.quiet)
+        evaluation = self._measured(model, tokenizer, self._held_out)
+        del model
+        gc.collect()
+        return evaluation
+
+    def _measured(self, model: Any, tokenizer: Any, examples: Sequence[Example]) -> Evaluation:
+        return measure(model, tokenizer, examples, max_length=self.job.max_length, train_on=self.job.train_on,
+                       batch_size=self.job.recipe.batch_size)  # fmt: skip
 
     def _dense(self) -> dict[str, Any]:
         self.say(f"dense: {self.job.steps} steps")
@@ -226,8 +317,7 @@ class Run:
         model, training = tune(model, tokenizer, rows, self.job.recipe, quiet=self.quiet)
         self.say(f"{name}: evaluating {len(self._examples[1])} examples")
         saved = save(model, self.folder / folder, tokenizer=tokenizer, plan=plan, overwrite=True)
-        evaluation = measure(model, tokenizer, self._examples[1], max_length=self.job.max_length,
-                           train_on=self.job.train_on, batch_size=self.job.recipe.batch_size)  # fmt: skip
+        evaluation = self._measured(model, tokenizer, self._examples[1])
         decoder = Decoder(model)
         return {
             "name": name,
@@ -334,8 +424,9 @@ def write_report(folder: Path) -> Path:
         "margin at the cut": f"{probe['margin']:.3f}",
         "removed layers settled after half of the probe": f"{stability[(len(stability) - 1) // 2]:.0%}",
     }
+    auto = results.get("auto")
     html_report(folder / "report.html", title="gradpruner", summary=summary, rows=comparison(results["rows"]),
-                plots=[picture])  # fmt: skip
+                plots=[picture], explained={auto["reason"]: trial_rows(auto)} if auto else None)  # fmt: skip
     return folder / "report.html"
 
 

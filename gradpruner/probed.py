@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -33,14 +33,14 @@ def with_probed(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     Raises CheckpointError if the folder holds neither.
     """
     from peft import PeftModel  # slow to import
-    from transformers import AutoModelForCausalLM
 
-    place = Path(folder)
+    place, base = Path(folder), cast(Any, model)
     if (place / ADAPTERS).is_dir():
-        base: Any = model
         return PeftModel.from_pretrained(base, str(place / ADAPTERS))
     if not (place / MODEL).is_dir():
         raise CheckpointError(f"{place} holds neither adapters nor a model of a probe")
     parameter = next(model.parameters())
-    trained: nn.Module = AutoModelForCausalLM.from_pretrained(place / MODEL, dtype=parameter.dtype)
+    # of its own class: code that came with it is loaded already
+    trained: nn.Module = type(base).from_pretrained(place / MODEL, dtype=parameter.dtype,
+                                                    attn_implementation=base.config._attn_implementation)  # fmt: skip
     return trained.to(parameter.device)

@@ -139,8 +139,11 @@ def html_report(
     summary: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     plots: Sequence[Path | bytes] = (),
+    explained: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> None:
     """Write one HTML page that needs nothing else: key figures, plots (PNG), and a table of `rows`.
+
+    explained: below them, sentences, each with a table of its own.
 
     Raises:
         InvalidArgument: a plot does not exist or is not a PNG.
@@ -152,6 +155,7 @@ def html_report(
         for number, plot in enumerate(plots, 1)
     )
     body = f"<h1>{escaped(title)}</h1>\n<dl>{figures}</dl>\n{images}{_html_table(rows)}"
+    body += "".join(f"<p>{escaped(text)}</p>\n{_html_table(of_it)}" for text, of_it in (explained or {}).items())
     write_page(path, title, body)
 
 

@@ -19,8 +19,8 @@ class Settings:
     Raises InvalidArgument.
     """
 
-    kind: str = "squared"
-    merge: str | int = "auto"
+    kind: str = "norm"
+    merge: str | int = 0
     top: float = 0.2
     weight: float = 1.0
     patch: bool = True

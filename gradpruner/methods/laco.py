@@ -19,6 +19,7 @@ from gradpruner.methods.base import Batch, Clues, Method, check_count, lowest, r
 from gradpruner.methods.hidden import final_states, skipping
 from gradpruner.plan import Plan
 
+SEQUENCES = 10
 FALLING = tuple(k / 20 for k in range(19, -21, -1))  # thresholds that are tried, 0.95 down to -1
 Undo = list[tuple[nn.Parameter, Tensor]]
 Similarity = Callable[[dict[int, int]], float]
@@ -61,7 +62,7 @@ class Laco(Method):
         """
         decoder = Decoder(clues.model)
         check_count(decoder, count)
-        similarity, layers, most = _similarity_to_dense(decoder, clues.batches), len(decoder.layers), 0
+        similarity, layers, most = _similarity_to_dense(decoder, few(clues.batches)), len(decoder.layers), 0
         for threshold in FALLING if self.threshold is None else (self.threshold,):
             merge = self._walk(layers, count, similarity, threshold)
             most = max(most, len(merge))
@@ -100,6 +101,16 @@ class Laco(Method):
             merge = tried if accepted else merge
             at -= self.interval if accepted else 1
         return merge
+
+
+def few(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The first batches, until they hold ten sequences: what the paper's few-shot calibration takes."""
+    rows = 0
+    for number, batch in enumerate(batches, 1):
+        rows += len(batch["input_ids"])
+        if rows >= SEQUENCES:
+            return batches[:number]
+    return batches
 
 
 def fold_(decoder: Decoder, donors: Mapping[int, Sequence[int]], undo: Undo) -> None:

@@ -1,0 +1,219 @@
+"""ratio = "auto": how many layers go, from the gaps between their scores and a short check on held-out examples.
+
+The gaps propose a handful of counts. The dense model and those cuts that a bisection asks for are trained for a few
+steps and scored; the largest count that loses no more of the dense score than the user allows is taken.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gradpruner.errors import GradPrunerError, InvalidArgument
+from gradpruner.evaluate import Evaluation
+from gradpruner.files import read_json, write_json
+
+AUTO = "auto"
+MAX_LOST = 0.01
+LEAST, MOST, HANDFUL = Fraction(1, 10), Fraction(6, 10), 5  # shares of the layers, and counts to try between them
+CHECK_ROWS, CHECK_SHARE = 200, Fraction(1, 10)  # examples held out for the check: at most, and of all
+EXACT, PERPLEXITY = "exact match", "1 / perplexity"
+
+H = TypeVar("H", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A cut of `count` layers after the steps of the check. lost: share of the dense score. gap: see `gap`."""
+
+    count: int
+    exact_match: float | None
+    perplexity: float
+    lost: float
+    gap: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How many of `layers` layers go, and why.
+
+    measure: the score that decides. dense: what the dense model scored. steps: of the check, for each model. spent: of
+    all that was checked, beyond those of the job. trials: by count.
+    """
+
+    count: int
+    layers: int
+    candidates: tuple[int, ...]
+    bound: float
+    measure: str
+    dense: Mapping[str, Any]
+    trials: tuple[Trial, ...]
+    steps: int
+    spent: int
+
+    @property
+    def reason(self) -> str:
+        """One sentence a person can read."""
+        exact, examples = self.dense["exact_match"], self.dense["examples"]
+        if self.measure == EXACT:
+            unit = f"one example is {1 / (exact * examples):.1%}"
+        elif exact is None:
+            unit = "there are no answers to match"
+        else:
+            unit = "exact match cannot tell: the dense model's is 0"
+        lost = {t.count: f"{t.lost:.1%} lost" if t.lost > 0 else "nothing lost" for t in self.trials}
+        own = lost.pop(self.count)
+        others = ", ".join(f"{count}: {how_much}" for count, how_much in lost.items())
+        return (
+            f"{self.count} of {self.layers} layers go, the most of the candidates "
+            f"{', '.join(map(str, self.candidates))} with at most {self.bound:.1%} of the dense model's "
+            f"{self.measure} ({unit}) lost on {examples} held-out examples after {self.steps} training steps: {own}"
+            f"{f' ({others})' if others else ''}; the check took {self.spent} steps beyond those of the run."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        content = {**asdict(self), "candidates": list(self.candidates), "trials": [asdict(t) for t in self.trials]}
+        return {**content, "reason": self.reason}
+
+
+def gap(scores: Sequence[float], count: int, protect: Iterable[int] = (0,)) -> float:
+    """1 - (highest removed score / lowest kept one), as `Igia.margin`; it grows with their ratio, and is 1 beside 0."""
+    protected = set(protect)
+    order = sorted(score for layer, score in enumerate(scores) if layer not in protected)
+    if not 0 < count < len(order) or order[count] == 0:
+        return 0.0
+    return 1.0 - order[count - 1] / order[count]
+
+
+def candidates(scores: Sequence[float], protect: Iterable[int] = (0,), *, least: int = 1) -> list[int]:
+    """Counts to try, ascending: the range from 10 % to 60 % of the layers in five parts, of each the largest gap.
+
+    In parts, so that a bisection has a small and a large cut to turn to wherever the gaps are; of equal gaps the
+    smaller count. least: no count below it. Raises InvalidArgument where no count is left.
+    """
+    protected = set(protect)
+    first = max(least, math.ceil(LEAST * len(scores)))
+    last = min(math.floor(MOST * len(scores)), len(scores) - max(1, len(protected)))
+    counts = range(first, last + 1)
+    if not counts:
+        raise InvalidArgument(
+            f"ratio = 'auto' of {len(scores)} layers: no count is from {first} to {last}; give a ratio or a count"
+        )
+    parts = min(HANDFUL, len(counts))
+    edges = [len(counts) * part // parts for part in range(parts + 1)]
+    return [max(counts[a:b], key=lambda count: gap(scores, count, protected)) for a, b in pairwise(edges)]
+
+
+def search(counts: Sequence[int], trial_of: Callable[[int], Trial], bound: float) -> tuple[Trial, tuple[Trial, ...]]:
+    """The largest of the ascending counts that loses at most `bound`, and all trials by count; a bisection.
+
+    What is lost is taken to grow with the count. Where it does not, the choice is still within the bound, and the
+    next larger candidate was seen not to be. Raises InvalidArgument if the smallest count loses more.
+    """
+    trials: list[Trial] = []
+    best: Trial | None = None
+    low, high = 0, len(counts)
+    while low < high:
+        middle = (low + high) // 2
+        trials.append(trial_of(counts[middle]))
+        if trials[-1].lost <= bound:
+            best, low = trials[-1], middle + 1
+        else:
+            high = middle
+    if best is None:
+        closest = min(trials, key=lambda trial: trial.lost)
+        raise InvalidArgument(
+            f"max_lost = {bound}: every cut that was tried loses more of the dense score on the held-out examples, at "
+            f"least {closest.lost:.1%} (removing {closest.count}); raise max_lost, with which the same folder "
+            "goes on from these trials, or give a ratio in a new one"
+        )
+    return best, tuple(sorted(trials, key=lambda trial: trial.count))
+
+
+def choose(
+    scores: Sequence[float],
+    check: Callable[[int], Evaluation],
+    file: str | os.PathLike[str],
+    *,
+    bound: float,
+    steps: int,
+    protect: Iterable[int] = (0,),
+    least: int = 1,
+) -> Choice:
+    """Try cuts and choose; `file` (JSON) keeps every check from when it is made, and none is made twice.
+
+    check: what the model with so many layers less (0: the dense one) scores on held-out examples after `steps` steps.
+    Raises InvalidArgument if no cut is within the bound, GradPrunerError if the dense model has no score.
+    """
+    path, protected = Path(file), set(protect)
+    found: dict[str, Any] = read_json(path, "auto")["checked"] if path.exists() else {}
+
+    def checked(count: int) -> dict[str, Any]:
+        if str(count) not in found:
+            found[str(count)] = check(count).to_dict()
+            write_json(path, {"checked": found})
+        return found[str(count)]
+
+    counts = candidates(scores, protected, least=least)
+    measure = EXACT if checked(0)["exact_match"] else PERPLEXITY  # 0 right, or no answers: it cannot tell
+    dense = _score(checked(0), measure)
+    if not dense > 0:  # NaN too
+        raise GradPrunerError(f"ratio = 'auto': the dense model's {measure} on the held-out examples is {dense}")
+
+    def trial_of(count: int) -> Trial:
+        result = checked(count)
+        score = _score(result, measure)
+        # rounded: 1 - 0.99 is within a bound of 0.01
+        lost = round(1 - score / dense, 9) if math.isfinite(score) else 1.0
+        return Trial(count, result["exact_match"], result["perplexity"], lost, gap(scores, count, protected))
+
+    best, trials = search(counts, trial_of, bound)
+    choice = Choice(best.count, len(scores), tuple(counts), bound, measure, checked(0), trials, steps,
+                    steps * len(found))  # fmt: skip
+    write_json(path, {"checked": found, **choice.to_dict()})
+    return choice
+
+
+def hold_out(examples: Sequence[H], rows: int | None, seed: int) -> tuple[list[H], list[H]]:
+    """(the rest, held out): `rows` different examples, default 200 and at most 10 %, go with all their copies.
+
+    Raises InvalidArgument if one of the two would be empty.
+    """
+    different = list(dict.fromkeys(examples))
+    if rows is None:
+        rows = max(1, min(CHECK_ROWS, math.floor(CHECK_SHARE * len(different))))
+    if not 0 < rows < len(different):
+        raise InvalidArgument(
+            f"check_rows = {rows} of {len(different)} different training examples; expected at least one to hold out "
+            "and one to train on"
+        )
+    held = random.Random(seed).sample(different, rows)
+    gone = set(held)
+    return [example for example in examples if example not in gone], held
+
+
+def trial_rows(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The trials of `Choice.to_dict` as a table: one line a cut."""
+    return [
+        {
+            "layers removed": trial["count"],
+            "exact match": trial["exact_match"],
+            "perplexity": trial["perplexity"],
+            "lost": f"{trial['lost']:.1%}",
+            "gap at the cut": trial["gap"],
+            "": "chosen" if trial["count"] == choice["count"] else "",
+        }
+        for trial in choice["trials"]
+    ]
+
+
+def _score(result: Mapping[str, Any], measure: str) -> float:
+    return float(result["exact_match"] if measure == EXACT else 1 / result["perplexity"])
