@@ -1,10 +1,11 @@
-"""LoRA adapters of a model that is cut while it trains: fresh values in place, and a config that says where they are.
+"""LoRA adapters of a model that is cut while it trains: kept or fresh in place, and a config that says where they are.
 
 The adapters' modules and parameters stay the same objects, so every wrapper and optimizer that knows them still does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterator
@@ -19,18 +20,27 @@ from gradpruner.errors import UnsupportedModel
 FRESH_INITS = (True, "gaussian")  # of LoraConfig.init_lora_weights: those that leave the base weights alone
 
 
-def check_can_be_fresh(peft: Any) -> None:
-    """Raises UnsupportedModel unless every trained adapter is a LoRA that can start again in place."""
+def check_are_lora(peft: Any) -> None:
+    """Raises UnsupportedModel unless every trained adapter is a LoRA: others may number the layers for themselves."""
     for name, config in peft.peft_config.items():
-        if not any(p.requires_grad for _, p in _parameters(peft, name)):
+        added = [(n.split("."), p) for n, p in peft.named_parameters() if base_name(n) is None]
+        if not any(name in parts and p.requires_grad for parts, p in added):
             continue
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "LORA":
             raise UnsupportedModel(f"adapter {name!r} is of type {kind}; only LoRA (and DoRA) can be cut in place")
+
+
+def check_can_be_fresh(peft: Any) -> None:
+    """Raises UnsupportedModel unless every trained adapter is a LoRA that can start again in place."""
+    check_are_lora(peft)
+    for name, config in peft.peft_config.items():
+        if not any(p.requires_grad for _, p in _parameters(peft, name)):
+            continue
         if config.init_lora_weights not in FRESH_INITS:
             raise UnsupportedModel(
-                f"adapter {name!r} has init_lora_weights={config.init_lora_weights!r}; a cut in place starts adapters "
-                f"anew, accepted are {' and '.join(map(repr, FRESH_INITS))}"
+                f"adapter {name!r} has init_lora_weights={config.init_lora_weights!r}; a cut that discards starts "
+                f"adapters anew, accepted are {' and '.join(map(repr, FRESH_INITS))}"
             )
         variants = {type(module.lora_variant[name]).__name__ for module in peft.modules()
                     if name in getattr(module, "lora_variant", ())}  # fmt: skip
@@ -76,18 +86,43 @@ def _renew(module: Any, adapter: str, config: Any, generator: torch.Generator) -
         b = module.lora_embedding_B[adapter]
         module.lora_embedding_A[adapter].zero_()
         assign(b, torch.empty(b.shape).normal_(generator=generator))
-    magnitudes = getattr(module, "lora_magnitude_vector", {})
-    if adapter in magnitudes:
-        dora = magnitudes[adapter]
-        known = dora.weight
-        if adapter in module.lora_A:
-            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-        else:
-            a, b = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
-        dora.update_layer(base_layer=module.get_base_layer(), lora_A=a, lora_B=b, scaling=module.scaling[adapter])
-        known.copy_(dora.weight)
-        dora.weight = known
-        dora.train(dora.training)  # forgets cached norms
+    if adapter in getattr(module, "lora_magnitude_vector", ()):
+        module.lora_magnitude_vector[adapter].weight.copy_(_norms(module, adapter))
+
+
+def _norms(module: Any, adapter: str) -> Tensor:
+    """What a DoRA divides by: norms of the base weight with the adapter, in the shape of its magnitudes."""
+    dora = module.lora_magnitude_vector[adapter]
+    known = dora.weight
+    if adapter in module.lora_A:
+        a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    else:
+        a, b = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+    dora.update_layer(base_layer=module.get_base_layer(), lora_A=a, lora_B=b, scaling=module.scaling[adapter])
+    norms, dora.weight = dora.weight, known
+    dora.train(dora.training)  # forgets cached norms
+    return norms.detach()
+
+
+@contextlib.contextmanager
+def keeping_scales(peft: Any) -> Iterator[None]:
+    """What is added to base weights inside counts as it is: DoRAs scale each row of them by the same factor as before.
+
+    Their magnitudes follow the norms, which would else take back a part of what was added.
+    """
+    with torch.no_grad():
+        before = {(module, adapter): _norms(module, adapter) for module, adapter in _doras(peft)}
+    yield
+    with torch.no_grad():
+        for module, adapter in _doras(peft):
+            magnitudes = module.lora_magnitude_vector[adapter].weight
+            magnitudes.copy_(magnitudes * (_norms(module, adapter) / before[module, adapter]))
+
+
+def _doras(peft: Any) -> Iterator[tuple[Any, str]]:
+    for module in peft.modules():
+        for adapter in getattr(module, "lora_magnitude_vector", ()):
+            yield module, adapter
 
 
 def assign(parameter: Any, values: Tensor) -> None:

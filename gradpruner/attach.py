@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from gradpruner.adapters import check_can_be_fresh, describe, without_adapters
+from gradpruner.adapters import check_are_lora, check_can_be_fresh, describe, without_adapters
 from gradpruner.checkpoint import PLAN_FILE, save
 from gradpruner.cut import check_wrappers, cut
 from gradpruner.decoder import Decoder, altered_base, peft_of
@@ -23,9 +23,12 @@ from gradpruner.distributed import peers_of, together
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.files import read_json, write_json
 from gradpruner.igia import SCORES, Igia
+from gradpruner.inputs import FILES, Inputs, load_inputs, save_inputs
 from gradpruner.merge import share_of
+from gradpruner.patch import Patch, fit_patches, gaps
 from gradpruner.plan import Plan, select
 from gradpruner.probe import Probe
+from gradpruner.settings import Settings
 from gradpruner.streaming import apply_folder
 from gradpruner.surgery import prepare
 from gradpruner.training_files import (
@@ -35,7 +38,7 @@ from gradpruner.training_files import (
     full_precision,
     is_complete,
     is_quantised,
-    load_merged,
+    load_changed,
     mark_of,
     newest_complete,
 )
@@ -50,11 +53,14 @@ def attach(
     *,
     count: int | None = None,
     of: str = "layers",
-    kind: str = "squared",
-    merge: str | int = "auto",
     protect: Iterable[int] = (0,),
-    top: float = 0.2,
-    weight: float = 1.0,
+    preset: str = "default",
+    kind: str | None = None,
+    merge: str | int | None = None,
+    top: float | None = None,
+    weight: float | None = None,
+    patch: bool | None = None,
+    adapters: str | None = None,
     estimator: str = "auto",
     factor_dtype: torch.dtype = torch.float32,
     micro_batches: int = 1,
@@ -62,12 +68,15 @@ def attach(
     """Make a Trainer probe its first `steps` optimizer steps, cut its model, and train on to the end, in one run.
 
     The step count, the learning-rate schedule, logging, evaluation and checkpoints go on as if nothing had happened;
-    adapters start anew. Scores and plan are logged to whatever the Trainer reports to. A checkpoint, of any moment,
-    resumes with `trainer.train(resume_from_checkpoint=...)` after the same `attach` on the same dense model; True
-    takes the newest that is complete. output_dir/gradpruner holds the plan, the scores, and, where adapters
-    train, the cut base model that their checkpoints belong to (and name).
+    adapters go on too, or with adapters="discard" start anew. Scores and plan are logged to whatever the Trainer
+    reports to. A checkpoint, of any moment, resumes with `trainer.train(resume_from_checkpoint=...)` after the same
+    `attach` on the same dense model; True takes the newest that is complete. output_dir/gradpruner holds the plan, the
+    scores, and, where adapters train, the cut base model that their checkpoints belong to (and name).
+    patch: gaps are patched on the probe's batches, of which each process keeps up to 131,072 tokens in host memory. A
+    quantised base and an encoder-decoder cannot be patched: that is logged, and refused where patch=True is given.
 
-    ratio, count, of, kind, merge, protect: see `Igia.plan`. top, weight: see `apply`. The rest: see `Probe`.
+    ratio, count, of, protect: see `Igia.plan`. preset, and kind to adapters for what differs from it: see `Settings`.
+    The rest: see `Probe`.
     Returns the callback, whose `plan` and `igia` can be read after the cut. Raises InvalidArgument,
     UnsupportedModel; what only the prepared model shows (its optimizer, say) is refused when training begins.
     """
@@ -77,12 +86,17 @@ def attach(
         raise InvalidArgument(f"steps = {steps!r}; expected a number of optimizer steps, 1 or more")
     if any(isinstance(callback, PruneCallback) for callback in trainer.callback_handler.callbacks):
         raise InvalidArgument("trainer: gradpruner is attached already; expected a Trainer without it")
-    share_of(top)
-    if kind not in SCORES:
-        raise InvalidArgument(f"kind = {kind!r}; accepted are {', '.join(SCORES)}")
-    wanted = dict(ratio=None if count is not None else ratio, count=count, of=of, merge=merge, protect=tuple(protect))
-    probe = dict(estimator=estimator, factor_dtype=factor_dtype, micro_batches=micro_batches, importance=merge != 0)
-    callback = PruneCallback(trainer, steps, kind, wanted, dict(top=top, weight=weight), probe)
+    settings = Settings.of(preset, kind=kind, merge=merge, top=top, weight=weight, patch=patch, adapters=adapters)
+    share_of(settings.top)
+    if settings.kind not in SCORES:
+        raise InvalidArgument(f"kind = {settings.kind!r}; accepted are {', '.join(SCORES)}")
+    wanted = dict(
+        ratio=None if count is not None else ratio, count=count, of=of, merge=settings.merge, protect=tuple(protect)
+    )
+    probe = dict(
+        estimator=estimator, factor_dtype=factor_dtype, micro_batches=micro_batches, importance=settings.merge != 0
+    )
+    callback = PruneCallback(trainer, steps, settings, wanted, probe, insists=patch is True)
     if trainer.model is not None:
         callback.check(trainer.model)
     trainer.train = callback.train  # type: ignore[method-assign]
@@ -99,18 +113,23 @@ class PruneCallback(TrainerCallback):
         self,
         trainer: Trainer,
         steps: int,
-        kind: str,
+        settings: Settings,
         wanted: dict[str, Any],
-        merging: dict[str, Any],
         options: dict[str, Any],
+        *,
+        insists: bool,
     ) -> None:
         self.plan: Plan | None = None
         self.igia: Igia | None = None
-        self._trainer, self._steps, self._kind = trainer, steps, kind
-        self._wanted, self._merging, self._options = wanted, merging, options
+        self._trainer, self._steps, self._settings = trainer, steps, settings
+        self._wanted, self._options = wanted, options
+        self._insists = insists  # on patches
         self._probe: Probe | None = None
+        self._inputs: Inputs | None = None
         self._seen: Igia | None = None  # by the run that is resumed
+        self._given: list[dict[str, Tensor]] = []  # to its model
         self._base: Path | None = None
+        self._patched: list[tuple[int, str]] = []  # layer of the dense model, and name
         self._train, self._load, self._save = trainer.train, trainer._load_from_checkpoint, trainer._save_checkpoint
 
     def check(self, model: Any) -> None:
@@ -137,9 +156,9 @@ class PruneCallback(TrainerCallback):
             )
         altered = altered_base(model)
         if altered is not None:
-            raise UnsupportedModel(f"{altered}; a cut discards what the probe trained, which would damage the model")
+            raise UnsupportedModel(f"{altered}, which a cut cannot tell apart from it")
         if peft is not None:
-            check_can_be_fresh(peft)
+            (check_are_lora if self._settings.adapters == "keep" else check_can_be_fresh)(peft)
         decoder = Decoder(model)
         self._check_plans(decoder)
         if is_quantised(decoder):
@@ -149,6 +168,21 @@ class PruneCallback(TrainerCallback):
                     "ProbeCallback and merge into the full-precision checkpoint with apply_folder)"
                 )
             full_precision(decoder)
+        self._check_patch(decoder)
+
+    def _check_patch(self, decoder: Decoder) -> None:
+        """Do without patches where they are not possible, unless they were asked for by name."""
+        if is_quantised(decoder):
+            reason = "the base is quantised, and nothing can be added to packed weights"
+        elif getattr(decoder.config, "is_encoder_decoder", False):
+            reason = "an encoder-decoder makes its decoder's inputs of the labels, which are not kept"
+        else:
+            return
+        if self._insists:
+            raise UnsupportedModel(f"patch = True; {reason}: accepted is patch=False")
+        if self._settings.patch:
+            logger.warning(f"gaps will not be patched: {reason}")
+            self._settings = dataclasses.replace(self._settings, patch=False)
 
     def _check_plans(self, decoder: Decoder) -> None:
         """That such a plan is possible, and that layers can be removed at all: better told now than after the probe."""
@@ -176,6 +210,7 @@ class PruneCallback(TrainerCallback):
         self.check(model)
         check_wrappers(self._trainer.model_wrapped)
         self.plan = self.igia = self._base = None  # of an earlier run of this Trainer
+        self._patched = []
         left = self._steps - (self._seen.steps + self._seen.skipped if self._seen is not None else 0)
         if state.max_steps - state.global_step <= left:
             raise InvalidArgument(
@@ -183,40 +218,67 @@ class PruneCallback(TrainerCallback):
                 "for the smaller model too"
             )
         if self._probe is not None:  # a run that was given up, by auto_find_batch_size say
-            self._probe.abandon()
+            self._let_go()
         self._probe = Probe(model, **self._options)
         self._probe.start(kwargs["optimizer"], self._steps, resume=self._seen)
-        self._seen = None
+        if self._settings.patch:
+            self._inputs = Inputs(self._given)
+            self._inputs.watch(self._trainer.model_wrapped)  # outside of what is compiled or copied to other devices
+        self._seen, self._given = None, []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut after the last step of the probe."""
         if self._probe is None or not self._probe.finished:
             return
         self._probe.stop()
-        igia, self._probe = self._probe.igia, None
-        plan = igia.plan(kind=self._kind, **self._wanted)
+        igia, inputs = self._probe.igia, self._inputs
+        self._let_go()
+        settings, plan = self._settings, igia.plan(kind=self._settings.kind, **self._wanted)
         # as the loop calls it: its wrappers have to know; DataParallel makes its copies anew at each step
         wrapped: Any = self._trainer.model_wrapped
         model = kwargs["model"] if isinstance(wrapped, nn.DataParallel) else wrapped
-        cut(model, self._trainer.optimizer, plan, igia, seed=args.seed, **self._merging)
+        patches = self._fit(model, plan, [] if inputs is None else inputs.batches)
+        cut(model, self._trainer.optimizer, plan, igia, top=settings.top, weight=settings.weight, patches=patches,
+            adapters=settings.adapters, seed=args.seed)  # fmt: skip
         self.igia, self.plan = igia, plan
-        self._keep(kwargs["model"], plan, igia)
+        self._patched = [(patch.weight.layer, patch.weight.name) for patch in patches]
+        self._keep(kwargs["model"], plan, igia, patches)
         # a dense model's metric is not one of this model's, nor is its checkpoint
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         due = control.should_log
-        self._trainer.log(self._figures(plan, igia))
+        self._trainer.log(self._figures(plan, igia, patches))
         control.should_log = due  # the step's own figures are still to come
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the model where training ended early."""
         if self._probe is not None:
             logger.warning(f"training ended in step {self._probe.steps} of {self._steps} of the probe: nothing was cut")
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Of the model and the optimizer; asks no other process."""
+        if self._probe is not None:
             self._probe.abandon()
-            self._probe = None
+        if self._inputs is not None:
+            self._inputs.stop()
+        self._probe = self._inputs = None
+
+    def _fit(self, model: nn.Module, plan: Plan, batches: list[dict[str, Tensor]]) -> list[Patch]:
+        """The patches of the plan's gaps, on what the probe's steps saw."""
+        peers = peers_of()
+        if not self._settings.patch:
+            return []
+        if not batches if peers is None else peers.any(not batches):
+            logger.warning("gaps are not patched: the Trainer's model was not called with keyword arguments")
+            return []
+        patches = fit_patches(model, plan, batches)
+        left = ", ".join(f"{patch.left:.3f} after layer {patch.weight.layer}" for patch in patches)
+        logger.info(f"{len(patches)} of {len(gaps(plan))} gaps are patched; left of the squared error: {left or 'all'}")
+        return patches
 
     # what goes to disk
 
-    def _keep(self, model: Any, plan: Plan, igia: Igia) -> None:
+    def _keep(self, model: Any, plan: Plan, igia: Igia, patches: list[Patch]) -> None:
         """Write plan and scores, and the cut base model where the Trainer will save adapters only."""
         arguments, peft, decoder = self._trainer.args, peft_of(model), Decoder(model)
         folder = Path(str(arguments.output_dir)) / FOLDER
@@ -227,7 +289,8 @@ class PruneCallback(TrainerCallback):
         if peft is None:
             return
         # another run in the same place, with another cut, gets a base of its own
-        name = f"base-{decoder.fingerprint(content=True)}-{mark_of(plan, self._merging)}"
+        merging = dict(top=self._settings.top, weight=self._settings.weight)
+        name = f"base-{decoder.fingerprint(content=True)}-{mark_of(plan, merging, patches)}"
         base = self._base = (folder / name).resolve()
         if is_quantised(decoder):
             with together(peers_of()):
@@ -239,15 +302,18 @@ class PruneCallback(TrainerCallback):
             save(without_adapters(decoder.base), base, tokenizer=tokenizer, plan=plan, overwrite=True)
         describe(peft, str(base))
 
-    def _figures(self, plan: Plan, igia: Igia) -> dict[str, float]:
+    def _figures(self, plan: Plan, igia: Igia, patches: list[Patch]) -> dict[str, float]:
         figures = {
             "gradpruner/removed_layers": float(len(plan.removed)),
             "gradpruner/layer_ratio": plan.layer_ratio,
             "gradpruner/parameter_ratio": plan.parameter_ratio or 0.0,
-            "gradpruner/margin": igia.margin(plan, self._kind, protect=self._wanted["protect"]),
+            "gradpruner/margin": igia.margin(plan, self._settings.kind, protect=self._wanted["protect"]),
+            "gradpruner/gaps": float(len(gaps(plan))),
+            "gradpruner/patched_gaps": float(len(patches)),
         }
+        figures |= {f"gradpruner/left/{patch.weight.layer:02d}": patch.left for patch in patches}
         fate = {**dict.fromkeys(plan.kept, 0.0), **dict.fromkeys(plan.drop, 1.0), **dict.fromkeys(plan.merge, 2.0)}
-        for layer, score in enumerate(igia.layer_scores(self._kind).tolist()):
+        for layer, score in enumerate(igia.layer_scores(self._settings.kind).tolist()):
             figures[f"gradpruner/score/{layer:02d}"] = score
             figures[f"gradpruner/fate/{layer:02d}"] = fate[layer]  # 0 kept, 1 dropped, 2 merged
         return figures
@@ -262,16 +328,20 @@ class PruneCallback(TrainerCallback):
             folder.mkdir(parents=True, exist_ok=True)
             for stale in (TRAINER_STATE, SNAPSHOT, PLAN_FILE):  # of a run that was killed here before
                 (folder / stale).unlink(missing_ok=True)
+            for stale_inputs in folder.glob(FILES):
+                stale_inputs.unlink()
             if self.plan is not None:
                 base = None if self._base is None else os.path.relpath(self._base, folder.resolve())
-                write_json(folder / PLAN_FILE, {**self.plan.to_dict(), "base": base})
+                write_json(folder / PLAN_FILE, {**self.plan.to_dict(), "base": base, "patched": self._patched})
         if self._probe is not None and self._probe.steps:
-            self._probe.snapshot().save(folder / SNAPSHOT)
+            self._probe.snapshot().save(folder / SNAPSHOT)  # all wait here for the process that clears the folder
+            if self._inputs is not None:
+                save_inputs(self._inputs.batches, folder, peers_of())
         self._save(model, trial)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Resume only from a checkpoint that was written to the end."""
-        self._seen = None
+        self._seen, self._given = None, []
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_complete(str(self._trainer.args.output_dir))
         elif resume_from_checkpoint and not is_complete(Path(resume_from_checkpoint)):
@@ -283,15 +353,16 @@ class PruneCallback(TrainerCallback):
         checkpoint, model = Path(resume_from_checkpoint), self._trainer.model if model is None else model
         if (checkpoint / PLAN_FILE).is_file():
             content = read_json(checkpoint / PLAN_FILE, "plan")
-            self._rebuild(model, Plan.from_dict(content), checkpoint, content.get("base"))
+            self._rebuild(model, Plan.from_dict(content), checkpoint, content)
         elif self.plan is not None and len(Decoder(model).layers) == len(self.plan.kept):
             raise ModelMismatch(f"checkpoint {str(checkpoint)!r} is of the dense model; the Trainer's is cut already")
         elif (checkpoint / SNAPSHOT).is_file():
             self._seen = Igia.load(checkpoint / SNAPSHOT, lazy=True)
+            self._given = load_inputs(checkpoint, peers_of()) if self._settings.patch else []
         self._load(resume_from_checkpoint, model)
 
-    def _rebuild(self, model: Any, plan: Plan, checkpoint: Path, base: str | None) -> None:
-        peft = peft_of(model)
+    def _rebuild(self, model: Any, plan: Plan, checkpoint: Path, content: dict[str, Any]) -> None:
+        base, peft = content.get("base"), peft_of(model)
         if (base is None) != (peft is None):
             raise ModelMismatch(
                 f"checkpoint {str(checkpoint)!r} is of a model {'without' if base is None else 'with'} adapters; "
@@ -299,13 +370,14 @@ class PruneCallback(TrainerCallback):
             )
         if self.plan != plan or len(Decoder(model).layers) != len(plan.kept):
             cut(model, self._trainer.optimizer, Plan(plan.layers, plan.removed, model=plan.model),
-                seed=self._trainer.args.seed)  # fmt: skip
+                adapters=self._settings.adapters, seed=self._trainer.args.seed)  # fmt: skip
+        self._patched = [(layer, name) for layer, name in content.get("patched", ())]
         if base is not None:
             self._base = (checkpoint / base).resolve()
             if not self._base.is_dir():
                 raise CheckpointError(f"the cut base model {str(self._base)!r} of {str(checkpoint)!r} is gone")
-            if plan.merge:
-                load_merged(Decoder(model), plan, self._base)
+            if plan.merge or self._patched:
+                load_changed(Decoder(model), plan, self._patched, self._base)
             if self._base.name.rpartition("-")[0] != f"base-{Decoder(model).fingerprint(content=True)}":
                 raise ModelMismatch(f"the base model is not that of {str(checkpoint)!r}: expected {self._base}")
             describe(peft, str(self._base))

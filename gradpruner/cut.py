@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradpruner.adapters import check_can_be_fresh, make_fresh
+from gradpruner.adapters import check_are_lora, check_can_be_fresh, keeping_scales, make_fresh
 from gradpruner.decoder import Decoder, peft_of, wrappers
 from gradpruner.distributed import reshard
 from gradpruner.errors import InvalidArgument, UnsupportedModel
@@ -19,7 +20,9 @@ from gradpruner.igia import Igia
 from gradpruner.logits import root_of
 from gradpruner.merge import fold_and_remove, share_of
 from gradpruner.optimizers import unwrapped
+from gradpruner.patch import Patch
 from gradpruner.plan import Plan
+from gradpruner.settings import ADAPTERS
 
 
 def cut(
@@ -30,6 +33,8 @@ def cut(
     *,
     top: float = 0.2,
     weight: float = 1.0,
+    patches: Sequence[Patch] = (),
+    adapters: str = "discard",
     seed: int = 0,
     layers: str | nn.ModuleList | None = None,
 ) -> None:
@@ -37,9 +42,11 @@ def cut(
 
     model: as the loop calls it: plain, PEFT, compiled, prepared by accelerate, in DistributedDataParallel or sharded
     by fully_shard. It stays the same object, and so do its wrappers, adapters, the optimizer and its scheduler.
-    Adapters start anew in place (by `seed`), with no state in the optimizer; weights that train fully keep theirs.
+    adapters: "discard" what they learned: they start anew in place (by `seed`), with no state in the optimizer; or
+    "keep" them and their state as they are. Weights that train fully keep theirs in any case.
     optimizer: torch's or accelerate's, whose groups lose the removed parameters; None where there is none yet.
-    igia, top, weight: see `apply`. Call it between two optimizer steps, on every process. Source: METHOD section 3.
+    igia, top, weight, patches: see `apply`. Call it between two optimizer steps, on every process, each with the same
+    patches (those of `fit_patches` are). Source: METHOD section 3.
 
     Nothing is changed unless everything succeeds. Raises InvalidArgument, ModelMismatch, UnsupportedModel.
     """
@@ -48,14 +55,18 @@ def cut(
     inner = unwrapped(optimizer)
     if inner is not None and not hasattr(inner, "param_groups"):
         raise InvalidArgument(f"optimizer is a {type(inner).__name__}; expected a torch.optim.Optimizer, or None")
+    if adapters not in ADAPTERS:
+        raise InvalidArgument(f"adapters = {adapters!r}; accepted are {', '.join(ADAPTERS)}")
     if peft is not None:
-        check_can_be_fresh(peft)
+        (check_are_lora if adapters == "keep" else check_can_be_fresh)(peft)
     root = root_of(model)
     if root is not None:
         reshard(root)  # the optimizer holds the shards
     dense = {id(p) for p in decoder.given.parameters()}
-    fold_and_remove(decoder, plan, igia, share, weight)
-    fresh = make_fresh(peft, seed) if peft is not None else []
+    kept = peft is not None and adapters == "keep"
+    with keeping_scales(peft) if kept and (plan.merge or patches) else contextlib.nullcontext():
+        fold_and_remove(decoder, plan, igia, share, weight, patches)
+    fresh = make_fresh(peft, seed) if peft is not None and not kept else []
     gone = dense - {id(p) for p in decoder.given.parameters()}
     if inner is not None:
         _forget(inner, gone, {id(p) for p in fresh})

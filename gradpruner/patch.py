@@ -6,16 +6,19 @@ change that brings the layer's output closest to what left the last removed laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from gradpruner.decoder import Decoder, Weight, is_linear, is_packed, linear_modules
+from gradpruner.decoder import Decoder, Weight, is_linear, is_packed, linear_modules, wrappers
+from gradpruner.distributed import Peers, peers_of, summed, together
 from gradpruner.errors import InvalidArgument, UnsupportedModel
-from gradpruner.logits import evaluating
+from gradpruner.logits import evaluating, resharding, root_of
 from gradpruner.plan import Plan
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean square of an input
@@ -52,38 +55,76 @@ def fit_patches(
     batches: Iterable[Mapping[str, Any]],
     *,
     layers: str | nn.ModuleList | None = None,
+    group: Any = None,
 ) -> list[Patch]:
     """The patch of every gap of the plan, fitted on what the dense model computes on `batches`: one forward each.
 
     model: dense, before the cut; adapters count. batches: keyword arguments of the model, with attention_mask where
     rows are padded; labels are ignored. Give the patches to `apply`. A gap gets none where the layer before it has no
     linear that writes straight to the residual stream (Gemma 2's norm is in between, experts are many), or where it
-    would not help on held-out rows. Raises InvalidArgument where batches are empty or the plan is of another depth.
+    would not help on held-out rows.
+
+    group: the processes that train the model together, see `Probe`; all of them call it, each with batches of its own,
+    of which as many are used as every process has, and get the same patches.
+    Raises InvalidArgument where batches are empty or the plan is of another depth.
     """
     decoder = Decoder(model, layers)
     if plan.layers != len(decoder.layers):
         raise InvalidArgument(f"the plan is for {plan.layers} decoder layers; the model has {len(decoder.layers)}")
+    peers = peers_of(group)
+    asked = _asked(decoder.given)
     device = next(decoder.base.parameters()).device
     fits: dict[int, _Fit] | None = None
-    with evaluating(decoder.given):
-        for batch in batches:
-            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
-            if fits is None:
-                one = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in moved.items()}
-                fits = _fits(decoder, plan, lambda one=one: _forward(decoder.given, one))  # type: ignore[misc]
-            mask = moved.get("attention_mask")
-            for fit in fits.values():
-                fit.begin(mask)
-            _forward(decoder.given, moved)
-        if fits is None:
-            raise InvalidArgument("batches is empty; expected at least one")
-    for fit in fits.values():
-        fit.stop()
-    return [patch for fit in fits.values() if (patch := fit.patch()) is not None]
+    try:
+        with evaluating(decoder.given), resharding(asked), _uncompiled(asked):
+            for batch in _in_step(batches, peers):
+                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
+                if fits is None:
+                    one = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in moved.items()}
+                    fits = _fits(decoder, plan, lambda one=one: _forward(asked, one))  # type: ignore[misc]
+                mask = moved.get("attention_mask")
+                for fit in fits.values():
+                    fit.begin(mask)
+                _forward(asked, moved)
+    finally:
+        for fit in (fits or {}).values():
+            fit.stop()
+    if fits is None:
+        raise InvalidArgument("batches is empty; expected at least one")
+    agreed = set(fits) if peers is None else set.intersection(*map(set, peers.gather(list(fits))))
+    return [patch for layer in sorted(agreed) if (patch := fits[layer].patch(peers)) is not None]
+
+
+def _asked(model: nn.Module) -> nn.Module:
+    """FSDP2's root; else what is in DistributedDataParallel, which talks to others, and in what is compiled."""
+    root = root_of(model)
+    if root is not None:
+        return root
+    return next(
+        wrapper
+        for wrapper in wrappers(model)
+        if "_orig_mod" not in wrapper._modules and not isinstance(wrapper, DistributedDataParallel)
+    )
 
 
 def _forward(model: nn.Module, batch: Mapping[str, Any]) -> None:
     model(**batch, use_cache=False)
+
+
+def _in_step(batches: Iterable[Mapping[str, Any]], peers: Peers | None) -> Iterator[Mapping[str, Any]]:
+    """As many of the batches as every process has: a sharded model is asked by all of them together."""
+    for batch in batches:
+        if peers is not None and peers.any(False):
+            return
+        yield batch
+    if peers is not None:
+        peers.any(True)
+
+
+def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Compiled code would not call hooks that it has not seen when it was made."""
+    compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
 class _Fit:
@@ -120,6 +161,10 @@ class _Fit:
 
     def _on_end(self, module: nn.Module, args: Any, output: Any) -> None:
         target = _hidden(output).detach().float()
+        with torch.autocast(target.device.type, enabled=False):  # the sums need their precision
+            self._add(target)
+
+    def _add(self, target: Tensor) -> None:
         rows = torch.arange(self._rows, self._rows + len(target), device=target.device)
         self._rows += len(target)
         chooses = (rows % HELD_OUT == HELD_OUT - 1)[:, None].expand(target.shape[:2])
@@ -133,8 +178,24 @@ class _Fit:
             new = [x.T @ x, x.T @ error, error.square().sum()]
             sums[:] = [old + add for old, add in zip(sums, new, strict=True)] if sums else new
 
-    def patch(self) -> Patch | None:
-        """The best change, None where it does not help on held-out rows (or there were too few rows to tell)."""
+    def patch(self, peers: Peers | None) -> Patch | None:
+        """The best change, None where it does not help on held-out rows (or there were too few rows to tell).
+
+        With peers: of the sums over them all, which the first of them solves. A collective.
+        """
+        if peers is None:
+            return self._solved()
+        for sums in self._sums:
+            sums[:] = [summed(part, peers.group).to(part.device) for part in sums]
+        with together(peers):  # others' solvers may round otherwise
+            mine = self._solved() if peers.rank == 0 else None
+        left = peers.gather(None if mine is None else mine.left)[0]
+        if left is None:
+            return None
+        like = torch.empty(self.weight.shape)
+        return Patch(self.weight, self.end, peers.broadcast(None if mine is None else mine.change, like, 0), left)
+
+    def _solved(self) -> Patch | None:
         fitted, held = self._sums
         if not float(held[2]) > 0 or not float(fitted[2]) > 0:
             return None
@@ -160,12 +221,10 @@ def _share_left(change: Tensor, sums: list[Tensor]) -> float:
 
 def _fits(decoder: Decoder, plan: Plan, forward: Callable[[], None]) -> dict[int, _Fit]:
     """A fit for every gap whose layer has a linear that writes to the residual stream, found by trying."""
-    fits = {}
-    for layer, end in gaps(plan).items():
-        found = _writer(decoder, layer, forward)
-        if found is not None:
-            fits[layer] = _Fit(decoder, *found, end)
-    return fits
+    ends = gaps(plan)
+    # all of them first: the forwards that look for one must not count in another's sums
+    writers = {layer: _writer(decoder, layer, forward) for layer in ends}
+    return {layer: _Fit(decoder, *found, ends[layer]) for layer, found in writers.items() if found is not None}
 
 
 def _writer(decoder: Decoder, layer: int, forward: Callable[[], None]) -> tuple[Weight, nn.Module] | None:
@@ -206,9 +265,13 @@ def _hidden(output: Any) -> Tensor:
 def check_patches(decoder: Decoder, plan: Plan, patches: Iterable[Patch]) -> None:
     """Raises InvalidArgument unless the patches belong to this plan, UnsupportedModel if a weight cannot take one."""
     ends, known = gaps(plan), set(decoder.weights)
+    patched: set[int] = set()
     for patch in patches:
         where = f"the patch of layer {patch.weight.layer} {patch.weight.name}"
         if ends.get(patch.weight.layer) != patch.end or patch.weight not in known:
             raise InvalidArgument(f"{where} up to layer {patch.end} does not belong to a gap of this plan and model")
+        if patch.weight.layer in patched:
+            raise InvalidArgument(f"{where} is not the only one of its gap; expected one at most")
+        patched.add(patch.weight.layer)
         if is_packed(decoder.parameter(patch.weight)):
             raise UnsupportedModel(f"{where}: the weight is quantised; patch the full-precision model instead")

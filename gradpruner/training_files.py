@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from gradpruner.adapters import assign
 from gradpruner.decoder import Decoder, base_parameters, is_packed
 from gradpruner.distributed import whole
 from gradpruner.errors import CheckpointError, InvalidArgument
+from gradpruner.patch import Patch
 from gradpruner.plan import Plan
+from gradpruner.shards import bytes_of
 from gradpruner.stored import StoredModel
 
 FOLDER = "gradpruner"  # in the Trainer's output_dir: plan, scores, and the cut base model of adapters
@@ -43,11 +45,15 @@ def is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def load_merged(decoder: Decoder, plan: Plan, folder: Path) -> None:
-    """Take the merged weights of the cut base model from the checkpoint that was made of it, one at a time."""
+def load_changed(decoder: Decoder, plan: Plan, patched: Iterable[tuple[int, str]], folder: Path) -> None:
+    """Take what was merged and patched of the cut base model from the checkpoint that was made of it, one at a time.
+
+    patched: layer of the dense model and name of each patched weight.
+    """
     stored, targets = StoredModel(folder), {plan.kept.index(target) for target in plan.donors}
+    single = {(plan.kept.index(layer), name) for layer, name in patched}
     with torch.no_grad():
-        for weight in [w for w in decoder.weights if w.layer in targets]:
+        for weight in [w for w in decoder.weights if w.layer in targets or (w.layer, w.name) in single]:
             name = stored.parameter_name(weight)
             if name in stored.whole:
                 values = stored.whole[name].read()
@@ -57,10 +63,14 @@ def load_merged(decoder: Decoder, plan: Plan, folder: Path) -> None:
             assign(decoder.parameter(weight), values)
 
 
-def mark_of(plan: Plan, merging: Mapping[str, Any]) -> str:
+def mark_of(plan: Plan, merging: Mapping[str, Any], patches: Iterable[Patch] = ()) -> str:
     """Tells what was done to a model from anything else that could have been done to it."""
     content = json.dumps([plan.to_dict(), dict(merging)], sort_keys=True, default=str)  # a share may be a Fraction
-    return hashlib.sha256(content.encode()).hexdigest()[:8]
+    mark = hashlib.sha256(content.encode())
+    for patch in patches:
+        mark.update(f"{patch.weight.layer}/{patch.weight.name}".encode())
+        mark.update(bytes_of(patch.change))
+    return mark.hexdigest()[:8]
 
 
 def is_quantised(decoder: Decoder) -> bool:

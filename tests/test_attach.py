@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import shutil
@@ -12,23 +13,56 @@ import pytest
 import torch
 import training_runs
 from peft import AutoPeftModelForCausalLM
-from training_runs import LAYERS, PROBE, STEPS, lora, same, tensors, trainer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, Trainer, TrainerCallback
+from training_runs import LAYERS, PROBE, STEPS, lora, same, tensors
+from training_runs import trainer as plain_trainer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, T5Config, Trainer, TrainerCallback
 
 import gradpruner
+from gradpruner import inputs
 from gradpruner.decoder import Decoder
+from gradpruner.inputs import load_inputs
+from gradpruner.patch import Patch, fit_patches, gaps
+from gradpruner.training_files import mark_of
+
+SETTINGS = {
+    "default": {},
+    "merging": {"kind": "squared", "merge": "auto"},  # patches and keeps too
+    "paper": {"preset": "paper"},
+}
+RUNS = [*((kind, "default") for kind in training_runs.KINDS), ("full", "merging"), ("lora", "paper"), ("full", "paper")]
+
+
+def trainer(out, kind="lora", *, attached=True, chosen="default", **options):
+    made, _ = plain_trainer(out, kind, attached=False, **options)
+    return made, gradpruner.attach(made, steps=PROBE, ratio=0.4, **SETTINGS[chosen]) if attached else None
+
+
+def run_and_die(out, chosen, moment):
+    """As training_runs does, with other settings; target of a process of its own."""
+    training_runs.trainer = functools.partial(trainer, chosen=chosen)
+    training_runs.run_and_die(out, "lora", moment)
+
+
+class Stop(TrainerCallback):
+    """Ends training after some steps."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.steps
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Of each kind, one run that nothing interrupted: its folder, callback, Trainer and final tensors."""
+    """Of each kind and settings, one run that nothing interrupted: its folder, callback, Trainer and final tensors."""
     runs = {}
 
-    def get(kind, **options):
-        key = kind, *sorted(options.items())
+    def get(kind, chosen="default"):
+        key = kind, chosen
         if key not in runs:
             out = tmp_path_factory.mktemp(kind)
-            made, callback = trainer(out, kind, **options)
+            made, callback = trainer(out, kind, chosen=chosen)
             made.train()
             runs[key] = out, callback, made, tensors(made.model)
         return runs[key]
@@ -36,9 +70,9 @@ def finished(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("kind", training_runs.KINDS)
-def test_a_run_starts_dense_and_ends_pruned(kind, finished, tmp_path):
-    out, callback, made, _ = finished(kind)
+@pytest.mark.parametrize(("kind", "chosen"), RUNS)
+def test_a_run_starts_dense_and_ends_pruned(kind, chosen, finished, tmp_path):
+    out, callback, made, _ = finished(kind, chosen)
     plan = callback.plan
     assert plan.layers == LAYERS and len(plan.removed) == 3 and callback.igia.steps == PROBE
     assert made.state.global_step == STEPS and len(Decoder(made.model).layers) == LAYERS - 3
@@ -50,10 +84,14 @@ def test_a_run_starts_dense_and_ends_pruned(kind, finished, tmp_path):
     # what trackers are told
     (figures,) = [e for e in made.state.log_history if "gradpruner/removed_layers" in e]
     assert figures["step"] == PROBE and figures["gradpruner/removed_layers"] == 3
-    for layer, score in enumerate(callback.igia.layer_scores().tolist()):
+    for layer, score in enumerate(callback.igia.layer_scores("norm" if chosen == "default" else "squared").tolist()):
         assert figures[f"gradpruner/score/{layer:02d}"] == score
         fate = 1.0 if layer in plan.drop else 2.0 if layer in plan.merge else 0.0
         assert figures[f"gradpruner/fate/{layer:02d}"] == fate
+    assert figures["gradpruner/gaps"] == len(gaps(plan)) > 0
+    assert figures["gradpruner/patched_gaps"] == sum("/left/" in name for name in figures)
+    # of a DoRA whose magnitudes have moved, what is added to a weight is not what is added to the layer's output
+    assert (figures["gradpruner/patched_gaps"] > 0) == (kind != "dora" and chosen != "paper")
     # nothing holds a parameter that is gone
     alive = {id(p) for p in made.model.parameters() if p.requires_grad}
     held = [p for group in made.optimizer.param_groups for p in group["params"]]
@@ -70,35 +108,147 @@ def test_the_probe_saw_what_a_probe_alone_sees(kind, finished, tmp_path):
     made, _ = trainer(tmp_path, kind, attached=False, callbacks=[probe])
     made.train()
     assert torch.equal(probe.igia.square_norms, callback.igia.square_norms)
-    assert probe.igia.plan(0.4) == callback.plan
+    assert probe.igia.plan(0.4, kind="norm", merge=0) == callback.plan
 
 
 def test_adapters_start_anew_and_merged_weights_are_those_of_apply(finished, tmp_path):
-    _out, callback, made, _ = finished("lora")
+    _out, callback, made, _ = finished("lora", "paper")
     assert callback.plan.merge  # else nothing is shown
     expected = gradpruner.apply(training_runs.llama(), callback.plan, callback.igia)
     decoder = Decoder(made.model)
     for weight in decoder.weights:
         assert torch.equal(decoder.parameter(weight), Decoder(expected).parameter(weight))
-
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == PROBE
-
-    made, _ = trainer(tmp_path, callbacks=[Stop()])
+    made, _ = trainer(tmp_path, chosen="paper", callbacks=[Stop(PROBE)])
     made.train()
     for name, parameter in made.model.named_parameters():
         assert "lora_B" not in name or not parameter.any()  # a fresh adapter's B is 0
     assert not any(made.optimizer.state.values())
 
 
+def seen_in_the_probe(out, kind, monkeypatch):
+    """A dense Trainer after the probe's steps, and what its model was given in them."""
+    made, _ = trainer(out, kind, attached=False, callbacks=[Stop(PROBE)])
+    batches, step = [], made.training_step
+
+    def recording(model, given, *args):
+        batches.append({name: value.clone() for name, value in given.items() if name != "labels"})
+        return step(model, given, *args)
+
+    monkeypatch.setattr(made, "training_step", recording)
+    made.train()
+    return made, batches
+
+
+def test_adapters_go_on_and_patched_weights_are_those_of_apply(finished, tmp_path, monkeypatch):
+    _out, callback, cut, _ = finished("lora", "merging")
+    dense, batches = seen_in_the_probe(tmp_path / "dense", "lora", monkeypatch)
+    patches = fit_patches(dense.model, callback.plan, batches)
+    assert patches and callback.plan.merge
+    expected = Decoder(gradpruner.apply(training_runs.llama(), callback.plan, callback.igia, patches=patches))
+    decoder = Decoder(cut.model)
+    for weight in decoder.weights:
+        assert torch.equal(decoder.parameter(weight), expected.parameter(weight))
+
+    made, _ = trainer(tmp_path / "cut", chosen="merging", callbacks=[Stop(PROBE)])
+    made.train()
+    for new, old in enumerate(callback.plan.kept):
+        learned = dict(Decoder(dense.model).layers[old].named_parameters())
+        for name, parameter in Decoder(made.model).layers[new].named_parameters():
+            if "lora_" in name:
+                assert torch.equal(parameter, learned[name])
+                assert int(made.optimizer.state[parameter]["step"]) == PROBE
+    assert len(made.optimizer.state) == sum(p.requires_grad for p in made.model.parameters())
+
+
+def test_a_fully_trained_model_is_patched_as_the_probe_left_it(tmp_path, monkeypatch):
+    made, callback = trainer(tmp_path / "cut", "full", chosen="merging", callbacks=[Stop(PROBE)])
+    made.train()
+    dense, batches = seen_in_the_probe(tmp_path / "dense", "full", monkeypatch)
+    patches = fit_patches(dense.model, callback.plan, batches)
+    expected = gradpruner.apply(dense.model, callback.plan, callback.igia, patches=patches)
+    assert patches and same(expected.state_dict(), tensors(made.model))
+
+
+@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 3}, {"torch_compile_backend": "eager"}], ids=str)
+def test_every_micro_batch_of_the_probe_is_in_the_checkpoint(options, tmp_path, monkeypatch):
+    made, _ = trainer(tmp_path / "cut", torch_compile="torch_compile_backend" in options, callbacks=[Stop(4)],
+                      eval_dataset=training_runs.rows(8), eval_strategy="steps", eval_steps=1,
+                      **options)  # fmt: skip
+    made.train()
+    kept = load_inputs(tmp_path / "cut" / "checkpoint-3", None)
+    count = options.get("gradient_accumulation_steps", 1)
+    made, _ = trainer(tmp_path / "dense", attached=False, callbacks=[Stop(3)], **options)
+    seen, step = [], made.training_step
+    monkeypatch.setattr(made, "training_step", lambda model, given, *a: (seen.append(given), step(model, given, *a))[1])
+    made.train()
+    assert len(kept) == len(seen) == 3 * count
+    for batch, given in zip(kept, seen, strict=True):
+        assert torch.equal(batch["input_ids"], given["input_ids"]) and "labels" not in batch
+
+
+def test_inputs_are_kept_up_to_a_number_of_tokens(monkeypatch):
+    monkeypatch.setattr(inputs, "TOKENS", 50)
+    model = training_runs.llama()
+    watching = inputs.Inputs()
+    watching.watch(model)
+    for length, count in ((9, 1), (30, 2), (12, 2), (11, 3)):  # 12 more would be 51
+        model.train()(input_ids=torch.ones(1, length, dtype=torch.long), labels=torch.ones(1, length, dtype=torch.long))
+        assert len(watching.batches) == count
+        model.eval()(input_ids=torch.ones(1, 1, dtype=torch.long))
+        with torch.no_grad():
+            model.train()(input_ids=torch.ones(1, 1, dtype=torch.long))
+    assert len(inputs.Inputs(watching.batches).batches) == 3
+    again = inputs.Inputs(watching.batches)  # an interrupted run counts what was there
+    watching.stop()
+    again.watch(model)
+    model(input_ids=torch.ones(1, 1, dtype=torch.long))
+    assert len(again.batches) == 3 and len(watching.batches) == 3
+    again.stop()
+    large = inputs.Inputs()
+    large.watch(model)
+    model(input_ids=torch.ones(1, 60, dtype=torch.long))
+    assert len(large.batches) == 1
+
+
+@pytest.mark.parametrize("damage", ["gone", "bytes", "one of two"])
+def test_inputs_that_do_not_come_back_whole_are_refused(damage, finished, tmp_path):
+    out, _, _, _ = finished("lora")
+    shutil.copytree(out / "checkpoint-3", tmp_path / "checkpoint-3")
+    (file,) = (tmp_path / "checkpoint-3").glob(inputs.FILES)
+    if damage == "gone":
+        file.unlink()
+    elif damage == "bytes":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    else:
+        file.write_bytes(file.read_bytes().replace(b'\\"processes\\": 1', b'\\"processes\\": 2'))
+    reasons = {"gone": "lacks the inputs", "bytes": "checksum of '2/", "one of two": "of 1 processes; 2 have"}
+    made, _ = trainer(tmp_path)
+    with pytest.raises(gradpruner.CheckpointError, match=reasons[damage]):
+        made.train(resume_from_checkpoint=True)
+
+
+def test_bases_with_other_patches_have_other_names():
+    plan, weights = gradpruner.Plan(LAYERS, drop=[2, 5]), Decoder(training_runs.llama()).weights
+    patches = [Patch(weights[i], 2, torch.full(weights[i].shape, v), 0.5) for i, v in ((7, 0.0), (7, 1.0), (6, 1.0))]
+    marks = {mark_of(plan, {"top": 0.2}, [patch]) for patch in patches}
+    assert len({*marks, mark_of(plan, {"top": 0.2}), mark_of(plan, {"top": 0.3})}) == 5
+
+
 @pytest.mark.parametrize(
-    ("kind", "step"), [("lora", 3), ("lora", 6), ("lora", 9), ("dora", 6), ("full", 3), ("full", 9)]
-)
-def test_resuming_gives_the_same_plan_and_weights(kind, step, finished, tmp_path):
-    out, callback, _, final = finished(kind)
+    ("kind", "step", "chosen"),
+    [
+        ("lora", 3, "default"), ("lora", 6, "default"), ("lora", 9, "default"), ("dora", 6, "default"),
+        ("full", 3, "default"), ("full", 9, "default"), ("lora", 3, "paper"), ("lora", 6, "paper"),
+        ("lora", 9, "paper"), ("dora", 6, "paper"), ("full", 3, "paper"), ("full", 9, "paper"),
+        ("lora", 3, "merging"), ("lora", 6, "merging"), ("dora", 6, "merging"), ("full", 3, "merging"),
+    ],
+)  # fmt: skip
+def test_resuming_gives_the_same_plan_and_weights(kind, step, chosen, finished, tmp_path):
+    out, callback, _, final = finished(kind, chosen)
     shutil.copytree(out, tmp_path / "copy")
-    made, again = trainer(tmp_path / "copy", kind)
+    made, again = trainer(tmp_path / "copy", kind, chosen=chosen)
     made.train(resume_from_checkpoint=str(tmp_path / "copy" / f"checkpoint-{step}"))
     assert again.plan == callback.plan and made.state.global_step == STEPS
     assert same(final, tensors(made.model))
@@ -107,7 +257,7 @@ def test_resuming_gives_the_same_plan_and_weights(kind, step, finished, tmp_path
 
 def test_a_share_may_be_a_fraction(tmp_path):
     made, _ = trainer(tmp_path, attached=False)
-    callback = gradpruner.attach(made, steps=PROBE, ratio=0.4, top=Fraction(1, 3))
+    callback = gradpruner.attach(made, steps=PROBE, ratio=0.4, merge="auto", top=Fraction(1, 3))
     made.train()
     assert callback.plan.merge and list((tmp_path / "gradpruner").glob("base-*"))
 
@@ -129,11 +279,11 @@ def test_what_a_trainer_can_be_told(kind, options, tmp_path):
     """Each runs across the cut, and resumes within the probe to the same plan and weights."""
     if options.get("optim") == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
-    made, callback = trainer(tmp_path, kind, **options)
+    made, callback = trainer(tmp_path, kind, chosen="merging", **options)
     made.train()
     plan, final = callback.plan, tensors(made.model)
     assert len(Decoder(made.model).layers) == len(plan.kept) and made.state.global_step == STEPS
-    made, again = trainer(tmp_path, kind, **options)
+    made, again = trainer(tmp_path, kind, chosen="merging", **options)
     made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert again.plan == plan and same(final, tensors(made.model))
 
@@ -153,14 +303,15 @@ def test_stock_tools_load_a_checkpoint_made_after_the_cut(kind, step, finished):
 
 @pytest.mark.parametrize("moment", ["probe", "apply", "save of the base", "save of step 3", "save of step 6"])
 def test_killed_and_resumed_as_if_nothing_had_happened(moment, finished, tmp_path):
-    _, callback, _, final = finished("lora")
+    chosen = "merging" if moment in ("apply", "save of step 6") else "default"
+    _, callback, _, final = finished("lora", chosen)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_runs"])
-    process = context.Process(target=training_runs.run_and_die, args=(str(tmp_path), "lora", moment))
+    context.set_forkserver_preload(["training_runs", "test_attach"])
+    process = context.Process(target=run_and_die, args=(str(tmp_path), chosen, moment))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL and not (tmp_path / "survived").exists()
-    made, again = trainer(tmp_path)
+    made, again = trainer(tmp_path, chosen=chosen)
     if moment == "save of step 3":
         with pytest.raises(gradpruner.CheckpointError, match="no complete checkpoint"):
             made.train(resume_from_checkpoint=True)
@@ -205,9 +356,9 @@ def test_a_checkpoint_of_the_dense_model_is_not_loaded_into_the_cut_one(tmp_path
 
 
 def test_adams_memory_of_the_first_steps_must_come_back(tmp_path):
-    made, _ = trainer(tmp_path, "full", save_only_model=True)
+    made, _ = trainer(tmp_path, "full", chosen="merging", save_only_model=True)
     made.train()
-    made, _ = trainer(tmp_path, "full", save_only_model=True)
+    made, _ = trainer(tmp_path, "full", chosen="merging", save_only_model=True)
     with pytest.raises(gradpruner.ProbeError, match="its state is lost"):
         made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
@@ -225,21 +376,19 @@ def test_through_a_symbolic_link(finished, tmp_path):
 
 
 def test_a_compiled_trainer_run_goes_on(finished, tmp_path):
-    _, callback, _, _ = finished("lora")
+    _, callback, plain, _ = finished("lora")
     made, again = trainer(tmp_path, torch_compile=True, torch_compile_backend="eager")
     made.train()
     assert again.plan == callback.plan and made.state.global_step == STEPS
+    figures, compiled = ([e for e in run.state.log_history if "gradpruner/gaps" in e] for run in (plain, made))
+    assert compiled[0] == pytest.approx(figures[0], rel=1e-3)  # what the patches leave among them
 
 
 def test_training_that_ends_within_the_probe_says_so(tmp_path, caplog):
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 2
-
-    made, callback = trainer(tmp_path, callbacks=[Stop()])
+    made, callback = trainer(tmp_path, callbacks=[Stop(2)])
     made.train()
     assert "ended in step 2 of 5 of the probe" in caplog.text and callback.plan is None
-    assert not made.optimizer.optimizer._optimizer_step_pre_hooks
+    assert not made.optimizer.optimizer._optimizer_step_pre_hooks and not made.model._forward_pre_hooks
 
 
 def test_the_best_checkpoint_is_one_of_the_smaller_model(tmp_path):
@@ -267,6 +416,9 @@ def test_training_a_second_time_does_not_cut_again(finished):
         ({"ratio": 1.5}, "ratio = 1.5"),
         ({"ratio": 0.4, "count": 99}, "99 of 8 layers"),
         ({"kind": "best"}, "kind = 'best'"),
+        ({"preset": "best"}, "preset = 'best'"),
+        ({"patch": 1}, "patch = 1"),
+        ({"adapters": "merge"}, "adapters = 'merge'"),
         ({"merge": 7}, "merge = 7"),
         ({"top": 0}, "top = 0"),
         ({"protect": [8]}, "protect names layer 8"),
@@ -308,6 +460,31 @@ def test_adapters_that_changed_the_base_cannot_start_anew(tmp_path, monkeypatch)
         trainer(tmp_path)
 
 
+def test_adapters_of_any_start_go_on_and_only_some_start_anew(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        training_runs.KINDS, "lora", lambda: lora(training_runs.llama(), init_lora_weights="orthogonal")
+    )
+    trainer(tmp_path)
+    with pytest.raises(gradpruner.UnsupportedModel, match="init_lora_weights='orthogonal'"):
+        trainer(tmp_path, chosen="paper")
+
+
+def test_an_encoder_decoder_is_not_patched(tmp_path, monkeypatch, caplog):
+    config = T5Config(vocab_size=61, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=8, num_heads=2)
+    from transformers import T5ForConditionalGeneration
+
+    monkeypatch.setitem(training_runs.KINDS, "full", lambda: T5ForConditionalGeneration(config))
+    made, _ = trainer(tmp_path, "full", attached=False)
+    with pytest.raises(gradpruner.UnsupportedModel, match="an encoder-decoder makes"):
+        gradpruner.attach(made, steps=PROBE, patch=True)
+    assert "will not be patched" not in caplog.text
+    gradpruner.attach(made, steps=PROBE)
+    assert "gaps will not be patched: an encoder-decoder" in caplog.text
+    config.decoder_start_token_id = config.pad_token_id
+    made.train()
+    assert len(Decoder(made.model).layers) == LAYERS - 3
+
+
 def test_an_architecture_that_cannot_be_cut_is_refused_before_training(tmp_path, monkeypatch):
     config = GPT2Config(vocab_size=61, n_embd=16, n_layer=8, n_head=2, scale_attn_by_inverse_layer_idx=True)
     monkeypatch.setitem(training_runs.KINDS, "full", lambda: AutoModelForCausalLM.from_config(config))
@@ -330,12 +507,16 @@ def packed(tmp_path, monkeypatch):
     return dense
 
 
-def test_a_quantised_base_is_cut_and_its_full_precision_twin_written(packed, tmp_path):
+def test_a_quantised_base_is_cut_and_its_full_precision_twin_written(packed, tmp_path, caplog):
     made, _ = trainer(tmp_path / "out", attached=False)
     with pytest.raises(gradpruner.InvalidArgument, match="the base is quantised, accepted is 0"):
-        gradpruner.attach(made, steps=PROBE)
+        gradpruner.attach(made, steps=PROBE, merge="auto")
+    with pytest.raises(gradpruner.UnsupportedModel, match="nothing can be added to packed weights"):
+        gradpruner.attach(made, steps=PROBE, merge=0, patch=True)
     callback = gradpruner.attach(made, steps=PROBE, ratio=0.4, merge=0)
+    assert caplog.text.count("gaps will not be patched") == 1
     made.train()
+    assert max(int(state["step"]) for state in made.optimizer.state.values()) == STEPS  # the adapters went on
     final = tensors(made.model)
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-12")
     for new, old in enumerate(callback.plan.kept):

@@ -12,13 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from test_attach import SETTINGS
 from test_examples import checked, write_inputs
 from training_runs import LAYERS, PROBE, STEPS, trainer
 
 import gradpruner
 from gradpruner.decoder import Decoder
 
-RUNS = [("ddp", "lora"), ("ddp", "full"), ("fsdp2", "full"), ("fsdp2", "lora")]
+RUNS = [
+    ("ddp", "lora", "default"), ("ddp", "full", "merging"), ("ddp", "lora", "paper"),
+    ("fsdp2", "full", "merging"), ("fsdp2", "lora", "default"), ("fsdp2", "lora", "paper"),
+]  # fmt: skip
 
 
 def shard(made):
@@ -35,13 +39,14 @@ def shard(made):
     made.is_fsdp_enabled = True
 
 
-def one_run(wrapper, kind, folder, resume=None):
+def one_run(wrapper, kind, chosen, folder, resume=None):
     made, _ = trainer(folder, kind, attached=False)
     if wrapper == "fsdp2":
         shard(made)
-    callback = gradpruner.attach(made, steps=PROBE, ratio=0.4)
+    callback = gradpruner.attach(made, steps=PROBE, ratio=0.4, **SETTINGS[chosen])
     made.train(resume_from_checkpoint=None if resume is None else f"{folder}/checkpoint-{resume}")
     assert made.state.global_step == STEPS and len(Decoder(made.model).layers) == LAYERS - 3
+    assert bool(callback._patched) == (chosen != "paper")
     whole = {
         n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in made.model.named_parameters()
     }
@@ -55,19 +60,19 @@ def worker(rank, port, folder, inputs, queue):
     )  # fmt: skip
     torch.set_num_threads(1)
     found = {}
-    for wrapper, kind in RUNS:
-        out = Path(folder, f"{wrapper}-{kind}")
-        plan, final = one_run(wrapper, kind, out)
-        found[wrapper, kind] = plan.to_dict(), {name: tensor.numpy() for name, tensor in final.items()}
+    for run in RUNS:
+        out = Path(folder, "-".join(run))
+        plan, final = one_run(*run, out)
+        found[run] = plan.to_dict(), {name: tensor.numpy() for name, tensor in final.items()}
         for step in (3, 6):
-            copy = Path(folder, f"{wrapper}-{kind}-{step}")
+            copy = Path(f"{out}-{step}")
             if rank == 0:
                 shutil.copytree(out, copy)
             dist.barrier()
-            again, weights = one_run(wrapper, kind, copy, resume=step)
-            assert again == plan, (wrapper, kind, step)
+            again, weights = one_run(*run, copy, resume=step)
+            assert again == plan, (run, step)
             for name, tensor in final.items():
-                assert torch.equal(tensor, weights[name]), (wrapper, kind, step, name)
+                assert torch.equal(tensor, weights[name]), (run, step, name)
     # accelerate is set to shard by now
     example = Path(__file__).parent.parent / "examples" / "accelerate_fsdp2.py"
     runpy.run_path(str(example))["main"](*inputs)
@@ -88,7 +93,7 @@ def runs(tmp_path_factory):
     processes = [context.Process(target=worker, args=(rank, port, str(folder), inputs, queue)) for rank in range(2)]
     for process in processes:
         process.start()
-    found = dict(queue.get(timeout=300) for _ in processes)
+    found = dict(queue.get(timeout=900) for _ in processes)
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
@@ -96,20 +101,20 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
-@pytest.mark.parametrize(("wrapper", "kind"), RUNS)
-def test_every_process_ends_with_the_same_smaller_model(wrapper, kind, runs):
+@pytest.mark.parametrize("run", RUNS, ids="-".join)
+def test_every_process_ends_with_the_same_smaller_model(run, runs):
     """That each of them resumed to the same weights, the processes have checked themselves."""
     folder, found = runs
-    (plan, first), (other, second) = (found[rank][wrapper, kind] for rank in range(2))
+    (plan, first), (other, second) = (found[rank][run] for rank in range(2))
     assert plan == other and len(plan["kept"]) == LAYERS - 3
     assert first.keys() == second.keys() and all((first[n] == second[n]).all() for n in first)
-    assert gradpruner.Plan.load(folder / f"{wrapper}-{kind}" / "gradpruner" / "plan.json").to_dict() == plan
+    assert gradpruner.Plan.load(folder / "-".join(run) / "gradpruner" / "plan.json").to_dict() == plan
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_sharded_and_replicated_runs_agree(kind, runs):
+@pytest.mark.parametrize(("kind", "chosen"), [("lora", "default"), ("full", "merging"), ("lora", "paper")])
+def test_sharded_and_replicated_runs_agree(kind, chosen, runs):
     _, found = runs
-    (plan, replicated), (other, sharded) = (found[0][wrapper, kind] for wrapper in ("ddp", "fsdp2"))
+    (plan, replicated), (other, sharded) = (found[0][wrapper, kind, chosen] for wrapper in ("ddp", "fsdp2"))
     assert plan["drop"] == other["drop"] and plan["merge"] == other["merge"]
     for name, value in replicated.items():
         torch.testing.assert_close(torch.from_numpy(value), torch.from_numpy(sharded[name]), rtol=1e-3, atol=1e-4)
@@ -124,9 +129,9 @@ def test_the_base_of_a_sharded_run_is_an_ordinary_checkpoint(runs):
     from transformers import AutoModelForCausalLM
 
     folder, found = runs
-    (base,) = (folder / "fsdp2-lora" / "gradpruner").glob("base-*")
+    (base,) = (folder / "fsdp2-lora-default" / "gradpruner").glob("base-*")
     stored = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
-    trained = found[0]["fsdp2", "lora"][1]
+    trained = found[0]["fsdp2", "lora", "default"][1]
     for name, parameter in stored.items():
         wrapped = f"base_model.model.{name}"
         value = trained.get(wrapped, trained.get(wrapped.removesuffix("weight") + "base_layer.weight"))

@@ -292,7 +292,8 @@ def test_a_run_leaves_a_card(pruned, tmp_path, monkeypatch):
     model, plan, igia = pruned
     run = Run(Job("acme/dense-1B", 4, Recipe()), [("a", "b")], [("a", "b")], tmp_path / "out")
     gradpruner.save(model, run.folder / "model", plan=plan)
-    igia.save(run.folder / "igia.safetensors")
+    (run.folder / "probe").mkdir()
+    igia.save(run.folder / "probe" / "igia.safetensors")
     row = dict.fromkeys(("exact_match", "perplexity", "step_seconds", "tokens_per_second", "peak_bytes"), 0.5)
     rows = [
         {**row, "name": name, "layers": layers, "parameters": 10**7, "checkpoint_bytes": 10**7}
@@ -305,7 +306,7 @@ def test_a_run_leaves_a_card(pruned, tmp_path, monkeypatch):
     run.everything()
     text = (run.folder / "model" / "README.md").read_text()
     assert ModelCard(text).data.base_model == "acme/dense-1B"
-    assert "| exact match | 0.500 | 0.500 | 100.0% |" in text and "Scores (`squared`)" in text
+    assert "| exact match | 0.500 | 0.500 | 100.0% |" in text and "Scores (`norm`)" in text
     labels = [line[""] for line in comparison(rows)]
     assert set(OF_THE_MACHINE) < set(labels) and not any(label in text for label in OF_THE_MACHINE)
 

@@ -68,7 +68,7 @@ def test_run_and_resume(home, tmp_path, capsys, monkeypatch):
     assert main(command) == 0
     text = capsys.readouterr().out
     assert "exact match" in text and "pruned / dense" in text
-    for name in ("run.json", "dense.json", "igia.safetensors", "plan.json", "pruned.json", "results.json",
+    for name in ("run.json", "dense.json", "probe/igia.safetensors", "plan.json", "pruned.json", "results.json",
                  "report.html", "layer_scores.png", "cut/config.json", "model/config.json"):  # fmt: skip
         assert (out / name).is_file(), name
     results = json.loads((out / "results.json").read_text())
@@ -99,7 +99,7 @@ def test_run_and_resume(home, tmp_path, capsys, monkeypatch):
 
 
 def test_help_teaches(capsys):
-    for command in ("run", "probe", "plan", "apply", "finetune", "evaluate", "report", "demo", "backends"):
+    for command in ("run", "compare", "sensitivity", "probe", "plan", "apply", "finetune", "evaluate", "report", "demo", "backends"):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0
@@ -255,4 +255,4 @@ def test_interrupting_keeps_what_is_finished(home, tmp_path, capsys, monkeypatch
     code = main(["run", "--model", str(home / "model"), "--data", str(home / "data.jsonl"), "--steps", "6",
                  "--probe-steps", "3", "--batch-size", "4", "--no-dense", "--out", str(out)])  # fmt: skip
     assert code == 1 and "interrupted" in capsys.readouterr().err
-    assert sorted(p.name for p in out.iterdir()) == ["igia.safetensors", "plan.json", "run.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["plan.json", "probe", "run.json"]

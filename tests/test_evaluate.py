@@ -16,7 +16,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gradpruner import evaluate
 from gradpruner.data import Collator, Example, tokenize
 from gradpruner.errors import InvalidArgument
-from gradpruner.evaluate import Evaluation, exact_match, exact_matches, generation_speed, perplexity, rouge_l
+from gradpruner.evaluate import (
+    Evaluation,
+    answers,
+    exact_match,
+    exact_matches,
+    generation_speed,
+    macro_f1,
+    perplexity,
+    rouge_l,
+)
 
 LEARNED = 8  # rows the model has seen; it knows nothing of the others
 
@@ -165,6 +174,64 @@ def test_perplexity(model, rows, collate, tokenizer, batch_size, monkeypatch):
     assert perplexity(model, plain, collate=collate, batch_size=batch_size) == pytest.approx(
         naive_perplexity(model, plain), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_answers_tell_all_that_the_others_do(model, rows, collate, tokenizer, batch_size):
+    plain = tokenize([Example("abc abc", ""), Example("once upon a time", "")], tokenizer, max_length=64)
+    data = [*rows[: LEARNED + 3], *plain, *rows[LEARNED + 3 :]]
+    found = answers(model, data, collate=collate, batch_size=batch_size)
+    right = [answer.right for answer in found]
+    assert right == exact_matches(model, data, collate=collate, batch_size=batch_size) and 0 < sum(right) < len(right)
+    whole = math.exp(sum(answer.loss for answer in found) / sum(answer.tokens for answer in found))
+    assert whole == pytest.approx(perplexity(model, data, collate=collate, batch_size=batch_size), rel=1e-6)
+    for answer, row in zip(found, data, strict=True):
+        wanted = [label for label in row["labels"][1:] if label != -100]
+        assert math.exp(answer.loss / answer.tokens) == pytest.approx(naive_perplexity(model, [row]), rel=1e-5)
+        with torch.no_grad():
+            best = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].argmax(-1).tolist()
+        said = [token for token, label in zip(best, row["labels"][1:], strict=True) if label != -100]
+        assert answer.tokens == len(wanted) and answer.said == tuple(said) and answer.right == (said == wanted)
+
+
+def test_answers_without_rows_are_refused(model, collate):
+    with pytest.raises(InvalidArgument, match="rows is empty"):
+        answers(model, [], collate=collate, batch_size=4)
+
+
+def confusion_f1(said, truth):
+    """Macro-F1 over the true classes by a matrix of counts, a column more for what is none of them."""
+    classes = list(dict.fromkeys(truth))
+    matrix = [[0] * (len(classes) + 1) for _ in classes]
+    for s, t in zip(said, truth, strict=True):
+        matrix[classes.index(t)][classes.index(s) if s in classes else len(classes)] += 1
+    scores = []
+    for i in range(len(classes)):
+        hits, named, real = matrix[i][i], sum(row[i] for row in matrix), sum(matrix[i])
+        precision, recall = hits / named if named else 0.0, hits / real
+        scores.append(2 * precision * recall / (precision + recall) if hits else 0.0)
+    return sum(scores) / len(scores)
+
+
+def test_macro_f1_by_hand():
+    truth = ["a", "a", "a", "b", "b", "c"]
+    said = ["a", "a", "b", "b", "x", "a"]
+    # a: precision 2/3, recall 2/3; b: precision 1/2, recall 1/2; c is never said
+    assert macro_f1(said, truth) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert macro_f1(truth, truth) == 1 and macro_f1(["x"] * 6, truth) == 0
+    # always the largest class: half of the answers, but only one class of three
+    assert macro_f1(["a"] * 6, truth) == pytest.approx((2 * 3 / 9) / 3)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_macro_f1_by_a_confusion_matrix(classes):
+    rng = random.Random(classes)
+    for _ in range(30):
+        truth = [(rng.randrange(classes), 5) for _ in range(40)]
+        said = [t if rng.random() < 0.5 else (rng.randrange(classes + 2), 5) for t in truth]
+        assert macro_f1(said, truth) == pytest.approx(confusion_f1(said, truth))
+    with pytest.raises(ValueError):
+        macro_f1(["a"], ["a", "b"])
 
 
 def test_perplexity_beyond_floats_is_infinite(model, rows, collate, monkeypatch):

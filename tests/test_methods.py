@@ -7,17 +7,20 @@ import itertools
 import math
 
 import families
+import peft
 import pytest
 import torch
 import transformers
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from gradpruner import InvalidArgument, ModelMismatch, Plan, UnsupportedModel
+from gradpruner import InvalidArgument, ModelMismatch, Plan, Probe, UnsupportedModel, apply
+from gradpruner.compare import keeps
 from gradpruner.decoder import Decoder
 from gradpruner.methods import METHODS, Clues, Laco, parse_method, spelled
 from gradpruner.methods.block import distances
 from gradpruner.methods.held_out_loss import held_out_loss
 from gradpruner.methods.laco import _similarity_to_dense
+from gradpruner.patch import fit_patches
 
 PLAIN = ["drop-last", "shortgpt", "block", "random", "magnitude", "taylor", "loss"]
 EVERY = [*PLAIN, "laco:combine=2,interval=1"]
@@ -450,8 +453,12 @@ def test_hidden_states_that_are_not_one_vector_a_token_are_refused():
 
 
 @pytest.mark.parametrize(
-    "text", [*PLAIN, "laco", "laco:threshold=0.5", "laco:threshold=-1,combine=3,interval=1,low=0", "laco:combine=2"]
-)
+    "text",
+    [*PLAIN, "laco", "laco:threshold=0.5", "laco:threshold=-1,combine=3,interval=1,low=0", "laco:combine=2",
+     "gradpruner", "gradpruner:preset=paper,merge=3,probe_steps=10", "gradpruner:patch=false,adapters=discard",
+     "gradpruner:kind=norm,top=0.5,weight=0.5,rank=4,share=0.1", "shortgpt:patch=true", "drop-last:adapters=keep",
+     "loss:patch=true,adapters=keep"],
+)  # fmt: skip
 def test_spelled_is_the_opposite_of_parse(text):
     assert spelled(parse_method(text)) == text and text.partition(":")[0] in METHODS
 
@@ -460,7 +467,11 @@ def test_spelled_is_the_opposite_of_parse(text):
     ("text", "message"),
     [
         ("lacoo", "method = 'lacoo'; accepted are .*block, drop-last, .*laco, loss, magnitude, random, shortgpt"),
-        ("shortgpt:fast=1", "'fast=1' is no option=value; its options are none"),
+        ("shortgpt:fast=1", "'fast=1' is no option=value; its options are patch, adapters"),
+        ("gradpruner:fast=1", "its options are preset, kind, merge, top, weight, patch, adapters, probe_steps"),
+        ("gradpruner:preset=best", "preset = 'best'; accepted are default, paper"),
+        ("gradpruner:adapters=both", "adapters = 'both'; accepted are keep, discard"),
+        ("gradpruner:patch=1", "patch = 1; accepted are True and False"),
         ("laco:combine", "'combine' is no option=value; its options are threshold, combine, interval, low"),
         ("laco:combine=1", "combine = 1; expected a whole number, 2 or more"),
         ("laco:interval=0", "interval = 0; expected a whole number, 1 or more"),
@@ -474,6 +485,120 @@ def test_spelled_is_the_opposite_of_parse(text):
 def test_what_is_wrong_with_a_method_is_named(text, message):
     with pytest.raises(InvalidArgument, match=message):
         parse_method(text)
+
+
+@pytest.fixture(scope="module")
+def probed():
+    """A model with adapters that do something, and what a probe saw of it."""
+    torch.manual_seed(3)
+    model = peft.get_peft_model(build(), peft.LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    watched = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW([p for p in watched.parameters() if p.requires_grad], lr=1e-3)
+    probe = Probe(watched)
+    with probe.watching(optimizer, len(BATCHES)):
+        for inputs in BATCHES:
+            watched(**inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model, probe.igia
+
+
+MANY = [*BATCHES, batch([9, 12, 6, 7], 6), batch([5, 11, 8], 7)]  # rows enough to hold some out
+
+
+def seen(probed):
+    model, igia = probed
+    return Clues(copy.deepcopy(model), MANY, HELD_OUT, 0, lambda: igia)
+
+
+def by_hand(probed, plan, *, keep, patch, igia=None, top=0.2, weight=1.0):
+    """The cut model, in steps: patches as the model with its adapters has them, merge, patch, drop, adapters."""
+    model = copy.deepcopy(probed[0])
+    merged = copy.deepcopy(model).merge_and_unload()
+    patches = fit_patches(merged, plan, MANY) if patch else []
+    base = copy.deepcopy(model).unload()
+    learned = {name: value - base.state_dict()[name] for name, value in merged.state_dict().items()}
+    for position, layer in enumerate(Decoder(apply(copy.deepcopy(base), plan, igia, top=top, weight=weight)).layers):
+        base.model.layers[plan.kept[position]].load_state_dict(layer.state_dict())
+    state = base.state_dict()
+    with torch.no_grad():
+        for p in patches:
+            state[f"model.layers.{p.weight.layer}.{p.weight.name}"] += p.change
+        for name, delta in learned.items():
+            state[name] += delta * keep
+    return without(base, plan.removed)
+
+
+def assert_close(smaller, expected):
+    got, want = smaller.state_dict(), expected.state_dict()
+    assert got.keys() == want.keys()
+    assert all(torch.allclose(got[name], want[name], atol=2e-4) for name in want)
+
+
+OPTIONS = [
+    ("merge=1", True, True),
+    ("merge=1,patch=true,adapters=keep", True, True),
+    ("merge=1,adapters=discard", False, True),
+    ("merge=1,patch=false", True, False),
+    ("preset=paper", False, False),
+    ("preset=paper,patch=true", False, True),
+]
+
+
+@pytest.mark.parametrize(("text", "keep", "patch"), OPTIONS)
+def test_gradpruner_keeps_and_patches_as_told(probed, text, keep, patch):
+    method, given = parse_method(f"gradpruner:{text}"), seen(probed)
+    assert keeps(method) == keep
+    plan = method.plan(given, 3)
+    assert plan.removed and len(plan.merge) == 1  # what is above 0.3 of the layers is folded
+    smaller = method.cut(given, plan)
+    assert not any("lora" in name for name, _ in smaller.named_parameters())
+    expected = by_hand(probed, plan, keep=keep, patch=patch, igia=probed[1])
+    assert_close(smaller, expected)
+    others = [by_hand(probed, plan, keep=a, patch=b, igia=probed[1]) for a, b in itertools.product((0, 1), (0, 1))
+              if (a, b) != (keep, patch)]  # fmt: skip
+    for other in others:  # every option makes another model
+        with pytest.raises(AssertionError):
+            assert_close(smaller, other)
+
+
+def test_gradpruner_passes_on_how_it_merges(probed):
+    for text, options in [("top=0.6", {"top": 0.6}), ("weight=0.5", {"weight": 0.5})]:
+        method, given = parse_method(f"gradpruner:preset=paper,{text}"), seen(probed)
+        plan = method.plan(given, 3)
+        smaller = method.cut(given, plan)
+        assert_close(smaller, by_hand(probed, plan, keep=False, patch=False, igia=probed[1], **options))
+        with pytest.raises(AssertionError):
+            assert_close(smaller, by_hand(probed, plan, keep=False, patch=False, igia=probed[1]))
+
+
+def test_gradpruner_plans_by_its_score_and_merging(probed):
+    igia = probed[1]
+    for kind, merge in itertools.product(("squared", "norm", "normalized"), (0, 2)):
+        plan = parse_method(f"gradpruner:kind={kind},merge={merge}").plan(seen(probed), 3)
+        scores = igia.layer_scores(kind).tolist()
+        assert set(plan.removed) == set(sorted(range(1, len(scores)), key=lambda j: scores[j])[:3])
+        assert len(plan.merge) == merge
+
+
+@pytest.mark.parametrize(("text", "keep", "patch"), [
+    ("", False, False), ("patch=true", False, True), ("adapters=keep", True, False),
+    ("patch=true,adapters=keep", True, True),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["drop-last", "shortgpt"])
+def test_dropping_keeps_and_patches_where_asked_to(probed, name, text, keep, patch):
+    method, given = parse_method(f"{name}:{text}"), seen(probed)
+    assert keeps(method) == keep
+    plan = method.plan(given, 2)
+    smaller = method.cut(given, plan)
+    assert_close(smaller, by_hand(probed, plan, keep=keep, patch=patch))
+    for a, b in {(0, 0), (0, 1), (1, 0), (1, 1)} - {(keep, patch)}:
+        with pytest.raises(AssertionError):
+            assert_close(smaller, by_hand(probed, plan, keep=a, patch=b))
 
 
 def test_default_options_are_the_papers():

@@ -1,0 +1,110 @@
+"""Inputs: what a model was given while it trained, kept in host memory and, in a checkpoint, beside the snapshot."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, is_grad_enabled, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradpruner.distributed import Peers, together
+from gradpruner.errors import CheckpointError
+from gradpruner.files import atomic_path
+from gradpruner.shards import bytes_of, read_header
+
+FORMAT = "gradpruner.inputs/1"
+FILES = "gradpruner_inputs-*.safetensors"  # one a process: each has seen batches of its own
+TOKENS = 131_072  # at most, of each process; 2 MiB of token ids and mask
+
+
+class Inputs:
+    """The batches of a model in training mode, as it is called: tensors that are keyword arguments, but for labels.
+
+    batches: those of the same run before it was interrupted. Kept are at most TOKENS tokens, and the first batch.
+    """
+
+    def __init__(self, batches: Iterable[Mapping[str, Tensor]] = ()) -> None:
+        self.batches = [dict(batch) for batch in batches]
+        self._tokens = sum(map(_tokens, self.batches))
+        self._handle: RemovableHandle | None = None
+
+    def watch(self, model: nn.Module) -> None:
+        """Begin to keep what `model`, as the loop calls it, is given."""
+        self._handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def stop(self) -> None:
+        """Let go of the model; the batches stay."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _see(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not module.training or not is_grad_enabled():  # an evaluation, or a reference to compare with
+            return
+        given = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and value.ndim}
+        batch = {name: value for name, value in given.items() if "label" not in name}
+        if batch and (not self.batches or self._tokens + _tokens(batch) <= TOKENS):
+            self.batches.append({name: value.detach().to("cpu", copy=True) for name, value in batch.items()})
+            self._tokens += _tokens(batch)
+
+
+def _tokens(batch: Mapping[str, Tensor]) -> int:
+    first = batch.get("input_ids", next(iter(batch.values())))
+    return first.shape[:2].numel()
+
+
+def save_inputs(batches: Iterable[Mapping[str, Tensor]], folder: Path, peers: Peers | None) -> None:
+    """Write this process's file, with checksums; every process calls it, and goes on when all have written theirs.
+
+    Raises CheckpointError (disk full).
+    """
+    rank, size = (0, 1) if peers is None else (peers.rank, peers.size)
+    tensors = {f"{i}/{name}": tensor.contiguous() for i, batch in enumerate(batches) for name, tensor in batch.items()}
+    crc32 = {name: zlib.crc32(bytes_of(tensor)) for name, tensor in tensors.items()}
+    header = {"format": FORMAT, "processes": size, "crc32": crc32}
+    with together(peers), atomic_path(folder / FILES.replace("*", f"{rank:05d}")) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"gradpruner": json.dumps(header)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def load_inputs(folder: Path, peers: Peers | None) -> list[dict[str, Tensor]]:
+    """What this process has saved; other processes than then share the files. Raises CheckpointError."""
+    files = sorted(folder.glob(FILES))
+    if not files:
+        raise CheckpointError(
+            f"{folder} lacks the inputs that the probe has seen, {FILES}: it was written by a run without patches. "
+            "Resume with patch=False"
+        )
+    mine = files if peers is None else files[peers.rank :: peers.size]
+    found: list[dict[str, Tensor]] = []
+    with together(peers):
+        for file in mine:
+            found += _read(file, len(files))
+    return found
+
+
+def _read(file: Path, files: int) -> list[dict[str, Tensor]]:
+    stored, metadata = read_header(file)
+    try:
+        header = json.loads(metadata.get("gradpruner", "{}"))
+        crc32, processes = header["crc32"], header["processes"]
+        if header["format"] != FORMAT or crc32.keys() != stored.keys():
+            raise ValueError(f"expected format {FORMAT!r}, and a checksum of each tensor")
+        batches: dict[int, dict[str, Tensor]] = {}
+        for name in stored:
+            number, _, key = name.partition("/")
+            batches.setdefault(int(number), {})[key] = stored[name].read()
+            if zlib.crc32(bytes_of(batches[int(number)][key])) != crc32[name]:
+                raise ValueError(f"checksum of {name!r} does not match")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{file} holds no inputs, or is corrupted: {error}") from error
+    if processes != files:
+        raise CheckpointError(f"{file.parent} holds the inputs of {files} processes; {processes} have saved theirs")
+    return [batches[number] for number in sorted(batches)]

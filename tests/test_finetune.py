@@ -1,0 +1,184 @@
+"""The fine-tuning run: order of the rows, learning rates of a run's beginning, adapters in float32 on bfloat16."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from test_data import make_tokenizer
+from training_runs import llama
+from transformers import TrainerCallback
+
+from gradpruner.data import Collator
+from gradpruner.errors import GradPrunerError, InvalidArgument
+from gradpruner.finetune import GROUPED, Recipe, add_adapters, finish, schedule, train
+from gradpruner.pipeline import watch
+
+RECIPE = Recipe(batch_size=2, learning_rate=1e-2, warmup=0.25, rank=4)
+
+
+def rows(count=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 30, (count,), generator=generator).tolist()
+    made = [torch.randint(3, 61, (n,), generator=generator).tolist() for n in lengths]
+    return [{"input_ids": ids, "labels": ids, "number": number} for number, ids in enumerate(made)]
+
+
+def plain(ordered):
+    return [{k: row[k] for k in ("input_ids", "labels")} for row in ordered]
+
+
+class Spy(TrainerCallback):
+    """Learning rates when the optimizer steps, and whether adapters widen their inputs meanwhile."""
+
+    def __init__(self, model=None):
+        self.rates, self.model, self.casts, self.autocast = [], model, set(), set()
+        if model is not None:
+            model.get_base_model().register_forward_pre_hook(
+                lambda *_: self.autocast.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+            )
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        (rate,) = {group["lr"] for group in optimizer.param_groups}
+        self.rates.append(rate)
+        if self.model is not None:
+            self.casts |= casts(self.model)
+
+
+def casts(model):
+    return {m.cast_input_dtype_enabled for m in model.modules() if isinstance(m, BaseTunerLayer)}
+
+
+def trained(steps, of_steps=None, recipe=RECIPE, model=None):
+    model = model or add_adapters(llama(), recipe)
+    spy = Spy()
+    ordered = plain(schedule(rows(), 12, recipe))[: steps * recipe.rows_a_step]
+    done = train(model, ordered, Collator(make_tokenizer()), recipe, of_steps=of_steps, callbacks=[spy], quiet=True)
+    return model, done, spy.rates
+
+
+def rate(step, of_steps, recipe=RECIPE):
+    """Linear up from 0 in the warm-up, linear down to 0 after it."""
+    warm = round(recipe.warmup * of_steps)
+    share = step / warm if step < warm else (of_steps - step) / (of_steps - warm)
+    return recipe.learning_rate * share
+
+
+def test_the_beginning_of_a_longer_run():
+    _, whole, rates = trained(12)
+    assert rates == pytest.approx([rate(step, 12) for step in range(12)])
+    _, part, first = trained(5, of_steps=12)
+    assert first == rates[:5] and part.losses == whole.losses[:5] and part.steps == len(part.losses) == 5
+    _, alone, own = trained(5)
+    assert own == pytest.approx([rate(step, 5) for step in range(5)]) and own != first
+    assert alone.losses[0] == part.losses[0] and alone.losses[-1] != part.losses[-1]
+
+
+def test_the_beginning_of_a_longer_run_with_accumulation():
+    recipe = Recipe(batch_size=1, accumulation=2, learning_rate=1e-2, warmup=0.25, rank=4)
+    _, whole, rates = trained(12, recipe=recipe)
+    _, part, first = trained(5, of_steps=12, recipe=recipe)
+    assert first == rates[:5] and part.losses == whole.losses[:5]
+
+
+def test_the_probe_goes_as_the_run_whose_beginning_it_is():
+    """The same weights as after so many steps of the longer run, and not those of a short run."""
+    tokenizer, ordered = make_tokenizer(), plain(schedule(rows(), 12, RECIPE))
+    watched, igia = watch(llama(), tokenizer, ordered[:8], RECIPE, of_steps=12, quiet=True)
+    assert igia.steps == 4
+    part, _, _ = trained(4, of_steps=12)
+    short, _, _ = trained(4)
+    state = watched.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in part.state_dict().items())
+    assert not all(torch.equal(state[name], value) for name, value in short.state_dict().items())
+
+
+def test_rows_are_seen_in_the_order_given():
+    seen, ordered = [], schedule(rows(), 6, RECIPE)
+    collate = Collator(make_tokenizer())
+
+    def spying(batch):
+        seen.extend(row["number"] for row in batch)
+        return collate(batch)
+
+    train(add_adapters(llama(), RECIPE), ordered, spying, RECIPE, of_steps=20, quiet=True)
+    assert seen[:12] == [row["number"] for row in ordered]
+
+
+def test_grouped_by_length():
+    data, batch = rows(300), 4
+    recipe = Recipe(batch_size=batch, accumulation=2, group_by_length=True, seed=3)
+    usual = schedule(data, 60, Recipe(batch_size=batch, accumulation=2, seed=3))
+    grouped = schedule(data, 60, recipe)
+    assert grouped == schedule(data, 60, recipe)  # seeded
+    assert [r["number"] for r in grouped] != [
+        r["number"] for r in schedule(data, 60, Recipe(batch_size=batch, accumulation=2, group_by_length=True, seed=4))
+    ]
+
+    def numbers(ordered):
+        return Counter(row["number"] for row in ordered)
+
+    assert numbers(grouped) == numbers(usual) and len(grouped) == 480  # the same rows, as often
+    within = GROUPED * batch
+    for start in range(0, len(usual), within):  # no row goes far: a probe's rows stay at the beginning
+        assert numbers(grouped[start : start + within]) == numbers(usual[start : start + within])
+
+    def lengths(ordered):
+        return [[len(row["input_ids"]) for row in ordered[i : i + batch]] for i in range(0, len(ordered), batch)]
+
+    def padding(ordered):
+        return sum(max(part) * len(part) - sum(part) for part in lengths(ordered))
+
+    assert padding(grouped) < 0.1 * padding(usual)
+    part = sorted(lengths(grouped[:within]), key=lambda lens: (min(lens), max(lens)))
+    assert all(max(a) <= min(b) for a, b in itertools.pairwise(part))  # cut out of one sorted list
+    longest = [max(part) for part in lengths(grouped[:within])]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)  # and shuffled
+
+
+def test_adapters_in_float32_on_a_bfloat16_model():
+    recipe = Recipe(batch_size=2, learning_rate=1e-2, rank=4, warmup=0)
+    model = add_adapters(llama(torch.bfloat16), recipe)
+    base = {n: p.detach().clone() for n, p in model.named_parameters() if "lora" not in n}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32} and casts(model) == {True}
+    spy = Spy(model)
+    ordered = plain(schedule(rows(4), 12, recipe))
+    done = train(model, ordered, Collator(make_tokenizer()), recipe, callbacks=[spy], quiet=True)
+    assert spy.casts == {False} and spy.autocast == {(True, torch.bfloat16)}
+    assert casts(model) == {True} and not torch.is_autocast_enabled("cpu")  # as it was
+    assert len(done.losses) == 12 and all(map(math.isfinite, done.losses)) and done.losses[-1] < done.losses[0]
+    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+    adapters = [p for n, p in model.named_parameters() if "lora_B" in n]
+    assert {p.dtype for p in adapters} == {torch.float32} and all(p.abs().sum() > 0 for p in adapters)
+    assert {p.dtype for p in finish(model).parameters()} == {torch.bfloat16}
+
+
+def test_casts_are_restored_after_a_run_that_failed():
+    recipe = Recipe(batch_size=2, learning_rate=1e-2, rank=4)
+    model = add_adapters(llama(torch.bfloat16), recipe)
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(GradPrunerError, match="the loss of step 1 is nan"):
+        train(model, plain(schedule(rows(), 3, recipe)), Collator(make_tokenizer()), recipe, quiet=True)
+    assert casts(model) == {True} and not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_autocast_where_all_is_of_one_precision(dtype):
+    recipe = Recipe(batch_size=2, learning_rate=1e-2, rank=4)
+    model = add_adapters(llama(dtype), recipe)
+    if dtype == torch.bfloat16:
+        model.to(dtype)
+    spy = Spy(model)
+    train(model, plain(schedule(rows(), 2, recipe)), Collator(make_tokenizer()), recipe, callbacks=[spy], quiet=True)
+    assert {on for on, _ in spy.autocast} == {False} and spy.casts == {True}
+
+
+def test_rows_that_do_not_fill_a_step_are_refused():
+    for ordered in ([], plain(rows(3))):
+        with pytest.raises(InvalidArgument, match=f"{len(ordered)} rows; expected a multiple of 2"):
+            train(llama(), ordered, Collator(make_tokenizer()), RECIPE, quiet=True)
