@@ -53,7 +53,7 @@ def one_run(model: Any, tokenizer: Any, rows: Sequence[Any], recipe: Recipe, pro
     clock, attached = Clock(), []
     adapted, chosen = add_adapters(model, recipe), {"ratio": options["ratio"], "merge": options["merge"]}
     train(adapted, rows, Collator(tokenizer), recipe, callbacks=[clock],
-          prepare=lambda trainer: attached.append(gradpruner.attach(trainer, probing, **chosen)))  # fmt: skip
+          prepare=lambda trainer: attached.append(gradpruner.attach(trainer, probing, preset="paper", **chosen)))  # fmt: skip
     return adapted.merge_and_unload(), clock, attached[0].plan  # type: ignore[operator]
 
 
@@ -62,7 +62,7 @@ def two_stages(model: Any, tokenizer: Any, rows: Sequence[Any], recipe: Recipe, 
     clock, probe, head = Clock(), gradpruner.ProbeCallback(probing), probing * recipe.rows_a_step
     adapted = add_adapters(model, recipe)
     train(adapted, rows[:head], Collator(tokenizer), recipe, callbacks=[clock, probe])
-    plan = options["plan"] or probe.igia.plan(options["ratio"], merge=options["merge"])
+    plan = options["plan"] or probe.igia.plan(options["ratio"], kind="squared", merge=options["merge"])
     smaller = add_adapters(gradpruner.apply(adapted, plan, probe.igia), recipe)
     train(smaller, rows[head:], Collator(tokenizer), recipe, callbacks=[clock])
     return smaller.merge_and_unload(), clock, plan  # type: ignore[operator]

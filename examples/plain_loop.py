@@ -24,7 +24,7 @@ def main(model_name: str, data: str, out: str, steps: int = 60, probe_steps: int
     texts = load_dataset("json", data_files=data, split="train").shuffle(seed=0)["text"]
     probe = gradpruner.Probe(model)
     probe.start(optimizer, probe_steps)
-    plan = None
+    plan, seen = None, []
     for step in range(steps):
         texts_now = [texts[(4 * step + i) % len(texts)] for i in range(4)]
         batch = tokenizer(texts_now, return_tensors="pt", padding=True, truncation=True, max_length=256)
@@ -35,9 +35,13 @@ def main(model_name: str, data: str, out: str, steps: int = 60, probe_steps: int
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+        if plan is None:
+            seen.append(batch)
         if plan is None and probe.finished:
             plan = probe.igia.plan(ratio=0.4)
-            gradpruner.cut(model, optimizer, plan, probe.igia)  # same model, optimizer and scheduler: the loop goes on
+            patches = gradpruner.fit_patches(model, plan, seen)  # what is linear in the gaps is not lost
+            # same model, adapters, optimizer and scheduler: the loop goes on
+            gradpruner.cut(model, optimizer, plan, probe.igia, patches=patches, adapters="keep")
             print(plan.summary())
         if step % 10 == 0:
             print(f"step {step}: loss {loss.item():.3f}")

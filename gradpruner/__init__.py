@@ -17,6 +17,7 @@ from gradpruner.igia import Igia
 from gradpruner.merge import apply, rebuild_optimizer
 from gradpruner.oneshot import prune
 from gradpruner.ops import available_backends
+from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan
 from gradpruner.probe import Probe
 from gradpruner.streaming import apply_folder
@@ -40,6 +41,7 @@ __all__ = [
     "attach",
     "available_backends",
     "cut",
+    "fit_patches",
     "model_card",
     "prune",
     "push_to_hub",

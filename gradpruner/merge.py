@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner import ops
+from gradpruner.adapters import keeping_scales
 from gradpruner.decoder import Decoder, Weight, altered_base, is_packed, peft_of
 from gradpruner.deepspeed import is_deepspeeds
 from gradpruner.distributed import (
@@ -64,7 +65,10 @@ def apply(
     """
     decoder = Decoder(model, layers)
     take_off = _adapters_of(decoder, adapters)
-    fold_and_remove(decoder, plan, igia, share_of(top), weight, patches)
+    peft, changed = peft_of(model), bool(plan.merge or patches)
+    scales = keeping_scales(peft) if peft is not None and adapters == "keep" and changed else contextlib.nullcontext()
+    with scales:
+        fold_and_remove(decoder, plan, igia, share_of(top), weight, patches)
     take_off()
     return decoder.base
 

@@ -62,7 +62,7 @@ def fit_patches(
     model: dense, before the cut; adapters count. batches: keyword arguments of the model, with attention_mask where
     rows are padded; labels are ignored. Give the patches to `apply`. A gap gets none where the layer before it has no
     linear that writes straight to the residual stream (Gemma 2's norm is in between, experts are many), or where it
-    would not help on held-out rows.
+    would not help on held-out rows. An encoder-decoder gets none: its decoder's inputs come from the labels.
 
     group: the processes that train the model together, see `Probe`; all of them call it, each with batches of its own,
     of which as many are used as every process has, and get the same patches.
@@ -71,6 +71,8 @@ def fit_patches(
     decoder = Decoder(model, layers)
     if plan.layers != len(decoder.layers):
         raise InvalidArgument(f"the plan is for {plan.layers} decoder layers; the model has {len(decoder.layers)}")
+    if getattr(decoder.config, "is_encoder_decoder", False):
+        return []
     peers = peers_of(group)
     asked = _asked(decoder.given)
     device = next(decoder.base.parameters()).device
@@ -157,10 +159,10 @@ class _Fit:
         self._entered = args[0].detach()
 
     def _on_layer(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._left = _hidden(output).detach()
+        self._left = hidden(output).detach()
 
     def _on_end(self, module: nn.Module, args: Any, output: Any) -> None:
-        target = _hidden(output).detach().float()
+        target = hidden(output).detach().float()
         with torch.autocast(target.device.type, enabled=False):  # the sums need their precision
             self._add(target)
 
@@ -223,17 +225,17 @@ def _fits(decoder: Decoder, plan: Plan, forward: Callable[[], None]) -> dict[int
     """A fit for every gap whose layer has a linear that writes to the residual stream, found by trying."""
     ends = gaps(plan)
     # all of them first: the forwards that look for one must not count in another's sums
-    writers = {layer: _writer(decoder, layer, forward) for layer in ends}
+    writers = {layer: find_writer(decoder, layer, forward) for layer in ends}
     return {layer: _Fit(decoder, *found, ends[layer]) for layer, found in writers.items() if found is not None}
 
 
-def _writer(decoder: Decoder, layer: int, forward: Callable[[], None]) -> tuple[Weight, nn.Module] | None:
+def find_writer(decoder: Decoder, layer: int, forward: Callable[[], None]) -> tuple[Weight, nn.Module] | None:
     """The last linear of a layer to run, if what is added to its output is added to the layer's output."""
     names = {name: module for name, module in linear_modules(decoder, layer).items() if is_linear(module)}
     order: list[str] = []
     handles = [m.register_forward_hook(lambda *_, name=n: order.append(name)) for n, m in names.items()]
     states: list[Tensor] = []
-    handles.append(decoder.layers[layer].register_forward_hook(lambda *a: states.append(_hidden(a[2]).detach())))
+    handles.append(decoder.layers[layer].register_forward_hook(lambda *a: states.append(hidden(a[2]).detach())))
     try:
         forward()
         if not order:
@@ -258,7 +260,8 @@ def _writer(decoder: Decoder, layer: int, forward: Callable[[], None]) -> tuple[
     return (weight, linear) if float((moved - shifts[0]).norm()) < NEARLY * float(shifts[0].norm()) else None
 
 
-def _hidden(output: Any) -> Tensor:
+def hidden(output: Any) -> Tensor:
+    """The hidden state in what a decoder layer returns."""
     return output if isinstance(output, Tensor) else output[0]
 
 

@@ -99,7 +99,19 @@ def test_run_and_resume(home, tmp_path, capsys, monkeypatch):
 
 
 def test_help_teaches(capsys):
-    for command in ("run", "compare", "sensitivity", "probe", "plan", "apply", "finetune", "evaluate", "report", "demo", "backends"):
+    for command in (
+        "run",
+        "compare",
+        "sensitivity",
+        "probe",
+        "plan",
+        "apply",
+        "finetune",
+        "evaluate",
+        "report",
+        "demo",
+        "backends",
+    ):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from gradpruner.gaps import plan_gaps
 from gradpruner.merge import apply
 from gradpruner.methods.base import Clues, Method, register
 from gradpruner.patch import fit_patches
@@ -46,7 +47,9 @@ class GradPruner(Method):
                            patch=self.patch, adapters=self.adapters)  # fmt: skip
 
     def plan(self, clues: Clues, count: int) -> Plan:
-        """The lowest scores go; some of them are merged."""
+        """The lowest scores go; some of them are merged. kind = "gap": see `plan_gaps`."""
+        if self.settings.kind == "gap":
+            return plan_gaps(clues.model, clues.batches, count=count)
         return clues.igia.plan(count=count, kind=self.settings.kind, merge=self.settings.merge)
 
     def cut(self, clues: Clues, plan: Plan) -> nn.Module:
