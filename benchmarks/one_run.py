@@ -51,9 +51,10 @@ class Clock(TrainerCallback):
 def one_run(model: Any, tokenizer: Any, rows: Sequence[Any], recipe: Recipe, probing: int, options: Any) -> Any:
     """Dense at first, pruned at the end, in one Trainer run."""
     clock, attached = Clock(), []
-    adapted, chosen = add_adapters(model, recipe), {"ratio": options["ratio"], "merge": options["merge"]}
+    chosen = {"preset": "paper", "ratio": options["ratio"], "merge": options["merge"]}
+    adapted = add_adapters(model, recipe)
     train(adapted, rows, Collator(tokenizer), recipe, callbacks=[clock],
-          prepare=lambda trainer: attached.append(gradpruner.attach(trainer, probing, preset="paper", **chosen)))  # fmt: skip
+          prepare=lambda trainer: attached.append(gradpruner.attach(trainer, probing, **chosen)))  # fmt: skip
     return adapted.merge_and_unload(), clock, attached[0].plan  # type: ignore[operator]
 
 
