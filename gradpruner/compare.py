@@ -31,7 +31,7 @@ from gradpruner.evaluate import answers, macro_f1, perplexity
 from gradpruner.files import read_json, write_json
 from gradpruner.finetune import Recipe, Row, schedule
 from gradpruner.igia import Igia
-from gradpruner.methods import Clues, GradPruner, Method, parse_method, spelled
+from gradpruner.methods import METHODS, Clues, GradPruner, Method, parse_method, spelled
 from gradpruner.models import load_model
 from gradpruner.pipeline import Job, torch_dtype, tune, watch
 from gradpruner.plan import Plan, how_many
@@ -58,9 +58,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As a file is called."""
-        tidy = "".join(c if c.isalnum() or c in "-.=" else "_" for c in self.method)
-        return f"{tidy}-{self.count}-{self.seed}"
+        """As a file is called: by what its method does, whatever the defaults are when that is asked for."""
+        return f"{self.method.partition(':')[0]}-{_digest(self.options)[:8]}-{self.count}-{self.seed}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the method, spelled out."""
+        return {} if self.method == DENSE else parse_method(self.method).options
 
 
 class Compare:
@@ -167,7 +171,7 @@ class Compare:
         layers = len(Decoder(model).layers)
         recipe = dataclasses.replace(self.job.recipe, seed=cell.seed)
         rows = self._rows(self._train, tokenizer, recipe)
-        about: dict[str, Any] = {**vars(cell), "ratio": cell.count / layers}
+        about: dict[str, Any] = {**vars(cell), "options": cell.options, "ratio": cell.count / layers}
         if cell.method == DENSE:
             about |= {"removed": [], "merged": {}}
         else:
@@ -265,6 +269,9 @@ def finished(folder: Path) -> list[dict[str, Any]]:
     """Every model of a comparison that is done: dense first, then by count, method and seed."""
     order = [DENSE, OURS]
     cells = [read_json(path, "cell") for path in sorted((folder / "cells").glob("*.json"))]
+    for cell in cells:  # what "gradpruner" meant then may have another name now
+        if cell["method"] != DENSE:
+            cell["method"] = spelled(METHODS[cell["method"].partition(":")[0]](**cell["options"]))
     cells.sort(key=lambda c: (c["count"], c["method"] not in order, c["method"], c["seed"]))
     return [{**read_json(folder / "trained" / f"{c['trained']}.json", "training"), **c} for c in cells]
 

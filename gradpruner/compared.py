@@ -119,7 +119,7 @@ def _measure(comparison: Compare) -> None:
 
 def _probe(folder: Path, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Scores and ranking of one model of the default method: at the count that was run most often."""
-    ours = [cell for cell in cells if cell["method"] == OURS and "probe" in cell]
+    ours = [c for c in cells if c["method"] == OURS and (folder / "probes" / c.get("probe", "-") / IGIA).is_file()]
     if not ours:
         return None
     counts = Counter(cell["count"] for cell in ours)

@@ -58,6 +58,15 @@ class Method(abc.ABC):
     share: float | None = None
     adapters: str = "discard"  # "keep": what the probe's steps trained stays in the model
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """All that decides what it does, spelled out: what defaults mean today is not what they may mean tomorrow."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    def canonical(self) -> Method:
+        """The same method with as few options as say it."""
+        return self
+
     def scores(self, clues: Clues) -> Sequence[float]:
         """One finite number a decoder layer; the lowest are removed, of equals the one further back."""
         raise NotImplementedError
@@ -134,6 +143,7 @@ def parse_method(text: str) -> Method:
 
 def spelled(method: Method) -> str:
     """The opposite of `parse_method`: the name and every option that is not as by default."""
+    method = method.canonical()
     changed = [
         f"{field.name}={_text(getattr(method, field.name))}"
         for field in dataclasses.fields(method)  # type: ignore[arg-type]

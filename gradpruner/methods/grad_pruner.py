@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from gradpruner.merge import apply
 from gradpruner.methods.base import Clues, Method, register
 from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan
-from gradpruner.settings import Settings
+from gradpruner.settings import PRESETS, Settings
 
 
 @register
@@ -45,6 +45,19 @@ class GradPruner(Method):
         """What the options come to."""
         return Settings.of(self.preset, kind=self.kind, merge=self.merge, top=self.top, weight=self.weight,
                            patch=self.patch, adapters=self.adapters)  # fmt: skip
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings, not the preset that they came from."""
+        return {**vars(self.settings), "probe_steps": self.probe_steps, "rank": self.rank, "share": self.share}
+
+    def canonical(self) -> GradPruner:
+        """Named after the preset from which fewest settings differ."""
+        ways = []
+        for name, preset in PRESETS.items():
+            changed = {k: v for k, v in vars(self.settings).items() if v != getattr(preset, k)}
+            ways.append(GradPruner(name, **changed, probe_steps=self.probe_steps, rank=self.rank, share=self.share))
+        return min(ways, key=lambda way: (sum(value is not None for value in vars(way).values()), way.preset))
 
     def plan(self, clues: Clues, count: int) -> Plan:
         """The lowest scores go; some of them are merged. kind = "gap": see `plan_gaps`."""
