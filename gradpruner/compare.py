@@ -62,6 +62,11 @@ class Cell:
         return f"{self.method.partition(':')[0]}-{_digest(self.options)[:8]}-{self.count}-{self.seed}"
 
     @property
+    def title(self) -> str:
+        """As a person reads it."""
+        return f"{self.method}{f', {self.count} layers less' if self.count else ''}, seed {self.seed}"
+
+    @property
     def options(self) -> dict[str, Any]:
         """Of the method, spelled out."""
         return {} if self.method == DENSE else parse_method(self.method).options
@@ -182,7 +187,7 @@ class Compare:
             if keeps(method):
                 model = with_probed(model, self.folder / "probes" / about["probe"])
             clues = self._clues(method, model, tokenizer, rows[: probing * recipe.rows_a_step], cell.seed)
-            self.say(f"{cell.name}: choosing")
+            self.say(f"{cell.title}: choosing")
             plan = self._plan(method, clues, cell)
             model = method.cut(clues, plan)
             rows = rows[probing * recipe.rows_a_step :]
@@ -192,12 +197,12 @@ class Compare:
         with _lock(self.folder / "locks" / key):
             path = self.folder / "trained" / f"{key}.json"
             if not path.exists():
-                self.say(f"{cell.name}: {len(rows) // recipe.rows_a_step} steps")
+                self.say(f"{cell.title}: {len(rows) // recipe.rows_a_step} steps")
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, self._train_and_test(model, tokenizer, rows, recipe))
         self._cell(cell).parent.mkdir(exist_ok=True)
         write_json(self._cell(cell), {**about, "trained": key})
-        self.say(f"{cell.name}: exact match {read_json(path, 'training')['exact_match']}")
+        self.say(f"{cell.title}: exact match {read_json(path, 'training')['exact_match']}")
 
     def _train_and_test(self, model: Any, tokenizer: Any, rows: list[Row], recipe: Recipe) -> dict[str, Any]:
         began = time.perf_counter()

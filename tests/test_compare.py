@@ -596,7 +596,8 @@ def test_the_command(home, tmp_path, capsys):
     call = command(home, tmp_path / "out", "--methods", "drop-last", "--ratios", "0.34", "--no-costs")
     assert main(call) == 0
     printed = capsys.readouterr()
-    assert "drop-last" in printed.out and "report.html" in printed.out and "drop-last-2-0: 5 steps" in printed.err
+    assert "drop-last" in printed.out and "report.html" in printed.out
+    assert "drop-last, 2 layers less, seed 0: 5 steps" in printed.err
     assert main([*call, "--json"]) == 0
     again = capsys.readouterr()
     found = json.loads(again.out)
