@@ -159,11 +159,12 @@ def _rows(results: Sequence[Result], differences: Sequence[Mapping[str, Any]]) -
     for result in results:
         groups.setdefault((result.count, result.method), []).append(result)
     against = {(d["count"], d["method"]): d for d in differences}
-    dense = [r.exact_match for r in results if r.method == DENSE and r.exact_match is not None]
+    dense = {r.seed: r.exact_match for r in results if r.method == DENSE and r.exact_match is not None}
     rows = []
     for (count, method), group in sorted(groups.items(), key=lambda item: item[0][0]):
         scores = [r.exact_match for r in group if r.exact_match is not None]
         mean = statistics.fmean(scores) if scores else None
+        beside = [dense[r.seed] for r in group if r.seed in dense]  # the same seeds
         d = against.get((count, method))
         rows.append({
             "layers removed": count,
@@ -171,7 +172,7 @@ def _rows(results: Sequence[Result], differences: Sequence[Mapping[str, Any]]) -
             "exact match": mean,
             "least": min(scores, default=None),
             "most": max(scores, default=None),
-            "of dense": mean / statistics.fmean(dense) if any(dense) and mean is not None else None,
+            "of dense": mean / statistics.fmean(beside) if any(beside) and mean is not None else None,
             "macro F1": statistics.fmean(r.macro_f1 for r in group) if group[0].macro_f1 is not None else None,  # type: ignore[misc]
             "perplexity": statistics.fmean(r.perplexity for r in group if r.perplexity is not None),
             "seeds": len(group),

@@ -74,7 +74,7 @@ def main_table(comparison: Comparison) -> str:
             "Each interval is for its own comparison alone."
         )
     if dense:
-        notes.append(f"Relative to dense: in {comparison.metric.name}.")
+        notes.append(f"Relative to dense: in {comparison.metric.name}, with the same seeds.")
     notes.append("Whole run: probe, choice, cut and training, without scoring.")
     table = Table(columns, rows, escaped(comparison.default))
     return f'{table.html()}<p class="note">{escaped(" ".join(notes))}</p>\n'

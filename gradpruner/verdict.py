@@ -134,9 +134,15 @@ class Comparison:
         field = (metric or self.metric).field
         return spread(getattr(run, field) for run in self.at(method, count))
 
+    def dense_beside(self, method: str, count: int | None = None) -> Spread | None:
+        """The dense model's metric over the seeds that these runs have; over all, where it has none of these."""
+        seeds, field = {run.seed for run in self.at(method, count)}, self.metric.field
+        alike = [run for run in self.at(DENSE) if run.seed in seeds]
+        return spread(getattr(run, field) for run in alike or self.at(DENSE))
+
     def relative(self, method: str, count: int | None = None) -> float | None:
-        """How far the metric's mean is from the dense model's, as a share of that."""
-        here, dense = self.spread(method, count), self.spread(DENSE)
+        """How far the metric's mean is from the dense model's with the same seeds, as a share of that."""
+        here, dense = self.spread(method, count), self.dense_beside(method, count)
         return here.mean / dense.mean - 1 if here and dense and dense.mean else None
 
     def difference(self, method: str) -> Difference | None:
@@ -206,7 +212,7 @@ def signed(value: float, digits: int) -> str:
 
 def _kept(comparison: Comparison) -> str:
     metric = comparison.metric
-    here, dense = comparison.spread(comparison.default), comparison.spread(DENSE)
+    here, dense = comparison.spread(comparison.default), comparison.dense_beside(comparison.default)
     if here is None:
         return "was not scored"
     mine = metric.shown(here.mean)
