@@ -22,7 +22,7 @@ from gradpruner.patch import find_writer, hidden
 from gradpruner.plan import Plan, select
 
 LONGEST = 10  # layers of one gap
-TOKENS = 2048  # to fit the patches on, and as many others to judge them by
+TOKENS = 4096  # to fit the patches on, and as many others to judge them by
 RIDGE = 0.1  # times the mean square of an input
 
 Costs = Mapping[tuple[int, int], float]  # by the layer before a gap and the gap's last layer
@@ -185,11 +185,13 @@ class _Seen:
 def _patched(x: Tensor, wanted: Tensor, state: Tensor, other: Tensor) -> Tensor:
     """What ridge regression from x (tokens, in) to wanted (tokens, out) says of other (tokens, in).
 
-    Each token counts by the size of its state, as in a patch. By the tokens' Gram matrix: they are few, in may be many.
+    Each token counts by the size of its state, as in a patch. The ridge is large, float32 will do. By the Gram matrix
+    of the inputs or of the tokens, whichever are fewer.
     """
     scale = state.norm(dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
     x, wanted = x * scale, wanted * scale
-    gram = (x @ x.T).double()
-    gram.diagonal().add_(RIDGE * float(gram.trace()) / x.shape[1])
-    weights = torch.cholesky_solve(wanted.double(), torch.linalg.cholesky(gram))
-    return (other @ (x.T @ weights.float())) if x.shape[1] < len(x) else (other @ x.T) @ weights.float()
+    few = x.shape[1] <= len(x)
+    gram = x.T @ x if few else x @ x.T
+    gram.diagonal().add_(RIDGE * float(x.square().sum()) / x.shape[1])
+    solved = torch.cholesky_solve(x.T @ wanted if few else wanted, torch.linalg.cholesky(gram))
+    return other @ solved if few else (other @ x.T) @ solved
