@@ -7,6 +7,7 @@ from typing import Any
 
 from gradpruner.factors import FACTORS
 from gradpruner.methods import GradPruner, parse_method, spelled
+from gradpruner.methods.base import value_of
 from gradpruner.results import Result
 
 
@@ -20,7 +21,7 @@ def variants(factors: Mapping[str, Sequence[Any]], defaults: Mapping[str, Any]) 
     rows = []
     for factor, values in factors.items():
         option, also, _ = FACTORS[factor]
-        for value in values:
+        for value in map(value_of, map(str, values)):  # a command line has text
             default = value == usual[option] and not also
             text = "" if default else ",".join(filter(None, (also, f"{option}={value}")))
             method = spelled(parse_method(f"gradpruner:{text}"))

@@ -636,11 +636,13 @@ def test_one_factor_at_a_time():
     assert [(r["factor"], r["value"]) for r in rows] == [(f, str(v)) for f, (_, _, vs) in FACTORS.items() for v in vs]
     for row in rows:
         option, also, _ = FACTORS[row["factor"]]
-        changed = {k for k, v in vars(parse_method(row["method"])).items() if v != vars(parse_method("gradpruner"))[k]}
+        usual, options = parse_method("gradpruner").options, parse_method(row["method"]).options
+        changed = {k for k, v in options.items() if v != usual[k]}
         beside = {also.partition("=")[0]} - {""}
-        assert changed == (set() if row["is_default"] else {option, *beside})
-        if not row["is_default"]:
-            assert str(getattr(parse_method(row["method"]), option)) == row["value"]
+        if row["is_default"]:
+            assert not changed
+            continue
+        assert beside <= changed <= {option, *beside} and str(options[option]) == row["value"]
 
 
 def test_a_default_is_flagged_once_a_factor():
@@ -659,19 +661,19 @@ def test_all_defaults_are_one_method():
     rows = everything()
     assert {r["method"] for r in rows if r["is_default"]} == {"gradpruner"}
     others = [r["method"] for r in rows if not r["is_default"]]
-    assert "gradpruner" not in others and len(others) == len(set(others))
+    assert "gradpruner" not in others
+    assert {m for m in others if others.count(m) > 1} == {"gradpruner:merge=3"}  # with the usual share of it, too
 
 
 def test_no_variant_is_trained_twice(home, tmp_path):
     """merge=3 is a value of one factor, and top=0.2 with merge=3 one of another."""
     rows = sensitivity.variants({"layers merged": (1,), "layer score": (KIND,)}, USUAL)
-    methods = [*dict.fromkeys(r["method"] for r in rows), "gradpruner:merge=1,top=0.2"]
-    assert methods == ["gradpruner:merge=1", "gradpruner", "gradpruner:merge=1,top=0.2"]
+    methods = [*dict.fromkeys(r["method"] for r in rows), "gradpruner:merge=1,top=0.2"]  # which is the usual share
     with counting() as calls:
         made = comparison(home, tmp_path / "out", methods, (0,), dense=False)
         made.work()
     keys = {cell["method"]: cell["trained"] for cell in made.finished()}
-    assert keys["gradpruner:merge=1"] == keys["gradpruner:merge=1,top=0.2"]
+    assert keys.keys() == {"gradpruner:merge=1", "gradpruner"}
     assert len(calls["tune"]) == len(set(keys.values())) and len(calls["watch"]) == 1
 
 
@@ -685,7 +687,6 @@ def test_scored_is_the_mean_over_seeds_of_what_is_done():
     assert sensitivity.scored(rows, done) == [{**rows[0], "exact_match": pytest.approx(0.6)}]
 
 
-@pytest.mark.xfail(strict=True, reason="values of the command line are text, and never equal to a default number")
 def test_a_default_given_as_text_is_a_default():
     rows = sensitivity.variants({"probe steps": ["20"], "rank of the probe": ["8"]}, USUAL)
     assert [r["is_default"] for r in rows] == [True, True] and {r["method"] for r in rows} == {"gradpruner"}

@@ -456,7 +456,7 @@ def test_hidden_states_that_are_not_one_vector_a_token_are_refused():
     "text",
     [*PLAIN, "laco", "laco:threshold=0.5", "laco:threshold=-1,combine=3,interval=1,low=0", "laco:combine=2",
      "gradpruner", "gradpruner:preset=paper,merge=3,probe_steps=10", "gradpruner:patch=false,adapters=discard",
-     "gradpruner:kind=norm,top=0.5,weight=0.5,rank=4,share=0.1", "shortgpt:patch=true", "drop-last:adapters=keep",
+     "gradpruner:kind=squared,top=0.5,weight=0.5,rank=4,share=0.1", "shortgpt:patch=true", "drop-last:adapters=keep",
      "loss:patch=true,adapters=keep"],
 )  # fmt: skip
 def test_spelled_is_the_opposite_of_parse(text):

@@ -137,7 +137,7 @@ def parse_method(text: str) -> Method:
         if key not in fields or not equals:
             known = ", ".join(fields) or "none"
             raise InvalidArgument(f"method {name!r}: {part!r} is no option=value; its options are {known}")
-        options[key] = _value(value)
+        options[key] = value_of(value)
     return METHODS[name](**options)
 
 
@@ -152,7 +152,8 @@ def spelled(method: Method) -> str:
     return method.name + (":" + ",".join(changed) if changed else "")
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """What an option's text means: a truth value, nothing, a number, or else itself."""
     words: dict[str, Any] = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
