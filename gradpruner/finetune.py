@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 import statistics
 import tempfile
@@ -18,8 +19,10 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from gradpruner.data import IGNORED
 from gradpruner.decoder import Decoder, is_linear, is_peft, linear_modules
 from gradpruner.errors import GradPrunerError, InvalidArgument
+from gradpruner.logits import evaluating
 from gradpruner.memory import peak_memory, reset_peak_memory
 
 Row = Mapping[str, Any]
@@ -206,11 +209,45 @@ def finish(model: nn.Module) -> nn.Module:
 
 
 class _InOrder(Trainer):
-    """The Trainer, with the rows in the order in which they are given."""
+    """The Trainer, with the rows in the order in which they are given, and no logits of tokens without a label.
+
+    The head and the softmax are a large part of the step of a model with few layers and a large vocabulary.
+    """
+
+    _answers_only: bool | None = None  # not known before the first batch
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self._answers_only is None:
+            # DataParallel would deal out positions like rows
+            self._answers_only = self.args.n_gpu < 2 and _can_skip_logits(self.accelerator.unwrap_model(model), inputs)
+        inputs = answers_only(inputs) if self._answers_only else inputs
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         ordered: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(ordered)
+
+
+def answers_only(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same inputs, asking for logits of those positions only that predict a token with a label."""
+    labels = nn.functional.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
+    positions = (labels != IGNORED).any(0).nonzero().flatten()
+    return {**inputs, "logits_to_keep": positions, "shift_labels": labels[:, positions]}
+
+
+def _can_skip_logits(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Whether the loss of a row is the same from the logits of its answer: not every model knows the arguments."""
+    plain = model.get_base_model() if is_peft(model) else model  # type: ignore[operator]
+    if "logits_to_keep" not in inspect.signature(plain.forward).parameters:
+        return False
+    row = {name: value[:1] for name, value in inputs.items()}
+    with evaluating(model):
+        expected = model(**row).loss
+        try:
+            found = model(**answers_only(row)).loss
+        except (TypeError, ValueError):  # labels and logits of unequal length
+            return False
+    return torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-3)
 
 
 class _Watch(TrainerCallback):

@@ -1,8 +1,12 @@
-"""Gaps: which stretches of layers can go, by what the loss would feel of them once they are patched (source: D).
+"""Gaps: which stretches of layers can go, by what is missing of them once they are patched (source: D).
 
-The score of a gap is the first-order change of the loss, token by token, |dL/dh . r|: h leaves the last layer of
-the gap, r is what the best linear patch of the gap (see `gradpruner.patch`) leaves of it. Layers next to each other
-are judged together, and the plan with the least sum is found exactly.
+h leaves the last layer of a gap, r is what the best linear patch of the gap (see `gradpruner.patch`) leaves of it. The
+score of the gap, summed over tokens, is by kind
+
+    residual   |r| / |h|
+    gap        |dL/dh . r|, the first-order change of the loss
+
+Layers next to each other are judged together, and the plan with the least sum is found exactly.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from gradpruner.plan import Plan, select
 LONGEST = 10  # layers of one gap
 TOKENS = 4096  # to fit the patches on, and as many others to judge them by
 RIDGE = 0.1  # times the mean square of an input
+KINDS = ("residual", "gap")
 
 Costs = Mapping[tuple[int, int], float]  # by the layer before a gap and the gap's last layer
 
@@ -33,20 +38,23 @@ def plan_gaps(
     batches: Iterable[Mapping[str, Any]],
     *,
     count: int,
+    kind: str = "residual",
     protect: Iterable[int] = (0,),
     layers: str | nn.ModuleList | None = None,
 ) -> Plan:
-    """The `count` layers whose removal, every gap patched, the loss feels least; all of them are dropped.
+    """The `count` layers of which least is missing when they are gone and every gap is patched; all are dropped.
 
-    model: dense, as the probe left it. batches: keyword arguments of the model with labels, those of the probe; each
-    costs a forward and a backward, and .grad is left alone. Raises InvalidArgument, UnsupportedModel.
+    model: dense, as the probe left it. batches: keyword arguments of the model, those of the probe; each costs a
+    forward. kind "gap" needs labels and a backward, too; .grad is left alone. Raises InvalidArgument, UnsupportedModel.
     """
+    if kind not in KINDS:
+        raise InvalidArgument(f"kind = {kind!r}; accepted are {', '.join(KINDS)}")
     decoder, protected = Decoder(model, layers), sorted(set(protect))
     total = len(decoder.layers)
     select([0.0] * total, count=count, merge=0, protect=protected)  # for what it refuses
     if getattr(decoder.config, "is_encoder_decoder", False):
-        raise UnsupportedModel('kind = "gap" looks at decoder-only models; accepted here are squared, norm, normalized')
-    removed = cheapest(gap_costs(decoder, batches), total, count, protected)
+        raise UnsupportedModel(f"kind = {kind!r} looks at decoder-only models; accepted are squared, norm, normalized")
+    removed = cheapest(gap_costs(decoder, batches, kind), total, count, protected)
     parameters = sum(decoder.parameters_of(j) for j in removed)
     return Plan(total, removed, (), decoder.fingerprint(), parameters / decoder.total_parameters())
 
@@ -81,11 +89,11 @@ def cheapest(costs: Costs, layers: int, count: int, protect: Iterable[int] = (0,
     return sorted(removed)
 
 
-def gap_costs(decoder: Decoder, batches: Iterable[Mapping[str, Any]]) -> dict[tuple[int, int], float]:
+def gap_costs(decoder: Decoder, batches: Iterable[Mapping[str, Any]], kind: str) -> dict[tuple[int, int], float]:
     """The cost of every gap of up to LONGEST layers, a sum over the tokens that judge."""
-    seen = _Seen(decoder)
+    seen = _Seen(decoder, graded=kind == "gap")
     device = next(decoder.base.parameters()).device
-    with evaluating(decoder.given), torch.enable_grad():
+    with evaluating(decoder.given), torch.set_grad_enabled(seen.graded):
         for batch in batches:
             moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             if not seen.writers:
@@ -99,7 +107,7 @@ def gap_costs(decoder: Decoder, batches: Iterable[Mapping[str, Any]]) -> dict[tu
 
 @dataclass
 class _Part:
-    """Tokens of some rows: of every layer what its last linear reads, what leaves it, and the gradient of that."""
+    """Tokens of some rows: of every layer what its last linear reads, what leaves it, perhaps the gradient of that."""
 
     inputs: list[list[Tensor]] = field(default_factory=list)
     states: list[list[Tensor]] = field(default_factory=list)
@@ -108,8 +116,8 @@ class _Part:
 
 
 class _Seen:
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, *, graded: bool) -> None:
+        self.decoder, self.graded = decoder, graded
         self.writers: dict[int, nn.Module | None] = {}
         self.parts = _Part(), _Part()  # rows in turn: the first fit, the second judge
         self._rows = 0
@@ -136,16 +144,20 @@ class _Seen:
 
         def on_layer(module: nn.Module, args: Any, output: Any) -> None:
             state = hidden(output)
-            if not state.requires_grad:  # nothing before it trains
+            if self.graded and not state.requires_grad:  # nothing before it trains
                 state.requires_grad_(True)
             states.append(state)
 
         handles += [layer.register_forward_hook(on_layer) for layer in self.decoder.layers]
         try:
-            loss = getattr(self.decoder.given(**batch, use_cache=False), "loss", None)
-            if loss is None:
-                raise InvalidArgument("batches: the model returned no loss; expected batches with labels")
-            gradients = torch.autograd.grad(loss, states)
+            if self.graded:
+                loss = getattr(self.decoder.given(**batch, use_cache=False), "loss", None)
+                if loss is None:
+                    raise InvalidArgument("batches: the model returned no loss; expected batches with labels")
+                gradients = torch.autograd.grad(loss, states)
+            else:
+                self.decoder.given(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+                gradients = ()
         finally:
             for handle in handles:
                 handle.remove()
@@ -178,7 +190,11 @@ class _Seen:
                 said = _patched(tensor(fitted.inputs, layer), wanted, state, tensor(judging.inputs, layer))
                 left = [rest - part for rest, part in zip(left, said.split(state.shape[1], 1), strict=True)]
             for end, rest in zip(ends, left, strict=True):
-                costs[layer, end] = float((tensor(judging.gradients, end) * rest).sum(1).abs().double().sum())
+                if self.graded:
+                    felt = (tensor(judging.gradients, end) * rest).sum(1).abs()
+                else:
+                    felt = rest.norm(dim=1) / tensor(judging.states, end).norm(dim=1).clamp_min(1e-12)
+                costs[layer, end] = float(felt.double().sum())
         return costs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -13,7 +14,8 @@ from test_data import make_tokenizer
 from training_runs import llama
 from transformers import TrainerCallback
 
-from gradpruner.data import Collator
+from gradpruner import finetune
+from gradpruner.data import IGNORED, Collator
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.finetune import GROUPED, Recipe, add_adapters, finish, schedule, train
 from gradpruner.pipeline import watch
@@ -155,6 +157,56 @@ def test_adapters_in_float32_on_a_bfloat16_model():
     adapters = [p for n, p in model.named_parameters() if "lora_B" in n]
     assert {p.dtype for p in adapters} == {torch.float32} and all(p.abs().sum() > 0 for p in adapters)
     assert {p.dtype for p in finish(model).parameters()} == {torch.bfloat16}
+
+
+def losses_and_lengths(model, ordered, recipe=RECIPE):
+    """Of a run: its losses, and how many positions of each training batch had logits."""
+    lengths = []
+
+    def note(module, args, output):
+        if module.training:
+            lengths.append(output.shape[1])
+
+    handle = model.get_output_embeddings().register_forward_hook(note)
+    done = train(model, ordered, Collator(make_tokenizer()), recipe, quiet=True)
+    handle.remove()
+    return done.losses, lengths
+
+
+def answered(count, of=3):
+    """Rows of which only the last `of` tokens have labels."""
+    return [
+        {**row, "labels": [IGNORED] * (len(row["labels"]) - of) + row["labels"][-of:]} for row in plain(rows(count))
+    ]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_no_logits_of_tokens_without_a_label(accumulation, monkeypatch):
+    recipe = dataclasses.replace(RECIPE, accumulation=accumulation)
+    ordered = schedule(answered(40), 6, recipe)
+    few, lengths = losses_and_lengths(llama(), ordered, recipe)
+    batches = [ordered[i : i + 2] for i in range(0, len(ordered), 2)]
+    places = [len({len(row["input_ids"]) - k for row in batch for k in (2, 3, 4)}) for batch in batches]
+    assert lengths == places
+    monkeypatch.setattr(finetune, "_can_skip_logits", lambda *_: False)
+    every, lengths = losses_and_lengths(llama(), ordered, recipe)
+    assert min(lengths) >= 8
+    assert few == pytest.approx(every, rel=1e-4)
+
+
+def test_all_logits_where_a_model_would_take_few_of_them_wrongly():
+    class Unshifted(type(llama())):
+        """As some do: labels are those of the same position."""
+
+        def forward(self, input_ids, attention_mask=None, labels=None, logits_to_keep=0, **kwargs):
+            output = super().forward(input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep)
+            output.loss = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+            return output
+
+    model = llama()
+    model.__class__ = Unshifted
+    _, lengths = losses_and_lengths(model, schedule(answered(8), 2, RECIPE))
+    assert min(lengths) >= 8
 
 
 def test_casts_are_restored_after_a_run_that_failed():

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument
-from gradpruner.gaps import LONGEST, RIDGE, cheapest, gap_costs, plan_gaps
+from gradpruner.gaps import KINDS, LONGEST, RIDGE, cheapest, gap_costs, plan_gaps
 from gradpruner.methods import Clues, parse_method
 
 LAYERS = 5
@@ -79,7 +79,7 @@ def test_a_gap_that_cannot_be_is_not_taken():
         cheapest(costs, 4, 3)
 
 
-def plainly(model: LlamaForCausalLM, given: list[dict[str, torch.Tensor]]) -> dict[tuple[int, int], float]:
+def plainly(model: LlamaForCausalLM, given: list[dict[str, torch.Tensor]], kind: str) -> dict[tuple[int, int], float]:
     """The same costs from the layers called one after the other, in float64."""
     model = model.double().eval()
     parts: list[dict[str, list[torch.Tensor]]] = [
@@ -127,25 +127,30 @@ def plainly(model: LlamaForCausalLM, given: list[dict[str, torch.Tensor]]) -> di
             target = torch.cat([wanted, torch.zeros(x.shape[1], wanted.shape[1], dtype=torch.float64)])
             change = torch.linalg.lstsq(stacked, target).solution
             rest = judge[f"h{e}"] - judge[f"h{j}"] - judge[f"x{j}"] @ change
-            costs[j, e] = float((judge[f"g{e}"] * rest).sum(1).abs().sum())
+            if kind == "gap":
+                costs[j, e] = float((judge[f"g{e}"] * rest).sum(1).abs().sum())
+            else:
+                costs[j, e] = float((rest.square().sum(1) / judge[f"h{e}"].square().sum(1)).sqrt().sum())
     return costs
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [8, 3], ids=["more tokens than inputs", "fewer"])
-def test_costs_are_those_of_a_plain_computation(rows):
+def test_costs_are_those_of_a_plain_computation(rows, kind):
     model, given = llama(), batches(rows, length=12 if rows == 8 else 6)
-    found = gap_costs(Decoder(model), given)
-    expected = plainly(model, given)
+    found = gap_costs(Decoder(model), given, kind)
+    expected = plainly(model, given, kind)
     assert found.keys() == expected.keys()
     for gap, cost in expected.items():
         assert found[gap] == pytest.approx(cost, rel=2e-3), gap
 
 
-def test_planning_changes_nothing_and_the_method_does_the_same():
+@pytest.mark.parametrize("kind", KINDS)
+def test_planning_changes_nothing_and_the_method_does_the_same(kind):
     model, given = llama().train(), batches()
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plan = plan_gaps(model, given, count=2)
+    plan = plan_gaps(model, given, count=2, kind=kind)
     assert model.training and all(module.training for module in model.modules())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert [n for n, p in model.named_parameters() if p.grad is not None] == ["lm_head.weight"]
@@ -153,7 +158,7 @@ def test_planning_changes_nothing_and_the_method_does_the_same():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert len(plan.removed) == 2 and 0 in plan.kept and plan.model == Decoder(model).fingerprint()
     clues = Clues(model, given, given, 0)
-    method = parse_method("gradpruner:kind=gap")
+    method = parse_method(f"gradpruner:kind={kind}")
     assert method.plan(clues, 2) == plan
     assert method.cut(clues, plan).config.num_hidden_layers == LAYERS - 2
 
@@ -162,8 +167,10 @@ def test_what_is_refused():
     model, given = llama(), batches()
     with pytest.raises(InvalidArgument, match="5 of 5"):
         plan_gaps(model, given, count=5)
+    with pytest.raises(InvalidArgument, match="accepted are residual, gap"):
+        plan_gaps(model, given, count=2, kind="norm")
     with pytest.raises(InvalidArgument, match="no loss"):
-        plan_gaps(model, [{k: v for k, v in b.items() if k != "labels"} for b in given], count=2)
+        plan_gaps(model, [{k: v for k, v in b.items() if k != "labels"} for b in given], count=2, kind="gap")
     with pytest.raises(InvalidArgument, match="two rows"):
         plan_gaps(model, [{k: v[:1] for k, v in given[0].items()}], count=2)
     with pytest.raises(InvalidArgument, match="two rows"):

@@ -232,7 +232,13 @@ def walked(model, count, method, threshold, known):
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("laco", 2), ("laco:combine=2,interval=1", 2), ("laco:combine=3,low=0", 4), ("laco:combine=2,interval=1", 4)],
+    [
+        ("laco", 2),
+        ("laco:combine=2,interval=1", 2),
+        ("laco:combine=3,low=0,interval=2", 4),
+        ("laco:combine=3,low=0,interval=3", 4),
+        ("laco:combine=2,interval=1", 4),
+    ],
 )
 def test_laco(text, count):
     model, method, known = build(), parse_method(text), {}
@@ -268,10 +274,14 @@ def test_laco_at_a_given_threshold(threshold):
 
 
 def test_laco_takes_in_what_was_merged_before():
-    model, method = build(), Laco(threshold=-1)
-    assert method.plan(clues(model), 3).merge == {3: 2, 4: 2, 5: 2}
-    assert Laco(threshold=-1, combine=3).plan(clues(model), 4).merge == {2: 1, 3: 1, 4: 1, 5: 1}
-    assert Laco(threshold=-1, combine=2).plan(clues(model), 2).merge == {3: 2, 5: 4}
+    model = build()
+    for count, expected, options in (
+        (3, {3: 2, 4: 2, 5: 2}, {}),
+        (4, {2: 1, 3: 1, 4: 1, 5: 1}, {"combine": 3, "interval": 2}),
+        (4, {1: 0, 2: 0, 4: 3, 5: 3}, {"combine": 3, "interval": 3, "low": 0}),
+        (2, {3: 2, 5: 4}, {"combine": 2, "interval": 2}),
+    ):
+        assert Laco(threshold=-1, **options).plan(clues(model), count).merge == expected
 
 
 def test_laco_adds_in_float32_and_stores_once():
@@ -285,7 +295,7 @@ def test_laco_adds_in_float32_and_stores_once():
 
 def test_laco_says_what_it_cannot_do():
     model = build()
-    with pytest.raises(InvalidArgument, match=r"laco merges 0 at most \(threshold 1, combine 4, interval 2, low 1\)"):
+    with pytest.raises(InvalidArgument, match=r"laco merges 0 at most \(threshold 1, combine 4, interval 4, low 1\)"):
         Laco(threshold=1).plan(clues(model), 2)
     with pytest.raises(InvalidArgument, match="4 of 6 layers to remove; laco merges 3 at most"):
         Laco().plan(clues(model), 4)

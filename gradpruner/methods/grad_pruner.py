@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from gradpruner.gaps import plan_gaps
+from gradpruner.gaps import KINDS, plan_gaps
 from gradpruner.merge import apply
 from gradpruner.methods.base import Clues, Method, register
 from gradpruner.patch import fit_patches
@@ -60,9 +60,9 @@ class GradPruner(Method):
         return min(ways, key=lambda way: (sum(value is not None for value in vars(way).values()), way.preset))
 
     def plan(self, clues: Clues, count: int) -> Plan:
-        """The lowest scores go; some of them are merged. kind = "gap": see `plan_gaps`."""
-        if self.settings.kind == "gap":
-            return plan_gaps(clues.model, clues.batches, count=count)
+        """The lowest scores go; some of them are merged. For kind "residual" and "gap" see `plan_gaps`."""
+        if self.settings.kind in KINDS:
+            return plan_gaps(clues.model, clues.batches, count=count, kind=self.settings.kind)
         return clues.igia.plan(count=count, kind=self.settings.kind, merge=self.settings.merge)
 
     def cut(self, clues: Clues, plan: Plan) -> nn.Module:

@@ -35,13 +35,14 @@ class Laco(Method):
     accepted (I). low: the lowest layer that others are folded into (L). Raises InvalidArgument.
 
     Two things are not as published. The last merge takes in fewer layers, so that as many go as were asked for. And
-    a merge may take in a layer that others were folded into: the paper then adds the difference of the sum, here
-    each of them counts from the new target, so that a plan says all there is to know.
+    where a merge takes in a layer that others were folded into, the paper adds the difference of the sum; here each of
+    them counts from the new target, so that a plan says all there is to know. That is far more weight, hence the
+    interval: at `combine` or more no merge takes in another. The paper's is 2.
     """
 
     threshold: float | None = None
     combine: int = 4
-    interval: int = 2
+    interval: int = 4
     low: int = 1
     name: ClassVar[str] = "laco"
 
