@@ -235,7 +235,9 @@ class Compare:
     def _probe(self, method: Method, tokenizer: Any, seed: int) -> Path:
         """The folder of the probe that a method needs, made now if it is not there."""
         steps = method.probe_steps or self.job.probing
-        recipe = dataclasses.replace(self.job.recipe, seed=seed, rank=method.rank or self.job.recipe.rank)
+        recipe = dataclasses.replace(
+            self.job.recipe, seed=seed, rank=self.job.recipe.rank if method.rank is None else method.rank
+        )
         examples = self._train[: max(1, round(method.share * len(self._train)))] if method.share else self._train
         rows = self._rows(examples, tokenizer, recipe)[: steps * recipe.rows_a_step]
         path = self.folder / "probes" / _digest([rows, recipe.to_dict(), self.job.source])

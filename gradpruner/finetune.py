@@ -158,7 +158,9 @@ def train(
     steps, rest = divmod(len(ordered), recipe.rows_a_step)
     if not steps or rest:
         raise InvalidArgument(f"{len(ordered)} rows; expected a multiple of {recipe.rows_a_step}, the rows of a step")
-    of_steps = of_steps or steps
+    of_steps = steps if of_steps is None else of_steps
+    if of_steps < steps:
+        raise InvalidArgument(f"of_steps = {of_steps}; expected {steps} or more, the steps of the rows")
     watch = _Watch(steps)
     mixed = any(p.dtype == torch.bfloat16 for p in model.parameters()) and all(
         p.dtype == torch.float32 for p in model.parameters() if p.requires_grad

@@ -234,3 +234,8 @@ def test_rows_that_do_not_fill_a_step_are_refused():
     for ordered in ([], plain(rows(3))):
         with pytest.raises(InvalidArgument, match=f"{len(ordered)} rows; expected a multiple of 2"):
             train(llama(), ordered, Collator(make_tokenizer()), RECIPE, quiet=True)
+
+
+def test_a_run_shorter_than_its_beginning_is_refused():
+    with pytest.raises(InvalidArgument, match="of_steps = 3; expected 4 or more"):
+        train(llama(), plain(rows(8)), Collator(make_tokenizer()), RECIPE, of_steps=3, quiet=True)

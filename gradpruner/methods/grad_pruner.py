@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from gradpruner.errors import InvalidArgument
 from gradpruner.gaps import KINDS, plan_gaps
+from gradpruner.igia import SCORES
 from gradpruner.merge import apply
 from gradpruner.methods.base import Clues, Method, register
 from gradpruner.patch import fit_patches
@@ -37,8 +39,15 @@ class GradPruner(Method):
     share: float | None = None
 
     def __post_init__(self) -> None:
-        """Check by asking."""
-        _ = self.settings
+        """Check by asking, before a probe takes its time."""
+        if self.settings.kind not in (*SCORES, *KINDS):
+            raise InvalidArgument(f"kind = {self.settings.kind!r}; accepted are {', '.join((*SCORES, *KINDS))}")
+        for name, least in (("probe_steps", 1), ("rank", 0)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise InvalidArgument(f"{name} = {value!r}; expected a whole number, {least} or more")
+        if self.share is not None and not 0 < self.share <= 1:
+            raise InvalidArgument(f"share = {self.share!r}; accepted is above 0 and up to 1")
 
     @property
     def settings(self) -> Settings:
