@@ -72,6 +72,8 @@ def _add_run(commands: Any) -> None:
     parser.add_argument(
         "--adapters", choices=("keep", "discard"), help="what the probe trained (default: the preset's)"
     )
+    parser.add_argument("--rank-factor", type=int, metavar="N",
+                        help="the cut model's adapters have N times the rank (default: the preset's)")  # fmt: skip
     parser.add_argument("--no-dense", action="store_true", help="do not fine-tune the uncut model for comparison")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything goes; run again to resume")
 
@@ -183,8 +185,8 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.pipeline import Job, Run
 
     job = Job(**given.job(options), **given.amount(options), **given.choice(options), top=options.top,
-              patch=options.patch, adapters=options.adapters, max_lost=options.max_lost,
-              check_steps=options.check_steps, check_rows=options.check_rows)  # fmt: skip
+              patch=options.patch, adapters=options.adapters, rank_factor=options.rank_factor,
+              max_lost=options.max_lost, check_steps=options.check_steps, check_rows=options.check_rows)  # fmt: skip
     train_examples, test_examples = given.split(options)
     run = Run(job, train_examples, test_examples, options.out, say=given.say(options), quiet=options.json)
     return _results(run.everything(dense=not options.no_dense), options.out)

@@ -182,15 +182,15 @@ class Compare:
         else:
             method = parse_method(cell.method)
             probing = method.probe_steps or self.job.probing
-            if isinstance(method, GradPruner) or keeps(method):
+            if isinstance(method, GradPruner) or settled(method, "adapters") == "keep":
                 about["probe"] = self._probe(method, tokenizer, cell.seed).name
-            if keeps(method):
+            if settled(method, "adapters") == "keep":
                 model = with_probed(model, self.folder / "probes" / about["probe"])
             clues = self._clues(method, model, tokenizer, rows[: probing * recipe.rows_a_step], cell.seed)
             self.say(f"{cell.title}: choosing")
             plan = self._plan(method, clues, cell)
             model = method.cut(clues, plan)
-            rows = rows[probing * recipe.rows_a_step :]
+            rows, recipe = rows[probing * recipe.rows_a_step :], recipe.widened(settled(method, "rank_factor"))
             about |= {"removed": list(plan.removed), "merged": plan.to_dict()["merge"]}
         about["seconds_to_cut"] = time.perf_counter() - began
         key = _digest([_content(model), rows, recipe.to_dict(), self.terms["data"]])
@@ -310,9 +310,9 @@ def _child(comparison: Compare, index: int, processes: int) -> None:
     comparison.work()
 
 
-def keeps(method: Method) -> bool:
-    """Whether a method keeps what the probe's steps trained."""
-    return (method.settings.adapters if isinstance(method, GradPruner) else method.adapters) == "keep"
+def settled(method: Method, option: str) -> Any:
+    """A method's option, of this package's own as its preset has it."""
+    return getattr(method.settings if isinstance(method, GradPruner) else method, option)
 
 
 def tested(model: Any, tokenizer: Any, examples: Sequence[Example], job: Job) -> dict[str, Any]:

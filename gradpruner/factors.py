@@ -11,5 +11,6 @@ FACTORS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
     "layers merged": ("merge", "", (0, 3, 6, 12)),
     "share of a merged weight": ("top", "merge=3", (0.1, 0.2, 0.3, 0.5)),
     "rank of the probe": ("rank", "", (4, 8, 16, 32)),
+    "rank after the cut, times": ("rank_factor", "", (1, 2, 4, 8)),
     "share of the data probed": ("share", "", (0.01, 0.1, 1.0)),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import random
 import statistics
@@ -68,6 +69,11 @@ class Recipe:
     def rows_a_step(self) -> int:
         """Examples that one optimizer step sees."""
         return self.batch_size * self.accumulation
+
+    def widened(self, factor: int) -> Recipe:
+        """With `factor` times the rank, and with alpha times its root, as rank-stabilised LoRA has it (Kalajdzievski
+        2023): at equal alpha / rank a wide adapter would need a lower learning rate."""
+        return dataclasses.replace(self, rank=self.rank * factor, alpha=round(self.alpha * factor**0.5))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

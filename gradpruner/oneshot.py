@@ -35,6 +35,8 @@ def prune(
     the new ones are: kept in the weights, or discarded. The plan is `.gradpruner_plan` of the result.
     Raises InvalidArgument, UnsupportedModel, ProbeError (no usable step); a plain model is then as it was.
     """
+    if "rank_factor" in settings:
+        raise InvalidArgument("rank_factor belongs to what trains the smaller model; prune only returns it")
     chosen = Settings.of(preset, **settings)
     recipe, wrapped = Recipe(), is_peft(model)
     trains = [(p, p.requires_grad) for p in model.parameters()]

@@ -70,6 +70,7 @@ class Job:
     weight: float | None = None
     patch: bool | None = None
     adapters: str | None = None
+    rank_factor: int | None = None
     probe_steps: int | None = None
     max_length: int = 512
     train_on: str = "answer"
@@ -123,7 +124,7 @@ class Job:
     def settings(self) -> Settings:
         """What preset and options come to."""
         return Settings.of(self.preset, kind=self.kind, merge=self.merge, top=self.top, weight=self.weight,
-                           patch=self.patch, adapters=self.adapters)  # fmt: skip
+                           patch=self.patch, adapters=self.adapters, rank_factor=self.rank_factor)  # fmt: skip
 
     @property
     def probing(self) -> int:
@@ -290,7 +291,8 @@ class Run:
             model = finish(model)  # as the cut does with what the probe trained
         size = self.job.recipe.rows_a_step
         rows = self._rows(tokenizer)[self.job.probing * size : (self.job.probing + self.job.checking) * size]
-        model, _ = tune(model, tokenizer, rows, self.job.recipe, quiet=self.quiet)
+        recipe = self.job.recipe.widened(self.job.settings.rank_factor if count else 1)
+        model, _ = tune(model, tokenizer, rows, recipe, quiet=self.quiet)
         evaluation = self._measured(model, tokenizer, self._held_out)
         del model
         gc.collect()
@@ -314,7 +316,8 @@ class Run:
     def _train_and_measure(
         self, name: str, model: Any, tokenizer: Any, rows: list[Row], folder: str, plan: Plan | None = None
     ) -> dict[str, Any]:
-        model, training = tune(model, tokenizer, rows, self.job.recipe, quiet=self.quiet)
+        recipe = self.job.recipe.widened(1 if plan is None else self.job.settings.rank_factor)
+        model, training = tune(model, tokenizer, rows, recipe, quiet=self.quiet)
         self.say(f"{name}: evaluating {len(self._examples[1])} examples")
         saved = save(model, self.folder / folder, tokenizer=tokenizer, plan=plan, overwrite=True)
         evaluation = self._measured(model, tokenizer, self._examples[1])

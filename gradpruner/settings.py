@@ -15,6 +15,8 @@ ADAPTERS = ("keep", "discard")
 class Settings:
     """kind, merge: see `Igia.plan`. top, weight, adapters: see `apply`. patch: see `fit_patches`.
 
+    rank_factor: how many times the recipe's rank the adapters of the cut model have, see `Recipe.widened`.
+
     The defaults are what won on this package's own trials (docs/evidence.md); "paper" is GradPruner as published.
     Raises InvalidArgument.
     """
@@ -25,6 +27,7 @@ class Settings:
     weight: float = 1.0
     patch: bool = True
     adapters: str = "keep"
+    rank_factor: int = 1
 
     def __post_init__(self) -> None:
         """Check what no later stage checks before time is spent."""
@@ -32,6 +35,9 @@ class Settings:
             raise InvalidArgument(f"adapters = {self.adapters!r}; accepted are {', '.join(ADAPTERS)}")
         if not isinstance(self.patch, bool):
             raise InvalidArgument(f"patch = {self.patch!r}; accepted are True and False")
+        factor = self.rank_factor
+        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+            raise InvalidArgument(f"rank_factor = {factor!r}; expected a whole number, 1 or more")
 
     @classmethod
     def of(cls, preset: str = "default", **changed: Any) -> Settings:
@@ -41,4 +47,7 @@ class Settings:
         return dataclasses.replace(PRESETS[preset], **{k: v for k, v in changed.items() if v is not None})
 
 
-PRESETS = {"default": Settings(), "paper": Settings("squared", "auto", 0.2, 1.0, patch=False, adapters="discard")}
+PRESETS = {
+    "default": Settings(),
+    "paper": Settings("squared", "auto", 0.2, 1.0, patch=False, adapters="discard", rank_factor=1),
+}

@@ -129,6 +129,15 @@ def test_every_model_is_made_once(base):
     assert sum("probing 3 steps" in line for line in said) == 2 and sum("exact match" in line for line in said) == 8
 
 
+def test_adapters_of_the_cut_model_are_as_wide_as_a_method_says(home, tmp_path):
+    methods = ["gradpruner:rank_factor=4", "gradpruner:preset=paper", "drop-last:rank_factor=2", "shortgpt"]
+    with counting() as calls:
+        comparison(home, tmp_path / "out", methods, seeds=(0,)).work()
+    widths = [(call["recipe"].rank, call["recipe"].alpha) for call in calls["tune"]]
+    assert widths == [(4, 32), (16, 64), (4, 32), (8, 45), (4, 32)]  # dense first
+    assert {call["recipe"].rank for call in calls["watch"]} == {4}
+
+
 def test_the_layers_that_a_method_says(base):
     made, *_ = base
     for cell in made.finished():

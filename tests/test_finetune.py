@@ -230,6 +230,14 @@ def test_no_autocast_where_all_is_of_one_precision(dtype):
     assert {on for on, _ in spy.autocast} == {False} and spy.casts == {True}
 
 
+def test_a_wider_recipe():
+    recipe = Recipe(rank=8, alpha=32, learning_rate=3e-4, seed=5)
+    assert recipe.widened(4) == Recipe(rank=32, alpha=64, learning_rate=3e-4, seed=5)
+    assert recipe.widened(1) == recipe and Recipe(rank=0).widened(4).rank == 0
+    targets = [m for m in add_adapters(llama(), recipe.widened(4)).modules() if isinstance(m, BaseTunerLayer)]
+    assert targets and {(m.r["default"], m.scaling["default"]) for m in targets} == {(32, 2.0)}
+
+
 def test_rows_that_do_not_fill_a_step_are_refused():
     for ordered in ([], plain(rows(3))):
         with pytest.raises(InvalidArgument, match=f"{len(ordered)} rows; expected a multiple of 2"):

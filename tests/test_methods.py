@@ -14,7 +14,7 @@ import transformers
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from gradpruner import InvalidArgument, ModelMismatch, Plan, Probe, UnsupportedModel, apply
-from gradpruner.compare import keeps
+from gradpruner.compare import settled
 from gradpruner.decoder import Decoder
 from gradpruner.methods import METHODS, Clues, Laco, parse_method, spelled
 from gradpruner.methods.block import distances
@@ -467,7 +467,7 @@ def test_hidden_states_that_are_not_one_vector_a_token_are_refused():
     [*PLAIN, "laco", "laco:threshold=0.5", "laco:threshold=-1,combine=3,interval=1,low=0", "laco:combine=2",
      "gradpruner", "gradpruner:preset=paper,merge=3,probe_steps=10", "gradpruner:patch=false,adapters=discard",
      "gradpruner:kind=squared,top=0.5,weight=0.5,rank=4,share=0.1", "shortgpt:patch=true", "drop-last:adapters=keep",
-     "loss:patch=true,adapters=keep"],
+     "loss:patch=true,adapters=keep,rank_factor=2"],
 )  # fmt: skip
 def test_spelled_is_the_opposite_of_parse(text):
     assert spelled(parse_method(text)) == text and text.partition(":")[0] in METHODS
@@ -477,13 +477,17 @@ def test_spelled_is_the_opposite_of_parse(text):
     ("text", "message"),
     [
         ("lacoo", "method = 'lacoo'; accepted are .*block, drop-last, .*laco, loss, magnitude, random, shortgpt"),
-        ("shortgpt:fast=1", "'fast=1' is no option=value; its options are patch, adapters"),
-        ("gradpruner:fast=1", "its options are preset, kind, merge, top, weight, patch, adapters, probe_steps"),
+        ("shortgpt:fast=1", "'fast=1' is no option=value; its options are patch, adapters, rank_factor"),
+        (
+            "gradpruner:fast=1",
+            "its options are preset, kind, merge, top, weight, patch, adapters, rank_factor, probe_steps",
+        ),
         ("gradpruner:preset=best", "preset = 'best'; accepted are default, paper"),
         ("gradpruner:adapters=both", "adapters = 'both'; accepted are keep, discard"),
         ("gradpruner:patch=1", "patch = 1; accepted are True and False"),
         ("gradpruner:kind=nrom", "kind = 'nrom'; accepted are squared, norm, normalized, residual, gap"),
         ("gradpruner:probe_steps=0", "probe_steps = 0; expected a whole number, 1 or more"),
+        ("gradpruner:rank_factor=0", "rank_factor = 0; expected a whole number, 1 or more"),
         ("gradpruner:rank=-1", "rank = -1; expected a whole number, 0 or more"),
         ("gradpruner:share=2", "share = 2; accepted is above 0 and up to 1"),
         ("laco:combine", "'combine' is no option=value; its options are threshold, combine, interval, low"),
@@ -566,7 +570,7 @@ OPTIONS = [
 @pytest.mark.parametrize(("text", "keep", "patch"), OPTIONS)
 def test_gradpruner_keeps_and_patches_as_told(probed, text, keep, patch):
     method, given = parse_method(f"gradpruner:{text}"), seen(probed)
-    assert keeps(method) == keep
+    assert settled(method, "adapters") == ("keep" if keep else "discard")
     plan = method.plan(given, 3)
     assert plan.removed and len(plan.merge) == 1  # what is above 0.3 of the layers is folded
     smaller = method.cut(given, plan)
@@ -606,7 +610,7 @@ def test_gradpruner_plans_by_its_score_and_merging(probed):
 @pytest.mark.parametrize("name", ["drop-last", "shortgpt"])
 def test_dropping_keeps_and_patches_where_asked_to(probed, name, text, keep, patch):
     method, given = parse_method(f"{name}:{text}"), seen(probed)
-    assert keeps(method) == keep
+    assert settled(method, "adapters") == ("keep" if keep else "discard")
     plan = method.plan(given, 2)
     smaller = method.cut(given, plan)
     assert_close(smaller, by_hand(probed, plan, keep=keep, patch=patch))

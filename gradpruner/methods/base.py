@@ -57,6 +57,7 @@ class Method(abc.ABC):
     rank: int | None = None
     share: float | None = None
     adapters: str = "discard"  # "keep": what the probe's steps trained stays in the model
+    rank_factor: int = 1  # of the adapters that the cut model is trained with
 
     @property
     def options(self) -> dict[str, Any]:
@@ -104,11 +105,12 @@ def lowest(decoder: Decoder, scores: Sequence[float], count: int) -> Plan:
 class Dropping(Method):
     """A method that only chooses which layers go; nothing is added to those that stay, unless it is asked for.
 
-    patch, adapters: see `Settings`. As published, none of them has either.
+    patch, adapters, rank_factor: see `Settings`. As published, none of them has any.
     """
 
     patch: bool = False
     adapters: str = "discard"
+    rank_factor: int = 1
 
     def cut(self, clues: Clues, plan: Plan) -> nn.Module:
         """Patch where asked to, and remove."""

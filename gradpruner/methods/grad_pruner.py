@@ -34,6 +34,7 @@ class GradPruner(Method):
     weight: float | None = None
     patch: bool | None = None
     adapters: str | None = None  # type: ignore[assignment]
+    rank_factor: int | None = None  # type: ignore[assignment]
     probe_steps: int | None = None
     rank: int | None = None
     share: float | None = None
@@ -53,7 +54,7 @@ class GradPruner(Method):
     def settings(self) -> Settings:
         """What the options come to."""
         return Settings.of(self.preset, kind=self.kind, merge=self.merge, top=self.top, weight=self.weight,
-                           patch=self.patch, adapters=self.adapters)  # fmt: skip
+                           patch=self.patch, adapters=self.adapters, rank_factor=self.rank_factor)  # fmt: skip
 
     @property
     def options(self) -> dict[str, Any]:
