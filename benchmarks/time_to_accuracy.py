@@ -12,7 +12,6 @@ import argparse
 import csv
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -70,7 +69,7 @@ class Looking(TrainerCallback):
 
 def curve(method: str, options: argparse.Namespace) -> list[Point]:
     """The points of one method, or of "dense"."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.processes))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // options.processes))
     model, tokenizer = load_model(options.model, dtype=torch.bfloat16, attention="eager")
     examples = load_examples(options.data, prompt=options.prompt, answer=options.answer)
     training, held = split_examples(examples, options.rows, 0)
@@ -176,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -113,7 +113,8 @@ def _measure(comparison: Compare) -> None:
     plans = {c["count"]: Plan(layers, c["removed"]) if c["count"] else None for c in finished(comparison.folder)}
     loading = {"source": job.source, "dtype": job.dtype, "attention": job.attention,
                "trust_remote_code": job.trust_remote_code}  # fmt: skip
-    costs = measure(loading, list(plans.values()), comparison.rows_of_dense(), job.recipe)
+    costs = measure(loading, list(plans.values()), comparison.rows_of_dense(), job.recipe,
+                    rank_factor=GradPruner().settings.rank_factor)  # fmt: skip
     write_costs(comparison.folder / "costs.csv", costs)
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gradpruner.data import Collator
 from gradpruner.decoder import Decoder
 from gradpruner.evaluate import generation_speed
-from gradpruner.finetune import Recipe, Row, add_adapters, finish, train
+from gradpruner.finetune import Recipe, Row, add_adapters, answers_only, can_skip_logits, finish, train
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.merge import apply
 from gradpruner.models import load_model
@@ -25,20 +25,21 @@ STEPS, NEW_TOKENS = 8, 64
 
 
 def measure(loading: dict[str, Any], plans: Sequence[Plan | None], rows: Sequence[Row], recipe: Recipe, *,
-            rounds: int = 3) -> list[Cost]:  # fmt: skip
+            rank_factor: int = 1, rounds: int = 3) -> list[Cost]:  # fmt: skip
     """Costs of the model cut by each plan (None: dense), every one in processes of its own, in turns.
 
     Seconds are medians; peaks are what was held beyond the process before the model came; generation is of 64 tokens,
     greedily, one sequence; operations are those that torch counts in one training step.
-    loading: arguments of `load_model`. rows: in order, those of at least 8 steps. A plan's merging is left out: it
-    changes values, which cost nothing.
+    rank_factor: of the adapters of what is cut, see `Settings`. loading: arguments of `load_model`. rows: in order,
+    those of at least 8 steps. A plan's merging is left out: it changes values, which cost nothing.
     """
     found: list[list[Cost]] = [[] for _ in plans]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for _ in range(rounds):
             for each, plan in zip(found, plans, strict=True):
                 dropped = None if plan is None else Plan(plan.layers, plan.removed)
-                each.append(pool.apply(_measured, (loading, dropped, rows[: STEPS * recipe.rows_a_step], recipe)))
+                width = recipe if plan is None else recipe.widened(rank_factor)
+                each.append(pool.apply(_measured, (loading, dropped, rows[: STEPS * recipe.rows_a_step], width)))
     return [_median(each) for each in found]
 
 
@@ -64,6 +65,7 @@ def _measured(loading: dict[str, Any], plan: Plan | None, rows: Sequence[Row], r
     trained = add_adapters(model, recipe) if recipe.rank else model
     training = train(trained, rows, Collator(tokenizer), recipe, quiet=True)
     batch = {k: v.to(model.device) for k, v in Collator(tokenizer)(rows[: recipe.batch_size]).items()}
+    batch = answers_only(batch) if can_skip_logits(trained, batch) else batch
     with FlopCounterMode(display=False) as counter:
         trained(**batch).loss.backward()
     finish(trained)

@@ -227,7 +227,7 @@ class _InOrder(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self._answers_only is None:
             # DataParallel would deal out positions like rows
-            self._answers_only = self.args.n_gpu < 2 and _can_skip_logits(self.accelerator.unwrap_model(model), inputs)
+            self._answers_only = self.args.n_gpu < 2 and can_skip_logits(self.accelerator.unwrap_model(model), inputs)
         inputs = answers_only(inputs) if self._answers_only else inputs
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -243,7 +243,7 @@ def answers_only(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {**inputs, "logits_to_keep": positions, "shift_labels": labels[:, positions]}
 
 
-def _can_skip_logits(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+def can_skip_logits(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
     """Whether the loss of a row is the same from the logits of its answer: not every model knows the arguments."""
     plain = model.get_base_model() if is_peft(model) else model  # type: ignore[operator]
     if "logits_to_keep" not in inspect.signature(plain.forward).parameters:

@@ -27,7 +27,7 @@ class Settings:
     weight: float = 1.0
     patch: bool = True
     adapters: str = "keep"
-    rank_factor: int = 1
+    rank_factor: int = 4
 
     def __post_init__(self) -> None:
         """Check what no later stage checks before time is spent."""

@@ -130,7 +130,7 @@ def test_every_model_is_made_once(base):
 
 
 def test_adapters_of_the_cut_model_are_as_wide_as_a_method_says(home, tmp_path):
-    methods = ["gradpruner:rank_factor=4", "gradpruner:preset=paper", "drop-last:rank_factor=2", "shortgpt"]
+    methods = ["gradpruner", "gradpruner:preset=paper", "drop-last:rank_factor=2", "shortgpt"]
     with counting() as calls:
         comparison(home, tmp_path / "out", methods, seeds=(0,)).work()
     widths = [(call["recipe"].rank, call["recipe"].alpha) for call in calls["tune"]]
@@ -506,10 +506,11 @@ def test_adapters_cost_less_than_all_weights(home, monkeypatch):
 
 
 def test_measured_in_turns_and_without_merging(monkeypatch):
-    seen = []
+    seen, ranks = [], []
 
     def measured(loading, plan, rows, recipe):
         seen.append(plan)
+        ranks.append(recipe.rank)
         assert len(rows) == costs.STEPS * BATCH
         n = (7, 1, 3)[(len(seen) - 1) // 2]
         return Cost(4 if plan else 6, 2 if plan else 0, n / 2, n, float(n), n, 100, 1e9)
@@ -530,7 +531,9 @@ def test_measured_in_turns_and_without_merging(monkeypatch):
     monkeypatch.setattr(costs, "_measured", measured)
     monkeypatch.setattr(costs.multiprocessing, "get_context", lambda kind: type(kind, (), {"Pool": Pool}))
     plan = Plan(LAYERS, drop=[1], merge=[3])
-    dense, pruned = costs.measure({}, [None, plan], [{"input_ids": [1]}] * 100, Recipe(batch_size=BATCH))
+    dense, pruned = costs.measure({}, [None, plan], [{"input_ids": [1]}] * 100, Recipe(batch_size=BATCH),
+                                 rank_factor=4)  # fmt: skip
+    assert ranks == [8, 32] * 3
     assert seen == [None, Plan(LAYERS, drop=[1, 3])] * 3
     assert dense == Cost(6, 0, 1.5, 3, 3.0, 3, 100, 1e9) and pruned.layers == 4
     assert isinstance(dense.train_peak_bytes, int) and isinstance(dense.train_step_seconds, float)
@@ -548,7 +551,8 @@ def test_measured_in_a_process_of_its_own(home):
 def test_costs_are_measured_once_a_size(base, copied, home, monkeypatch):
     seen = {}
 
-    def measure(loading, plans, rows, recipe):
+    def measure(loading, plans, rows, recipe, rank_factor):
+        assert rank_factor == GradPruner().settings.rank_factor
         seen.update(loading=loading, plans=plans, rows=rows, recipe=recipe)
         return [Cost(6 - (len(p.removed) if p else 0), len(p.removed) if p else 0, 1.0, 2, 3.0, 4, 5, 6.0)
                 for p in plans]  # fmt: skip

@@ -188,7 +188,7 @@ def test_no_logits_of_tokens_without_a_label(accumulation, monkeypatch):
     batches = [ordered[i : i + 2] for i in range(0, len(ordered), 2)]
     places = [len({len(row["input_ids"]) - k for row in batch for k in (2, 3, 4)}) for batch in batches]
     assert lengths == places
-    monkeypatch.setattr(finetune, "_can_skip_logits", lambda *_: False)
+    monkeypatch.setattr(finetune, "can_skip_logits", lambda *_: False)
     every, lengths = losses_and_lengths(llama(), ordered, recipe)
     assert min(lengths) >= 8
     assert few == pytest.approx(every, rel=1e-4)

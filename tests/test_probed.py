@@ -192,14 +192,14 @@ def test_a_folder_without_a_probe_is_refused(tmp_path):
 
 def test_presets():
     assert Settings.of() == Settings() == PRESETS["default"]
-    assert Settings().adapters == "keep" and Settings().patch is True
+    assert Settings().adapters == "keep" and Settings().patch is True and Settings().rank_factor == 4
     paper = Settings.of("paper")
     assert (paper.kind, paper.merge, paper.top, paper.weight) == ("squared", "auto", 0.2, 1.0)
-    assert paper.patch is False and paper.adapters == "discard"  # the paper has neither
+    assert paper.patch is False and paper.adapters == "discard" and paper.rank_factor == 1  # the paper has none
 
 
 def test_what_differs_from_a_preset():
-    assert Settings.of("paper", patch=True, top=None) == Settings("squared", "auto", 0.2, 1.0, True, "discard")
+    assert Settings.of("paper", patch=True, top=None) == Settings("squared", "auto", 0.2, 1.0, True, "discard", 1)
     assert Settings.of("default", merge=0, adapters="discard") == Settings(merge=0, adapters="discard")
     assert Settings.of("default", patch=False).patch is False  # false is said, none is not
 
@@ -222,7 +222,7 @@ def test_wrong_settings_are_refused_before_time_is_spent(make, message):
 
 def test_a_job_says_what_its_preset_comes_to():
     job = Job("model", 40, preset="paper", weight=0.5)
-    assert job.settings == Settings("squared", "auto", 0.2, 0.5, False, "discard")
+    assert job.settings == Settings("squared", "auto", 0.2, 0.5, False, "discard", 1)
     assert {k: job.to_dict()[k] for k in vars(job.settings)} == vars(job.settings)
 
 
