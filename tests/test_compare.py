@@ -25,7 +25,7 @@ import gradpruner
 from gradpruner import compare, compared, costs, sensitivity
 from gradpruner.cli import main
 from gradpruner.compare import DENSE, Cell, Compare, work_in_processes
-from gradpruner.data import Collator, Example, tokenize
+from gradpruner.data import IGNORED, Collator, Example, tokenize
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.evaluate import exact_matches, perplexity
 from gradpruner.factors import FACTORS
@@ -470,7 +470,8 @@ def cost_of(home, plan, recipe):
     tokenizer = make_tokenizer()
     rows = schedule(tokenize(TRAIN, tokenizer, max_length=64), 8, recipe)
     cost = costs._measured(loading(home), plan, rows, recipe)
-    return cost, Collator(tokenizer)(rows[: recipe.batch_size])["input_ids"].shape
+    labels = Collator(tokenizer)(rows[: recipe.batch_size])["labels"]
+    return cost, (*labels.shape, int((labels[:, 1:] != IGNORED).any(0).sum()))
 
 
 def test_operations_bytes_and_layers(home, tmp_path, monkeypatch):
@@ -478,12 +479,15 @@ def test_operations_bytes_and_layers(home, tmp_path, monkeypatch):
     recipe = Recipe(batch_size=2, accumulation=2, learning_rate=1e-3, rank=0)
     hidden, inner, vocabulary, flops = 16, 24, 259, {}
     for plan in (None, Plan(LAYERS, drop=[1, 3], merge=[5])):
-        cost, (rows, width) = cost_of(home, None if plan is None else Plan(LAYERS, plan.removed), recipe)
+        cost, (rows, width, judged) = cost_of(home, None if plan is None else Plan(LAYERS, plan.removed), recipe)
         left = LAYERS - cost.count
         assert (cost.layers, cost.count) == (left, 0 if plan is None else 3)
-        linear = left * (2 * hidden * hidden + 2 * hidden * hidden // 2 + 3 * hidden * inner) + hidden * vocabulary
+        linear = left * (2 * hidden * hidden + 2 * hidden * hidden // 2 + 3 * hidden * inner)
+        head = judged * hidden * vocabulary  # no logits of a prompt's tokens
         attention = left * 2 * rows * width * width * hidden * 2  # q k' and its product with v, all heads
-        expected = 3 * (2 * rows * width * linear + attention) * recipe.accumulation  # backward: twice the forward
+        expected = (
+            3 * (2 * rows * (width * linear + head) + attention) * recipe.accumulation
+        )  # backward: twice the forward
         assert cost.train_flops == pytest.approx(expected, rel=0.01)
         flops[left] = cost.train_flops
         model = AutoModelForCausalLM.from_pretrained(home / "model")
@@ -624,7 +628,7 @@ def test_the_command(home, tmp_path, capsys):
 def test_the_command_sensitivity(home, tmp_path, capsys):
     only(home)
     values = ["--probe-steps-values", "--kind-values", KIND, OTHER, "--merge-values", "1",
-              "--top-values", "--rank-values", "--share-values"]  # fmt: skip
+              "--top-values", "--rank-values", "--rank-factor-values", "--share-values"]  # fmt: skip
     call = command(home, tmp_path / "out", *values, "--json", name="sensitivity")
     assert main(call) == 0
     found = json.loads(capsys.readouterr().out)

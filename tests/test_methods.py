@@ -619,5 +619,5 @@ def test_dropping_keeps_and_patches_where_asked_to(probed, name, text, keep, pat
             assert_close(smaller, by_hand(probed, plan, keep=a, patch=b))
 
 
-def test_default_options_are_the_papers():
-    assert Laco() == Laco(threshold=None, combine=4, interval=2, low=1) == parse_method("laco:threshold=none")
+def test_default_options_are_the_papers_but_for_the_interval():
+    assert Laco() == Laco(threshold=None, combine=4, interval=4, low=1) == parse_method("laco:threshold=none")
