@@ -11,42 +11,15 @@ from torch import Tensor
 
 from gradpruner.errors import InvalidArgument
 from gradpruner.ops.backends import backend_for
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-FACTORS = (torch.float32, torch.bfloat16)
-
-
-def _need(condition: bool, message: str) -> None:
-    if not condition:
-        raise InvalidArgument(message)
-
-
-def _need_dtype(name: str, tensor: Tensor, accepted: tuple[torch.dtype, ...]) -> None:
-    _need(tensor.dtype in accepted, f"{name} has dtype {tensor.dtype}; accepted are {list(accepted)}")
-
-
-def _need_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    _need(tuple(tensor.shape) == shape, f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
-
-
-def _need_same_device(first: Tensor, *others: Tensor) -> None:
-    for other in others:
-        _need(other.device == first.device, f"tensors on {first.device} and {other.device}; expected one device")
-
-
-def _need_count(name: str, items: list[Tensor], count: int) -> None:
-    _need(len(items) == count, f"{name} has {len(items)} entries; expected {count}, one for each donor")
-
-
-def _need_factors(a: Tensor, b: Tensor) -> None:
-    _need_dtype("a", a, FACTORS)
-    _need_dtype("b", b, FACTORS)
-    _need(
-        a.ndim == 3 and b.ndim == 3 and a.shape[0] == b.shape[0] and a.shape[1] == b.shape[2],
-        f"factors have shapes a {tuple(a.shape)} and b {tuple(b.shape)}; expected (t, r, in) and (t, out, r)",
-    )
-    _need(a.dtype == b.dtype, f"factors have dtypes a {a.dtype} and b {b.dtype}; expected the same")
-    _need_same_device(a, b)
+from gradpruner.ops.checks import (
+    FLOATS,
+    need,
+    need_count,
+    need_dtype,
+    need_factors,
+    need_same_device,
+    need_shape,
+)
 
 
 @torch.library.custom_op("gradpruner::gram_norm", mutates_args=())
@@ -56,7 +29,7 @@ def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     a: n tensors (r_i, in_i); b: n tensors (out_i, r_i); any float dtype, one device. Returns float64 (n,).
     Raises InvalidArgument if lengths, shapes or devices do not fit. Source: D.
     """
-    _need(len(a) == len(b), f"a has {len(a)} tensors and b has {len(b)}; expected as many")
+    need(len(a) == len(b), f"a has {len(a)} tensors and b has {len(b)}; expected as many")
     if not a:
         return torch.zeros(0, dtype=torch.float64)
     device = a[0].device
@@ -65,10 +38,10 @@ def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
             shapes = f"{tuple(ai.shape)} and {tuple(bi.shape)}"
             raise InvalidArgument(f"pair {i} has shapes {shapes}; expected (r, in) and (out, r)")
         if ai.dtype not in FLOATS or bi.dtype not in FLOATS:
-            _need_dtype(f"a[{i}]", ai, FLOATS)
-            _need_dtype(f"b[{i}]", bi, FLOATS)
+            need_dtype(f"a[{i}]", ai, FLOATS)
+            need_dtype(f"b[{i}]", bi, FLOATS)
         if ai.device != device or bi.device != device:
-            _need_same_device(a[0], ai, bi)
+            need_same_device(a[0], ai, bi)
     return backend_for(device).gram_norm([t.contiguous() for t in a], [t.contiguous() for t in b])
 
 
@@ -86,10 +59,10 @@ def square_accumulate_(igia: Tensor, grad: Tensor) -> None:
     igia: float32, any shape; grad: the same shape, any float dtype, squared in float32.
     Raises InvalidArgument. Source: P eq. 3.
     """
-    _need_dtype("igia", igia, (torch.float32,))
-    _need_dtype("grad", grad, FLOATS)
-    _need_shape("grad", grad, tuple(igia.shape))
-    _need_same_device(igia, grad)
+    need_dtype("igia", igia, (torch.float32,))
+    need_dtype("grad", grad, FLOATS)
+    need_shape("grad", grad, tuple(igia.shape))
+    need_same_device(igia, grad)
     if igia.numel() == 0:
         return
     target = igia.contiguous()
@@ -110,10 +83,10 @@ def outer_square_accumulate_(igia: Tensor, a: Tensor, b: Tensor) -> None:
     igia: float32 (out, in); a: (r, in), b: (out, r), both float32 or both bfloat16; products and sums keep
     float32 accuracy. Raises InvalidArgument. Source: P eq. 2 and 3.
     """
-    _need_dtype("igia", igia, (torch.float32,))
-    _need_factors(a.unsqueeze(0), b.unsqueeze(0))
-    _need_shape("igia", igia, (b.shape[0], a.shape[1]))
-    _need_same_device(igia, a)
+    need_dtype("igia", igia, (torch.float32,))
+    need_factors(a.unsqueeze(0), b.unsqueeze(0))
+    need_shape("igia", igia, (b.shape[0], a.shape[1]))
+    need_same_device(igia, a)
     if igia.numel() == 0:
         return
     target = igia.contiguous()
@@ -139,22 +112,22 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
     caller knows; grad receives what torch would put there. A square that overflows float32 adds nothing to igia.
     Raises InvalidArgument. Source: D (estimator `exact`).
     """
-    _need_dtype("x", x, FLOATS)
-    _need(dy.dtype == x.dtype, f"dy has dtype {dy.dtype} and x {x.dtype}; expected the same")
-    _need(
+    need_dtype("x", x, FLOATS)
+    need(dy.dtype == x.dtype, f"dy has dtype {dy.dtype} and x {x.dtype}; expected the same")
+    need(
         x.ndim == 2 and dy.ndim == 2 and x.shape[0] == dy.shape[0],
         f"shapes x {tuple(x.shape)}, dy {tuple(dy.shape)}; expected (tokens, in) and (tokens, out)",
     )
-    _need_same_device(x, dy)
+    need_same_device(x, dy)
     shape = (dy.shape[1], x.shape[1])
     if igia is not None:
-        _need_dtype("igia", igia, (torch.float32,))
-        _need_shape("igia", igia, shape)
-        _need_same_device(x, igia)
+        need_dtype("igia", igia, (torch.float32,))
+        need_shape("igia", igia, shape)
+        need_same_device(x, igia)
     if grad is not None:
-        _need_dtype("grad", grad, FLOATS)
-        _need_shape("grad", grad, shape)
-        _need_same_device(x, grad)
+        need_dtype("grad", grad, FLOATS)
+        need_shape("grad", grad, shape)
+        need_same_device(x, grad)
     if shape[0] * shape[1] == 0:
         return x.new_zeros((), dtype=torch.float64)
     igia_target = None if igia is None else igia.contiguous()
@@ -180,8 +153,8 @@ def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
     kept; with fewer than k positive entries all of them are. Returns value float32 () and index int64 (),
     (inf, -1) where nothing is kept. Stays on the device. Raises InvalidArgument. Source: C, D (METHOD section 3).
     """
-    _need_dtype("igia", igia, (torch.float32,))
-    _need(0 <= k <= igia.numel(), f"k = {k}; accepted are 0 to {igia.numel()}, the number of entries")
+    need_dtype("igia", igia, (torch.float32,))
+    need(0 <= k <= igia.numel(), f"k = {k}; accepted are 0 to {igia.numel()}, the number of entries")
     if k == 0:
         return _nothing_kept(igia)
     return backend_for(igia.device).threshold(igia.contiguous(), k)
@@ -199,9 +172,9 @@ def factor_threshold(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     a: (t, r, in), b: (t, out, r), both float32 or both bfloat16. Returns as `threshold` does; the pair is exact
     for F as this backend computes it. Raises InvalidArgument. Source: P eq. 3, D (METHOD section 3).
     """
-    _need_factors(a, b)
+    need_factors(a, b)
     entries = b.shape[1] * a.shape[2]
-    _need(0 <= k <= entries, f"k = {k}; accepted are 0 to {entries}, the number of entries")
+    need(0 <= k <= entries, f"k = {k}; accepted are 0 to {entries}, the number of entries")
     if k == 0 or a.shape[0] == 0 or a.shape[1] == 0:
         return _nothing_kept(a)
     return backend_for(a.device).factor_threshold(a.contiguous(), b.contiguous(), k)
@@ -222,16 +195,16 @@ def _nothing_kept(like: Tensor) -> tuple[Tensor, Tensor]:
 def _check_merge(
     weight: Tensor, donors: list[Tensor], values: list[Tensor], indices: list[Tensor], scales: list[float]
 ) -> None:
-    _need_dtype("weight", weight, FLOATS)
-    _need_count("values", values, len(donors))
-    _need_count("indices", indices, len(donors))
-    _need(len(scales) == len(donors), f"scales has {len(scales)} entries; expected {len(donors)}")
+    need_dtype("weight", weight, FLOATS)
+    need_count("values", values, len(donors))
+    need_count("indices", indices, len(donors))
+    need(len(scales) == len(donors), f"scales has {len(scales)} entries; expected {len(donors)}")
     for i, donor in enumerate(donors):
-        _need_dtype(f"donors[{i}]", donor, (weight.dtype,))
-        _need_shape(f"donors[{i}]", donor, tuple(weight.shape))
-        _need_dtype(f"values[{i}]", values[i], (torch.float32,))
-        _need_dtype(f"indices[{i}]", indices[i], (torch.int64,))
-        _need_same_device(weight, donor, values[i], indices[i])
+        need_dtype(f"donors[{i}]", donor, (weight.dtype,))
+        need_shape(f"donors[{i}]", donor, tuple(weight.shape))
+        need_dtype(f"values[{i}]", values[i], (torch.float32,))
+        need_dtype(f"indices[{i}]", indices[i], (torch.int64,))
+        need_same_device(weight, donor, values[i], indices[i])
 
 
 @torch.library.custom_op("gradpruner::sign_merge_", mutates_args=("weight",))
@@ -251,11 +224,11 @@ def sign_merge_(
     Raises InvalidArgument. Source: C, P (METHOD section 3).
     """
     _check_merge(weight, donors, values, indices, scales)
-    _need_count("igias", igias, len(donors))
+    need_count("igias", igias, len(donors))
     for i, igia in enumerate(igias):
-        _need_dtype(f"igias[{i}]", igia, (torch.float32,))
-        _need_shape(f"igias[{i}]", igia, tuple(weight.shape))
-        _need_same_device(weight, igia)
+        need_dtype(f"igias[{i}]", igia, (torch.float32,))
+        need_shape(f"igias[{i}]", igia, tuple(weight.shape))
+        need_same_device(weight, igia)
     if weight.numel() == 0 or not donors:
         return
     target = weight.contiguous()
@@ -295,16 +268,16 @@ def factor_sign_merge_(
     Source: C, P, D (METHOD section 3).
     """
     _check_merge(weight, donors, values, indices, scales)
-    _need_count("a", a, len(donors))
-    _need_count("b", b, len(donors))
-    _need(weight.ndim == 2, f"weight has shape {tuple(weight.shape)}; expected (out, in)")
+    need_count("a", a, len(donors))
+    need_count("b", b, len(donors))
+    need(weight.ndim == 2, f"weight has shape {tuple(weight.shape)}; expected (out, in)")
     for i, (ai, bi) in enumerate(zip(a, b, strict=True)):
-        _need_factors(ai, bi)
-        _need(
+        need_factors(ai, bi)
+        need(
             (bi.shape[1], ai.shape[2]) == tuple(weight.shape),
             f"factors {i} make a {(bi.shape[1], ai.shape[2])} matrix; expected {tuple(weight.shape)}",
         )
-        _need_same_device(weight, ai)
+        need_same_device(weight, ai)
     if weight.numel() == 0 or not donors:
         return
     target = weight.contiguous()

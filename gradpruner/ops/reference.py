@@ -99,3 +99,40 @@ def factor_sign_merge_(
     """`sign_merge_` with each donor's importance given by its factors (METHOD section 3)."""
     igias = [factor_importance(ak, bk) for ak, bk in zip(a, b, strict=True)]
     sign_merge_(weight, donors, igias, values, indices, scales)
+
+
+def weight_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float) -> Tensor:
+    """abs(weight) * (norms + alpha * grads), each operation rounded to float32 (METHOD section 6)."""
+    found = weight.float().abs()
+    if grads is not None:
+        scaled = torch.tensor(alpha, dtype=torch.float32, device=grads.device) * grads
+        found = found * (scaled if norms is None else norms + scaled)
+    elif norms is not None:
+        found = found * norms
+    return torch.where(found > 0, found, 0.0)
+
+
+def prune_groups_(
+    weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float, kept: int, group: int
+) -> Tensor:
+    """Zero all but the `kept` most important of each `group`; the mask, eight entries a byte (METHOD section 6)."""
+    importance = weight_importance(weight, norms, grads, alpha).view(-1, group)
+    order = importance.argsort(dim=-1, descending=True, stable=True)  # stable: of equals the lower index is kept
+    keep = torch.zeros_like(importance, dtype=torch.bool).scatter_(1, order[:, :kept], True).view(weight.shape)
+    weight.masked_fill_(~keep, 0.0)
+    bits = torch.nn.functional.pad(keep, (0, -weight.shape[1] % 8)).view(weight.shape[0], -1, 8)
+    places = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=weight.device)
+    return (bits * places).sum(-1, dtype=torch.uint8)
+
+
+def apply_mask_(weight: Tensor, mask: Tensor) -> None:
+    """Zero what the mask does not keep (METHOD section 6)."""
+    bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
+    weight.masked_fill_(bits.flatten(1)[:, : weight.shape[1]] == 0, 0.0)
+
+
+def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
+    """total += abs(dy^T x) unless x or dy is not finite (METHOD section 6)."""
+    if bool(x.isfinite().all() & dy.isfinite().all()):
+        size = (dy.double().T @ x.double()).abs().to(total.dtype)
+        total += torch.where(size.isfinite(), size, 0.0)
