@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ def save(
     plan: Plan | None = None,
     overwrite: bool = False,
     group: Any = None,
+    beside: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write the model as safetensors with its config, verify it by reading it back, and only then name it `folder`.
 
@@ -40,7 +41,8 @@ def save(
     it. plan: kept as gradpruner.json.
 
     In several processes all of them call it: the first one writes, the others wait for it. A model sharded by FSDP2
-    is gathered one tensor at a time into its host memory. group: False where the process of rank 0 saves alone.
+    is gathered one tensor at a time into its host memory. group: False where the process of rank 0 saves alone. beside:
+    writes what else belongs into the folder that it is given, before that gets its name.
     Raises InvalidArgument (adapters not merged, folder in use) or CheckpointError, in every process; the folder is
     then as it was.
     """
@@ -61,7 +63,7 @@ def save(
     state = _gathered(base, keep=writes) if sharded else None
     with together(peers):
         if writes:
-            _write(base, folder, state, tokenizer, plan, overwrite)
+            _write(base, folder, state, tokenizer, plan, overwrite, beside)
     return Path(folder)
 
 
@@ -85,6 +87,7 @@ def _write(
     tokenizer: Any,
     plan: Plan | None,
     overwrite: bool,
+    beside: Callable[[Path], object] | None,
 ) -> None:
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         try:
@@ -95,6 +98,8 @@ def _write(
                     tokenizer.save_pretrained(temporary)
             if plan is not None:
                 write_json(temporary / PLAN_FILE, plan.to_dict())
+            if beside is not None:
+                beside(temporary)
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"could not write {folder}: {error}; nothing was written") from error
         verify(base, temporary, state)

@@ -12,6 +12,7 @@ from typing import Any
 from gradpruner import __version__
 from gradpruner import cli_options as given
 from gradpruner.cli_compare import add_compare, add_sensitivity
+from gradpruner.cli_sparsify import add_sparsify
 from gradpruner.errors import GradPrunerError, InvalidArgument
 
 
@@ -45,8 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gradpruner {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_run, add_compare, add_sensitivity, _add_probe, _add_plan, _add_apply, _add_finetune, _add_evaluate,
-                _add_report, _add_push, _add_demo, _add_backends):  # fmt: skip
+    for add in (_add_run, add_compare, add_sensitivity, _add_probe, _add_plan, _add_apply, add_sparsify, _add_finetune,
+                _add_evaluate, _add_report, _add_push, _add_demo, _add_backends):  # fmt: skip
         add(commands)
     return parser
 
@@ -136,6 +137,8 @@ def _add_evaluate(commands: Any) -> None:
     given.model_options(parser)
     given.data_options(parser, testing=False)
     parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument("--window", type=int, metavar="TOKENS", help="perplexity alone, of all text joined and "
+                        "cut into windows of so many tokens")  # fmt: skip
     parser.add_argument("--rouge", type=int, metavar="TOKENS", help="generate up to so many tokens and score ROUGE-L")
 
 
@@ -280,10 +283,25 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
     examples = given.examples(options)
     model, tokenizer = given.load(options)
+    if options.window is not None:
+        return _windows(options, model, tokenizer, examples)
     result = measure(model, tokenizer, examples, max_length=options.max_length, train_on=options.train_on,
                      batch_size=options.batch_size, rouge_tokens=options.rouge).to_dict()  # fmt: skip
     shown = [f"{name} {value:.4g}" for name, value in result.items() if value is not None and name != "examples"]
     return {"json": result, "line": f"{options.model}: {', '.join(shown)} on {len(examples)} examples"}
+
+
+def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: list[Any]) -> dict[str, Any]:
+    from gradpruner.data import Collator
+    from gradpruner.evaluate import perplexity
+    from gradpruner.windows import consecutive, text_of, tokens_of
+
+    rows = consecutive(tokens_of(text_of(examples), tokenizer, options.window), options.window)
+    found = perplexity(model, rows, collate=Collator(tokenizer), batch_size=options.batch_size)
+    return {
+        "json": {"perplexity": found, "windows": len(rows), "tokens": options.window},
+        "line": f"{options.model}: perplexity {found:.4g} on {len(rows)} windows of {options.window} tokens",
+    }
 
 
 def _report(options: argparse.Namespace) -> dict[str, Any]:

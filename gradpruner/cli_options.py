@@ -8,7 +8,7 @@ from typing import Any
 
 DATA_HELP = """\
 data:
-  a .jsonl, .json or .csv file, or the id of a hub data set. Templates fill in columns:
+  a .jsonl, .json, .csv or .txt file, or the id of a hub data set. Templates fill in columns:
     --prompt 'Question: {text}\\nIntent:' --answer '{category}'
   Without templates the usual column pairs are recognised (prompt/completion, question/answer, text/label, ...).
 """

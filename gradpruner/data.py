@@ -1,4 +1,4 @@
-"""From JSONL, JSON, CSV or a hub data set to tokenised examples, ready for a training loop."""
+"""From JSONL, JSON, CSV, text or a hub data set to tokenised examples, ready for a training loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 from gradpruner.errors import InvalidArgument
 
-FILE_TYPES = (".jsonl", ".json", ".csv")
+FILE_TYPES = (".jsonl", ".json", ".csv", ".txt")
 # Column pairs that need no template; the first pair that a data set has is taken.
 KNOWN_COLUMNS = (
     *(("prompt", answer) for answer in ("completion", "answer", "response")),
@@ -176,7 +176,7 @@ def _read_file(path: Path, split: str) -> list[Row]:
         raise InvalidArgument(f"split is {split!r}, but {path} is a file and has no splits: name another file")
     if not path.is_file():
         raise InvalidArgument(f"source {path} does not exist")
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".txt": _read_text}
     if path.suffix.lower() not in readers:
         raise InvalidArgument(f"source {path} is not a {', '.join(FILE_TYPES)} file")
     try:
@@ -185,6 +185,13 @@ def _read_file(path: Path, split: str) -> list[Row]:
         raise InvalidArgument(f"source {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     except OSError as error:
         raise InvalidArgument(f"source {path} cannot be read: {error.strerror}") from None
+
+
+def _read_text(path: Path) -> Iterator[Row]:
+    """The whole file is one row."""
+    text = path.read_text(encoding="utf-8-sig")
+    if text.strip():
+        yield {"text": text}
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:

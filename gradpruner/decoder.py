@@ -75,6 +75,12 @@ class Decoder:
         return found
 
     @property
+    def body(self) -> nn.Module:
+        """The model without its head; all of it where the layers are not in that part."""
+        inner = getattr(self.base, "base_model", self.base)
+        return inner if any(module is self.layers for module in inner.modules()) else self.base
+
+    @property
     def config(self) -> Any:
         """The transformers configuration, None for a model without one."""
         return getattr(self.base, "config", None)
@@ -85,6 +91,10 @@ class Decoder:
             if name == weight.name:
                 return parameter
         raise ModelMismatch(f"layer {weight.layer} has no weight {weight.name!r} any more")
+
+    def path_of(self, weight: Weight) -> str:
+        """The name of a linear weight in the whole model, without adapters."""
+        return f"{self.path}.{weight.layer}.{weight.name}"
 
     def structure(self, layer: int) -> str:
         """A digest of names and shapes: layers with equal digests can be merged."""

@@ -96,8 +96,5 @@ def _check(hidden: Tensor, mask: Tensor) -> None:
 
 def _without_head(decoder: Decoder, inputs: dict[str, Any]) -> Any:
     """A forward of the model without its head, whose logits nobody asked for."""
-    body = getattr(decoder.base, "base_model", decoder.base)
-    if all(module is not decoder.layers for module in body.modules()):
-        body = decoder.base
     with evaluating(decoder.base):
-        return body(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+        return decoder.body(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradpruner.ops.definitions import wgrad_square_accumulate_
+from gradpruner.ops.weight_definitions import wgrad_abs_accumulate_
 
 
 @dataclass
@@ -21,13 +22,15 @@ class WeightSquares:
 
     total: float64 (), gets sum(g ** 2) of every squared call. igia: float32, the weight's shape, gets g ** 2;
     None to keep only the sum. micro_batches: backward calls that make one gradient of a trainable weight; it is
-    squared on the last of them. A frozen weight's gradient is squared on every call, and never stored.
+    squared on the last of them. A frozen weight's gradient is squared on every call, and never stored. power: 1 adds
+    abs(g) into igia in the place of g ** 2, for a frozen weight, and nothing into total.
     """
 
     total: Tensor
     igia: Tensor | None = None
     micro_batches: int = 1
     calls: int = 0
+    power: int = 2
 
 
 class _SquaredLinear(torch.autograd.Function):
@@ -53,6 +56,9 @@ class _SquaredLinear(torch.autograd.Function):
         # a transposed weight has the gradient x^T dy: the same op with the two exchanged
         first, second = (flat_dy, flat_x) if ctx.transposed else (flat_x, flat_dy)
         squares.calls += 1
+        if squares.power == 1 and squares.igia is not None:
+            wgrad_abs_accumulate_(squares.igia, first, second)
+            return dx, None, None, None, None
         if not weight.requires_grad:
             squares.total += wgrad_square_accumulate_(squares.igia, first, second, None)
             return dx, None, None, None, None

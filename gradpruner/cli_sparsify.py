@@ -1,0 +1,56 @@
+"""The command `sparsify`: arguments to calls; no logic."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from gradpruner import cli_options as given
+
+METHODS = ("magnitude", "wanda", "gblm", "sparsegpt", "igia", "dsnot")
+
+
+def add_sparsify(commands: Any) -> None:
+    """`gradpruner sparsify`."""
+    parser = given.command(
+        commands, "sparsify", _sparsify, "Zero single weights; write a verified checkpoint and the masks.",
+        "gradpruner sparsify --model M --data text.txt --method gblm --pattern 2:4 --out sparse",
+    )  # fmt: skip
+    given.model_options(parser)
+    given.data_options(parser, testing=False)
+    parser.add_argument("--method", default="wanda", metavar="M",
+                        help=f"{', '.join(METHODS)}, or name:option=value,... (default wanda)")  # fmt: skip
+    parser.add_argument("--pattern", default="row", metavar="P",
+                        help="row, matrix, or N:M such as 2:4, N of every M inputs kept (default row)")  # fmt: skip
+    parser.add_argument("--ratio", type=float, metavar="P", help="share removed, of row and matrix (default 0.5)")
+    parser.add_argument("--allocation", choices=("uniform", "alphapruning"), default="uniform",
+                        help="shares of the layers (default uniform)")  # fmt: skip
+    parser.add_argument("--samples", type=int, default=128, metavar="N", help="windows to calibrate on (default 128)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which windows (default 0)")
+    parser.add_argument("--device", metavar="D", help="where one layer at a time runs, cuda say (default: the model's)")
+    parser.add_argument("--igia", metavar="FILE", help="igia.safetensors, for method igia")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write, masks in it")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+
+
+def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.igia import Igia
+    from gradpruner.sparsity.saving import MASKS, save_sparse
+    from gradpruner.sparsity.sparsify import sparsify
+    from gradpruner.windows import sampled, text_of, tokens_of
+
+    text = text_of(given.examples(options))
+    model, tokenizer = given.load(options)
+    tokens = tokens_of(text, tokenizer, options.max_length)
+    batches = sampled(tokens, options.max_length, options.samples, options.seed)
+    masks = sparsify(
+        model, batches, method=options.method, pattern=options.pattern, ratio=options.ratio,
+        allocation=options.allocation, device=options.device, igia=Igia.load(options.igia) if options.igia else None,
+    )  # fmt: skip
+    folder = save_sparse(model, masks, options.out, tokenizer=tokenizer, overwrite=options.overwrite)
+    sparsity, file = masks.sparsity(), str(folder / MASKS)
+    how = f"{masks.about['method']}, {masks.about['pattern']}"
+    return {
+        "json": {"folder": str(folder), "masks": file, "sparsity": sparsity, **masks.about},
+        "line": f"{folder}: verified; {sparsity:.2%} of {len(masks.bits)} weights is zero ({how}); masks: {file}",
+    }

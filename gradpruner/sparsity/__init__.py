@@ -1,0 +1,1 @@
+"""Pruning below the layer: single weights, by magnitude, activation or gradient (METHOD section 6)."""

@@ -1,0 +1,80 @@
+"""What all criteria have in common: a weight and what was seen of it in, zeros and a mask out."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from gradpruner.errors import InvalidArgument
+from gradpruner.methods.base import value_of
+from gradpruner.sparsity.pattern import Pattern
+from gradpruner.sparsity.seen import Seen
+
+Terms = tuple[Tensor | None, Tensor | None, float]  # norms, grads, alpha: see `gradpruner.ops.weight_importance`
+
+
+class Criterion(abc.ABC):
+    """Which weights go; a subclass is a frozen dataclass whose fields are its options.
+
+    needs: what it asks for of the inputs of a linear (see `Seen`). gradients: 1 or 2, the norm over samples of the
+    gradient that it asks for, 0 for none. importance: whether it asks for a probe's. within_matrix: whether it can
+    choose among a whole matrix.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    gradients: int = 0
+    importance: ClassVar[bool] = False
+    within_matrix: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def prune_(self, weight: Tensor, seen: Seen, pattern: Pattern) -> Tensor:
+        """Zero entries of `weight` (out, in) in place, and change the others where the method does; the mask."""
+
+    def __str__(self) -> str:
+        """As `parse_criterion` reads it: the name and every option that is not as by default."""
+        changed = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, field.name) != field.default
+        ]
+        return self.name + (":" + ",".join(changed) if changed else "")
+
+
+class Metric(Criterion):
+    """A criterion that gives every entry an importance, and keeps the highest as they are."""
+
+    @abc.abstractmethod
+    def terms(self, seen: Seen) -> Terms:
+        """What the importance of an entry is made of."""
+
+    def prune_(self, weight: Tensor, seen: Seen, pattern: Pattern) -> Tensor:
+        """Zero the least important entries."""
+        return pattern.prune_(weight, *self.terms(seen))
+
+
+CRITERIA: dict[str, type[Criterion]] = {}
+
+
+def register(criterion: type[Criterion]) -> type[Criterion]:
+    """Make a criterion known by its name."""
+    CRITERIA[criterion.name] = criterion
+    return criterion
+
+
+def parse_criterion(text: str) -> Criterion:
+    """A criterion from "name" or "name:option=value,option=value". Raises InvalidArgument for what it does not know."""
+    name, _, rest = text.partition(":")
+    if name not in CRITERIA:
+        raise InvalidArgument(f"method = {name!r}; accepted are {', '.join(sorted(CRITERIA))}")
+    known = [field.name for field in dataclasses.fields(CRITERIA[name])]  # type: ignore[arg-type]
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if key not in known or not equals:
+            raise InvalidArgument(f"method {name!r}: {part!r} is no option=value; its options are {known or 'none'}")
+        options[key] = value_of(value)
+    return CRITERIA[name](**options)

@@ -1,0 +1,84 @@
+"""Norms over samples of the gradient of every linear weight, each sample's folded in inside its backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gradpruner.decoder import Decoder, is_transposed
+from gradpruner.errors import InvalidArgument
+from gradpruner.ops.linear import WeightSquares, linear_square_accumulate
+
+Batch = Mapping[str, Tensor]
+
+
+def gradient_norms(
+    decoder: Decoder, linears: Mapping[str, nn.Module], batches: Sequence[Batch], p: int
+) -> dict[str, Tensor]:
+    """norm_p over samples of abs(gradient), by name: float32 in the stored shape, on the weight's device.
+
+    linears: plain linears of the model. batches: with input_ids, and labels, or every token is one; each row is a
+    sample. No gradient is stored, of any sample: 4 bytes an entry in all. Raises InvalidArgument if a loss or a
+    gradient is not finite. Source: METHOD section 6 (GBLM-Pruner).
+    """
+    model, device = decoder.base, next(decoder.base.parameters()).device
+    totals = {name: torch.zeros_like(module.weight, dtype=torch.float32) for name, module in linears.items()}  # type: ignore[arg-type]
+    with _folding(linears, totals, p), _frozen(model):
+        for batch in batches:
+            for row in range(len(batch["input_ids"])):
+                sample = {name: t[row : row + 1].to(device) for name, t in batch.items()}
+                loss = model(**{"labels": sample["input_ids"], **sample}, use_cache=False).loss
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise InvalidArgument(f"batches: the loss of a sample is {value}; expected a finite one")
+                loss.backward()
+    for name, total in totals.items():
+        if not float(total.sum(dtype=torch.float64)) > 0:
+            raise InvalidArgument(f"batches: the gradient of {name} is zero or not finite in every sample")
+        if p == 2:
+            total.sqrt_()
+    return totals
+
+
+@contextlib.contextmanager
+def _folding(linears: Mapping[str, nn.Module], totals: Mapping[str, Tensor], p: int) -> Iterator[None]:
+    replaced = [name for name, module in linears.items() if "forward" in vars(module)]
+    if replaced:
+        raise InvalidArgument(f"something else has replaced the forward of {replaced[0]}; expected a plain model")
+    try:
+        for name, module in linears.items():
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            squares = WeightSquares(weight.new_zeros((), dtype=torch.float64), totals[name], power=p)
+            module.forward = functools.partial(_forward, module, squares)
+        yield
+    finally:
+        for module in linears.values():
+            vars(module).pop("forward", None)
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no parameter trains: the fused backward folds the gradients of weights that do not."""
+    modes = [(module, module.training) for module in model.modules()]
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, flag in trains:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _forward(module: nn.Module, squares: WeightSquares, x: Tensor) -> Tensor:
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+    return linear_square_accumulate(x, weight, bias, squares, transposed=is_transposed(module))

@@ -1,0 +1,121 @@
+"""Masks: which weights of a model stay, as bits in one safetensors file, and how training keeps to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from gradpruner import ops
+from gradpruner.decoder import Decoder
+from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
+from gradpruner.files import atomic_path
+from gradpruner.shards import bytes_of, read_header
+from gradpruner.sparsity.bits import unpack
+
+FORMAT = "gradpruner.masks/1"
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Masks by parameter name, as the plain model names them.
+
+    bits: uint8 (out, ceil(in / 8)), in host memory; transposed weights are masked as (out, in) too. widths: number of
+    inputs. about: how they were made (method, pattern, allocation), for people.
+    """
+
+    bits: Mapping[str, Tensor]
+    widths: Mapping[str, int]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def sparsity(self) -> float:
+        """Share of the masked weights' entries that is zero, 0 to 1."""
+        kept = sum(int(unpack(mask, self.widths[name]).sum()) for name, mask in self.bits.items())
+        return 1 - kept / sum(len(mask) * self.widths[name] for name, mask in self.bits.items())
+
+    @torch.no_grad()
+    def apply_(self, model: nn.Module) -> None:
+        """Zero what is masked, in place, under adapters too. Raises ModelMismatch if the weights are others."""
+        for weight, mask in self._matched(model):
+            ops.apply_mask_(weight, mask.to(weight.device))
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ModelMismatch unless the model has these weights, and every masked entry of them is zero."""
+        for name, (weight, mask) in zip(self.bits, self._matched(model), strict=True):
+            if bool(weight.detach()[~unpack(mask.to(weight.device), weight.shape[1])].any()):
+                raise ModelMismatch(f"{name} has entries that its mask has taken out")
+
+    def _matched(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        decoder, found = Decoder(model), list[tuple[Tensor, Tensor]]()
+        weights = {decoder.path_of(weight): weight for weight in decoder.weights}
+        for name, mask in self.bits.items():
+            if name not in weights:
+                raise ModelMismatch(f"the model has no weight {name!r}; the masks are another model's")
+            stored = decoder.parameter(weights[name]).data
+            weight = stored.t() if weights[name].transposed else stored
+            if (len(mask), self.widths[name]) != tuple(weight.shape):
+                raise ModelMismatch(f"{name} is {tuple(weight.shape)}; its mask {(len(mask), self.widths[name])}")
+            found.append((weight, mask))
+        return found
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file, whole or not at all, with checksums. Raises InvalidArgument, CheckpointError."""
+        tensors = {name: mask.contiguous() for name, mask in self.bits.items()}
+        header = {
+            "format": FORMAT,
+            "widths": dict(self.widths),
+            "about": dict(self.about),
+            "crc32": {name: zlib.crc32(bytes_of(mask)) for name, mask in tensors.items()},
+        }
+        with atomic_path(path) as temporary:
+            try:
+                save_file(tensors, temporary, metadata={"gradpruner": json.dumps(header)})
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Masks:
+        """Read what `save` wrote. Raises InvalidArgument if there is no file, CheckpointError if it is damaged."""
+        if not Path(path).is_file():
+            raise InvalidArgument(f"masks file {str(path)!r} does not exist")
+        stored, metadata = read_header(Path(path))
+        try:
+            header = json.loads(metadata.get("gradpruner", "{}"))
+            if header["format"] != FORMAT or not header["crc32"].keys() == header["widths"].keys() == stored.keys():
+                raise ValueError(f"expected format {FORMAT!r}, and a width and a checksum of each mask")
+            bits = {name: stored[name].read() for name in stored}
+            for name, mask in bits.items():
+                if zlib.crc32(bytes_of(mask)) != header["crc32"][name]:
+                    raise ValueError(f"checksum of {name!r} does not match")
+            return cls(bits, header["widths"], header["about"])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is no masks file, or is corrupted: {error}") from error
+
+
+class HoldSparsity(TrainerCallback):
+    """Keep a model to its masks while all weights train: what a step wrote into a masked entry is zeroed again.
+
+    masks: of this model. For adapters on a frozen model it has nothing to do: `Masks.apply_` after they were merged.
+    Raises ModelMismatch when training begins with another model.
+    """
+
+    def __init__(self, masks: Masks) -> None:
+        self._masks = masks
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The model may come dense."""
+        self._masks.apply_(kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After every optimizer step."""
+        self._masks.apply_(kwargs["model"])

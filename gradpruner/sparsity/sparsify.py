@@ -1,0 +1,161 @@
+"""sparsify: single weights of every decoder layer become zero, layer by layer, each on what the pruned ones pass on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpruner.decoder import Decoder, Weight, is_packed, is_peft, linear_modules
+from gradpruner.distributed import is_sharded
+from gradpruner.errors import InvalidArgument, UnsupportedModel
+from gradpruner.igia import Igia
+from gradpruner.sparsity.allocation import allocate
+from gradpruner.sparsity.criteria import Criterion, parse_criterion
+from gradpruner.sparsity.gradients import gradient_norms
+from gradpruner.sparsity.layerwise import Batch, Layerwise
+from gradpruner.sparsity.masks import Masks
+from gradpruner.sparsity.pattern import Pattern
+from gradpruner.sparsity.seen import Seen, Statistics
+
+
+def sparsify(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    method: str = "wanda",
+    pattern: str = "row",
+    ratio: float | None = None,
+    allocation: str = "uniform",
+    device: torch.device | str | None = None,
+    igia: Igia | None = None,
+) -> Masks:
+    """Zero weights of the linears of all decoder layers, in place; returns the masks.
+
+    batches: input_ids (rows, tokens) and what else the model takes, no padding; none are needed for magnitude. method:
+    a criterion, see `gradpruner.sparsity.criteria`, "gblm:p=1" with options. pattern, ratio: see `Pattern`; row and
+    matrix take 0.5 unless told otherwise. allocation: "uniform" or "alphapruning", which gives every layer its own
+    share. device: where a layer runs while it is pruned (default: where it is); the model may wait in host memory.
+    igia: for method igia. Embeddings, head, norms, biases and routers stay. A copy of the weights is held in host
+    memory until all layers are done: a model that cannot be pruned is left as it was.
+    Raises InvalidArgument, UnsupportedModel, ModelMismatch.
+    """
+    criterion = parse_criterion(method)
+    wanted = Pattern(pattern, ratio if ratio is not None or ":" in str(pattern) else 0.5)
+    if wanted.within == "matrix" and not criterion.within_matrix:
+        raise InvalidArgument(f"pattern = 'matrix'; {criterion.name} chooses within a row: expected row or N:M")
+    decoder = Decoder(model)
+    weights = _weights(decoder, wanted)
+    if criterion.importance:
+        _check_igia(igia, decoder, weights)
+    if (criterion.needs or criterion.gradients) and not batches:
+        raise InvalidArgument(f"batches is empty; {criterion.name} expected at least one, with input_ids")
+    if any("attention_mask" in batch and not bool(batch["attention_mask"].all()) for batch in batches):
+        raise InvalidArgument("batches: some tokens are padding, which would count as text; expected full rows")
+    patterns = _patterns(decoder, weights, wanted, allocation)
+    modules = {decoder.path_of(w): linear_modules(decoder, w.layer)[w.name] for w in weights}
+    grads = gradient_norms(decoder, modules, batches, criterion.gradients) if criterion.gradients else {}
+    walk = Layerwise(decoder, batches, None if device is None else torch.device(device)) if criterion.needs else None
+    before: dict[str, Tensor] = {}
+    bits: dict[str, Tensor] = {}
+    try:
+        for layer in range(len(decoder.layers)):
+            of_layer = [w for w in weights if w.layer == layer]
+            masks = _prune_layer(decoder, of_layer, criterion, patterns.get(layer, wanted), walk, grads, igia, before)
+            bits |= masks
+    except BaseException:
+        with torch.no_grad():
+            for weight in weights:
+                if decoder.path_of(weight) in before:
+                    decoder.parameter(weight).copy_(before[decoder.path_of(weight)])
+        raise
+    widths = {decoder.path_of(w): w.shape[0 if w.transposed else 1] for w in weights}
+    return Masks(bits, widths, {"method": str(criterion), "pattern": str(wanted), "allocation": allocation})
+
+
+@torch.no_grad()
+def _prune_layer(
+    decoder: Decoder,
+    weights: Sequence[Weight],
+    criterion: Criterion,
+    pattern: Pattern,
+    walk: Layerwise | None,
+    grads: Mapping[str, Tensor],
+    igia: Igia | None,
+    before: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Prune the linears of one layer; their masks, by path, in host memory."""
+    if walk is None:
+        return {decoder.path_of(w): _prune(decoder, w, criterion, pattern, None, grads, igia, before) for w in weights}
+    linears = {w.name: linear_modules(decoder, w.layer)[w.name] for w in weights}
+    with walk.on_device() as layer:
+        device = next(layer.parameters()).device
+        statistics = {
+            w.name: Statistics(decoder.path_of(w), w.shape[0 if w.transposed else 1], device, criterion.needs)
+            for w in weights
+        }
+        walk.watch(linears, lambda name, x, rows: statistics[name].add(x, rows))
+        masks = {}
+        for weight in weights:
+            found = statistics.pop(weight.name)
+            masks[decoder.path_of(weight)] = _prune(decoder, weight, criterion, pattern, found, grads, igia, before)
+        walk.advance()
+    return masks
+
+
+def _prune(
+    decoder: Decoder,
+    weight: Weight,
+    criterion: Criterion,
+    pattern: Pattern,
+    statistics: Statistics | None,
+    grads: Mapping[str, Tensor],
+    igia: Igia | None,
+    before: dict[str, Tensor],
+) -> Tensor:
+    path, stored = decoder.path_of(weight), decoder.parameter(weight).data
+    before[path] = stored.to("cpu", copy=True)
+    grad = grads.get(path)
+    if criterion.importance and igia is not None:
+        grad = igia.importance[weight.layer, weight.name].dense().f
+    if grad is not None:
+        grad = grad.to(stored.device)
+        grad = grad.t() if weight.transposed else grad
+    seen = Seen(grads=grad) if statistics is None else statistics.seen(grad)
+    return criterion.prune_(stored.t() if weight.transposed else stored, seen, pattern).cpu()
+
+
+def _weights(decoder: Decoder, pattern: Pattern) -> list[Weight]:
+    """What is pruned; raises where not all of it can be."""
+    if is_peft(decoder.given):
+        raise InvalidArgument("model has adapters; expected a plain model (merge_and_unload first)")
+    found = decoder.weights
+    if not found:
+        raise UnsupportedModel("the decoder layers hold no linear weight of their own")
+    for weight in found:
+        path, parameter = decoder.path_of(weight), decoder.parameter(weight)
+        if len(weight.shape) != 2:
+            raise UnsupportedModel(f"{path} holds {weight.shape[0]} experts in one tensor: their inputs cannot be seen")
+        if is_packed(parameter) or is_sharded(parameter):
+            raise UnsupportedModel(f"{path} is quantised or sharded: it cannot be pruned in place")
+        pattern.check(path, weight.shape[0 if weight.transposed else 1])
+    return found
+
+
+def _patterns(decoder: Decoder, weights: Sequence[Weight], pattern: Pattern, allocation: str) -> dict[int, Pattern]:
+    by_layer: dict[int, list[Any]] = {}
+    for weight in weights:
+        by_layer.setdefault(weight.layer, []).append(decoder.parameter(weight).data)
+    shares = allocate(by_layer, pattern.share, allocation)
+    return {} if allocation == "uniform" else {layer: pattern.with_ratio(share) for layer, share in shares.items()}
+
+
+def _check_igia(igia: Igia | None, decoder: Decoder, weights: Sequence[Weight]) -> None:
+    if igia is None:
+        raise InvalidArgument("igia is None; method 'igia' expected what a probe saw of this model")
+    decoder.check_fingerprint(igia.model, "the igia")
+    for weight in weights:
+        if (weight.layer, weight.name) not in igia.importance:
+            raise InvalidArgument(f"igia has no importance of {decoder.path_of(weight)}; expected one of every weight")

@@ -1,0 +1,132 @@
+"""What is refused, with the argument's name, and that the model is then as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from gradpruner.errors import GradPrunerError, InvalidArgument, ModelMismatch, UnsupportedModel
+from gradpruner.finetune import Recipe, add_adapters
+from gradpruner.oneshot import _watch
+from gradpruner.sparsity.criteria import parse_criterion
+from gradpruner.sparsity.sparsify import sparsify
+
+
+def model_of(**others):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24,
+                                           "num_hidden_layers": 3, "num_attention_heads": 2,
+                                           "num_key_value_heads": 1, **others}))  # fmt: skip
+
+
+def batches_of(count=3):
+    return [{"input_ids": torch.arange(1, 13).view(1, 12) + i} for i in range(count)]
+
+
+def refuses(model, error, says, batches=None, **options):
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    trains = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error, match=says):
+        sparsify(model, batches_of() if batches is None else batches, **options)
+    for name, p in model.state_dict().items():
+        assert torch.equal(p.view(torch.int32), before[name].view(torch.int32)), name  # a NaN too
+    assert [module.training for module in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == trains
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"method": "wonda"}, "method = 'wonda'; accepted are"),
+        ({"method": "gblm:beta=1"}, "'beta=1' is no option=value; its options are"),
+        ({"method": "gblm:p=3"}, "p = 3; accepted are 1 and 2"),
+        ({"method": "gblm:alpha=0"}, "alpha = 0"),
+        ({"method": "gblm:activations=1"}, "activations = 1"),
+        ({"method": "sparsegpt:block=0"}, "block = 0"),
+        ({"method": "sparsegpt:damping=0"}, "damping = 0"),
+        ({"method": "dsnot:start=gblm"}, "start = 'gblm'"),
+        ({"method": "dsnot:cycles=-1"}, "cycles = -1"),
+        ({"method": "dsnot:threshold=-1"}, "threshold = -1"),
+        ({"method": "dsnot", "pattern": "matrix"}, "pattern = 'matrix'; dsnot"),
+        ({"ratio": 1.0}, "ratio = 1.0"),
+        ({"ratio": "half"}, "ratio = 'half'"),
+        ({"pattern": "5:10"}, "multiple of 10"),
+        ({"pattern": "2:4", "ratio": 0.4}, "ratio = 0.4"),
+        ({"allocation": "best"}, "allocation = 'best'; accepted are"),
+        ({"allocation": "alphapruning", "ratio": 0.9}, "alphapruning would take 1"),
+        ({"allocation": "alphapruning", "pattern": "2:4"}, "pattern = '2:4'"),
+        ({"method": "igia"}, "igia is None"),
+        ({"batches": []}, "batches is empty"),
+        ({"batches": [], "method": "gblm:activations=false"}, "batches is empty"),
+        ({"batches": [{"input_ids": torch.tensor([[1, 2, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}]}, "padding"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arguments(options, says):
+    refuses(model_of(), InvalidArgument, says, **options)
+
+
+def test_magnitude_needs_no_batches():
+    assert sparsify(model_of(), [], method="magnitude").sparsity() == 0.5
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "dsnot", "gblm"])
+def test_activations_that_are_not_finite(method):
+    """They come in the second layer: the first is pruned by then, and restored."""
+    model = model_of()
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] = float("nan")
+    refuses(model, InvalidArgument, r"layers\.1\.self_attn.*NaN or Inf|the loss of a sample is nan", method=method)
+
+
+def test_activations_that_are_all_zero():
+    model = model_of()
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight.zero_()
+    refuses(model, InvalidArgument, r"layers\.1\.mlp\.\w+\.weight are all zero")
+    refuses(model, InvalidArgument, r"the gradient of model\.layers\.1\.mlp\.\w+\.weight is zero", method="gblm")
+
+
+def test_one_input_that_is_always_zero_goes_first():
+    model = model_of()
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[5] = 0
+    for method in ("wanda", "sparsegpt", "dsnot"):
+        pruned = model_of()
+        pruned.load_state_dict(model.state_dict())
+        sparsify(pruned, batches_of(), method=method)
+        assert not pruned.model.layers[1].mlp.up_proj.weight[:, 5].any()
+        assert all(p.isfinite().all() for p in pruned.parameters())
+
+
+def test_models():
+    refuses(add_adapters(model_of(), Recipe(rank=2)), InvalidArgument, "model has adapters")
+    experts = MixtralForCausalLM(MixtralConfig(vocab_size=61, hidden_size=16, intermediate_size=8, num_hidden_layers=2,
+                                               num_attention_heads=2, num_key_value_heads=1,
+                                               num_local_experts=2))  # fmt: skip
+    refuses(experts, UnsupportedModel, "2 experts in one tensor")
+    with pytest.raises(GradPrunerError):
+        sparsify(torch.nn.Linear(4, 4), batches_of())
+
+
+def test_an_igia_of_this_model_and_of_another():
+    model, other = model_of(), model_of(num_hidden_layers=2)
+    watched = add_adapters(model, Recipe(rank=2))
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in batches_of()]
+    igia, _ = _watch(watched.train(), batches, Recipe(learning_rate=1e-2, rank=2), 3)
+    plain = watched.unload()
+    refuses(other, ModelMismatch, "igia", method="igia", igia=igia)
+    dense = {name: p.clone() for name, p in plain.state_dict().items()}
+    masks = sparsify(plain, [], method="igia", igia=igia)
+    name = "model.layers.1.mlp.up_proj.weight"
+    importance = igia.importance[1, "mlp.up_proj.weight"].dense().f * dense[name].abs()
+    stays = importance.argsort(descending=True, stable=True)[:, :8].sort().values
+    assert torch.equal((plain.state_dict()[name] != 0).nonzero()[:, 1].view(-1, 8), stays)
+    assert masks.sparsity() == 0.5
+
+
+def test_a_criterion_says_what_it_is():
+    for text in ("wanda", "gblm:p=1,alpha=10.0", "sparsegpt:block=64", "dsnot:start=magnitude"):
+        assert str(parse_criterion(text)) == text
