@@ -35,8 +35,8 @@ def add_sparsify(commands: Any) -> None:
 
 def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.igia import Igia
+    from gradpruner.sparsity.pruning import sparsify
     from gradpruner.sparsity.saving import MASKS, save_sparse
-    from gradpruner.sparsity.sparsify import sparsify
     from gradpruner.windows import sampled, text_of, tokens_of
 
     text = text_of(given.examples(options))

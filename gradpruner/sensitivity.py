@@ -7,8 +7,8 @@ from typing import Any
 
 from gradpruner.factors import FACTORS
 from gradpruner.methods import GradPruner, parse_method, spelled
-from gradpruner.methods.base import value_of
 from gradpruner.results import Result
+from gradpruner.spelling import value_of
 
 
 def variants(factors: Mapping[str, Sequence[Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:

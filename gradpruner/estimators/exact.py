@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 
 import torch
@@ -10,8 +9,9 @@ from torch import Tensor, nn
 
 from gradpruner.decoder import Decoder, Weight, is_transposed, linear_modules
 from gradpruner.errors import InvalidArgument, ProbeError
+from gradpruner.fused import fuse, is_replaced, unfuse
 from gradpruner.igia import Dense, Factors
-from gradpruner.ops.linear import WeightSquares, linear_square_accumulate
+from gradpruner.ops.linear import WeightSquares
 
 
 class ExactReader:
@@ -37,14 +37,14 @@ class ExactReader:
                     found.append((weight, module))
         if not found:
             raise ProbeError("estimator 'exact': the decoder layers hold no plain linear layer")
-        hooked = [weight.name for weight, module in found if "forward" in vars(module)]
+        hooked = [weight.name for weight, module in found if is_replaced(module)]
         if hooked:
             raise ProbeError(f"estimator 'exact': something else has replaced the forward of {hooked[0]}")
         self.weights: tuple[Weight, ...] = tuple(weight for weight, _ in found)
         self._modules = [module for _, module in found]
         self._squares = [self._new_squares(module) for module in self._modules]
         for module, squares in zip(self._modules, self._squares, strict=True):
-            module.forward = functools.partial(_forward, module, squares)
+            fuse(module, squares)
 
     def _new_squares(self, module: nn.Module) -> WeightSquares:
         weight = module.weight
@@ -93,10 +93,4 @@ class ExactReader:
     def close(self) -> None:
         """Give every linear its own forward back."""
         for module in self._modules:
-            vars(module).pop("forward", None)
-
-
-def _forward(module: nn.Module, squares: WeightSquares, x: Tensor) -> Tensor:
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-    return linear_square_accumulate(x, weight, bias, squares, transposed=is_transposed(module))
+            unfuse(module)

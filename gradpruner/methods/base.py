@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from gradpruner import spelling
 from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument
 from gradpruner.igia import Igia
@@ -129,43 +130,10 @@ def register(method: type[Method]) -> type[Method]:
 
 def parse_method(text: str) -> Method:
     """A method from "name" or "name:option=value,option=value". Raises InvalidArgument for what it does not know."""
-    name, _, rest = text.partition(":")
-    if name not in METHODS:
-        raise InvalidArgument(f"method = {name!r}; accepted are {', '.join(sorted(METHODS))}")
-    options: dict[str, Any] = {}
-    fields = {field.name: field for field in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if key not in fields or not equals:
-            known = ", ".join(fields) or "none"
-            raise InvalidArgument(f"method {name!r}: {part!r} is no option=value; its options are {known}")
-        options[key] = value_of(value)
-    return METHODS[name](**options)
+    return spelling.parse(text, METHODS)
 
 
 def spelled(method: Method) -> str:
     """The opposite of `parse_method`: the name and every option that is not as by default."""
     method = method.canonical()
-    changed = [
-        f"{field.name}={_text(getattr(method, field.name))}"
-        for field in dataclasses.fields(method)  # type: ignore[arg-type]
-        if getattr(method, field.name) != field.default
-    ]
-    return method.name + (":" + ",".join(changed) if changed else "")
-
-
-def value_of(text: str) -> Any:
-    """What an option's text means: a truth value, nothing, a number, or else itself."""
-    words: dict[str, Any] = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for number in (int, float):
-        try:
-            return number(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+    return spelling.spelled(method.name, method)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from gradpruner.decoder import Decoder, is_transposed
+from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument
-from gradpruner.ops.linear import WeightSquares, linear_square_accumulate
+from gradpruner.fused import fuse, is_replaced, unfuse
+from gradpruner.ops.linear import WeightSquares
 
 Batch = Mapping[str, Tensor]
 
@@ -47,7 +47,7 @@ def gradient_norms(
 
 @contextlib.contextmanager
 def _folding(linears: Mapping[str, nn.Module], totals: Mapping[str, Tensor], p: int) -> Iterator[None]:
-    replaced = [name for name, module in linears.items() if "forward" in vars(module)]
+    replaced = [name for name, module in linears.items() if is_replaced(module)]
     if replaced:
         raise InvalidArgument(f"something else has replaced the forward of {replaced[0]}; expected a plain model")
     try:
@@ -55,11 +55,11 @@ def _folding(linears: Mapping[str, nn.Module], totals: Mapping[str, Tensor], p: 
             weight = module.weight
             assert isinstance(weight, Tensor)
             squares = WeightSquares(weight.new_zeros((), dtype=torch.float64), totals[name], power=p)
-            module.forward = functools.partial(_forward, module, squares)
+            fuse(module, squares)
         yield
     finally:
         for module in linears.values():
-            vars(module).pop("forward", None)
+            unfuse(module)
 
 
 @contextlib.contextmanager
@@ -76,9 +76,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
-
-
-def _forward(module: nn.Module, squares: WeightSquares, x: Tensor) -> Tensor:
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-    return linear_square_accumulate(x, weight, bias, squares, transposed=is_transposed(module))

@@ -10,7 +10,9 @@ from gradpruner.errors import GradPrunerError, InvalidArgument, ModelMismatch, U
 from gradpruner.finetune import Recipe, add_adapters
 from gradpruner.oneshot import _watch
 from gradpruner.sparsity.criteria import parse_criterion
-from gradpruner.sparsity.sparsify import sparsify
+from gradpruner.sparsity.pruning import sparsify
+
+PADDED = torch.tensor([[1, 2, 0]])
 
 
 def model_of(**others):
@@ -60,7 +62,7 @@ def refuses(model, error, says, batches=None, **options):
         ({"method": "igia"}, "igia is None"),
         ({"batches": []}, "batches is empty"),
         ({"batches": [], "method": "gblm:activations=false"}, "batches is empty"),
-        ({"batches": [{"input_ids": torch.tensor([[1, 2, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}]}, "padding"),
+        ({"batches": [{"input_ids": PADDED, "attention_mask": (PADDED > 0).long()}]}, "padding"),
     ],
     ids=str,
 )  # fmt: skip

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gradpruner.decoder import Decoder
 from gradpruner.sparsity.bits import unpack
 from gradpruner.sparsity.gradients import gradient_norms
-from gradpruner.sparsity.sparsify import sparsify
+from gradpruner.sparsity.pruning import sparsify
 
 RATIO = 0.43
 

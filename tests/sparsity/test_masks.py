@@ -13,8 +13,8 @@ from gradpruner.cli import main
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.finetune import Recipe, add_adapters
 from gradpruner.sparsity.masks import HoldSparsity, Masks
+from gradpruner.sparsity.pruning import sparsify
 from gradpruner.sparsity.saving import MASKS, save_sparse
-from gradpruner.sparsity.sparsify import sparsify
 
 
 def model_of(layers=2):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from gradpruner.errors import InvalidArgument
-from gradpruner.methods.base import value_of
+from gradpruner import spelling
 from gradpruner.sparsity.pattern import Pattern
 from gradpruner.sparsity.seen import Seen
 
@@ -36,12 +34,7 @@ class Criterion(abc.ABC):
 
     def __str__(self) -> str:
         """As `parse_criterion` reads it: the name and every option that is not as by default."""
-        changed = [
-            f"{field.name}={getattr(self, field.name)}"
-            for field in dataclasses.fields(self)  # type: ignore[arg-type]
-            if getattr(self, field.name) != field.default
-        ]
-        return self.name + (":" + ",".join(changed) if changed else "")
+        return spelling.spelled(self.name, self)
 
 
 class Metric(Criterion):
@@ -67,14 +60,4 @@ def register(criterion: type[Criterion]) -> type[Criterion]:
 
 def parse_criterion(text: str) -> Criterion:
     """A criterion from "name" or "name:option=value,option=value". Raises InvalidArgument for what it does not know."""
-    name, _, rest = text.partition(":")
-    if name not in CRITERIA:
-        raise InvalidArgument(f"method = {name!r}; accepted are {', '.join(sorted(CRITERIA))}")
-    known = [field.name for field in dataclasses.fields(CRITERIA[name])]  # type: ignore[arg-type]
-    options: dict[str, Any] = {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if key not in known or not equals:
-            raise InvalidArgument(f"method {name!r}: {part!r} is no option=value; its options are {known or 'none'}")
-        options[key] = value_of(value)
-    return CRITERIA[name](**options)
+    return spelling.parse(text, CRITERIA)
