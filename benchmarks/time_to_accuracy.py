@@ -22,7 +22,6 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks import plots
-from gradpruner.compare import settled
 from gradpruner.data import Collator, load_examples, split_examples, tokenize
 from gradpruner.decoder import Decoder
 from gradpruner.evaluate import answers
@@ -92,7 +91,7 @@ def curve(method: str, options: argparse.Namespace) -> list[Point]:
     if method != DENSE:
         model = cut(method, model, tokenizer, rows[: options.probe_steps * recipe.rows_a_step], recipe, options)
         before = options.probe_steps
-        recipe = recipe.widened(settled(parse_method(method), "rank_factor"))
+        recipe = recipe.widened(parse_method(method).settled("rank_factor"))
     seconds = time.perf_counter() - began if before else 0.0
     adapted = add_adapters(model, recipe)
     callback = Looking(look, before, seconds, options.every)
@@ -104,7 +103,7 @@ def cut(text: str, model: Any, tokenizer: Any, rows: Sequence[Any], recipe: Reci
     """The smaller model, after the probe's steps."""
     watched, igia = watch(model, tokenizer, rows, recipe, of_steps=options.steps, quiet=True)
     method, collate, size = parse_method(text), Collator(tokenizer), recipe.batch_size
-    if settled(method, "adapters") != "keep":
+    if method.settled("adapters") != "keep":
         raise SystemExit(f"{text}: the probe's training would be thrown away; accepted are methods with adapters=keep")
     batches = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
     clues = Clues(watched, batches, (), recipe.seed, lambda: igia)

@@ -125,6 +125,9 @@ def _add_finetune(commands: Any) -> None:
     given.model_options(parser)
     given.data_options(parser, testing=False)
     given.recipe_options(parser)
+    parser.add_argument(
+        "--masks", metavar="FILE", help="gradpruner_masks.safetensors: what sparsify made zero stays zero"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
 
@@ -266,11 +269,18 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint import save
     from gradpruner.pipeline import tune
+    from gradpruner.sparsity import Masks, save_sparse
 
     recipe = given.recipe(options)
+    masks = Masks.load(options.masks) if options.masks else None
     model, tokenizer, ordered = _training(options, recipe)
-    tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json)
-    save(tuned, options.out, tokenizer=tokenizer, overwrite=options.overwrite)
+    if masks is not None:
+        masks.apply_(model)
+    tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json, masks=masks)
+    if masks is None:
+        save(tuned, options.out, tokenizer=tokenizer, overwrite=options.overwrite)
+    else:
+        save_sparse(tuned, masks, options.out, tokenizer=tokenizer, overwrite=options.overwrite)
     return {
         "json": {"folder": options.out, **training.to_dict()},
         "line": f"{options.out}: {training.steps} steps of {training.step_seconds:.2f} s, "

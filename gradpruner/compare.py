@@ -36,6 +36,7 @@ from gradpruner.models import load_model
 from gradpruner.pipeline import Job, torch_dtype, tune, watch
 from gradpruner.plan import Plan, how_many
 from gradpruner.probed import IGIA, save_probed, with_probed
+from gradpruner.sparsity.masks import Masks
 
 DENSE, OURS = "dense", spelled(GradPruner())
 FEW = 10  # classes: with more of them, macro-F1 is not what people look at
@@ -177,36 +178,41 @@ class Compare:
         recipe = dataclasses.replace(self.job.recipe, seed=cell.seed)
         rows = self._rows(self._train, tokenizer, recipe)
         about: dict[str, Any] = {**vars(cell), "options": cell.options, "ratio": cell.count / layers}
+        masks: Masks | None = None
         if cell.method == DENSE:
             about |= {"removed": [], "merged": {}}
         else:
             method = parse_method(cell.method)
             probing = method.probe_steps or self.job.probing
-            if isinstance(method, GradPruner) or settled(method, "adapters") == "keep":
+            if method.probed or method.settled("adapters") == "keep":
                 about["probe"] = self._probe(method, tokenizer, cell.seed).name
-            if settled(method, "adapters") == "keep":
+            if method.settled("adapters") == "keep":
                 model = with_probed(model, self.folder / "probes" / about["probe"])
             clues = self._clues(method, model, tokenizer, rows[: probing * recipe.rows_a_step], cell.seed)
             self.say(f"{cell.title}: choosing")
             plan = self._plan(method, clues, cell)
             model = method.cut(clues, plan)
-            rows, recipe = rows[probing * recipe.rows_a_step :], recipe.widened(settled(method, "rank_factor"))
+            masks = method.masks(model)
+            rows, recipe = rows[probing * recipe.rows_a_step :], recipe.widened(method.settled("rank_factor"))
             about |= {"removed": list(plan.removed), "merged": plan.to_dict()["merge"]}
         about["seconds_to_cut"] = time.perf_counter() - began
-        key = _digest([_content(model), rows, recipe.to_dict(), self.terms["data"]])
+        content = [_content(model), rows, recipe.to_dict(), self.terms["data"]]
+        key = _digest(content if masks is None else [*content, "masked"])
         with _lock(self.folder / "locks" / key):
             path = self.folder / "trained" / f"{key}.json"
             if not path.exists():
                 self.say(f"{cell.title}: {len(rows) // recipe.rows_a_step} steps")
                 path.parent.mkdir(exist_ok=True)
-                write_json(path, self._train_and_test(model, tokenizer, rows, recipe))
+                write_json(path, self._train_and_test(model, tokenizer, rows, recipe, masks))
         self._cell(cell).parent.mkdir(exist_ok=True)
         write_json(self._cell(cell), {**about, "trained": key})
         self.say(f"{cell.title}: exact match {read_json(path, 'training')['exact_match']}")
 
-    def _train_and_test(self, model: Any, tokenizer: Any, rows: list[Row], recipe: Recipe) -> dict[str, Any]:
+    def _train_and_test(
+        self, model: Any, tokenizer: Any, rows: list[Row], recipe: Recipe, masks: Masks | None
+    ) -> dict[str, Any]:
         began = time.perf_counter()
-        model, training = tune(model, tokenizer, rows, recipe, quiet=True)
+        model, training = tune(model, tokenizer, rows, recipe, quiet=True, masks=masks)
         seconds = time.perf_counter() - began
         found = tested(model, tokenizer, self._test, self.job)
         decoder = Decoder(model)
@@ -308,11 +314,6 @@ def _child(comparison: Compare, index: int, processes: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(index % torch.cuda.device_count())
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     comparison.work()
-
-
-def settled(method: Method, option: str) -> Any:
-    """A method's option, of this package's own as its preset has it."""
-    return getattr(method.settings if isinstance(method, GradPruner) else method, option)
 
 
 def tested(model: Any, tokenizer: Any, examples: Sequence[Example], job: Job) -> dict[str, Any]:

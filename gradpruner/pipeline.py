@@ -33,6 +33,7 @@ from gradpruner.plan import Plan
 from gradpruner.probed import IGIA, save_probed, with_probed
 from gradpruner.report import html_report, plot_layer_scores
 from gradpruner.settings import Settings
+from gradpruner.sparsity.masks import HoldSparsity, Masks
 from gradpruner.trainer import ProbeCallback
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -377,12 +378,25 @@ def watch(
 
 
 def tune(
-    model: Any, tokenizer: Any, ordered: Sequence[Row], recipe: Recipe, *, quiet: bool = False
+    model: Any,
+    tokenizer: Any,
+    ordered: Sequence[Row],
+    recipe: Recipe,
+    *,
+    quiet: bool = False,
+    masks: Masks | None = None,
 ) -> tuple[Any, Training]:
-    """Fine-tune on `ordered`; the plain model, adapters folded in, and what the run did."""
+    """Fine-tune on `ordered`; the plain model, adapters folded in, and what the run did.
+
+    masks: kept to in every step where all weights train, and by what adapters have become.
+    """
     trained = add_adapters(model, recipe) if recipe.rank else model
-    training = train(trained, ordered, Collator(tokenizer), recipe, quiet=quiet)
-    return finish(trained), training
+    holding = [HoldSparsity(masks)] if masks is not None and not recipe.rank else []
+    training = train(trained, ordered, Collator(tokenizer), recipe, quiet=quiet, callbacks=holding)
+    plain = finish(trained)
+    if masks is not None:
+        masks.apply_(plain)
+    return plain, training
 
 
 def measure(

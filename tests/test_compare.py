@@ -707,3 +707,46 @@ def test_scored_is_the_mean_over_seeds_of_what_is_done():
 def test_a_default_given_as_text_is_a_default():
     rows = sensitivity.variants({"probe steps": ["20"], "rank of the probe": ["8"]}, USUAL)
     assert [r["is_default"] for r in rows] == [True, True] and {r["method"] for r in rows} == {"gradpruner"}
+
+
+def test_layers_and_weights_in_one_comparison(home, tmp_path):
+    comparison = Compare(
+        job(home),
+        TRAIN,
+        TEST,
+        tmp_path,
+        methods=["sparse:layers=drop-last,weights=gblm,pattern=2:4", "drop-last"],
+        ratios=(0.5,),
+        dense=False,
+        held_out=HELD_OUT,
+    )
+    made = []
+    tested = compare.tested
+
+    def keep(model, *rest):
+        made.append(model)
+        return tested(model, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "tested", keep)
+        comparison.work()
+    sparse, layers = made
+    assert len(sparse.model.layers) == len(layers.model.layers) == 3
+    for layer in sparse.model.layers:  # after the adapters were merged into the weights
+        assert ((layer.mlp.up_proj.weight != 0).view(-1, 4).sum(1) == 2).all()
+    assert float((layers.model.layers[0].mlp.up_proj.weight == 0).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("sparse:layers=sparse", "layers = 'sparse'"),
+        ("sparse:weights=wonda", "method = 'wonda'"),
+        ("sparse:weights=igia", "weights = 'igia'"),
+        ("sparse:pattern=4:2", "pattern = '4:2'"),
+        ("sparse:ratio=2", "ratio = 2"),
+    ],
+)
+def test_what_sparse_refuses(text, says):
+    with pytest.raises(InvalidArgument, match=says):
+        parse_method(text)

@@ -14,7 +14,6 @@ import transformers
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from gradpruner import InvalidArgument, ModelMismatch, Plan, Probe, UnsupportedModel, apply
-from gradpruner.compare import settled
 from gradpruner.decoder import Decoder
 from gradpruner.methods import METHODS, Clues, Laco, parse_method, spelled
 from gradpruner.methods.block import distances
@@ -570,7 +569,7 @@ OPTIONS = [
 @pytest.mark.parametrize(("text", "keep", "patch"), OPTIONS)
 def test_gradpruner_keeps_and_patches_as_told(probed, text, keep, patch):
     method, given = parse_method(f"gradpruner:{text}"), seen(probed)
-    assert settled(method, "adapters") == ("keep" if keep else "discard")
+    assert method.settled("adapters") == ("keep" if keep else "discard")
     plan = method.plan(given, 3)
     assert plan.removed and len(plan.merge) == 1  # what is above 0.3 of the layers is folded
     smaller = method.cut(given, plan)
@@ -610,7 +609,7 @@ def test_gradpruner_plans_by_its_score_and_merging(probed):
 @pytest.mark.parametrize("name", ["drop-last", "shortgpt"])
 def test_dropping_keeps_and_patches_where_asked_to(probed, name, text, keep, patch):
     method, given = parse_method(f"{name}:{text}"), seen(probed)
-    assert settled(method, "adapters") == ("keep" if keep else "discard")
+    assert method.settled("adapters") == ("keep" if keep else "discard")
     plan = method.plan(given, 2)
     smaller = method.cut(given, plan)
     assert_close(smaller, by_hand(probed, plan, keep=keep, patch=patch))

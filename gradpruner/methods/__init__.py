@@ -9,6 +9,7 @@ from gradpruner.methods.laco import Laco
 from gradpruner.methods.magnitude import Magnitude
 from gradpruner.methods.random_layers import RandomLayers
 from gradpruner.methods.short_gpt import ShortGpt
+from gradpruner.methods.sparse import Sparse
 from gradpruner.methods.taylor import Taylor
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Method",
     "RandomLayers",
     "ShortGpt",
+    "Sparse",
     "Taylor",
     "parse_method",
     "register",

@@ -17,6 +17,7 @@ from gradpruner.igia import Igia
 from gradpruner.merge import apply
 from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan, select
+from gradpruner.sparsity.masks import Masks
 
 Batch = Mapping[str, Tensor]
 
@@ -59,6 +60,15 @@ class Method(abc.ABC):
     share: float | None = None
     adapters: str = "discard"  # "keep": what the probe's steps trained stays in the model
     rank_factor: int = 1  # of the adapters that the cut model is trained with
+    probed: ClassVar[bool] = False  # whether it asks what a probe saw
+
+    def settled(self, option: str) -> Any:
+        """An option as it comes out, of this package's own method as its preset has it."""
+        return getattr(self, option)
+
+    def masks(self, model: nn.Module) -> Masks | None:
+        """Of the weights of the cut model that are to stay zero while it is trained, if there are such."""
+        return None
 
     @property
     def options(self) -> dict[str, Any]:

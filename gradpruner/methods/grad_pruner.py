@@ -27,6 +27,7 @@ class GradPruner(Method):
     """
 
     name: ClassVar[str] = "gradpruner"
+    probed: ClassVar[bool] = True
     preset: str = "default"
     kind: str | None = None
     merge: str | int | None = None
@@ -60,6 +61,10 @@ class GradPruner(Method):
     def options(self) -> dict[str, Any]:
         """The settings, not the preset that they came from."""
         return {**vars(self.settings), "probe_steps": self.probe_steps, "rank": self.rank, "share": self.share}
+
+    def settled(self, option: str) -> Any:
+        """As the preset has it, unless it is given."""
+        return getattr(self.settings, option)
 
     def canonical(self) -> GradPruner:
         """Named after the preset from which fewest settings differ."""

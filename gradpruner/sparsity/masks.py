@@ -18,10 +18,10 @@ from transformers import TrainerCallback
 
 from gradpruner import ops
 from gradpruner.decoder import Decoder
-from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
+from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.files import atomic_path
 from gradpruner.shards import bytes_of, read_header
-from gradpruner.sparsity.bits import unpack
+from gradpruner.sparsity.bits import pack, unpack
 
 FORMAT = "gradpruner.masks/1"
 
@@ -37,6 +37,19 @@ class Masks:
     bits: Mapping[str, Tensor]
     widths: Mapping[str, int]
     about: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Masks:
+        """Masks of what is not zero in the linears of a model's decoder layers. Raises UnsupportedModel."""
+        decoder, bits, widths = Decoder(model), dict[str, Tensor](), dict[str, int]()
+        for weight in decoder.weights:
+            stored = decoder.parameter(weight).detach()
+            if stored.ndim != 2:
+                raise UnsupportedModel(f"{decoder.path_of(weight)} holds several experts in one tensor")
+            matrix = stored.t() if weight.transposed else stored
+            bits[decoder.path_of(weight)] = pack(matrix != 0).cpu()
+            widths[decoder.path_of(weight)] = matrix.shape[1]
+        return cls(bits, widths)
 
     def sparsity(self) -> float:
         """Share of the masked weights' entries that is zero, 0 to 1."""

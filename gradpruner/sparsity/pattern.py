@@ -44,6 +44,11 @@ class Pattern:
         if not number or not 0 <= self.ratio < 1:  # type: ignore[operator]
             raise InvalidArgument(f"ratio = {self.ratio!r}; accepted is a share of the weights, from 0 to below 1")
 
+    @classmethod
+    def of(cls, within: str, ratio: float | None) -> Pattern:
+        """With half of the weights removed where neither says another share. Raises InvalidArgument."""
+        return cls(within, 0.5 if ratio is None and within in WITHIN else ratio)
+
     def _n_of_m(self) -> tuple[int, int]:
         found = re.fullmatch(r"(\d+):(\d+)", self.within) if isinstance(self.within, str) else None
         return (int(found[1]), int(found[2])) if found else (0, 0)

@@ -43,7 +43,7 @@ def sparsify(
     Raises InvalidArgument, UnsupportedModel, ModelMismatch.
     """
     criterion = parse_criterion(method)
-    wanted = Pattern(pattern, ratio if ratio is not None or ":" in str(pattern) else 0.5)
+    wanted = Pattern.of(pattern, ratio)
     if wanted.within == "matrix" and not criterion.within_matrix:
         raise InvalidArgument(f"pattern = 'matrix'; {criterion.name} chooses within a row: expected row or N:M")
     decoder = Decoder(model)

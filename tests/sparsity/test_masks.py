@@ -78,6 +78,12 @@ def test_training_keeps_to_the_masks(sparse, tmp_path, hold):
             masks.check(model)
 
 
+def test_masks_of_what_is_zero(sparse):
+    model, masks = sparse
+    found = Masks.of(model)
+    assert found.widths == masks.widths and all(torch.equal(found.bits[name], masks.bits[name]) for name in masks.bits)
+
+
 def test_masks_under_adapters_and_after_them(sparse):
     model, masks = sparse
     wrapped = add_adapters(model, Recipe(rank=2))
@@ -127,6 +133,14 @@ def test_command(home, tmp_path, capsys):  # noqa: F811
     with torch.no_grad():
         losses = [float(model(input_ids=row[None], labels=row[None]).loss) for row in ids]
     assert found["perplexity"] == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-4)
+    for rank in ("0", "4"):  # all weights, and adapters
+        tuned = str(tmp_path / f"tuned-{rank}")
+        assert main(["finetune", "--model", out, "--masks", f"{out}/{MASKS}", "--data", str(home / "data.jsonl"), "--steps",
+                     "3", "--batch-size", "4", "--lr", "1e-2", "--rank", rank, "--out", tuned]) == 0  # fmt: skip
+        trained = AutoModelForCausalLM.from_pretrained(tuned)
+        Masks.load(f"{tuned}/{MASKS}").check(trained)
+        assert not torch.equal(trained.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+    capsys.readouterr()
     assert main(["evaluate", "--model", out, "--data", str(text), "--window", "16000"]) == 2
     assert "expected 16000 or more" in capsys.readouterr().err
 
