@@ -22,8 +22,8 @@ from gradpruner.sparsity.pruning import sparsify
 class Sparse(Method):
     """Remove layers as `layers` does, then weights of the rest as `weights` does, on the batches of the probe.
 
-    layers: a method's name. weights: a criterion's. pattern, ratio, allocation: see `sparsify`. What is zero stays zero:
-    training all weights keeps to the masks, adapters are merged and the masks applied again. Raises InvalidArgument.
+    layers: a method's name. weights: a criterion's. pattern, ratio, allocation: see `sparsify`. What is zero stays
+    zero: training all weights keeps to the masks, and adapters are merged and masked. Raises InvalidArgument.
     """
 
     layers: str = "gradpruner"

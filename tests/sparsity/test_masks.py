@@ -135,8 +135,9 @@ def test_command(home, tmp_path, capsys):  # noqa: F811
     assert found["perplexity"] == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-4)
     for rank in ("0", "4"):  # all weights, and adapters
         tuned = str(tmp_path / f"tuned-{rank}")
-        assert main(["finetune", "--model", out, "--masks", f"{out}/{MASKS}", "--data", str(home / "data.jsonl"), "--steps",
-                     "3", "--batch-size", "4", "--lr", "1e-2", "--rank", rank, "--out", tuned]) == 0  # fmt: skip
+        recipe = ["--steps", "3", "--batch-size", "4", "--lr", "1e-2", "--rank", rank]
+        data = ["--data", str(home / "data.jsonl"), "--masks", f"{out}/{MASKS}"]
+        assert main(["finetune", "--model", out, *data, *recipe, "--out", tuned]) == 0
         trained = AutoModelForCausalLM.from_pretrained(tuned)
         Masks.load(f"{tuned}/{MASKS}").check(trained)
         assert not torch.equal(trained.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
