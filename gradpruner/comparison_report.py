@@ -126,7 +126,7 @@ def _key_figures(comparison: Comparison, costs: Sequence[Cost]) -> str:
         if measure.paper is not None:  # what people ask for; the rest is further below
             tiles.append((measure.name, f"{part:.2f}", "of dense"))
     seconds, of_dense = spread(run.seconds for run in runs), spread(run.seconds for run in dense_runs)
-    if seconds:
+    if seconds and not costs:  # those are measured alone and in turns; a run's own time is also what else ran then
         tiles.append(("whole run", duration(seconds.mean), f"dense {duration(of_dense.mean)}" if of_dense else ""))
     html = "".join(
         f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}<small>{escaped(small)}</small></dd></div>\n"

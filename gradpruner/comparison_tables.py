@@ -75,7 +75,7 @@ def main_table(comparison: Comparison) -> str:
         )
     if dense:
         notes.append(f"Relative to dense: in {comparison.metric.name}, with the same seeds.")
-    notes.append("Whole run: probe, choice, cut and training, without scoring.")
+    notes.append("Whole run: probe, choice, cut and training, without scoring, beside what else the machine did.")
     table = Table(columns, rows, escaped(comparison.default))
     return f'{table.html()}<p class="note">{escaped(" ".join(notes))}</p>\n'
 
