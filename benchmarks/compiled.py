@@ -28,10 +28,14 @@ from gradpruner.kernels import (
     gram_norm,
     histogram,
     outer_square_accumulate,
+    prune_by_boundary,
+    prune_by_rank,
     selection,
     sign_merge,
     square_accumulate,
     threshold,
+    weight_importance,
+    weight_mask,
     wgrad_square_accumulate,
 )
 from gradpruner.kernels.factor_tile import tile_launch
@@ -46,7 +50,15 @@ TARGETS = {
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 RANKS = (8, 64)  # one slice of the rank, and several
-SIZES = ("entries", "x_entries", "dy_entries", "n_out", "n_in", "tokens")  # multiples of 16 in every model of interest
+SIZES = (
+    "entries",
+    "x_entries",
+    "dy_entries",
+    "n_out",
+    "n_in",
+    "tokens",
+    "group",
+)  # multiples of 16 in every model of interest
 
 
 @dataclass(frozen=True)
@@ -168,7 +180,7 @@ def _amd_bytes(kind: str) -> int:
 
 def cases() -> dict[str, Case]:
     """Every variant that ships, by name."""
-    return _streaming() | _gram() | _selection() | _factors() | _wgrad()
+    return _streaming() | _gram() | _selection() | _factors() | _wgrad() | _pruning()
 
 
 def _rare(dtype: str) -> bool:
@@ -342,18 +354,79 @@ def _wgrad() -> dict[str, Case]:
             "trainable": (None, x),
             "trainable-igia": ("*fp32", x),
             "trainable-igia-fp32": ("*fp32", "*fp32"),
+            "absolute": ("*fp32", None),
         }.items():
+            absolute = variant == "absolute"
             found[f"wgrad-{dtype}-{variant}"] = Case(
-                wgrad_square_accumulate.wgrad_square_kernel,
-                {"igia": igia, "grad": grad, "x": x, "dy": x, "limit": igia, "partial": "*fp64"}
+                wgrad_square_accumulate.wgrad_kernel,
+                {"igia": igia, "grad": grad, "x": x, "dy": x, "limit": igia, "partial": None if absolute else "*fp64"}
                 | {"tokens": "i32", "n_out": "i32", "n_in": "i32"},
                 wgrad_square_accumulate.LAUNCH[size] | wgrad_square_accumulate.OPTIONS,
                 streams=True,
                 matrix=dtype != "fp64",
+                constants={"ABSOLUTE": absolute},
                 on_hip={"PRECISION": "ieee", "num_stages": 2},
                 slow=(_rare(dtype) and variant != "trainable-igia")
                 or (dtype, variant) == ("fp32", "trainable-igia-fp32"),
             )
+    return found
+
+
+GROUPS = {"4096": 4096, "14336": 14336, "long": 28672}
+SMALL_GROUPS = (4, 8, 32, 5)  # the last is not a power of two
+
+
+def _pruning() -> dict[str, Case]:
+    found = {
+        "pack_mask": Case(weight_mask.pack_kernel, {"mask": "*u8", "keep": "*u8", "n_in": "i32"}, weight_mask.LAUNCH)
+    }
+    for dtype in DTYPES:
+        weight, n_in = {"weight": f"*{dtype}"}, {"n_in": "i32"}
+        found[f"apply_mask-{dtype}"] = Case(
+            weight_mask.apply_mask_kernel, weight | {"mask": "*u8"} | n_in, weight_mask.LAUNCH, streams=True
+        )
+        for judged, (norms, grads) in {
+            "magnitude": (None, None),
+            "norms": ("*fp32", None),
+            "grads": (None, "*fp32"),
+            "both": ("*fp32", "*fp32"),
+        }.items():
+            by = {"norms": norms, "grads": grads, "alpha": "fp32"}
+            slow = _rare(dtype) or judged in ("norms", "grads") or (dtype, judged) == ("fp32", "magnitude")
+            found[f"weight_importance-{dtype}-{judged}"] = Case(
+                weight_importance.weight_importance_kernel,
+                weight | {"found": "*fp32"} | by | n_in,
+                weight_importance.LAUNCH,
+                streams=True,
+                slow=slow,
+            )
+            counts = {"mask": "*u8", "kept": "i32"}
+            for group in SMALL_GROUPS:
+                found[f"prune_by_rank-{dtype}-{judged}-{group}"] = Case(
+                    prune_by_rank.prune_by_rank_kernel,
+                    weight | by | counts | n_in,
+                    prune_by_rank.launch_of(group),
+                    streams=group != 5,
+                    slow=slow or group == 8,
+                )
+            for name, group in GROUPS.items():
+                launch = prune_by_boundary.launch_of(group)
+                found[f"prune_by_boundary-{dtype}-{judged}-{name}"] = Case(
+                    prune_by_boundary.prune_by_boundary_kernel,
+                    weight | by | counts | {"group": "i32"} | n_in,
+                    launch,
+                    streams=True,
+                    constants={"PACKED": True},
+                    slow=slow or name == "4096",
+                    on_hip={"num_warps": min(16, launch["num_warps"])},
+                )
+    by = {"norms": None, "grads": None, "alpha": "fp32"}
+    found["prune_by_boundary-bf16-magnitude-unpacked"] = Case(
+        prune_by_boundary.prune_by_boundary_kernel,
+        {"weight": "*bf16"} | by | {"mask": "*u8", "kept": "i32", "group": "i32", "n_in": "i32"},
+        prune_by_boundary.launch_of(100),
+        constants={"PACKED": False},
+    )
     return found
 
 

@@ -20,9 +20,10 @@ KINDS = ("reference", "released", "torch", "ours", "floor", "other")
 class Implementation:
     """One way of computing the ops; a method it lacks, or one that returns NotImplemented, leaves its cell empty.
 
-    Methods have the names, arguments and results of `gradpruner.ops`, with two liberties: `threshold` may return
-    the value alone or a mask, and one op joins two: `factor_merge(weight, donor, a, b, k)` merges `donor` (out, in)
-    into `weight` by its k most important entries and returns the threshold's value, or None.
+    Methods have the names, arguments and results of `gradpruner.ops`, with three liberties: `threshold` may return
+    the value alone or a mask, `prune_groups_` a mask of one byte an entry, and one op joins two:
+    `factor_merge(weight, donor, a, b, k)` merges `donor` (out, in) into `weight` by its k most important entries and
+    returns the threshold's value, or None.
 
     name: heads the column. kind: "reference" (checked against, run once), "released", "torch" (these two compete for
     the best torch way), "ours", "floor" (does part of the op only: never checked) or "other". device: what the

@@ -165,6 +165,37 @@ def _factor_importance(
     return [(gradients.square().sum(0), expected.returned)]
 
 
+def _check_importance(arguments: tuple[Any, ...], expected: Answer, given: Answer) -> str:
+    gap = _relative(given.returned, expected.returned)
+    return "" if gap <= TOLERANCE else f"the importance is off by {gap:.2g} (relative RMS)"
+
+
+def _check_pruned(arguments: tuple[Any, ...], expected: Answer, given: Answer) -> str:
+    """As many in each group; which ones may differ where their importance lies at the edge of the group."""
+    assert given.written is not None and expected.written is not None
+    _, norms, _, _, kept, group = arguments
+    ours, right = given.written.view(-1, group), expected.written.view(-1, group)
+    counts = (ours != 0).sum(1)
+    if not bool((counts == kept).all()):
+        return f"a group keeps {int(counts[counts != kept][0])} entries, not {kept}"
+    factor = norms.double().expand(expected.written.shape).reshape(-1, group)
+    edge = torch.where(right != 0, right.double().abs() * factor, torch.inf).amin(1, keepdim=True)
+    importance = torch.where(right != 0, right, ours).double().abs() * factor
+    wrong = int(((ours != right) & ((importance - edge).abs() > TOLERANCE * edge)).sum())
+    if wrong:
+        return f"{wrong} pruned entries differ far from the edge"
+    returned = given.returned
+    if returned is None or returned.shape != expected.returned.shape or torch.equal(returned, expected.returned):
+        return ""
+    return "the mask is wrong"
+
+
+def _check_equal(arguments: tuple[Any, ...], expected: Answer, given: Answer) -> str:
+    assert given.written is not None and expected.written is not None
+    count = int((given.written != expected.written).sum())
+    return f"{count} entries differ" if count else ""
+
+
 # ---- the rows, op by op; each docstring is the count that its table prints
 
 
@@ -254,6 +285,57 @@ def wgrad_square_accumulate_(shapes: Shapes) -> Iterator[Case]:
         yield Case("wgrad_square_accumulate_", f"{o}x{i}", f"{name}, T={t}", count, make, _check_squares, mutated=0)
 
 
+def weight_importance(shapes: Shapes) -> Iterator[Case]:
+    """bytes: 6 an entry of a bf16 weight, and 4 of its gradients; operations: 2 an entry, or 4."""
+    for (o, i), by in product(shapes.distinct, ("norms", "norms, grads")):
+
+        def make(normal: Normal, o: int = o, i: int = i, grads: bool = by != "norms") -> tuple[Any, ...]:
+            weight = normal(o, i, dtype=torch.bfloat16)
+            return weight, normal(i).abs_(), normal(o, i).abs_() if grads else None, 100.0
+
+        count = Count(6 * o * i, 2 * o * i) if by == "norms" else Count(10 * o * i, 4 * o * i)
+        yield Case("weight_importance", f"{o}x{i}", by, count, make, _check_importance)
+
+
+def prune_groups_(shapes: Shapes) -> Iterator[Case]:
+    """bytes: 4 an entry (a bf16 weight, by norms) and a bit of the mask; operations: 2 an entry and a comparison."""
+    for (o, i), (kept, group) in product(shapes.distinct, ((0, 0), (2, 4), (4, 8))):
+        if group and i % group:
+            continue
+
+        def make(normal: Normal, o: int = o, i: int = i, kept: int = kept, group: int = group) -> tuple[Any, ...]:
+            weight = normal(o, i, dtype=torch.bfloat16)
+            return weight, normal(i).abs_(), None, 1.0, kept or i // 2, group or i
+
+        named = f"{kept}:{group}" if group else "half a row"
+        count = Count(4 * o * i + o * -(-i // 8), 3 * o * i)
+        yield Case("prune_groups_", f"{o}x{i}", named, count, make, _check_pruned, mutated=0)
+
+
+def apply_mask_(shapes: Shapes) -> Iterator[Case]:
+    """bytes: 4 an entry of a bf16 weight and a bit of the mask; operations: one an entry."""
+    for o, i in shapes.distinct:
+
+        def make(normal: Normal, o: int = o, i: int = i) -> tuple[Any, ...]:
+            mask = normal(o, -(-i // 8)).mul_(64).to(torch.int32) & 255
+            return normal(o, i, dtype=torch.bfloat16), mask.to(torch.uint8)
+
+        count = Count(4 * o * i + o * -(-i // 8), o * i)
+        yield Case("apply_mask_", f"{o}x{i}", "bf16", count, make, _check_equal, mutated=0)
+
+
+def wgrad_abs_accumulate_(shapes: Shapes) -> Iterator[Case]:
+    """bytes: 8 an entry, and x and dy once; operations: 2 T an entry, against the GEMM peak of the dtype of x."""
+    for (o, i), name in product(shapes.distinct, DTYPES):
+        dtype, t = DTYPES[name], TOKENS
+
+        def make(normal: Normal, o: int = o, i: int = i, dtype: torch.dtype = dtype) -> tuple[Any, ...]:
+            return normal(o, i).abs_(), normal(TOKENS, i, dtype=dtype), normal(TOKENS, o, dtype=dtype)
+
+        count = Count(8 * o * i + dtype.itemsize * t * (i + o), 2 * t * o * i, dtype)
+        yield Case("wgrad_abs_accumulate_", f"{o}x{i}", f"{name}, T={t}", count, make, _check_squares, mutated=0)
+
+
 OPERATIONS: dict[str, Callable[[Shapes], Iterator[Case]]] = {
     function.__name__: function
     for function in (
@@ -264,5 +346,9 @@ OPERATIONS: dict[str, Callable[[Shapes], Iterator[Case]]] = {
         square_accumulate_,
         outer_square_accumulate_,
         wgrad_square_accumulate_,
+        weight_importance,
+        prune_groups_,
+        apply_mask_,
+        wgrad_abs_accumulate_,
     )
 }

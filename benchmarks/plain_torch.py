@@ -71,6 +71,12 @@ def _merge_top(
     return value
 
 
+def _unset(mask: Tensor, columns: int) -> Tensor:
+    """bool (out, columns): where no bit of a packed mask is set."""
+    bits = mask.unsqueeze(-1).bitwise_and(1 << torch.arange(8, dtype=torch.uint8, device=mask.device))
+    return bits.flatten(1)[:, :columns] == 0
+
+
 class InPlaceTorch(Implementation):
     """Eager torch without avoidable temporaries: out=, addcmul_, row panels that stay in the cache, kthvalue."""
 
@@ -116,6 +122,51 @@ class InPlaceTorch(Implementation):
     def factor_merge(self, weight: Tensor, donor: Tensor, a: Tensor, b: Tensor, k: int) -> Tensor:
         """F in panels, kthvalue, merge in panels."""
         return _merge_top(weight, donor, _importance(a, b), k, _kth_value)
+
+    def weight_importance(self, weight: Tensor, norms: Tensor, grads: Tensor | None, alpha: float) -> Tensor:
+        """Into the result, which the factor was computed in."""
+        found = torch.empty(weight.shape, device=weight.device)
+        for panel in _panels(weight):
+            if grads is None:
+                torch.mul(weight[panel].float().abs_(), norms, out=found[panel])
+            else:
+                torch.add(norms, grads[panel], alpha=alpha, out=found[panel]).mul_(weight[panel].float().abs_())
+        return found
+
+    def prune_groups_(self, weight: Tensor, norms: Tensor, grads: None, alpha: float, kept: int, group: int) -> Tensor:
+        """kthvalue of the groups of a panel, and one comparison."""
+        keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        for panel in _panels(weight):
+            metric = weight[panel].float().abs_().mul_(norms).view(-1, group)
+            edge = metric.kthvalue(group - kept + 1, dim=1, keepdim=True).values
+            torch.ge(metric, edge, out=keep[panel].view(-1, group))
+            weight[panel].mul_(keep[panel])
+        return keep
+
+    def apply_mask_(self, weight: Tensor, mask: Tensor) -> None:
+        """A panel of the mask unpacked at a time."""
+        for panel in _panels(weight):
+            weight[panel].masked_fill_(_unset(mask[panel], weight.shape[1]), 0.0)
+
+    def wgrad_abs_accumulate_(self, total: Tensor, x: Tensor, dy: Tensor) -> None:
+        """Panels large enough for the product to run at full speed."""
+        x = x.float()
+        for panel in _panels(total, 1 << (20 if self.device.type == "cpu" else 26)):
+            total[panel].add_((dy[:, panel].float().T @ x).abs_())
+
+
+class TopkTorch(Implementation):
+    """Groups by topk, all at once."""
+
+    name, kind = "topk", "torch"
+
+    def prune_groups_(self, weight: Tensor, norms: Tensor, grads: None, alpha: float, kept: int, group: int) -> Tensor:
+        """The places of the kept, scattered into a mask."""
+        metric = weight.float().abs_().mul_(norms).view(-1, group)
+        places = metric.topk(kept, dim=1, sorted=False).indices
+        keep = torch.zeros(metric.shape, dtype=torch.bool, device=weight.device).scatter_(1, places, True)
+        weight.mul_(keep.view(weight.shape))
+        return keep
 
 
 class SampledTorch(Implementation):
@@ -183,6 +234,28 @@ def _merged(weight: Tensor, donors: Tensors, igias: Tensors, values: Tensors) ->
     weight.copy_(merged)
 
 
+def _judged(weight: Tensor, norms: Tensor, grads: Tensor | None, alpha: float) -> Tensor:
+    return weight.float().abs() * (norms if grads is None else norms + alpha * grads)
+
+
+def _ranked(weight: Tensor, norms: Tensor, kept: int, group: int) -> Tensor:
+    metric = (weight.float().abs() * norms).view(-1, group)
+    place = torch.arange(group, device=weight.device)
+    other, own = metric.unsqueeze(1), metric.unsqueeze(2)
+    ahead = (other > own) | ((other == own) & (place[None, :] < place[:, None]))
+    keep = (ahead.sum(2) < kept).view(weight.shape)
+    weight.mul_(keep)
+    return keep
+
+
+def _masked(weight: Tensor, mask: Tensor) -> None:
+    weight.masked_fill_(_unset(mask, weight.shape[1]), 0.0)
+
+
+def _wgrad_sizes(total: Tensor, x: Tensor, dy: Tensor) -> None:
+    total.add_((dy.float().T @ x.float()).abs())
+
+
 class CompiledTorch(Implementation):
     """torch.compile of the plain formulas, specialised to the shape; its first call compiles."""
 
@@ -196,6 +269,8 @@ class CompiledTorch(Implementation):
         self.square_accumulate_ = compiled(_squared)
         self.outer_square_accumulate_ = compiled(_outer_squared)
         self._wgrad, self._merge = compiled(_wgrad_squared), compiled(_merged)
+        self.weight_importance, self.apply_mask_ = compiled(_judged), compiled(_masked)
+        self.wgrad_abs_accumulate_, self._rank = compiled(_wgrad_sizes), compiled(_ranked)
 
     def wgrad_square_accumulate_(self, igia: Tensor, x: Tensor, dy: Tensor, grad: None) -> Tensor:
         """The square, the sum and the addition fused behind the product."""
@@ -208,6 +283,10 @@ class CompiledTorch(Implementation):
     def factor_merge(self, weight: Tensor, donor: Tensor, a: Tensor, b: Tensor, k: int) -> Tensor:
         """F in panels and the bracket, which fusing cannot help; the merge in one fused pass."""
         return _merge_top(weight, donor, _importance(a, b), k, merge=self._merge)
+
+    def prune_groups_(self, weight: Tensor, norms: Tensor, grads: None, alpha: float, kept: int, group: int) -> Tensor:
+        """Small groups by comparing all with all, which fuses; a selection does not."""
+        return self._rank(weight, norms, kept, group) if group <= 8 else NotImplemented
 
 
 class ProductAlone(Implementation):
@@ -225,5 +304,16 @@ class ProductAlone(Implementation):
             self._out = torch.empty(igia.shape, dtype=x.dtype, device=x.device)
         torch.mm(dy.T, x, out=self._out)
 
+    def wgrad_abs_accumulate_(self, total: Tensor, x: Tensor, dy: Tensor) -> None:
+        """The same."""
+        self.wgrad_square_accumulate_(total, x, dy, None)
 
-ALL: tuple[type[Implementation], ...] = (InPlaceTorch, SampledTorch, OneGemmTorch, CompiledTorch, ProductAlone)
+
+ALL: tuple[type[Implementation], ...] = (
+    InPlaceTorch,
+    SampledTorch,
+    TopkTorch,
+    OneGemmTorch,
+    CompiledTorch,
+    ProductAlone,
+)

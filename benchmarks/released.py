@@ -1,4 +1,4 @@
-"""What the method's authors do (METHOD C), in plain torch: dense squares, a full sort, float masks."""
+"""What the methods' authors do (METHOD C and section 6), in plain torch: dense squares, full sorts, dense masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LARGEST_STEP = 1 << 36  # entries times rank
 
 
 class Released(Implementation):
-    """Each gradient is built densely, squared and added; a mask comes from a full descending argsort."""
+    """Each gradient is built densely, squared and added; a mask comes from a full sort."""
 
     name, kind = "released", "released"
 
@@ -65,3 +65,30 @@ class Released(Implementation):
             agree = (torch.sign(donor) == torch.sign(weight)).float()
             merged = merged + mask * agree * donor.float()
         weight.copy_(merged)
+
+    def weight_importance(self, weight: Tensor, norms: Tensor, grads: Tensor | None, alpha: float) -> Tensor:
+        """One product of the sizes and the norms, one of the sizes and the gradients."""
+        size = weight.float().abs()
+        return size * norms if grads is None else size * norms + alpha * (size * grads)
+
+    def prune_groups_(self, weight: Tensor, norms: Tensor, grads: None, alpha: float, kept: int, group: int) -> Tensor:
+        """Whole rows by a stable sort; N:M by topk, a group of columns at a time (Wanda)."""
+        metric = self.weight_importance(weight, norms, grads, alpha)
+        mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+        if group == weight.shape[1]:
+            mask.scatter_(1, metric.sort(dim=-1, stable=True)[1][:, : group - kept], True)
+        else:
+            for first in range(0, weight.shape[1], group):
+                least = metric[:, first : first + group].topk(group - kept, dim=1, largest=False)[1]
+                mask.scatter_(1, first + least, True)
+        weight[mask] = 0
+        return ~mask
+
+    def apply_mask_(self, weight: Tensor, mask: Tensor) -> None:
+        """The mask unpacked, and what it does not keep chosen by it."""
+        bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
+        weight[bits.flatten(1)[:, : weight.shape[1]] == 0] = 0
+
+    def wgrad_abs_accumulate_(self, total: Tensor, x: Tensor, dy: Tensor) -> None:
+        """The whole weight gradient, its absolute value, a sum (GBLM-Pruner)."""
+        total += (dy.float().T @ x.float()).abs()

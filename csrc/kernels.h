@@ -21,7 +21,7 @@ struct Kernels {
   bool (*all_finite)(Array data, int64_t count);
 
   // One tile of the weight gradient, kGradientRows x kGradientCols at most, into grad and igia; returns the sum of
-  // squares. scratch: weight_gradient_scratch() bytes.
+  // squares, 0 where it is not wanted. scratch: weight_gradient_scratch() bytes.
   double (*weight_gradient_tile)(const WeightGradient& call, const Tile& tile, char* scratch);
   int64_t (*weight_gradient_scratch)();
 
@@ -40,6 +40,15 @@ struct Kernels {
   // ++buckets[(p >> shift) & mask] for the same entries.
   void (*histogram)(const float* f, int64_t count, uint32_t low, uint32_t high, int shift, uint32_t mask,
                     int64_t* buckets);
+
+  // found (rows, in) = the importance of `rows` rows from row `first` on.
+  void (*weight_importance)(const WeightImportance& of, int64_t first, int64_t rows, float* found);
+  // Zeroes all but the `kept` most important of each `group` in those rows and writes their mask. ranked: 2 rows of
+  // `in` floats, each with its margins; found: 2 rows of in + 1.
+  void (*prune_rows)(const WeightImportance& by, int64_t kept, int64_t group, int64_t first, int64_t rows,
+                     uint8_t* mask, float* ranked, uint32_t* found);
+  // Zeroes those of `count` entries whose bit is not set.
+  void (*apply_mask)(void* weight, DType dtype, int64_t count, const uint8_t* mask);
 
   // Adds what each donor gives to `count` entries of the weight.
   void (*merge)(void* weight, DType dtype, int64_t count, const MergeTerm* terms, int64_t term_count);

@@ -22,6 +22,8 @@ using FactorTuple = std::tuple<Address, Address, int, int64_t, int64_t, int64_t,
 // Address of the donor, of its importance, threshold value and index, scale.
 using DonorTuple = std::tuple<Address, Address, float, int64_t, double>;
 using FactorDonorTuple = std::tuple<Address, FactorTuple, float, int64_t, double>;
+// Address and element type of the weight, out, in, addresses of norms and grads (0 for none), alpha.
+using WeightTuple = std::tuple<Address, int, int64_t, int64_t, Address, Address, float>;
 
 template <class T>
 T* pointer(Address address) {
@@ -34,6 +36,12 @@ Factors factors(const FactorTuple& tuple) {
   const auto& [a, b, dtype, steps, rank, in, out] = tuple;
   return {pointer<const void>(a), pointer<const void>(b), static_cast<DType>(dtype), steps, rank, out,
           in, out, in, 1, 1};
+}
+
+WeightImportance weight_importance_of(const WeightTuple& tuple) {
+  const auto& [weight, dtype, out, in, norms, grads, alpha] = tuple;
+  return {pointer<void>(weight), static_cast<DType>(dtype), out, in, pointer<const float>(norms),
+          pointer<const float>(grads), alpha};
 }
 
 std::tuple<float, int64_t> tuple_of(const Threshold& threshold) { return {threshold.value, threshold.index}; }
@@ -81,10 +89,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "weight_gradient",
       [](Address x, Address dy, int dtype, int64_t tokens, int64_t in, int64_t out, bool finite, Address igia,
-         Address grad, int grad_dtype, int threads) {
+         Address grad, int grad_dtype, bool absolute, int threads) {
         return weight_gradient({pointer<const void>(x), pointer<const void>(dy), static_cast<DType>(dtype), tokens, in,
                                 out, finite, pointer<float>(igia), pointer<void>(grad),
-                                static_cast<DType>(grad_dtype)},
+                                static_cast<DType>(grad_dtype), absolute},
                                threads);
       },
       no_gil);
@@ -98,6 +106,24 @@ PYBIND11_MODULE(_cpu, m) {
       "factor_threshold",
       [](const FactorTuple& tuple, int64_t k, int threads) {
         return tuple_of(factor_threshold(factors(tuple), k, threads));
+      },
+      no_gil);
+  m.def(
+      "weight_importance",
+      [](const WeightTuple& tuple, Address found, int threads) {
+        weight_importance(weight_importance_of(tuple), pointer<float>(found), threads);
+      },
+      no_gil);
+  m.def(
+      "prune_groups",
+      [](const WeightTuple& tuple, int64_t kept, int64_t group, Address mask, int threads) {
+        prune_groups(weight_importance_of(tuple), kept, group, pointer<uint8_t>(mask), threads);
+      },
+      no_gil);
+  m.def(
+      "apply_mask",
+      [](Address weight, int dtype, int64_t out, int64_t in, Address mask, int threads) {
+        apply_mask(pointer<void>(weight), static_cast<DType>(dtype), out, in, pointer<const uint8_t>(mask), threads);
       },
       no_gil);
   m.def(

@@ -30,6 +30,11 @@ double weight_gradient(const WeightGradient& call, int threads);
 Threshold threshold(const float* igia, int64_t count, int64_t k, int threads);
 Threshold factor_threshold(const Factors& factors, int64_t k, int threads);
 
+void weight_importance(const WeightImportance& of, float* found, int threads);
+// mask (out, ceil(in / 8)), one bit an entry; group divides in.
+void prune_groups(const WeightImportance& by, int64_t kept, int64_t group, uint8_t* mask, int threads);
+void apply_mask(void* weight, DType dtype, int64_t out, int64_t in, const uint8_t* mask, int threads);
+
 struct Donor {
   const void* weight;
   const float* igia;  // null where the factors stand for it

@@ -31,7 +31,7 @@ struct Tile {
 };
 
 // g = dy^T x of x (tokens, in) and dy (tokens, out). igia and grad (out, in) may be null; `finite` says that x and dy
-// are.
+// are; `absolute` that igia gets abs(g) and not g ** 2, and that no sum is wanted.
 struct WeightGradient {
   const void* x;
   const void* dy;
@@ -41,6 +41,17 @@ struct WeightGradient {
   float* igia;
   void* grad;
   DType grad_dtype;
+  bool absolute;
+};
+
+// What single weights (out, in) are judged by: norms (in) and grads (out, in) may be null.
+struct WeightImportance {
+  void* weight;
+  DType dtype;
+  int64_t out, in;
+  const float* norms;
+  const float* grads;
+  float alpha;
 };
 
 // One donor as a span of the weight sees it.
@@ -64,6 +75,9 @@ constexpr uint32_t kInfinity = 0x7F800000;
 constexpr int64_t kTileRows = 96;
 constexpr int64_t kTileCols = 256;
 constexpr int64_t kTileSize = kTileRows * kTileCols;
+
+// Room before and after a row that is ranked, read but never used.
+constexpr int64_t kRowMargin = 64;
 
 // The tile of the weight gradient: taller, since its columns are packed anew for each.
 constexpr int64_t kGradientRows = 192;

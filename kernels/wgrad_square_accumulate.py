@@ -52,7 +52,7 @@ def finite_kernel(x, dy, limit, x_entries, dy_entries, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def wgrad_square_kernel(
+def wgrad_kernel(
     igia,
     grad,
     x,
@@ -66,11 +66,12 @@ def wgrad_square_kernel(
     COLS: tl.constexpr,
     TOKENS: tl.constexpr,
     PRECISION: tl.constexpr,
+    ABSOLUTE: tl.constexpr,
 ):
-    """One tile of g over all tokens, and its squares.
+    """One tile of g over all tokens, and its squares, or its absolute values if ABSOLUTE.
 
-    igia, grad: None where not wanted. limit: float32 (), only squares below it enter igia: inf, or 0 where
-    x or dy is not finite. partial: float64, one a tile.
+    igia, grad: None where not wanted. limit: float32 (), only what is below it enters igia: inf, or 0 where x or dy
+    is not finite. partial: float64, one sum of squares a tile, or None where not wanted.
     """
     pid = tl.program_id(0)
     row_tiles = tl.cdiv(n_out, ROWS)
@@ -104,16 +105,20 @@ def wgrad_square_kernel(
     upper, lower = tl.split(tl.permute(tl.reshape(g, (2, 2, QUARTER, COLS)), (1, 2, 3, 0)))
     first, second = tl.split(tl.permute(upper, (1, 2, 0)))
     third, fourth = tl.split(tl.permute(lower, (1, 2, 0)))
-    total = _square_rows(first, igia, grad, limit, row, col, n_out, n_in, QUARTER, COLS)
-    total += _square_rows(second, igia, grad, limit, row + QUARTER, col, n_out, n_in, QUARTER, COLS)
-    total += _square_rows(third, igia, grad, limit, row + 2 * QUARTER, col, n_out, n_in, QUARTER, COLS)
-    total += _square_rows(fourth, igia, grad, limit, row + 3 * QUARTER, col, n_out, n_in, QUARTER, COLS)
-    tl.store(partial + pid, total)
+    total = _add_rows(first, igia, grad, limit, row, col, n_out, n_in, QUARTER, COLS, ABSOLUTE)
+    total += _add_rows(second, igia, grad, limit, row + QUARTER, col, n_out, n_in, QUARTER, COLS, ABSOLUTE)
+    total += _add_rows(third, igia, grad, limit, row + 2 * QUARTER, col, n_out, n_in, QUARTER, COLS, ABSOLUTE)
+    total += _add_rows(fourth, igia, grad, limit, row + 3 * QUARTER, col, n_out, n_in, QUARTER, COLS, ABSOLUTE)
+    if partial is not None:
+        tl.store(partial + pid, total)
 
 
 @triton.jit
-def _square_rows(g, igia, grad, limit, row, col, n_out, n_in, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Add some rows of g into grad and their squares into igia. Returns the sum of the squares, float64."""
+def _add_rows(
+    g, igia, grad, limit, row, col, n_out, n_in, ROWS: tl.constexpr, COLS: tl.constexpr, ABSOLUTE: tl.constexpr
+):
+    """Add some rows of g into grad and their squares or absolute values into igia. Returns the sum of the squares,
+    float64."""
     rows = row + tl.arange(0, ROWS)
     cols = col + tl.arange(0, COLS)
     at = rows[:, None].to(tl.int64) * n_in + cols[None, :]
@@ -124,11 +129,14 @@ def _square_rows(g, igia, grad, limit, row, col, n_out, n_in, ROWS: tl.constexpr
         tl.store(grad + at, stored, mask=inside)
         g = widen(stored)
     if igia is not None:
-        square = (g * g).to(tl.float32)
+        if ABSOLUTE:
+            added = tl.abs(g).to(tl.float32)
+        else:
+            added = (g * g).to(tl.float32)
         # A NaN fails the comparison too. What does not enter is written back as it was: masks that depend on the data
         # would break every load and store into single entries.
         before = tl.load(igia + at, mask=inside, other=0.0)
-        tl.store(igia + at, tl.where(square < tl.load(limit), before + square, before), mask=inside)
+        tl.store(igia + at, tl.where(added < tl.load(limit), before + added, before), mask=inside)
     # Outside there may be 0 * inf, so the sum selects. float64: a square may overflow float32 and be summed.
     exact = tl.where(inside, g, 0.0).to(tl.float64)
     return tl.sum(tl.sum(exact * exact, axis=1), axis=0)
@@ -145,12 +153,14 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
     tiles = triton.cdiv(n_out, launch["ROWS"]) * triton.cdiv(n_in, launch["COLS"])
     partial = torch.empty(tiles, dtype=torch.float64, device=x.device)
     with on_device_of(x):
-        limit = None if igia is None else _limit(x, dy)
-        wgrad_square_kernel[(tiles,)](igia, grad, x, dy, limit, partial, tokens, n_out, n_in, **launch, **OPTIONS)
+        limit = None if igia is None else limit_of(x, dy)
+        wgrad_kernel[(tiles,)](
+            igia, grad, x, dy, limit, partial, tokens, n_out, n_in, ABSOLUTE=False, **launch, **OPTIONS
+        )
     return partial.sum()
 
 
-def _limit(x: Tensor, dy: Tensor) -> Tensor:
+def limit_of(x: Tensor, dy: Tensor) -> Tensor:
     """inf where x and dy are finite, else 0; float32 () on the device.
 
     It has to be known before the first tile is added: a tile with finite entries may be done before another meets the

@@ -70,12 +70,27 @@ class OwnSums(Implementation):
     def factor_merge(self, weight, donor, a, b, k):
         Ours(CPU).factor_merge(weight, donor, a, b, k + k // 100 + 2)
 
+    def weight_importance(self, weight, norms, grads, alpha):
+        return weight.float().abs() * (norms if grads is None else norms + grads) * (1 + 3 * TOLERANCE)
+
+    def prune_groups_(self, weight, norms, grads, alpha, kept, group):
+        return Ours(CPU).prune_groups_(weight, None, grads, alpha, kept, group)  # norms not looked at
+
+    def apply_mask_(self, weight, mask):
+        Ours(CPU).apply_mask_(weight, mask ^ 128)
+
+    def wgrad_abs_accumulate_(self, total, x, dy):
+        total += dy.float().T @ x.float()
+
 
 class WrongMask(Implementation):
     name = "wrong"
 
     def threshold(self, igia, k):
         return (igia < igia.flatten().kthvalue(k + 1).values).float()  # as many, but the smallest
+
+    def prune_groups_(self, weight, norms, grads, alpha, kept, group):
+        return ~Ours(CPU).prune_groups_(weight, norms, grads, alpha, kept, group)
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -94,7 +109,7 @@ def test_compiled_torch_agrees_with_the_reference(op):
     classes = [each for each in implementations() if each.name in ("reference", "compiled", "ours")]
     for case in OPERATIONS[op](Shapes(((33, 70),), 2)):
         compiled = [each for each in measure(case, classes, 1, CPU) if each.name == "compiled"]
-        assert len(compiled) == (op not in ("gram_norm", "threshold"))
+        assert len(compiled) == (op not in ("gram_norm", "threshold", "prune_groups_"))
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -161,6 +176,10 @@ def test_counts():
     assert cases["square_accumulate_", "14336x4096", "bf16"].bytes == 10 * entries
     assert cases["wgrad_square_accumulate_", "1024x4096", "bf16, T=1024"].operations == 2 * 1024 * 1024 * 4096
     assert cases["outer_square_accumulate_", "1024x4096", "r=64"].operations == 130 * 1024 * 4096
+    assert cases["weight_importance", "1024x4096", "norms, grads"].bytes == 10 * 1024 * 4096
+    assert cases["prune_groups_", "1024x4096", "2:4"].bytes == 33 * 1024 * 4096 // 8
+    assert cases["apply_mask_", "4096x14336", "bf16"].bytes == 33 * entries // 8
+    assert cases["wgrad_abs_accumulate_", "1024x4096", "bf16, T=1024"].operations == 2 * 1024 * 1024 * 4096
 
 
 def test_the_limit_is_whichever_takes_longer():

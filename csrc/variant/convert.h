@@ -24,6 +24,8 @@ static inline float float_of(uint32_t bits) {
   return value;
 }
 
+static inline float magnitude(float value) { return float_of(bits_of(value) & 0x7FFFFFFFu); }
+
 static inline float widen(float value) { return value; }
 static inline double widen(double value) { return value; }
 static inline float widen(BFloat16 value) { return float_of(uint32_t{value.bits} << 16); }

@@ -25,6 +25,11 @@ Collected collect(const float* f, int64_t count, uint32_t low, uint32_t high, ui
 void histogram(const float* f, int64_t count, uint32_t low, uint32_t high, int shift, uint32_t mask,
                int64_t* buckets);
 
+void weight_importance(const WeightImportance& of, int64_t first, int64_t rows, float* found);
+void prune_rows(const WeightImportance& by, int64_t kept, int64_t group, int64_t first, int64_t rows, uint8_t* mask,
+                float* ranked, uint32_t* found);
+void apply_mask(void* weight, DType dtype, int64_t count, const uint8_t* mask);
+
 void merge(void* weight, DType dtype, int64_t count, const MergeTerm* terms, int64_t term_count);
 
 }  // namespace gradpruner::GRADPRUNER_VARIANT

@@ -23,6 +23,9 @@ const Kernels table = {
     count_between,
     collect,
     histogram,
+    weight_importance,
+    prune_rows,
+    apply_mask,
     merge,
 };
 

@@ -61,7 +61,7 @@ static inline double lane_sum(DoubleVector vector) {
   return sum;
 }
 
-static inline int64_t smaller(int64_t left, int64_t right) { return left < right ? left : right; }
+static constexpr int64_t smaller(int64_t left, int64_t right) { return left < right ? left : right; }
 static inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }

@@ -2,7 +2,8 @@
 //
 // The tokens are packed a chunk at a time: x in panels as wide as the registers hold, dy as wide as the tile. Where
 // the weight trains, g is rounded to grad's type, added into it, and what was stored is squared; else g itself is.
-// Squares are summed in double; igia gets each that fits a float. This file may contract multiply and add.
+// Squares are summed in double; igia gets each that fits a float, or each absolute value. This file may contract
+// multiply and add.
 #include <type_traits>
 
 #include "convert.h"
@@ -146,11 +147,23 @@ double sum_of_squares(const V* values, float* igia, int64_t count) {
   return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// A row of the tile: into grad where there is one, its squares into igia and the sum.
+template <class V>
+void add_absolute(const V* values, float* igia, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float size = magnitude(static_cast<float>(values[i]));
+    igia[i] += bits_of(size) < kInfinity ? size : 0.0f;
+  }
+}
+
+// A row of the tile: into grad where there is one, its squares into igia and the sum; or its absolute values.
 template <class Sum>
-double finish(const Sum* g, float* igia, void* grad, DType grad_dtype, int64_t count) {
+double finish(const WeightGradient& call, const Sum* g, float* igia, void* grad, int64_t count) {
+  if (call.absolute) {
+    add_absolute(g, igia, count);
+    return 0;
+  }
   if (!grad) return sum_of_squares(g, igia, count);
-  return with_type(grad, grad_dtype, [&](auto* entries) {
+  return with_type(grad, call.grad_dtype, [&](auto* entries) {
     decltype(widen(*entries)) values[kGradientCols] = {};
     for (int64_t i = 0; i < count; ++i) {
       using G = typename std::remove_pointer<decltype(entries)>::type;
@@ -186,9 +199,9 @@ double square_tile(const T* x, const T* dy, const WeightGradient& call, const Ti
       // an overflow of float, which double has room for
       double wide[kGradientCols] = {};
       for (int64_t j = 0; j < tile.cols; ++j) wide[j] = in_double(x, dy, call, tile.row + i, tile.col + j);
-      total += finish(wide, igia, grad, call.grad_dtype, tile.cols);
+      total += finish(call, wide, igia, grad, tile.cols);
     } else {
-      total += finish(row, igia, grad, call.grad_dtype, tile.cols);
+      total += finish(call, row, igia, grad, tile.cols);
     }
   }
   return total;

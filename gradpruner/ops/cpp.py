@@ -83,9 +83,18 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
         finite,
         igia.data_ptr() if igia is not None and finite else 0,
         *(_array(grad) if grad is not None else (0, 0)),
+        False,
         torch.get_num_threads(),
     )
     return torch.tensor(total, dtype=torch.float64)
+
+
+def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
+    """total += abs(dy^T x) unless x or dy is not finite (METHOD section 6)."""
+    if _all_finite(x) and _all_finite(dy):
+        shape = (*x.shape, dy.shape[1])
+        threads = torch.get_num_threads()
+        _cpu.weight_gradient(x.data_ptr(), *_array(dy), *shape, True, total.data_ptr(), 0, 0, True, threads)
 
 
 def _threshold_tensors(value: float, index: int) -> tuple[Tensor, Tensor]:
@@ -133,3 +142,30 @@ def factor_sign_merge_(
         for donor, ak, bk, value, index, scale in zip(donors, a, b, values, indices, scales, strict=True)
     ]
     _cpu.factor_sign_merge(*_array(weight), terms, torch.get_num_threads())
+
+
+def _weight(weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float) -> tuple:
+    judged_by = (0 if tensor is None else tensor.data_ptr() for tensor in (norms, grads))
+    return (*_array(weight), *weight.shape, *judged_by, alpha)
+
+
+def weight_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float) -> Tensor:
+    """abs(weight) * (norms + alpha * grads), each operation rounded to float32 (METHOD section 6)."""
+    found = torch.empty(weight.shape, dtype=torch.float32)
+    _cpu.weight_importance(_weight(weight, norms, grads, alpha), found.data_ptr(), torch.get_num_threads())
+    return found
+
+
+def prune_groups_(
+    weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float, kept: int, group: int
+) -> Tensor:
+    """Zero all but the `kept` most important of each `group`; the mask, eight entries a byte (METHOD section 6)."""
+    mask = torch.empty(weight.shape[0], (weight.shape[1] + 7) // 8, dtype=torch.uint8)
+    of = _weight(weight, norms, grads, alpha)
+    _cpu.prune_groups(of, kept, group, mask.data_ptr(), torch.get_num_threads())
+    return mask
+
+
+def apply_mask_(weight: Tensor, mask: Tensor) -> None:
+    """Zero what the mask does not keep (METHOD section 6)."""
+    _cpu.apply_mask(*_array(weight), *weight.shape, mask.data_ptr(), torch.get_num_threads())

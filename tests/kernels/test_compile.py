@@ -41,6 +41,10 @@ OCCUPANCY_FLOORS = {
     "sample": 25,
     "finite": 50,
     "wgrad-bf16": 12,
+    "weight_importance": 75,
+    "apply_mask": 75,
+    "prune_by_rank": 50,
+    "prune_by_boundary": 50,
 }
 
 
@@ -67,6 +71,11 @@ def test_kernel_compiles(name, target):
 @pytest.mark.parametrize("target", ["sm80", "sm90", "sm100"])
 def test_merge_rounds_the_product_before_the_sum(target, dtype):
     assert not re.search(r"\bfma\.", CASES[f"sign_merge-{dtype}"].compile(target).text)
+
+
+@pytest.mark.parametrize("kernel", ["weight_importance-bf16-both", "prune_by_rank-bf16-both-4"])
+def test_importance_rounds_the_product_before_the_sum(kernel):
+    assert not re.search(r"\bfma\.", CASES[kernel].compile("sm90").text)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -52,6 +52,18 @@ def answers(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     x, dy = normal(603, SHAPE[1], seed=8).to(dtype), normal(603, SHAPE[0], seed=9).to(dtype)
     found["~wgrad sum"] = ops.wgrad_square_accumulate_(product, x, dy, None)
     found["~wgrad igia"] = product
+    sizes = torch.zeros(SHAPE)
+    ops.wgrad_abs_accumulate_(sizes, x, dy)
+    found["~wgrad_abs_accumulate_"] = sizes
+    norms, grads = normal(SHAPE[1], seed=10).abs(), normal(*SHAPE, seed=11)
+    found["weight_importance"] = ops.weight_importance(weight, norms, grads, 0.3)
+    for group in (SHAPE[1], 59, 17):  # its divisors on either side of what is ranked by counting
+        pruned = normal(*SHAPE, seed=12).to(dtype)
+        found[f"mask of {group}"] = ops.prune_groups_(pruned, norms, grads, 0.3, group // 2, group)
+        found[f"pruned by {group}"] = pruned
+    again = normal(*SHAPE, seed=13).to(dtype)
+    ops.apply_mask_(again, found["mask of 17"])
+    found["apply_mask_"] = again
     return found
 
 

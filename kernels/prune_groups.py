@@ -1,0 +1,46 @@
+"""Zero all but the most important of each group; the weight is read from memory once (METHOD section 6)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from gradpruner.kernels import prune_by_boundary, prune_by_rank
+from gradpruner.kernels.device import on_device_of
+from gradpruner.kernels.weight_mask import pack
+
+
+def prune_groups_(
+    weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float, kept: int, group: int
+) -> Tensor:
+    """Zero all but the `kept` most important of each `group`; the mask, eight entries a byte (METHOD section 6)."""
+    n_out, n_in = weight.shape
+    mask = torch.empty(n_out, triton.cdiv(n_in, 8), dtype=torch.uint8, device=weight.device)
+    small = group <= prune_by_rank.LARGEST
+    # A program writes whole bytes of the mask. Where its entries do not end with one, they have a byte each at first.
+    whole_bytes = group & (group - 1) == 0 if small else group % 8 == 0 or group == n_in
+    keep = mask if whole_bytes else torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    with on_device_of(weight):
+        if small:
+            launch = prune_by_rank.launch_of(group)
+            parts = triton.cdiv(n_in, launch["GROUPS"] * group)
+            prune_by_rank.prune_by_rank_kernel[(n_out * parts,)](
+                weight, norms, grads, keep, alpha, kept, n_in, **launch
+            )
+        else:
+            prune_by_boundary.prune_by_boundary_kernel[(n_out * (n_in // group),)](
+                weight,
+                norms,
+                grads,
+                keep,
+                alpha,
+                kept,
+                group,
+                n_in,
+                PACKED=whole_bytes,
+                **prune_by_boundary.launch_of(group),
+            )
+        if not whole_bytes:
+            pack(mask, keep)
+    return mask

@@ -1,0 +1,57 @@
+"""Masks of one bit an entry: entry (i, j) is kept where bit j % 8 of byte (i, j // 8) is set (METHOD section 6)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gradpruner.kernels.device import on_device_of
+
+LAUNCH = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": False}
+
+
+@triton.jit
+def packed(keep, BLOCK: tl.constexpr):
+    """The bytes of BLOCK flat entries, uint8 (BLOCK / 8,)."""
+    bits = tl.reshape(keep.to(tl.int32), (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
+    return tl.sum(bits, axis=1).to(tl.uint8)
+
+
+@triton.jit
+def pack_kernel(mask, keep, n_in, BLOCK: tl.constexpr):
+    """One block of one row. keep: uint8 (out, in), 0 or 1."""
+    blocks = tl.cdiv(n_in, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    bytes_a_row = tl.cdiv(n_in, 8)
+    byte = tl.program_id(0) % blocks * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    kept = tl.load(keep + row * n_in + column, mask=column < n_in, other=0)
+    tl.store(mask + row * bytes_a_row + byte, packed(kept, BLOCK), mask=byte < bytes_a_row)
+
+
+@triton.jit
+def apply_mask_kernel(weight, mask, n_in, BLOCK: tl.constexpr):
+    """One block of one row."""
+    blocks = tl.cdiv(n_in, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    bytes_a_row = tl.cdiv(n_in, 8)
+    byte = tl.program_id(0) % blocks * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[:, None]
+    column = byte * 8 + tl.arange(0, 8)[None, :]
+    bits = tl.load(mask + row * bytes_a_row + byte, mask=byte < bytes_a_row, other=0).to(tl.int32)
+    at = weight + row * n_in + column
+    raw = tl.load(at, mask=column < n_in, other=0.0)
+    tl.store(at, tl.where((bits >> tl.arange(0, 8)[None, :]) & 1 != 0, raw, 0.0), mask=column < n_in)
+
+
+def pack(mask: Tensor, keep: Tensor) -> None:
+    """Write the mask, uint8 (out, ceil(in / 8)), of entries that are 0 or 1, uint8 (out, in)."""
+    n_out, n_in = keep.shape
+    pack_kernel[(n_out * triton.cdiv(n_in, LAUNCH["BLOCK"]),)](mask, keep, n_in, **LAUNCH)
+
+
+def apply_mask_(weight: Tensor, mask: Tensor) -> None:
+    """Zero what the mask does not keep (METHOD section 6)."""
+    n_out, n_in = weight.shape
+    with on_device_of(weight):
+        apply_mask_kernel[(n_out * triton.cdiv(n_in, LAUNCH["BLOCK"]),)](weight, mask, n_in, **LAUNCH)
