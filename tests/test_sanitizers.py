@@ -27,6 +27,9 @@ OPS = (
     "outer_square_accumulate",
     "sign_merge",
     "factor_sign_merge",
+    "weight_importance",
+    "prune_groups",
+    "apply_mask",
 )
 
 

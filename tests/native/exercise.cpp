@@ -266,7 +266,7 @@ double not_finite(Random& random) {
 
 // `grad_dtype` null: the weight is frozen.
 void weight_gradient_case(DType dtype, const DType* grad_dtype, bool with_igia, const Product& shape, Draw draw,
-                          const std::string& kind) {
+                          const std::string& kind, bool absolute = false) {
   const auto [tokens, in, out] = shape;
   const bool finite = draw != not_finite;
   const Elements x = make(dtype, tokens * in, 1, draw, 4);
@@ -293,9 +293,9 @@ void weight_gradient_case(DType dtype, const DType* grad_dtype, bool with_igia, 
       grad_expected.set(i, *grad_dtype == DType::float64 ? both : in_float);
       value = grad_expected.get(i);
     }
-    sum += value * value;
-    const auto square = static_cast<float>(value * value);
-    if (with_igia && std::isfinite(square)) igia_expected.set(i, static_cast<float>(igia_start.get(i)) + square);
+    if (!absolute) sum += value * value;
+    const auto added = static_cast<float>(absolute ? std::fabs(value) : value * value);
+    if (with_igia && std::isfinite(added)) igia_expected.set(i, static_cast<float>(igia_start.get(i)) + added);
   }
   const std::string into = grad_dtype ? std::string(" into ") + name_of(*grad_dtype) : "";
   const std::string name = kind + " " + name_of(dtype) + into + (with_igia ? " with igia " : " ") +
@@ -314,6 +314,7 @@ void weight_gradient_case(DType dtype, const DType* grad_dtype, bool with_igia, 
               call.igia = igia.floats();
               call.grad = grad.data();
               call.grad_dtype = grad.dtype();
+              call.absolute = absolute;
               const double got = weight_gradient(call, threads);
               check(near(got, sum), what + ": sum " + std::to_string(got) + ", expected " + std::to_string(sum));
               check_same(igia, igia_expected, true, what + ": igia");
@@ -329,6 +330,7 @@ void weight_gradients() {
   for (const DType dtype : kDTypes) {
     for (const Product& shape : shapes) {
       weight_gradient_case(dtype, nullptr, true, shape, whole, "whole");
+      weight_gradient_case(dtype, nullptr, true, shape, whole, "absolute", true);
       for (const DType& grad_dtype : kDTypes) weight_gradient_case(dtype, &grad_dtype, true, shape, whole, "whole");
     }
     for (const Product& shape : edges) {
@@ -342,6 +344,7 @@ void weight_gradients() {
       weight_gradient_case(dtype, &grad_dtype, false, edges[1], not_finite, "not finite");
     }
     weight_gradient_case(dtype, nullptr, true, large, whole, "large");
+    weight_gradient_case(dtype, nullptr, true, large, whole, "large absolute", true);
     weight_gradient_case(dtype, &dtype, true, large, whole, "large");
   }
 }
@@ -758,6 +761,149 @@ void merges() {
   factor_sign_merge_case(DType::bfloat16, {make_factors(DType::bfloat16, 600, 520, 1, 70, whole, 88)}, 1, true);
 }
 
+// ---- single weights
+
+// What a weight (out, in) is judged by: neither norms nor grads, norms, grads, both.
+struct Judged {
+  Elements weight, norms, grads;
+  int64_t out, in;
+  bool by_norms, by_grads;
+
+  static constexpr float kAlpha = 0.5f;
+
+  WeightImportance of(Elements& written) const {
+    WeightImportance call{};
+    call.weight = written.data();
+    call.dtype = weight.dtype();
+    call.out = out;
+    call.in = in;
+    call.norms = by_norms ? norms.floats() : nullptr;
+    call.grads = by_grads ? grads.floats() : nullptr;
+    call.alpha = kAlpha;
+    return call;
+  }
+
+  // Every operation rounded to float; what is not above zero is zero.
+  std::vector<float> naive() const {
+    std::vector<float> found(static_cast<size_t>(out * in));
+    for (int64_t i = 0; i < out * in; ++i) {
+      volatile float value = std::fabs(static_cast<float>(weight.get(i)));
+      if (by_grads) {
+        volatile float factor = kAlpha * static_cast<float>(grads.get(i));
+        if (by_norms) factor = static_cast<float>(norms.get(i % in)) + factor;
+        value = value * factor;
+      } else if (by_norms) {
+        value = value * static_cast<float>(norms.get(i % in));
+      }
+      found[static_cast<size_t>(i)] = value > 0 ? value : 0.0f;
+    }
+    return found;
+  }
+
+  std::string name() const {
+    return std::string(name_of(weight.dtype())) + " " + std::to_string(out) + "x" + std::to_string(in) +
+           (by_norms ? " norms" : "") + (by_grads ? " grads" : "");
+  }
+};
+
+Judged judged(DType dtype, int64_t out, int64_t in, int by, Draw draw) {
+  return {make(dtype, out * in, 1, draw, 90), make(DType::float32, in, 1, special, 91),
+          make(DType::float32, out * in, 1, special, 92), out, in, (by & 1) != 0, (by & 2) != 0};
+}
+
+bool is_large(const Judged& item) { return item.out * item.in >= kLarge; }
+
+void weight_importance_case(const Judged& item) {
+  exercise({"weight_importance", item.name(), is_large(item),
+            [=, expected = copy_of(item.naive(), 1)](const std::string& what, int threads) {
+              Elements weight = item.weight, found(DType::float32, item.out * item.in, 1);
+              weight_importance(item.of(weight), found.floats(), threads);
+              check_same(found, expected, false, what);
+            }});
+}
+
+// Which entries stay, by ranking every group.
+std::vector<bool> kept_of(const std::vector<float>& importance, int64_t kept, int64_t group) {
+  std::vector<bool> stays(importance.size());
+  std::vector<size_t> places(static_cast<size_t>(group));
+  for (size_t start = 0; start < importance.size(); start += places.size()) {
+    std::iota(places.begin(), places.end(), start);
+    std::stable_sort(places.begin(), places.end(), [&](size_t x, size_t y) { return importance[x] > importance[y]; });
+    for (int64_t n = 0; n < kept; ++n) stays[places[static_cast<size_t>(n)]] = true;
+  }
+  return stays;
+}
+
+std::vector<uint8_t> packed(const std::vector<bool>& stays, int64_t out, int64_t in) {
+  std::vector<uint8_t> mask(static_cast<size_t>(out * ((in + 7) / 8)));
+  for (int64_t i = 0; i < out * in; ++i) {
+    const auto byte = static_cast<size_t>(i / in * ((in + 7) / 8) + i % in / 8);
+    if (stays[static_cast<size_t>(i)]) mask[byte] = static_cast<uint8_t>(mask[byte] | 1 << i % in % 8);
+  }
+  return mask;
+}
+
+Elements pruned(const Elements& weight, const std::vector<bool>& stays) {
+  Elements expected = weight;
+  for (int64_t i = 0; i < weight.count(); ++i) {
+    if (!stays[static_cast<size_t>(i)]) expected.set(i, 0);
+  }
+  return expected;
+}
+
+void prune_groups_case(const Judged& item, int64_t kept, int64_t group) {
+  const std::vector<bool> stays = kept_of(item.naive(), kept, group);
+  const std::string name = item.name() + " " + std::to_string(kept) + " of " + std::to_string(group);
+  exercise({"prune_groups", name, is_large(item),
+            [=, expected = pruned(item.weight, stays), bits = packed(stays, item.out, item.in)](
+                const std::string& what, int threads) {
+              Elements weight = item.weight;
+              std::vector<uint8_t> mask(bits.size(), 0xAA);
+              prune_groups(item.of(weight), kept, group, mask.data(), threads);
+              check_same(weight, expected, false, what);
+              check(mask == bits, what + ": the mask");
+            }});
+}
+
+void apply_mask_case(const Judged& item) {
+  Random random(93);
+  std::vector<bool> stays(static_cast<size_t>(item.out * item.in));
+  for (size_t i = 0; i < stays.size(); ++i) stays[i] = random() % 3 == 0;
+  exercise({"apply_mask", item.name(), is_large(item),
+            [=, expected = pruned(item.weight, stays), bits = packed(stays, item.out, item.in)](
+                const std::string& what, int threads) {
+              Elements weight = item.weight;
+              apply_mask(weight.data(), weight.dtype(), item.out, item.in, bits.data(), threads);
+              check_same(weight, expected, false, what);
+            }});
+}
+
+// Groups of every size around those that are ranked in another way, in rows that end inside a byte or with one.
+void single_weights() {
+  const std::pair<int64_t, int64_t> shapes[] = {{0, 5}, {5, 0}, {1, 1}, {3, 7}, {2, 8}, {3, 65}, {600, 1003}};
+  for (const DType dtype : kDTypes) {
+    for (const auto& [out, in] : shapes) {
+      for (int by = 0; by < 4; ++by) weight_importance_case(judged(dtype, out, in, by, special));
+    }
+  }
+  const std::pair<int64_t, int64_t> groups[] = {{1, 13}, {2, 4},  {3, 3},  {4, 5},  {8, 3},    {17, 2},
+                                                {31, 3}, {32, 2}, {33, 2}, {64, 1}, {65, 3}, {1003, 2}};
+  for (const DType dtype : kDTypes) {
+    for (const auto& [group, count] : groups) {
+      for (const int64_t kept : {int64_t{0}, int64_t{1}, group / 2, group}) {
+        if (kept > group) continue;
+        prune_groups_case(judged(dtype, 3, group * count, 3, special), kept, group);
+        prune_groups_case(judged(dtype, 3, group * count, 0, whole), kept, group);
+      }
+    }
+    prune_groups_case(judged(dtype, 600, 1004, 1, plain), 2, 4);
+    prune_groups_case(judged(dtype, 600, 1003, 1, plain), 501, 1003);
+  }
+  for (const DType dtype : kDTypes) {
+    for (const auto& [out, in] : shapes) apply_mask_case(judged(dtype, out, in, 0, special));
+  }
+}
+
 // ---- threads
 
 // What a body throws reaches the caller after every thread has ended, as when memory runs out in one of them.
@@ -813,7 +959,7 @@ int main(int argument_count, char** arguments) {
   const std::pair<const char*, void (*)()> parts[] = {
       {"elementwise", elementwise}, {"weight_gradient", weight_gradients}, {"gram_norm", gram_norms},
       {"selection", selections},    {"outer", outers},                     {"merge", merges},
-      {"exceptions", exceptions},   {"callers at once", callers_at_once}};
+      {"single weights", single_weights}, {"exceptions", exceptions},   {"callers at once", callers_at_once}};
   for (const auto& [name, run] : parts) {
     const int64_t before = checks;
     run();
