@@ -131,7 +131,8 @@ def test_wrong_options_are_named(csv_file, options, words):
         ("a.csv", "text,label\na,b,c\n", ["line 2", "2 cells"]),
         ("a.csv", 'text,label\na,"b\n', ["broken CSV"]),
         ("a.csv", "text,label\na,\n", ["row 1", "empty answer"]),
-        ("a.txt", "hello", ["a.txt", ".jsonl, .json, .csv"]),
+        ("a.xml", "hello", ["a.xml", ".jsonl, .json, .csv, .txt"]),
+        ("a.txt", " \n", ["a.txt", "no rows"]),
         ("a.jsonl", '{"text": "a"}\n{"text": null}', ["row 2", "'text'", "no value"]),
         ("a.jsonl", '{"text": "a"}\n{"text": NaN}', ["row 2", "no value"]),
         ("a.jsonl", '{"text": "a"}\n{"other": "b"}', ["row 2", "'text'", "no value"]),
@@ -374,3 +375,8 @@ def test_demo_model_saves_and_reloads_like_any_other(tmp_path):
     options = {"tokenize": False, "add_generation_prompt": True}
     assert tokenizer_again.apply_chat_template(chat, **options) == tokenizer.apply_chat_template(chat, **options)
     assert tokenizer_again.pad_token_id is not None
+
+
+def test_a_text_file_is_one_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffOne line.\n\nAnother.", encoding="utf-8")
+    assert load_examples(tmp_path / "a.txt") == [Example("One line.\n\nAnother.", "")]
