@@ -134,12 +134,17 @@ class InPlaceTorch(Implementation):
         return found
 
     def prune_groups_(self, weight: Tensor, norms: Tensor, grads: None, alpha: float, kept: int, group: int) -> Tensor:
-        """kthvalue of the groups of a panel, and one comparison."""
+        """kthvalue of the groups of a panel, and one comparison; ties at the edge one by one."""
         keep = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
         for panel in _panels(weight):
             metric = weight[panel].float().abs_().mul_(norms).view(-1, group)
             edge = metric.kthvalue(group - kept + 1, dim=1, keepdim=True).values
-            torch.ge(metric, edge, out=keep[panel].view(-1, group))
+            kept_here = keep[panel].view(-1, group)
+            torch.ge(metric, edge, out=kept_here)
+            extra = kept_here.sum(1) - kept
+            for row in extra.nonzero().flatten().tolist():  # seldom: several entries at the edge
+                ties = (metric[row] == edge[row]).nonzero().flatten()
+                kept_here[row, ties[len(ties) - int(extra[row]) :]] = False
             weight[panel].mul_(keep[panel])
         return keep
 
