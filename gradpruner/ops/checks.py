@@ -48,3 +48,13 @@ def need_factors(a: Tensor, b: Tensor) -> None:
     )
     need(a.dtype == b.dtype, f"factors have dtypes a {a.dtype} and b {b.dtype}; expected the same")
     need_same_device(a, b)
+
+
+def need_tokens(x: Tensor, dy: Tensor) -> None:
+    """Raises InvalidArgument unless these are the inputs (tokens, in) of a linear and its output's gradient."""
+    need_dtype("x", x, FLOATS)
+    need(dy.dtype == x.dtype, f"dy has dtype {dy.dtype} and x {x.dtype}; expected the same")
+    need(
+        x.ndim == 2 and dy.ndim == 2 and x.shape[0] == dy.shape[0],
+        f"shapes x {tuple(x.shape)}, dy {tuple(dy.shape)}; expected (tokens, in) and (tokens, out)",
+    )

@@ -19,6 +19,7 @@ from gradpruner.ops.checks import (
     need_factors,
     need_same_device,
     need_shape,
+    need_tokens,
 )
 
 
@@ -112,12 +113,7 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
     caller knows; grad receives what torch would put there. A square that overflows float32 adds nothing to igia.
     Raises InvalidArgument. Source: D (estimator `exact`).
     """
-    need_dtype("x", x, FLOATS)
-    need(dy.dtype == x.dtype, f"dy has dtype {dy.dtype} and x {x.dtype}; expected the same")
-    need(
-        x.ndim == 2 and dy.ndim == 2 and x.shape[0] == dy.shape[0],
-        f"shapes x {tuple(x.shape)}, dy {tuple(dy.shape)}; expected (tokens, in) and (tokens, out)",
-    )
+    need_tokens(x, dy)
     need_same_device(x, dy)
     shape = (dy.shape[1], x.shape[1])
     if igia is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradpruner.ops.backends import backend_for
-from gradpruner.ops.checks import FLOATS, need, need_dtype, need_same_device, need_shape
+from gradpruner.ops.checks import FLOATS, need, need_dtype, need_same_device, need_shape, need_tokens
 
 
 def _check_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None) -> None:
@@ -117,12 +117,7 @@ def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
     total is left as it was; what overflows float32 adds nothing. Raises InvalidArgument. Source: METHOD section 6
     (GBLM-Pruner, p = 1).
     """
-    need_dtype("x", x, FLOATS)
-    need(dy.dtype == x.dtype, f"dy has dtype {dy.dtype} and x {x.dtype}; expected the same")
-    need(
-        x.ndim == 2 and dy.ndim == 2 and x.shape[0] == dy.shape[0],
-        f"shapes x {tuple(x.shape)}, dy {tuple(dy.shape)}; expected (tokens, in) and (tokens, out)",
-    )
+    need_tokens(x, dy)
     need_dtype("total", total, (torch.float32,))
     need_shape("total", total, (dy.shape[1], x.shape[1]))
     need_same_device(x, dy, total)
