@@ -75,7 +75,7 @@ def metric_of(criterion, weight, inputs, gradients):
     return w * size if criterion == "gblm:activations=false" else w * norms + alpha * w * size
 
 
-def refine(stays, weight, inputs, pattern, cycles, threshold):
+def refine(stays, weight, inputs, pattern, cycles, threshold, overshoot):
     """DSnoT, a row at a time."""
     w, x = weight.double(), torch.cat(inputs)
     sums, variances = x.sum(0) / len(inputs), x.var(0, unbiased=False)
@@ -100,9 +100,12 @@ def refine(stays, weight, inputs, pattern, cycles, threshold):
             if not goers:
                 continue
             gone = min(goers, key=lambda j: float(w[i, j].abs() * norms[j]))
+            after = error + float(given[gone] - given[back])
+            if not overshoot and after * error < 0:
+                break
             moved.add(gone)
             stays[i, back], stays[i, gone] = True, False
-            error += float(given[gone] - given[back])
+            error = after
     return stays
 
 

@@ -9,30 +9,32 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from gradpruner.decoder import Decoder
+from gradpruner.decoder import Decoder, linear_modules
 from gradpruner.errors import InvalidArgument
 from gradpruner.fused import fuse, is_replaced, unfuse
 from gradpruner.ops.linear import WeightSquares
+from gradpruner.sparsity.weights import prunable
 
 Batch = Mapping[str, Tensor]
 
 
-def gradient_norms(
-    decoder: Decoder, linears: Mapping[str, nn.Module], batches: Sequence[Batch], p: int
-) -> dict[str, Tensor]:
-    """norm_p over samples of abs(gradient), by name: float32 in the stored shape, on the weight's device.
+def gradient_norms(model: nn.Module, batches: Sequence[Batch], p: int = 2) -> dict[str, Tensor]:
+    """norm_p over samples of abs(gradient) of the linears of all decoder layers, by name of the weight.
 
-    linears: plain linears of the model. batches: with input_ids, and labels, or every token is one; each row is a
-    sample. No gradient is stored, of any sample: 4 bytes an entry in all. Raises InvalidArgument if a loss or a
-    gradient is not finite. Source: METHOD section 6 (GBLM-Pruner).
+    model: plain. batches: with input_ids, and labels, or every token is one; each row is a sample. p: 1 or 2. The
+    norms are float32 in the stored shape, on the weight's device. No gradient is stored, of any sample: 4 bytes an
+    entry in all. Raises InvalidArgument if a loss or a gradient is not finite, UnsupportedModel.
+    Source: METHOD section 6 (GBLM-Pruner).
     """
-    model, device = decoder.base, next(decoder.base.parameters()).device
+    decoder = Decoder(model)
+    linears = {decoder.path_of(w): linear_modules(decoder, w.layer)[w.name] for w in prunable(decoder)}
+    device = next(decoder.base.parameters()).device
     totals = {name: torch.zeros_like(module.weight, dtype=torch.float32) for name, module in linears.items()}  # type: ignore[arg-type]
-    with _folding(linears, totals, p), _frozen(model):
+    with _folding(linears, totals, p), _frozen(decoder.base):
         for batch in batches:
             for row in range(len(batch["input_ids"])):
                 sample = {name: t[row : row + 1].to(device) for name, t in batch.items()}
-                loss = model(**{"labels": sample["input_ids"], **sample}, use_cache=False).loss
+                loss = decoder.base(**{"labels": sample["input_ids"], **sample}, use_cache=False).loss
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     raise InvalidArgument(f"batches: the loss of a sample is {value}; expected a finite one")

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.decoder import Decoder, Weight, is_packed, is_peft, linear_modules
-from gradpruner.distributed import is_sharded
-from gradpruner.errors import InvalidArgument, UnsupportedModel
+from gradpruner.decoder import Decoder, Weight, linear_modules
+from gradpruner.errors import InvalidArgument
 from gradpruner.igia import Igia
 from gradpruner.sparsity.allocation import allocate
 from gradpruner.sparsity.criteria import Criterion, parse_criterion
@@ -19,6 +18,7 @@ from gradpruner.sparsity.layerwise import Batch, Layerwise
 from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.pattern import Pattern
 from gradpruner.sparsity.seen import Seen, Statistics
+from gradpruner.sparsity.weights import prunable
 
 
 def sparsify(
@@ -31,6 +31,7 @@ def sparsify(
     allocation: str = "uniform",
     device: torch.device | str | None = None,
     igia: Igia | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
 ) -> Masks:
     """Zero weights of the linears of all decoder layers, in place; returns the masks.
 
@@ -38,8 +39,9 @@ def sparsify(
     a criterion, see `gradpruner.sparsity.criteria`, "gblm:p=1" with options. pattern, ratio: see `Pattern`; row and
     matrix take 0.5 unless told otherwise. allocation: "uniform" or "alphapruning", which gives every layer its own
     share. device: where a layer runs while it is pruned (default: where it is); the model may wait in host memory.
-    igia: for method igia. Embeddings, head, norms, biases and routers stay. A copy of the weights is held in host
-    memory until all layers are done: a model that cannot be pruned is left as it was.
+    igia: for method igia. gradients: for gblm, what `gradient_norms` gave for these batches and its p, to prune more
+    than once by; None: they are taken here. Embeddings, head, norms, biases and routers stay. A copy of the weights
+    is held in host memory until all layers are done: a model that cannot be pruned is left as it was.
     Raises InvalidArgument, UnsupportedModel, ModelMismatch.
     """
     criterion = parse_criterion(method)
@@ -47,23 +49,29 @@ def sparsify(
     if wanted.within == "matrix" and not criterion.within_matrix:
         raise InvalidArgument(f"pattern = 'matrix'; {criterion.name} chooses within a row: expected row or N:M")
     decoder = Decoder(model)
-    weights = _weights(decoder, wanted)
+    weights = prunable(decoder)
+    for weight in weights:
+        wanted.check(decoder.path_of(weight), weight.shape[0 if weight.transposed else 1])
     if criterion.importance:
         _check_igia(igia, decoder, weights)
-    if (criterion.needs or criterion.gradients) and not batches:
+    if (criterion.needs or (criterion.gradients and gradients is None)) and not batches:
         raise InvalidArgument(f"batches is empty; {criterion.name} expected at least one, with input_ids")
     if any("attention_mask" in batch and not bool(batch["attention_mask"].all()) for batch in batches):
         raise InvalidArgument("batches: some tokens are padding, which would count as text; expected full rows")
     patterns = _patterns(decoder, weights, wanted, allocation)
-    modules = {decoder.path_of(w): linear_modules(decoder, w.layer)[w.name] for w in weights}
-    grads = gradient_norms(decoder, modules, batches, criterion.gradients) if criterion.gradients else {}
+    if gradients is not None:
+        _check_gradients(gradients, criterion, decoder, weights)
+    elif criterion.gradients:
+        gradients = gradient_norms(model, batches, criterion.gradients)
     walk = Layerwise(decoder, batches, None if device is None else torch.device(device)) if criterion.needs else None
     before: dict[str, Tensor] = {}
     bits: dict[str, Tensor] = {}
     try:
         for layer in range(len(decoder.layers)):
             of_layer = [w for w in weights if w.layer == layer]
-            masks = _prune_layer(decoder, of_layer, criterion, patterns.get(layer, wanted), walk, grads, igia, before)
+            masks = _prune_layer(
+                decoder, of_layer, criterion, patterns.get(layer, wanted), walk, gradients or {}, igia, before
+            )
             bits |= masks
     except BaseException:
         with torch.no_grad():
@@ -127,29 +135,25 @@ def _prune(
     return criterion.prune_(stored.t() if weight.transposed else stored, seen, pattern).cpu()
 
 
-def _weights(decoder: Decoder, pattern: Pattern) -> list[Weight]:
-    """What is pruned; raises where not all of it can be."""
-    if is_peft(decoder.given):
-        raise InvalidArgument("model has adapters; expected a plain model (merge_and_unload first)")
-    found = decoder.weights
-    if not found:
-        raise UnsupportedModel("the decoder layers hold no linear weight of their own")
-    for weight in found:
-        path, parameter = decoder.path_of(weight), decoder.parameter(weight)
-        if len(weight.shape) != 2:
-            raise UnsupportedModel(f"{path} holds {weight.shape[0]} experts in one tensor: their inputs cannot be seen")
-        if is_packed(parameter) or is_sharded(parameter):
-            raise UnsupportedModel(f"{path} is quantised or sharded: it cannot be pruned in place")
-        pattern.check(path, weight.shape[0 if weight.transposed else 1])
-    return found
-
-
 def _patterns(decoder: Decoder, weights: Sequence[Weight], pattern: Pattern, allocation: str) -> dict[int, Pattern]:
     by_layer: dict[int, list[Any]] = {}
     for weight in weights:
         by_layer.setdefault(weight.layer, []).append(decoder.parameter(weight).data)
     shares = allocate(by_layer, pattern.share, allocation)
     return {} if allocation == "uniform" else {layer: pattern.with_ratio(share) for layer, share in shares.items()}
+
+
+def _check_gradients(
+    gradients: Mapping[str, Tensor], criterion: Criterion, decoder: Decoder, weights: Sequence[Weight]
+) -> None:
+    if not criterion.gradients:
+        raise InvalidArgument(f"gradients given; {criterion.name} goes by none: accepted with gblm alone")
+    for weight in weights:
+        path, shape = decoder.path_of(weight), tuple(decoder.parameter(weight).shape)
+        found = gradients.get(path)
+        if found is None or tuple(found.shape) != shape or found.dtype != torch.float32:
+            what = "nothing" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
+            raise InvalidArgument(f"gradients holds {what} for {path}; expected torch.float32 of shape {shape}")
 
 
 def _check_igia(igia: Igia | None, decoder: Decoder, weights: Sequence[Weight]) -> None:

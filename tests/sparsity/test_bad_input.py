@@ -10,6 +10,7 @@ from gradpruner.errors import GradPrunerError, InvalidArgument, ModelMismatch, U
 from gradpruner.finetune import Recipe, add_adapters
 from gradpruner.oneshot import _watch
 from gradpruner.sparsity.criteria import parse_criterion
+from gradpruner.sparsity.gradients import gradient_norms
 from gradpruner.sparsity.pruning import sparsify
 
 PADDED = torch.tensor([[1, 2, 0]])
@@ -51,6 +52,7 @@ def refuses(model, error, says, batches=None, **options):
         ({"method": "dsnot:start=gblm"}, "start = 'gblm'"),
         ({"method": "dsnot:cycles=-1"}, "cycles = -1"),
         ({"method": "dsnot:threshold=-1"}, "threshold = -1"),
+        ({"method": "dsnot:overshoot=1"}, "overshoot = 1"),
         ({"method": "dsnot", "pattern": "matrix"}, "pattern = 'matrix'; dsnot"),
         ({"ratio": 1.0}, "ratio = 1.0"),
         ({"ratio": "half"}, "ratio = 'half'"),
@@ -101,6 +103,20 @@ def test_one_input_that_is_always_zero_goes_first():
         sparsify(pruned, batches_of(), method=method)
         assert not pruned.model.layers[1].mlp.up_proj.weight[:, 5].any()
         assert all(p.isfinite().all() for p in pruned.parameters())
+
+
+def test_gradients_of_something_else():
+    model = model_of()
+    given = gradient_norms(model, batches_of())
+    refuses(model, InvalidArgument, "gradients given; wanda", method="wanda", gradients=given)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for wrong, said in (
+        (None, "nothing"),
+        (given[name].double(), "torch.float64"),
+        (given[name].t(), r"torch.float32 of shape \(16, 24\)"),
+    ):
+        less = {**given, name: wrong} if wrong is not None else {k: v for k, v in given.items() if k != name}
+        refuses(model, InvalidArgument, f"gradients holds {said}.* for {name}", method="gblm", gradients=less)
 
 
 def test_models():

@@ -26,13 +26,15 @@ class DsNoT(Criterion):
     The error of a row is the sum of what its pruned entries gave: W * mean over sequences of the sum of inputs. In
     turn the entry comes back whose return lowers it most for the variance of its input, and the kept entry with the
     smallest abs(W) * norm2(x) goes whose absence lowers it too; for N:M, one of the same group. start: the criterion
-    that makes the first mask, magnitude or wanda. cycles: exchanges at most. Raises InvalidArgument.
+    that makes the first mask, magnitude or wanda. cycles: exchanges at most. overshoot: a row goes on where an exchange
+    turns the sign of its error; otherwise it is left as it was before that. Raises InvalidArgument.
     Source: METHOD section 6 (Zhang et al. 2024). Not for pattern "matrix".
     """
 
     start: str = "wanda"
     cycles: int = 50
     threshold: float = 0.1
+    overshoot: bool = False  # the authors' code: True in rows, False in N:M
     name: ClassVar[str] = "dsnot"
     needs: ClassVar[frozenset[str]] = frozenset({NORMS, MOMENTS})
     within_matrix: ClassVar[bool] = False
@@ -46,6 +48,8 @@ class DsNoT(Criterion):
         number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
         if not number or not self.threshold >= 0:
             raise InvalidArgument(f"threshold = {self.threshold!r}; expected a number, 0 or more")
+        if not isinstance(self.overshoot, bool):
+            raise InvalidArgument(f"overshoot = {self.overshoot!r}; accepted are true and false")
 
     def prune_(self, weight: Tensor, seen: Seen, pattern: Pattern) -> Tensor:
         """Zero what the refined mask leaves out."""
@@ -67,19 +71,24 @@ class DsNoT(Criterion):
         rows = torch.arange(len(kept), device=kept.device)
         place = torch.arange(kept.shape[1], device=kept.device) // group
         free, error = torch.ones_like(kept), torch.where(kept, 0.0, given).sum(1)
+        active = torch.ones_like(rows, dtype=torch.bool)
         for _ in range(self.cycles):
-            sign = torch.where(error.abs() > self.threshold, error.sign(), 0.0)[:, None]
+            sign = torch.where(active & (error.abs() > self.threshold), error.sign(), 0.0)[:, None]
             back, gain = _first(torch.where(free & ~kept & (given * sign > 0), -worth * sign, INFINITY))
             lowers = free & kept & (given * sign < 0) & (place == place[back][:, None])
             gone, price = _first(torch.where(lowers, cost, INFINITY))
             moves = (gain < INFINITY) & (price < INFINITY)
             if not bool((gain < INFINITY).any()):
                 break
+            after = error + given[rows, gone] - given[rows, back]
+            if not self.overshoot:
+                active &= ~moves | (after.sign() * error.sign() >= 0)
+                moves &= active
             free[rows, back] = False  # also where nothing can go for it
             free[rows[moves], gone[moves]] = False
             kept[rows[moves], back[moves]] = True
             kept[rows[moves], gone[moves]] = False
-            error += torch.where(moves, given[rows, gone] - given[rows, back], 0.0)
+            error = torch.where(moves, after, error)
         return kept
 
 

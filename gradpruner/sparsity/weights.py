@@ -1,0 +1,23 @@
+"""Which weights pruning below the layer is about: the linears of all decoder layers."""
+
+from __future__ import annotations
+
+from gradpruner.decoder import Decoder, Weight, is_packed, is_peft
+from gradpruner.distributed import is_sharded
+from gradpruner.errors import InvalidArgument, UnsupportedModel
+
+
+def prunable(decoder: Decoder) -> list[Weight]:
+    """All linear weights of the decoder layers. Raises InvalidArgument, UnsupportedModel if one cannot be pruned."""
+    if is_peft(decoder.given):
+        raise InvalidArgument("model has adapters; expected a plain model (merge_and_unload first)")
+    found = decoder.weights
+    if not found:
+        raise UnsupportedModel("the decoder layers hold no linear weight of their own")
+    for weight in found:
+        path, parameter = decoder.path_of(weight), decoder.parameter(weight)
+        if len(weight.shape) != 2:
+            raise UnsupportedModel(f"{path} holds {weight.shape[0]} experts in one tensor: their inputs cannot be seen")
+        if is_packed(parameter) or is_sharded(parameter):
+            raise UnsupportedModel(f"{path} is quantised or sharded: it cannot be pruned in place")
+    return found
