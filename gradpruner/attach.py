@@ -42,6 +42,7 @@ from gradpruner.training_files import (
     mark_of,
     newest_complete,
 )
+from gradpruner.whole import need_whole
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +83,7 @@ def attach(
     """
     if not isinstance(trainer, Trainer):
         raise InvalidArgument(f"trainer is a {type(trainer).__name__}; expected a transformers.Trainer")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InvalidArgument(f"steps = {steps!r}; expected a number of optimizer steps, 1 or more")
+    need_whole("steps", steps, 1, "a number of optimizer steps")
     if any(isinstance(callback, PruneCallback) for callback in trainer.callback_handler.callbacks):
         raise InvalidArgument("trainer: gradpruner is attached already; expected a Trainer without it")
     settings = Settings.of(preset, kind=kind, merge=merge, top=top, weight=weight, patch=patch, adapters=adapters)

@@ -25,6 +25,7 @@ from gradpruner.decoder import Decoder, is_linear, is_peft, linear_modules
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.logits import evaluating
 from gradpruner.memory import peak_memory, reset_peak_memory
+from gradpruner.whole import need_whole
 
 Row = Mapping[str, Any]
 GROUPED = 50  # batches whose rows are sorted together: as transformers groups by length
@@ -54,9 +55,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Check every value by name."""
         for name, least in (("batch_size", 1), ("accumulation", 1), ("rank", 0), ("alpha", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InvalidArgument(f"{name} = {value!r}; expected a whole number, {least} or more")
+            need_whole(name, getattr(self, name), least)
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise InvalidArgument(f"{name} = {getattr(self, name)!r}; expected a number above 0")
@@ -101,8 +100,7 @@ def schedule(rows: Sequence[Row], steps: int, recipe: Recipe) -> list[Row]:
     """
     if not rows:
         raise InvalidArgument("rows is empty; expected at least one training example")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise InvalidArgument(f"steps = {steps!r}; expected a number of optimizer steps, 1 or more")
+    need_whole("steps", steps, 1, "a number of optimizer steps")
     shuffler, ordered = random.Random(recipe.seed), list[Row]()
     while len(ordered) < steps * recipe.rows_a_step:
         epoch = list(rows)

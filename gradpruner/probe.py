@@ -19,6 +19,7 @@ from gradpruner.estimators.gradient import AdamReader, GradientReader, why_not_a
 from gradpruner.estimators.lora import LoraReader, has_lora
 from gradpruner.igia import Igia, shared
 from gradpruner.optimizers import unwrapped
+from gradpruner.whole import need_whole
 
 ESTIMATORS = ("auto", "lora", "gradient", "adam", "exact")
 ALIKE = 1e-3  # relative; what processes that read the same reduced gradient may differ by, and no others stay within
@@ -108,8 +109,7 @@ class Probe:
         resume: the `snapshot` of a probe that was interrupted: its steps count, and this one goes on from them.
         Raises InvalidArgument, ModelMismatch where the snapshot is of another model.
         """
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise InvalidArgument(f"steps = {steps!r}; expected a number of optimizer steps, 1 or more")
+        need_whole("steps", steps, 1, "a number of optimizer steps")
         if self._handles or self._igia is not None:
             raise InvalidArgument("this probe is already watching, or has finished; make a new one")
         optimizer = unwrapped(optimizer)  # hooks belong on the one that really steps

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradpruner.errors import InvalidArgument
+from gradpruner.whole import need_whole
 
 ADAPTERS = ("keep", "discard")
 
@@ -35,9 +36,7 @@ class Settings:
             raise InvalidArgument(f"adapters = {self.adapters!r}; accepted are {', '.join(ADAPTERS)}")
         if not isinstance(self.patch, bool):
             raise InvalidArgument(f"patch = {self.patch!r}; accepted are True and False")
-        factor = self.rank_factor
-        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
-            raise InvalidArgument(f"rank_factor = {factor!r}; expected a whole number, 1 or more")
+        need_whole("rank_factor", self.rank_factor, 1)
 
     @classmethod
     def of(cls, preset: str = "default", **changed: Any) -> Settings:

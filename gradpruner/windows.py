@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradpruner.data import Example
 from gradpruner.errors import InvalidArgument
+from gradpruner.whole import need_whole
 
 
 def text_of(examples: Sequence[Example]) -> str:
@@ -20,8 +21,7 @@ def text_of(examples: Sequence[Example]) -> str:
 
 def tokens_of(text: str, tokenizer: Any, length: int) -> list[int]:
     """All tokens of the text. Raises InvalidArgument if it has fewer than `length`, a window's, or that is below 2."""
-    if isinstance(length, bool) or not isinstance(length, int) or length < 2:
-        raise InvalidArgument(f"length = {length!r}; expected a number of tokens, 2 or more")
+    need_whole("length", length, 2, "a number of tokens")
     tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]
     if len(tokens) < length:
         raise InvalidArgument(f"data has {len(tokens)} tokens; expected {length} or more, one window")
@@ -39,8 +39,7 @@ def sampled(tokens: Sequence[int], length: int, count: int, seed: int) -> list[d
 
     Raises InvalidArgument.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise InvalidArgument(f"samples = {count!r}; expected a whole number, 1 or more")
+    need_whole("samples", count, 1)
     places = random.Random(seed)
     starts = [places.randrange(len(tokens) - length + 1) for _ in range(count)]
     return [{"input_ids": torch.tensor([tokens[s : s + length]])} for s in starts]

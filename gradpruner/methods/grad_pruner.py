@@ -15,6 +15,7 @@ from gradpruner.methods.base import Clues, Method, register
 from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan
 from gradpruner.settings import PRESETS, Settings
+from gradpruner.whole import need_whole
 
 
 @register
@@ -45,9 +46,8 @@ class GradPruner(Method):
         if self.settings.kind not in (*SCORES, *KINDS):
             raise InvalidArgument(f"kind = {self.settings.kind!r}; accepted are {', '.join((*SCORES, *KINDS))}")
         for name, least in (("probe_steps", 1), ("rank", 0)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise InvalidArgument(f"{name} = {value!r}; expected a whole number, {least} or more")
+            if getattr(self, name) is not None:
+                need_whole(name, getattr(self, name), least)
         if self.share is not None and not 0 < self.share <= 1:
             raise InvalidArgument(f"share = {self.share!r}; accepted is above 0 and up to 1")
 

@@ -18,6 +18,7 @@ from gradpruner.merge import apply, check_fits
 from gradpruner.methods.base import Batch, Clues, Method, check_count, lowest, register
 from gradpruner.methods.hidden import final_states, skipping
 from gradpruner.plan import Plan
+from gradpruner.whole import need_whole
 
 SEQUENCES = 10
 FALLING = tuple(k / 20 for k in range(19, -21, -1))  # thresholds that are tried, 0.95 down to -1
@@ -49,9 +50,7 @@ class Laco(Method):
     def __post_init__(self) -> None:
         """Check the options."""
         for option, least in (("combine", 2), ("interval", 1), ("low", 0)):
-            value = getattr(self, option)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InvalidArgument(f"{option} = {value!r}; expected a whole number, {least} or more")
+            need_whole(option, getattr(self, option), least)
         number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
         if self.threshold is not None and not (number and -1 <= self.threshold <= 1):
             raise InvalidArgument(f"threshold = {self.threshold!r}; accepted are none and -1 to 1")

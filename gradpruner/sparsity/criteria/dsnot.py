@@ -14,6 +14,7 @@ from gradpruner.sparsity.bits import pack, unpack
 from gradpruner.sparsity.criteria.base import CRITERIA, Criterion, Metric, register
 from gradpruner.sparsity.pattern import Pattern
 from gradpruner.sparsity.seen import MOMENTS, NORMS, Seen
+from gradpruner.whole import need_whole
 
 INFINITY = float("inf")
 
@@ -43,8 +44,7 @@ class DsNoT(Criterion):
         """Check the options."""
         if self.start not in ("magnitude", "wanda"):
             raise InvalidArgument(f"start = {self.start!r}; accepted are magnitude and wanda")
-        if isinstance(self.cycles, bool) or not isinstance(self.cycles, int) or self.cycles < 0:
-            raise InvalidArgument(f"cycles = {self.cycles!r}; expected a whole number, 0 or more")
+        need_whole("cycles", self.cycles, 0)
         number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
         if not number or not self.threshold >= 0:
             raise InvalidArgument(f"threshold = {self.threshold!r}; expected a number, 0 or more")

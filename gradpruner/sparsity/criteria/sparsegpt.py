@@ -14,6 +14,7 @@ from gradpruner.sparsity.bits import pack, unpack
 from gradpruner.sparsity.criteria.base import Criterion, register
 from gradpruner.sparsity.pattern import Pattern, largest
 from gradpruner.sparsity.seen import HESSIAN, Seen
+from gradpruner.whole import need_whole
 
 
 @register
@@ -32,8 +33,7 @@ class SparseGpt(Criterion):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
-            raise InvalidArgument(f"block = {self.block!r}; expected a number of columns, 1 or more")
+        need_whole("block", self.block, 1, "a number of columns")
         if isinstance(self.damping, bool) or not isinstance(self.damping, (int, float)) or not 0 < self.damping < 1:
             raise InvalidArgument(f"damping = {self.damping!r}; accepted is a share above 0 and below 1")
 
