@@ -66,6 +66,54 @@ def skipping(decoder: Decoder, layers: Iterable[int]) -> Iterator[None]:
             handle.remove()
 
 
+@contextlib.contextmanager
+def noting(decoder: Decoder, entering: dict[int, Any]) -> Iterator[None]:
+    """Inside, a forward writes down for each layer what it would return if it passed its input on."""
+
+    def hook(index: int) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            entering[index] = _pass_input_on(module, args, kwargs, output)
+
+        return note
+
+    handles = [layer.register_forward_hook(hook(j), with_kwargs=True) for j, layer in enumerate(decoder.layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def passing(decoder: Decoder, entering: dict[int, Any], layers: Iterable[int], last: int) -> Iterator[None]:
+    """Inside, these layers compute nothing and pass on what was noted to enter `last` of them, or their own input.
+
+    Behind `last` a layer passes its own input on; before it, it does not matter what.
+    """
+    replaced: dict[int, Any] = {}
+
+    def instead(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if index <= last:
+                return entering[last]
+            return _pass_input_on(decoder.layers[index], args, kwargs, entering[index])
+
+        return forward
+
+    try:
+        for j in layers:
+            layer = decoder.layers[j]
+            replaced[j] = vars(layer).get("forward")
+            layer.forward = instead(j)
+        yield
+    finally:
+        for j, own in replaced.items():
+            if own is None:
+                del decoder.layers[j].forward
+            else:
+                decoder.layers[j].forward = own
+
+
 def final_states(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[Tensor]:
     """For each batch what the model's head would be given, (rows, tokens, width); zero where there is padding.
 
