@@ -64,6 +64,7 @@ def counts() -> list[Count]:
     found = [_gram(rank, dtype) for rank in (8, 64) for dtype in SIZE]
     for n_out, n_in in LLAMA.distinct:
         found += [_square(n_out, n_in), _threshold(n_out, n_in), _sign_merge(n_out, n_in), _wgrad(n_out, n_in)]
+        found += [_prune(n_out, n_in, n_in), _prune(n_out, n_in, 4), _importance(n_out, n_in), _mask(n_out, n_in)]
         for rank in (8, 64):
             for dtype in SIZE:
                 for op in (_outer, _factor_threshold, _factor_sign_merge, _fold):
@@ -180,6 +181,36 @@ def _wgrad(n_out: int, n_in: int) -> Count:
     released = (Pass(read + 2 * entries, work), *_square(n_out, n_in).released, _move(4 * entries))
     shape = f"{n_out}x{n_in} {TOKENS} tokens bf16"
     return Count("wgrad_square_accumulate_", shape, "wgrad-bf16-frozen", ours, released)
+
+
+def _prune(n_out: int, n_in: int, group: int) -> Count:
+    """Half of each group stays, by the norms of the inputs. The released way's sort of a row is counted as one pass.
+
+    It widens the weight's magnitude, multiplies, sorts, and sets a boolean mask and then the weight by places.
+    """
+    entries = n_out * n_in
+    ours = (_move((2 + 2 + 1 / 8) * entries + 4 * n_in),)
+    released = (_move(4 * entries), _move(6 * entries), _move(entries), _move((4 + 4 + 8) * entries),
+                _move((8 + 1) / 2 * entries), _move((1 + 2 + 2) * entries))  # fmt: skip
+    kernel = f"prune_by_boundary-bf16-norms-{group}" if group == n_in else f"prune_by_rank-bf16-norms-{group}"
+    what = "half a row" if group == n_in else f"{group // 2}:{group}"
+    return Count("prune_groups_", f"{n_out}x{n_in} bf16, {what}", kernel, ours, released)
+
+
+def _importance(n_out: int, n_in: int) -> Count:
+    """abs(W) (norm + alpha grad). Released: abs(W), it times the norms, alpha grad, it times abs(W), the sum."""
+    entries = n_out * n_in
+    ours = (_move((2 + 4 + 4) * entries + 4 * n_in),)
+    released = tuple(_move(n * entries) for n in (2 + 2, 2 + 4, 4 + 4, 2 + 4 + 4, 4 + 4 + 4))
+    return Count("weight_importance", f"{n_out}x{n_in} bf16", "weight_importance-bf16-both", ours, released)
+
+
+def _mask(n_out: int, n_in: int) -> Count:
+    """The released way: bits to bytes (shifted, and one, compared), then the weight filled by them."""
+    entries = n_out * n_in
+    ours = (_move((2 + 2 + 1 / 8) * entries),)
+    released = tuple(_move(n * entries) for n in (1 / 8 + 1, 1 + 1, 1 + 1, 1 + 2 + 2))
+    return Count("apply_mask_", f"{n_out}x{n_in} bf16", "apply_mask-bf16", ours, released)
 
 
 def _gram(rank: int, dtype: str) -> Count:
