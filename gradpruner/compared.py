@@ -17,7 +17,7 @@ from gradpruner.errors import InvalidArgument
 from gradpruner.files import atomic_path, read_json, write_json
 from gradpruner.igia import SCORES, Igia
 from gradpruner.methods import GradPruner
-from gradpruner.plan import Plan
+from gradpruner.plan import Plan, how_many
 from gradpruner.probed import IGIA
 from gradpruner.report import table
 from gradpruner.results import Result, read_costs, write_costs, write_results
@@ -31,7 +31,9 @@ def write(comparison: Compare, *, costs: bool, sensitivity: Sequence[Mapping[str
     command prints: a table, and the same as JSON.
     """
     if sensitivity:
-        write_json(comparison.folder / "sensitivity.json", {"rows": list(sensitivity)})
+        count = how_many(comparison.layers(), comparison.ratios[0])
+        tried = {"rows": list(sensitivity), "count": count, "seeds": list(comparison.seeds)}
+        write_json(comparison.folder / "sensitivity.json", tried)
     if costs:
         _measure(comparison)
     return rewrite(comparison.folder)
@@ -61,7 +63,7 @@ def rewrite(folder: Path) -> dict[str, Any]:
         costs=read_costs(costs) if costs.exists() else [],
         differences=differences,
         probe=_probe(folder, found),
-        sensitivity=scored(read_json(sensitivity, "sensitivity")["rows"], results) if sensitivity.exists() else [],
+        sensitivity=scored(read_json(sensitivity, "sensitivity"), results) if sensitivity.exists() else [],
         notes=_notes(terms),
     )
     rows = _rows(results, differences)

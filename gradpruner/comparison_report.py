@@ -61,7 +61,7 @@ def write_comparison(
     losses: by method, number of removed layers and seed, of every step after the cut. differences: rows with method,
     count, difference, low and high, the default method minus that one in exact match. probe: layer_scores by kind,
     the kind that was used, stability (the settled share of the removed set after each step) and plan.
-    sensitivity: rows with factor, value, exact_match and is_default.
+    sensitivity: rows with factor, value, exact_match, is_default and dense, the dense model's exact match.
 
     Raises:
         InvalidArgument: no pruned model, a run twice, a missing folder, scores that do not fit the plan, or no
@@ -80,7 +80,7 @@ def write_comparison(
         _settling(pictures, probe),
         _losses(comparison, pictures, losses),
         _costs(comparison, pictures, costs),
-        _sensitivity(comparison, pictures, sensitivity),
+        _sensitivity(pictures, sensitivity),
         _notes(notes),
     ]
     pictures.remove_others()
@@ -220,11 +220,10 @@ def _costs(comparison: Comparison, pictures: _Pictures, costs: Sequence[Cost]) -
     return f"<h2>What it costs</h2>\n{picture}{costs_table(comparison, costs)}"
 
 
-def _sensitivity(comparison: Comparison, pictures: _Pictures, rows: Sequence[Mapping[str, Any]]) -> str:
+def _sensitivity(pictures: _Pictures, rows: Sequence[Mapping[str, Any]]) -> str:
     scored = [row for row in rows if row["exact_match"] is not None]
     if not scored:
         return ""
-    dense = comparison.spread(DENSE, metric=EXACT_MATCH)
     listed = "; ".join(
         f"{row['factor']} {row['value']}{' (default)' * row['is_default']}: {EXACT_MATCH.shown(row['exact_match'])}"
         for row in scored
@@ -232,7 +231,7 @@ def _sensitivity(comparison: Comparison, pictures: _Pictures, rows: Sequence[Map
     picture = pictures.draw(
         "sensitivity.png",
         f"Exact match as one setting at a time changes. {listed}.",
-        lambda path, task: figures.plot_sensitivity(path, scored, dense.mean if dense else None, task),
+        lambda path, task: figures.plot_sensitivity(path, scored, scored[0]["dense"], task),
     )
     note = '<p class="note">One setting at a time; filled points are the defaults.</p>'
     return f"<h2>Sensitivity to the settings</h2>\n{picture}{note}\n"

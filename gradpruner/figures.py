@@ -256,7 +256,7 @@ def plot_sensitivity(path: Target, rows: Sequence[Mapping[str, Any]], dense: flo
             panel.set_visible(False)
             continue
         _draw_factor(panel, [row for row in rows if row["factor"] == factor], dense)
-        style_axes(panel, str(factor), "exact match" if panel in panels[::columns] else "")
+        style_axes(panel, textwrap.fill(str(factor), 16), "exact match" if panel in panels[::columns] else "")
     if dense is not None:
         panels[0].annotate(
             "dense", (0, dense), xycoords=("axes fraction", "data"), xytext=(5, 4), textcoords="offset points"
@@ -280,6 +280,8 @@ def _values(rows: Sequence[Mapping[str, Any]], factor: str) -> int:
 
 
 def _draw_factor(axes: Axes, rows: Sequence[Mapping[str, Any]], dense: float | None) -> None:
+    from matplotlib.patheffects import withStroke
+
     values = list(dict.fromkeys(str(row["value"]) for row in rows))
     at = range(len(values))
     found = (spread(row["exact_match"] for row in rows if str(row["value"]) == value) for value in values)
@@ -301,6 +303,7 @@ def _draw_factor(axes: Axes, rows: Sequence[Mapping[str, Any]], dense: float | N
                 ha="center",
                 fontsize=10,
                 fontweight="bold" if is_default else "normal",
+                path_effects=[withStroke(linewidth=3, foreground="white")],  # legible where a line passes
             )
     if dense is not None:
         axes.axhline(dense, color=INK, linewidth=1.4, linestyle=(0, (6, 2)), zorder=1)

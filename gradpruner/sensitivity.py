@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from gradpruner.factors import FACTORS
 from gradpruner.methods import GradPruner, parse_method, spelled
 from gradpruner.results import Result
 from gradpruner.spelling import value_of
+from gradpruner.verdict import DENSE
 
 
 def variants(factors: Mapping[str, Sequence[Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -29,12 +30,22 @@ def variants(factors: Mapping[str, Sequence[Any]], defaults: Mapping[str, Any]) 
     return rows
 
 
-def scored(rows: Sequence[Mapping[str, Any]], results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The rows whose models are done, with their exact match, mean over seeds."""
+def scored(tried: Mapping[str, Any], results: Sequence[Result]) -> list[dict[str, Any]]:
+    """The rows whose models are done, with their exact match and the dense model's, means over seeds.
+
+    tried: rows, and the count of layers removed and the seeds that they were tried with: a comparison's folder holds
+    others of the same methods, which would not be alike.
+    """
+    alike = [r for r in results if r.seed in tried["seeds"] and r.exact_match is not None]
+    dense = _mean(r for r in alike if r.method == DENSE)
     found = []
-    for row in rows:
-        scores = [r.exact_match for r in results if r.method == row["method"]]
-        known = [score for score in scores if score is not None]
-        if known:
-            found.append({**row, "exact_match": sum(known) / len(known)})
+    for row in tried["rows"]:
+        mean = _mean(r for r in alike if (r.method, r.count) == (row["method"], tried["count"]))
+        if mean is not None:
+            found.append({**row, "exact_match": mean, "dense": dense})
     return found
+
+
+def _mean(results: Iterable[Result]) -> float | None:
+    scores = [r.exact_match for r in results if r.exact_match is not None]
+    return sum(scores) / len(scores) if scores else None

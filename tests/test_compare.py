@@ -694,14 +694,18 @@ def test_no_variant_is_trained_twice(home, tmp_path):
     assert len(calls["tune"]) == len(set(keys.values())) and len(calls["watch"]) == 1
 
 
-def result(method, score, seed=0):
-    return Result(method, 2, 0.4, seed, score, None, 1.0, 9, 4, 10, "4 5", "", 8, 1.0, 1.0, 1.0)
+def result(method, score, seed=0, count=2):
+    return Result(method, count, 0.4, seed, score, None, 1.0, 9, 4, 10, "4 5", "", 8, 1.0, 1.0, 1.0)
 
 
 def test_scored_is_the_mean_over_seeds_of_what_is_done():
     rows = sensitivity.variants({"layer score": (KIND, OTHER, "normalized")}, USUAL)
-    done = [result("gradpruner", 0.5), result("gradpruner", 0.7, 1), result(f"gradpruner:kind={OTHER}", None)]
-    assert sensitivity.scored(rows, done) == [{**rows[0], "exact_match": pytest.approx(0.6)}]
+    done = [result("gradpruner", 0.5), result("gradpruner", 0.7, 1), result(f"gradpruner:kind={OTHER}", None),
+            result("dense", 0.8, count=0), result("dense", 0.9, 1, count=0)]  # fmt: skip
+    # of the same folder, but not tried with the others
+    done += [result("gradpruner", 0.1, 2), result("gradpruner", 0.2, count=3), result("dense", 0.1, 2, count=0)]
+    scored = sensitivity.scored({"rows": rows, "count": 2, "seeds": [0, 1]}, done)
+    assert scored == [{**rows[0], "exact_match": pytest.approx(0.6), "dense": pytest.approx(0.85)}]
 
 
 def test_a_default_given_as_text_is_a_default():

@@ -108,7 +108,7 @@ def make_data(methods=tuple(METHODS), counts=(6, 9, 12, 15), seeds=3, macro_f1=T
             "plan": PLAN,
         },
         "sensitivity": [
-            {"factor": factor, "value": value, "exact_match": em, "is_default": em == 0.815}
+            {"factor": factor, "value": value, "exact_match": em, "is_default": em == 0.815, "dense": 0.825}
             for factor, pairs in {
                 "probe steps": [("7", 0.803), ("14", 0.811), ("28", 0.815), ("56", 0.816)],
                 "merge": [("none", 0.799), ("auto", 0.815), ("all", 0.806)],
@@ -500,7 +500,7 @@ def test_names_are_escaped(tmp_path, figures):
     evil = "<script>'$x$\"&"
     results = [result("dense", 0, 0, 0.8), *(result(evil, count, 0, 0.7) for count in (2, 4))]
     losses = {(evil, 4, 0): [1.0, 0.5]}
-    sensitivity = [{"factor": evil, "value": evil, "exact_match": 0.5, "is_default": True}]
+    sensitivity = [{"factor": evil, "value": evil, "exact_match": 0.5, "is_default": True, "dense": None}]
     data = {**BARE, "title": evil, "task": evil, "results": results, "losses": losses, "sensitivity": sensitivity}
     page = Page(write_comparison(tmp_path, **data, notes=[evil]))
     assert "script" not in [tag for tag, _ in page.tags]
