@@ -40,7 +40,7 @@ from gradpruner.sparsity import gradient_norms, sparsify
 from gradpruner.windows import consecutive, sampled, tokens_of
 
 FOLDER = Path(__file__).parent / "results"
-LENGTH, SAMPLES = 512, 128
+LENGTH = 512
 DENSE = "dense"
 FREE = ("magnitude",)  # goes by no sample: one seed is all
 MAIN = ("wanda", "gblm", "sparsegpt", "dsnot", "igia")
@@ -86,7 +86,7 @@ def loaded(options: argparse.Namespace) -> tuple[Any, Any]:
 def calibration(options: argparse.Namespace, tokenizer: Any, seed: int) -> list[dict[str, Tensor]]:
     """The windows of one seed."""
     tokens = tokens_of(contexts(options.pubmedqa / "train.jsonl"), tokenizer, LENGTH)
-    return sampled(tokens, LENGTH, SAMPLES, seed)
+    return sampled(tokens, LENGTH, options.samples, seed)
 
 
 def prepare(options: argparse.Namespace, cache: Path, what: str, seed: int) -> None:
@@ -98,7 +98,7 @@ def prepare(options: argparse.Namespace, cache: Path, what: str, seed: int) -> N
     if what == "igia":
         rows = [{"input_ids": b["input_ids"][0].tolist(), "labels": b["input_ids"][0].tolist()} for b in batches]
         recipe = Recipe(batch_size=4, seed=seed)
-        watch(model, tokenizer, schedule(rows, SAMPLES // 4, recipe), recipe, quiet=True)[1].save(path)
+        watch(model, tokenizer, schedule(rows, len(rows) // 4, recipe), recipe, quiet=True)[1].save(path)
     elif what == "l2":
         save_file(gradient_norms(model, batches), path)
     else:
@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("pubmedqa", type=Path)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, default=128, help="windows to calibrate on")
     parser.add_argument("--windows", type=int, default=32, help="of each text, to judge by")
     parser.add_argument("--processes", type=int, default=1, help="each with its share of the cores")
     parser.add_argument("--cache", type=Path, help="where gradients and probes are kept; default: a temporary folder")

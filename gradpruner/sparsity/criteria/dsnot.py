@@ -68,27 +68,30 @@ class DsNoT(Criterion):
 
     def _exchange(self, kept: Tensor, given: Tensor, worth: Tensor, cost: Tensor, group: int) -> Tensor:
         """The refined mask, boolean (out, in). No entry moves twice."""
-        rows = torch.arange(len(kept), device=kept.device)
         place = torch.arange(kept.shape[1], device=kept.device) // group
         free, error = torch.ones_like(kept), torch.where(kept, 0.0, given).sum(1)
-        active = torch.ones_like(rows, dtype=torch.bool)
+        goes_on = error.abs() > self.threshold
         for _ in range(self.cycles):
-            sign = torch.where(active & (error.abs() > self.threshold), error.sign(), 0.0)[:, None]
-            back, gain = _first(torch.where(free & ~kept & (given * sign > 0), -worth * sign, INFINITY))
-            lowers = free & kept & (given * sign < 0) & (place == place[back][:, None])
-            gone, price = _first(torch.where(lowers, cost, INFINITY))
-            moves = (gain < INFINITY) & (price < INFINITY)
-            if not bool((gain < INFINITY).any()):
+            rows = goes_on.nonzero().flatten()  # few after some cycles
+            if not len(rows):
                 break
-            after = error + given[rows, gone] - given[rows, back]
+            sign, mine, stays = error[rows].sign()[:, None], given[rows], kept[rows]
+            open_ = free[rows]
+            back, gain = _first(torch.where(open_ & ~stays & (mine * sign > 0), -worth[rows] * sign, INFINITY))
+            lowers = open_ & stays & (mine * sign < 0) & (place == place[back][:, None])
+            gone, price = _first(torch.where(lowers, cost[rows], INFINITY))
+            moves = (gain < INFINITY) & (price < INFINITY)
+            after = error[rows] + given[rows, gone] - given[rows, back]
+            stops = gain == INFINITY
             if not self.overshoot:
-                active &= ~moves | (after.sign() * error.sign() >= 0)
-                moves &= active
+                stops |= moves & (after.sign() * error[rows].sign() < 0)
+                moves &= ~stops
             free[rows, back] = False  # also where nothing can go for it
             free[rows[moves], gone[moves]] = False
             kept[rows[moves], back[moves]] = True
             kept[rows[moves], gone[moves]] = False
-            error = torch.where(moves, after, error)
+            error[rows[moves]] = after[moves]
+            goes_on[rows] = ~stops & (error[rows].abs() > self.threshold)
         return kept
 
 
