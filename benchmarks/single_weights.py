@@ -80,7 +80,10 @@ def contexts(path: Path) -> str:
 def loaded(options: argparse.Namespace) -> tuple[Any, Any]:
     """The model, in bfloat16, and its tokenizer."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.processes))
-    return load_model(options.model, dtype=torch.bfloat16)
+    model, tokenizer = load_model(options.model, dtype=torch.bfloat16)
+    for parameter in model.parameters():  # out of the mapped file, whose pages count only once they are touched
+        parameter.data = parameter.data.clone()
+    return model, tokenizer
 
 
 def calibration(options: argparse.Namespace, tokenizer: Any, seed: int) -> list[dict[str, Tensor]]:
@@ -134,7 +137,9 @@ def judge(options: argparse.Namespace, cache: Path, seed: int, pattern: str, met
         criterion, _, how = method.partition(" ")
         if criterion == "gblm":
             norm, _, alone = (how or "l2").partition(", ")
-            given["gradients"] = load_file(cache / f"{norm}-{seed}.safetensors")
+            given["gradients"] = {
+                name: norms.clone() for name, norms in load_file(cache / f"{norm}-{seed}.safetensors").items()
+            }
             criterion += ":activations=false" if alone else ""
         if criterion == "igia":
             given["igia"] = Igia.load(cache / f"igia-{seed}.safetensors")
