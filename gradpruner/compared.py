@@ -53,21 +53,30 @@ def rewrite(folder: Path) -> dict[str, Any]:
     ])  # fmt: skip
     _write_rows(folder / "differences.csv", ("method", "count", "difference", "low", "high"),
                 [tuple(row.values()) for row in differences])  # fmt: skip
-    costs, sensitivity = folder / "costs.csv", folder / "sensitivity.json"
+    costs, tried = folder / "costs.csv", folder / "sensitivity.json"
+    sensitivity = scored(read_json(tried, "sensitivity"), results) if tried.exists() else []
+    apart = _apart(results, sensitivity)
     page = write_comparison(
         folder,
         title="Which layers can go",
         task=_task(terms),
-        results=results,
-        losses=losses,
+        results=[r for r in results if r.method not in apart],
+        losses={key: values for key, values in losses.items() if key[0] not in apart},
         costs=read_costs(costs) if costs.exists() else [],
-        differences=differences,
+        differences=[row for row in differences if row["method"] not in apart],
         probe=_probe(folder, found),
-        sensitivity=scored(read_json(sensitivity, "sensitivity"), results) if sensitivity.exists() else [],
+        sensitivity=sensitivity,
         notes=_notes(terms),
     )
     rows = _rows(results, differences)
     return {"json": {"rows": rows, "report": str(page)}, "line": f"{table(rows)}\n\nreport: {page}"}
+
+
+def _apart(results: Sequence[Result], sensitivity: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Methods that the page shows as values of a setting, and not among the others, if the default is there to show."""
+    if not any(result.method == OURS for result in results):
+        return set()
+    return {row["method"] for row in sensitivity if not row["is_default"]}
 
 
 def _result(terms: Mapping[str, Any], cell: Mapping[str, Any]) -> Result:
