@@ -179,9 +179,8 @@ def shown(found: Sequence[Judged]) -> list[dict[str, Any]]:
         for text in dict.fromkeys(j.text for j in found):
             of = [j.perplexity for j in found if (j.pattern, j.method, j.text) == (pattern, method, text)]
             row[text] = f"{statistics.fmean(of):.2f}" + (f" ± {statistics.stdev(of):.2f}" if len(of) > 1 else "")
-            row["seeds"] = len(of)
-        of = [j.extra_mb for j in found if (j.pattern, j.method) == (pattern, method)]
-        row["MB beyond the model"] = f"{statistics.fmean(of):.0f}"
+        of = [j.extra_mb for j in found if (j.pattern, j.method, j.text) == (pattern, method, text)]
+        row |= {"seeds": len(of), "MB beyond the model": f"{statistics.fmean(of):.0f}"}
         rows.append(row)
     return rows
 
