@@ -27,18 +27,21 @@ def add_sparsify(commands: Any) -> None:
                         help="shares of the layers (default uniform)")  # fmt: skip
     parser.add_argument("--samples", type=int, default=128, metavar="N", help="windows to calibrate on (default 128)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which windows (default 0)")
-    parser.add_argument("--device", metavar="D", help="where one layer at a time runs, cuda say (default: the model's)")
+    parser.add_argument("--device", metavar="D", help="where a layer sees its inputs, cuda say (default: the model's)")
     parser.add_argument("--igia", metavar="FILE", help="igia.safetensors, for method igia")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write, masks in it")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
 
 
 def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.files import need_free
     from gradpruner.igia import Igia
-    from gradpruner.sparsity.pruning import sparsify
+    from gradpruner.sparsity.pruning import chosen, sparsify
     from gradpruner.sparsity.saving import MASKS, save_sparse
     from gradpruner.windows import sampled, text_of, tokens_of
 
+    need_free(options.out, options.overwrite)
+    chosen(options.method, options.pattern, options.ratio, options.allocation)
     text = text_of(given.examples(options))
     model, tokenizer = given.load(options)
     tokens = tokens_of(text, tokenizer, options.max_length)

@@ -46,6 +46,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def need_free(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raises InvalidArgument where `atomic_folder` would refuse what is there already; asked before long work."""
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise InvalidArgument(f"folder {str(target)!r} is a file; expected a folder to write to")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise InvalidArgument(f"folder {str(target)!r} exists and is not empty; expected a new name, or overwrite")
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder to fill; on leaving without an error it becomes `path`.
@@ -55,13 +64,10 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     Raises InvalidArgument, or CheckpointError if writing fails.
     """
     target = Path(path)
-    if target.exists() and not target.is_dir():
-        raise InvalidArgument(f"folder {str(target)!r} is a file; expected a folder to write to")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(target)
-        if target.exists() and any(target.iterdir()) and not overwrite:
-            raise InvalidArgument(f"folder {str(target)!r} exists and is not empty; expected a new name, or overwrite")
+        need_free(target, overwrite)
         workplace, lock = _claim(target)
     except OSError as error:
         raise CheckpointError(f"could not write {target}: {error}; nothing was written") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -13,8 +13,7 @@ from gradpruner.methods.base import METHODS, Batch, Clues, Method, register
 from gradpruner.plan import Plan
 from gradpruner.sparsity.criteria import parse_criterion
 from gradpruner.sparsity.masks import Masks
-from gradpruner.sparsity.pattern import Pattern
-from gradpruner.sparsity.pruning import sparsify
+from gradpruner.sparsity.pruning import chosen, sparsify
 
 
 @register
@@ -38,13 +37,20 @@ class Sparse(Method):
         if self.layers not in METHODS or self.layers == self.name:
             accepted = ", ".join(sorted(set(METHODS) - {self.name}))
             raise InvalidArgument(f"layers = {self.layers!r}; accepted are {accepted}")
-        if parse_criterion(self.weights).importance:
+        criterion, _ = chosen(self.weights, self.pattern, self.ratio, self.allocation)
+        if criterion.importance:
             raise InvalidArgument(f"weights = {self.weights!r}; what was seen of the dense model is not of the cut one")
-        Pattern.of(self.pattern, self.ratio)
 
     @property
     def _layers(self) -> Method:
         return METHODS[self.layers]()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All that decides what it does, the two methods' own options too."""
+        weights = parse_criterion(self.weights)
+        layers = {"name": self.layers, **self._layers.options}
+        return {**asdict(self), "layers": layers, "weights": {"name": weights.name, **asdict(weights)}}  # type: ignore[call-overload]
 
     @property
     def probed(self) -> bool:  # type: ignore[override]

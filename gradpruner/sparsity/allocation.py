@@ -44,10 +44,15 @@ def alphapruning(exponents: Sequence[float], entries: Sequence[int], ratio: floa
     return shares
 
 
-def allocate(weights: Mapping[int, Sequence[Tensor]], ratio: Fraction, allocation: str) -> dict[int, float]:
-    """The share of every layer, by index. weights: those of each layer that are pruned. Raises InvalidArgument."""
+def check_allocation(allocation: str) -> None:
+    """Raises InvalidArgument for one that is not known."""
     if allocation not in ALLOCATIONS:
         raise InvalidArgument(f"allocation = {allocation!r}; accepted are {', '.join(ALLOCATIONS)}")
+
+
+def allocate(weights: Mapping[int, Sequence[Tensor]], ratio: Fraction, allocation: str) -> dict[int, float]:
+    """The share of every layer, by index. weights: those of each layer that are pruned. Raises InvalidArgument."""
+    check_allocation(allocation)
     if allocation == "uniform":
         return dict.fromkeys(weights, float(ratio))
     exponents = [sum(map(hill_exponent, of)) / len(of) for of in weights.values()]

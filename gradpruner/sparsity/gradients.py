@@ -13,9 +13,8 @@ from gradpruner.decoder import Decoder, linear_modules
 from gradpruner.errors import InvalidArgument
 from gradpruner.fused import fuse, is_replaced, unfuse
 from gradpruner.ops.linear import WeightSquares
+from gradpruner.sparsity.batches import Batch, need_full
 from gradpruner.sparsity.weights import prunable
-
-Batch = Mapping[str, Tensor]
 
 
 def gradient_norms(model: nn.Module, batches: Sequence[Batch], p: int = 2) -> dict[str, Tensor]:
@@ -23,9 +22,13 @@ def gradient_norms(model: nn.Module, batches: Sequence[Batch], p: int = 2) -> di
 
     model: plain. batches: with input_ids, and labels, or every token is one; each row is a sample. p: 1 or 2. The
     norms are float32 in the stored shape, on the weight's device. No gradient is stored, of any sample: 4 bytes an
-    entry in all. Raises InvalidArgument if a loss or a gradient is not finite, UnsupportedModel.
+    entry in all. A sample adds nothing to a weight whose gradient of it is not finite. Raises InvalidArgument, also
+    where a loss is not finite or a weight got no gradient from any sample, UnsupportedModel.
     Source: METHOD section 6 (GBLM-Pruner).
     """
+    if p not in (1, 2) or isinstance(p, bool):
+        raise InvalidArgument(f"p = {p!r}; accepted are 1 and 2, the norm over samples")
+    need_full(batches, "gradient_norms")
     decoder = Decoder(model)
     linears = {decoder.path_of(w): linear_modules(decoder, w.layer)[w.name] for w in prunable(decoder)}
     device = next(decoder.base.parameters()).device

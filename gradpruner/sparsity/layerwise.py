@@ -17,8 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.logits import evaluating
-
-Batch = Mapping[str, Tensor]
+from gradpruner.sparsity.batches import Batch
 
 
 class Layerwise:
@@ -32,7 +31,13 @@ class Layerwise:
         if not batches:
             raise InvalidArgument("batches is empty; expected at least one, with input_ids")
         self._decoder, self._device, self.next = decoder, device, 0
+        layers = list(decoder.layers)
+        if any("forward" in vars(layer) for layer in layers):
+            raise UnsupportedModel("something else has replaced the forward of a decoder layer")
+        if len({id(layer) for layer in layers}) < len(layers):
+            raise UnsupportedModel("a decoder layer stands in the model more than once: it cannot run alone")
         self._hidden: list[Tensor] = []
+        self._rows: list[int] = []  # of each batch; not every model's hidden states begin with them
         self._given: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # by batch, by layer
         self._known: dict[tuple[Any, ...], list[Tensor]] = {}
         for batch in batches:
@@ -61,14 +66,11 @@ class Layerwise:
 
             return pass_on
 
-        layers = list(self._decoder.layers)
-        device = next(self._decoder.base.parameters()).device
+        layers, device = self._decoder.layers, next(self._decoder.base.parameters()).device
         inputs = {name: t.to(device) for name, t in batch.items() if name != "labels"}
-        for layer in layers:
-            if "forward" in vars(layer):
-                raise UnsupportedModel("something else has replaced the forward of a decoder layer")
-            layer.forward = passing(layer)
         try:
+            for layer in layers:
+                layer.forward = passing(layer)
             with evaluating(self._decoder.base):
                 self._decoder.body(**inputs, use_cache=False)
         finally:
@@ -76,6 +78,7 @@ class Layerwise:
                 vars(layer).pop("forward", None)
         if len(calls) != len(layers):
             raise UnsupportedModel(f"a forward called {len(calls)} of {len(layers)} decoder layers")
+        self._rows.append(len(batch["input_ids"]))
         self._hidden.append(entering[0].cpu())
         self._given.append(calls)
 
@@ -110,8 +113,8 @@ class Layerwise:
 
         handles: list[RemovableHandle] = [m.register_forward_pre_hook(hook(name)) for name, m in linears.items()]
         try:
-            for number, hidden in enumerate(self._hidden):
-                rows = len(hidden)
+            for number in range(len(self._hidden)):
+                rows = self._rows[number]
                 self._run(number)
         finally:
             for handle in handles:

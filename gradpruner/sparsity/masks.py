@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from gradpruner import ops
-from gradpruner.decoder import Decoder
+from gradpruner.decoder import Decoder, is_packed
+from gradpruner.distributed import is_sharded
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.files import atomic_path
 from gradpruner.shards import bytes_of, read_header
@@ -76,6 +77,10 @@ class Masks:
                 raise ModelMismatch(f"the model has no weight {name!r}; the masks are another model's")
             stored = decoder.parameter(weights[name]).data
             weight = stored.t() if weights[name].transposed else stored
+            if is_packed(decoder.parameter(weights[name])) or is_sharded(decoder.parameter(weights[name])):
+                raise UnsupportedModel(f"{name} is quantised or sharded: masks apply to plain weights")
+            if mask.dtype != torch.uint8 or mask.ndim != 2 or mask.shape[1] != -(-self.widths[name] // 8):
+                raise ModelMismatch(f"{name}: its mask is {mask.dtype} of {tuple(mask.shape)}, not bits of its inputs")
             if (len(mask), self.widths[name]) != tuple(weight.shape):
                 raise ModelMismatch(f"{name} is {tuple(weight.shape)}; its mask {(len(mask), self.widths[name])}")
             found.append((weight, mask))

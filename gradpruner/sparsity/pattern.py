@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-import torch
 from torch import Tensor
 
 from gradpruner import ops
@@ -35,13 +34,17 @@ class Pattern:
         if m:
             if not 0 < n < m:
                 raise InvalidArgument(f"pattern = {self.within!r}; expected N:M with N from 1 to M - 1")
+            self._check_ratio(self.ratio is None)
             if self.ratio is not None and Fraction(str(self.ratio)) != 1 - Fraction(n, m):
                 raise InvalidArgument(f"ratio = {self.ratio!r}; expected none, or {1 - n / m}, that of {self.within}")
             return
         if self.within not in WITHIN:
             raise InvalidArgument(f"pattern = {self.within!r}; accepted are row, matrix, and N:M (2:4, 4:8, ...)")
+        self._check_ratio(False)
+
+    def _check_ratio(self, may_lack: bool) -> None:
         number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
-        if not number or not 0 <= self.ratio < 1:  # type: ignore[operator]
+        if not may_lack and (not number or not 0 <= self.ratio < 1):  # type: ignore[operator]
             raise InvalidArgument(f"ratio = {self.ratio!r}; accepted is a share of the weights, from 0 to below 1")
 
     @classmethod
@@ -104,8 +107,11 @@ def largest(importance: Tensor, kept: int) -> Tensor:
     """Which `kept` entries of float32 (out, in) are largest, of equals the lower index: boolean, that shape."""
     value, index = ops.threshold(importance, kept)
     flat = importance.flatten()
-    place = torch.arange(flat.numel(), device=flat.device)
-    found = (flat > value) | ((flat == value) & (place <= index))
-    rest = ~found  # with fewer positive entries than are to stay, the first of the others stay too
-    found |= rest & (rest.cumsum(0) <= kept - found.sum())
+    ties = flat == value
+    ties[int(index) + 1 :] = False
+    found = (flat > value) | ties
+    lacking = kept - int(found.sum())
+    if lacking:  # fewer positive entries than are to stay: the first of the others stay too
+        rest = ~found
+        found |= rest & (rest.cumsum(0) <= lacking)
     return found.view(importance.shape)

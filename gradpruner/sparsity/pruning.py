@@ -11,14 +11,26 @@ from torch import Tensor, nn
 from gradpruner.decoder import Decoder, Weight, linear_modules
 from gradpruner.errors import InvalidArgument
 from gradpruner.igia import Igia
-from gradpruner.sparsity.allocation import allocate
+from gradpruner.sparsity.allocation import allocate, check_allocation
+from gradpruner.sparsity.batches import Batch, need_full
 from gradpruner.sparsity.criteria import Criterion, parse_criterion
 from gradpruner.sparsity.gradients import gradient_norms
-from gradpruner.sparsity.layerwise import Batch, Layerwise
+from gradpruner.sparsity.layerwise import Layerwise
 from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.pattern import Pattern
 from gradpruner.sparsity.seen import Seen, Statistics
 from gradpruner.sparsity.weights import prunable
+
+
+def chosen(method: str, pattern: str, ratio: float | None, allocation: str) -> tuple[Criterion, Pattern]:
+    """What these options of `sparsify` say, checked against each other. Raises InvalidArgument."""
+    criterion, wanted = parse_criterion(method), Pattern.of(pattern, ratio)
+    if wanted.within == "matrix" and not criterion.within_matrix:
+        raise InvalidArgument(f"pattern = 'matrix'; {criterion.name} chooses within a row: expected row or N:M")
+    check_allocation(allocation)
+    if allocation != "uniform":
+        wanted.with_ratio(float(wanted.share))  # N:M has a share of its own
+    return criterion, wanted
 
 
 def sparsify(
@@ -38,40 +50,37 @@ def sparsify(
     batches: input_ids (rows, tokens) and what else the model takes, no padding; none are needed for magnitude. method:
     a criterion, see `gradpruner.sparsity.criteria`, "gblm:p=1" with options. pattern, ratio: see `Pattern`; row and
     matrix take 0.5 unless told otherwise. allocation: "uniform" or "alphapruning", which gives every layer its own
-    share. device: where a layer runs while it is pruned (default: where it is); the model may wait in host memory.
+    share. device: where a layer runs while its inputs are seen (default: where it is); the model may wait in host
+    memory. Gradients are taken by the whole model, where that is.
     igia: for method igia. gradients: for gblm, what `gradient_norms` gave for these batches and its p, to prune more
     than once by; None: they are taken here. Embeddings, head, norms, biases and routers stay. A copy of the weights
     is held in host memory until all layers are done: a model that cannot be pruned is left as it was.
     Raises InvalidArgument, UnsupportedModel, ModelMismatch.
     """
-    criterion = parse_criterion(method)
-    wanted = Pattern.of(pattern, ratio)
-    if wanted.within == "matrix" and not criterion.within_matrix:
-        raise InvalidArgument(f"pattern = 'matrix'; {criterion.name} chooses within a row: expected row or N:M")
+    criterion, wanted = chosen(method, pattern, ratio, allocation)
+    place = _usable(device)
     decoder = Decoder(model)
     weights = prunable(decoder)
     for weight in weights:
         wanted.check(decoder.path_of(weight), weight.shape[0 if weight.transposed else 1])
     if criterion.importance:
         _check_igia(igia, decoder, weights)
-    if (criterion.needs or (criterion.gradients and gradients is None)) and not batches:
-        raise InvalidArgument(f"batches is empty; {criterion.name} expected at least one, with input_ids")
-    if any("attention_mask" in batch and not bool(batch["attention_mask"].all()) for batch in batches):
-        raise InvalidArgument("batches: some tokens are padding, which would count as text; expected full rows")
-    patterns = _patterns(decoder, weights, wanted, allocation)
+    if criterion.needs or (criterion.gradients and gradients is None):
+        need_full(batches, criterion.name)
     if gradients is not None:
         _check_gradients(gradients, criterion, decoder, weights)
-    elif criterion.gradients:
-        gradients = gradient_norms(model, batches, criterion.gradients)
-    walk = Layerwise(decoder, batches, None if device is None else torch.device(device)) if criterion.needs else None
+    patterns = _patterns(decoder, weights, wanted, allocation)
+    if gradients is None:
+        grads = gradient_norms(model, batches, criterion.gradients) if criterion.gradients else {}
+    else:
+        grads = dict(gradients)
+    walk = Layerwise(decoder, batches, place) if criterion.needs else None
     before: dict[str, Tensor] = {}
     bits: dict[str, Tensor] = {}
     try:
         for layer in range(len(decoder.layers)):
             of_layer = [w for w in weights if w.layer == layer]
-            masks = _prune_layer(
-                decoder, of_layer, criterion, patterns.get(layer, wanted), walk, gradients or {}, igia, before
-            )
+            masks = _prune_layer(decoder, of_layer, criterion, patterns.get(layer, wanted), walk, grads, igia, before)
             bits |= masks
     except BaseException:
         with torch.no_grad():
@@ -90,7 +99,7 @@ def _prune_layer(
     criterion: Criterion,
     pattern: Pattern,
     walk: Layerwise | None,
-    grads: Mapping[str, Tensor],
+    grads: dict[str, Tensor],
     igia: Igia | None,
     before: dict[str, Tensor],
 ) -> dict[str, Tensor]:
@@ -119,13 +128,13 @@ def _prune(
     criterion: Criterion,
     pattern: Pattern,
     statistics: Statistics | None,
-    grads: Mapping[str, Tensor],
+    grads: dict[str, Tensor],
     igia: Igia | None,
     before: dict[str, Tensor],
 ) -> Tensor:
     path, stored = decoder.path_of(weight), decoder.parameter(weight).data
     before[path] = stored.to("cpu", copy=True)
-    grad = grads.get(path)
+    grad = grads.pop(path, None)  # its memory is needed
     if criterion.importance and igia is not None:
         grad = igia.importance[weight.layer, weight.name].dense().f
     if grad is not None:
@@ -151,9 +160,22 @@ def _check_gradients(
     for weight in weights:
         path, shape = decoder.path_of(weight), tuple(decoder.parameter(weight).shape)
         found = gradients.get(path)
+        if found is not None and not bool(found.isfinite().all()):
+            raise InvalidArgument(f"gradients of {path} hold a NaN or Inf; expected finite norms")
         if found is None or tuple(found.shape) != shape or found.dtype != torch.float32:
             what = "nothing" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
             raise InvalidArgument(f"gradients holds {what} for {path}; expected torch.float32 of shape {shape}")
+
+
+def _usable(device: torch.device | str | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        torch.zeros(1, device=device).cpu()
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).splitlines()[0]
+        raise InvalidArgument(f"device = {str(device)!r}; expected one that can be used here ({said})") from error
 
 
 def _check_igia(igia: Igia | None, decoder: Decoder, weights: Sequence[Weight]) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from gradpruner.decoder import Decoder, Weight, is_packed, is_peft
+from gradpruner.decoder import Decoder, Weight, base_name, is_packed, is_peft
 from gradpruner.distributed import is_sharded
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 
 
 def prunable(decoder: Decoder) -> list[Weight]:
     """All linear weights of the decoder layers. Raises InvalidArgument, UnsupportedModel if one cannot be pruned."""
-    if is_peft(decoder.given):
+    if is_peft(decoder.given) or any(base_name(name) is None for name, _ in decoder.base.named_parameters()):
         raise InvalidArgument("model has adapters; expected a plain model (merge_and_unload first)")
     found = decoder.weights
     if not found:

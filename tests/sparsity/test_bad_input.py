@@ -52,6 +52,9 @@ def refuses(model, error, says, batches=None, **options):
         ({"method": "dsnot:start=gblm"}, "start = 'gblm'"),
         ({"method": "dsnot:cycles=-1"}, "cycles = -1"),
         ({"method": "dsnot:threshold=-1"}, "threshold = -1"),
+        ({"pattern": "2:4", "ratio": "half"}, "ratio = 'half'"),
+        ({"pattern": "2:4", "ratio": float("nan")}, "ratio = nan"),
+        ({"pattern": "2:4", "ratio": True}, "ratio = True"),
         ({"method": "dsnot:overshoot=1"}, "overshoot = 1"),
         ({"method": "dsnot", "pattern": "matrix"}, "pattern = 'matrix'; dsnot"),
         ({"ratio": 1.0}, "ratio = 1.0"),
@@ -105,6 +108,53 @@ def test_one_input_that_is_always_zero_goes_first():
         assert all(p.isfinite().all() for p in pruned.parameters())
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "gblm"])
+def test_a_layer_whose_forward_is_not_its_own(method):
+    model = model_of()
+    ids, expected = batches_of()[0]["input_ids"], model_of()
+    expected.load_state_dict(model.state_dict())
+    model.model.layers[2].forward = model.model.layers[2].forward
+    refuses(model, UnsupportedModel, "replaced the forward", method=method)
+    assert ["forward" in vars(layer) for layer in model.model.layers] == [False, False, True]
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
+def test_a_layer_that_stands_twice():
+    model = model_of()
+    model.model.layers[2] = model.model.layers[1]
+    refuses(model, GradPrunerError, "layer")
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_there(device):
+    for method in ("wanda", "magnitude", "gblm"):
+        refuses(model_of(), InvalidArgument, f"device = '{device}'", method=method, device=device)
+
+
+def test_a_weight_that_overflows():
+    """What SparseGPT adds to the weights that stay may be more than half precision holds."""
+    model = model_of()
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.mul_(1e6)
+    refuses(model.half(), InvalidArgument, "finite|hold", method="sparsegpt")
+
+
+def test_gradients_are_asked_for_rightly():
+    model = model_of()
+    for wrong in (3, True, "2"):
+        with pytest.raises(InvalidArgument, match=r"p = .*accepted are 1 and 2"):
+            gradient_norms(model, batches_of(), wrong)
+    with pytest.raises(InvalidArgument, match="batches is empty; gradient_norms"):
+        gradient_norms(model, [])
+    padded = [{**batches_of()[0], "attention_mask": torch.tensor([[0] + [1] * 11])}]
+    with pytest.raises(InvalidArgument, match="padding"):
+        gradient_norms(model, padded)
+    given = gradient_norms(model, batches_of())
+    given["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    refuses(model, InvalidArgument, "up_proj.weight hold a NaN", method="gblm", gradients=given)
+
+
 def test_gradients_of_something_else():
     model = model_of()
     given = gradient_norms(model, batches_of())
@@ -120,7 +170,9 @@ def test_gradients_of_something_else():
 
 
 def test_models():
-    refuses(add_adapters(model_of(), Recipe(rank=2)), InvalidArgument, "model has adapters")
+    adapted = add_adapters(model_of(), Recipe(rank=2))
+    refuses(adapted, InvalidArgument, "model has adapters")
+    refuses(adapted.base_model.model, InvalidArgument, "model has adapters")  # as transformers' add_adapter leaves it
     experts = MixtralForCausalLM(MixtralConfig(vocab_size=61, hidden_size=16, intermediate_size=8, num_hidden_layers=2,
                                                num_attention_heads=2, num_key_value_heads=1,
                                                num_local_experts=2))  # fmt: skip

@@ -109,3 +109,18 @@ def test_gradients_may_be_taken_once_and_given():
     assert not all(torch.equal(others.bits[name], bits) for name, bits in own.bits.items())
     alone = sparsify(model_of(), [], method="gblm:p=1,activations=false", gradients=given)
     assert alone.sparsity() == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "gblm", "gblm:p=1", "sparsegpt", "dsnot"])
+def test_half_precision(method, dtype):
+    """Exact counts, finite weights, and all but SparseGPT's are what they were."""
+    model, dense = model_of().to(dtype), model_of().to(dtype)
+    masks = sparsify(model, batches_of(), method=method, pattern="2:4")
+    for (name, p), q in zip(model.named_parameters(), dense.parameters(), strict=True):
+        if name not in masks.bits:
+            assert torch.equal(p, q), name
+            continue
+        stays = unpack(masks.bits[name], p.shape[1])
+        assert (stays.view(-1, 4).sum(1) == 2).all() and not p[~stays].any() and p.isfinite().all()
+        assert method == "sparsegpt" or torch.equal(p[stays], q[stays]), name

@@ -121,6 +121,8 @@ def test_command(home, tmp_path, capsys):  # noqa: F811
     assert main(command) == 0
     assert "50.00% of 42 weights is zero (gblm:p=1, 2:4)" in capsys.readouterr().out
     assert main(command) == 2 and "exists and is not empty" in capsys.readouterr().err
+    unread = [*command, "--model", str(tmp_path / "no model")]  # refused before anything is read
+    assert main(unread) == 2 and "exists and is not empty" in capsys.readouterr().err
     model = AutoModelForCausalLM.from_pretrained(out)
     Masks.load(f"{out}/{MASKS}").check(model)
     assert ((model.model.layers[0].mlp.down_proj.weight != 0).view(-1, 4).sum(1) == 2).all()

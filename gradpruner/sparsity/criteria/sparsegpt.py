@@ -62,6 +62,10 @@ class SparseGpt(Criterion):
                     part[:, j].masked_fill_(~alive, 0.0)
             updated[:, stop:] -= errors @ factor[start:stop, stop:]
         weight.copy_(updated)
+        if not bool(weight.isfinite().all()):
+            raise InvalidArgument(
+                f"{weight.dtype} does not hold what sparsegpt makes of a weight; expected more damping"
+            )
         return pack(kept)
 
 
