@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,20 +45,15 @@ def watch(decoder: Decoder, batches: Sequence[Batch], seen: Seen) -> None:
 
         return show
 
-    handles = [layer.register_forward_hook(hook(j), with_kwargs=True) for j, layer in enumerate(decoder.layers)]
-    try:
+    with _hooked(decoder, {j: hook(j) for j in range(len(decoder.layers))}):
         for inputs in moved(decoder, batches, "batches"):
             mask = real(decoder, inputs)
             _without_head(decoder, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
-def skipping(decoder: Decoder, layers: Iterable[int]) -> Iterator[None]:
-    """Inside, these layers pass their input on as their output."""
-    handles = [decoder.layers[j].register_forward_hook(_pass_input_on, with_kwargs=True) for j in layers]
+def _hooked(decoder: Decoder, hooks: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
+    handles = [decoder.layers[j].register_forward_hook(hook, with_kwargs=True) for j, hook in hooks.items()]
     try:
         yield
     finally:
@@ -66,8 +61,12 @@ def skipping(decoder: Decoder, layers: Iterable[int]) -> Iterator[None]:
             handle.remove()
 
 
-@contextlib.contextmanager
-def noting(decoder: Decoder, entering: dict[int, Any]) -> Iterator[None]:
+def skipping(decoder: Decoder, layers: Iterable[int]) -> contextlib.AbstractContextManager[None]:
+    """Inside, these layers pass their input on as their output."""
+    return _hooked(decoder, dict.fromkeys(layers, _pass_input_on))
+
+
+def noting(decoder: Decoder, entering: dict[int, Any]) -> contextlib.AbstractContextManager[None]:
     """Inside, a forward writes down for each layer what it would return if it passed its input on."""
 
     def hook(index: int) -> Callable[..., None]:
@@ -76,12 +75,7 @@ def noting(decoder: Decoder, entering: dict[int, Any]) -> Iterator[None]:
 
         return note
 
-    handles = [layer.register_forward_hook(hook(j), with_kwargs=True) for j, layer in enumerate(decoder.layers)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return _hooked(decoder, {j: hook(j) for j in range(len(decoder.layers))})
 
 
 @contextlib.contextmanager
