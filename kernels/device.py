@@ -13,6 +13,8 @@ from torch import Tensor
 from gradpruner.errors import InvalidArgument
 from gradpruner.kernels.numeric import widen
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
 # Decided when the kernels were decorated, so read from a kernel and not from the environment again.
 INTERPRETED = not isinstance(widen, triton.JITFunction)
 

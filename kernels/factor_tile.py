@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gradpruner.kernels.device import INTERPRETED
+from gradpruner.kernels.device import INTERPRETED, TRITON
 from gradpruner.kernels.numeric import widen
 
 # One step's squares, an entry: tensor cores by 3 x TF32 at rank 8 take 48 of 495e12 operations a second on an H100,
@@ -36,8 +36,10 @@ TILE = {
     "enable_fp_fusion": False,
 }
 
-# The narrowest slice of the rank that tensor cores take: rank 8 is not padded in float32, and to 16 in bfloat16.
-SLICES = {torch.float32: 8, torch.bfloat16: 16}
+# The narrowest slice of the rank that `tl.dot` takes, by dtype: rank 8 is padded to 16 in bfloat16, and in float32 by
+# a Triton before 3.8, whose smallest is 16 for every dtype.
+SLICES = {torch.float32: 8 if TRITON >= (3, 8) else 16, torch.bfloat16: 16}
+SLICE_FLOAT32, SLICE_BFLOAT16 = tl.constexpr(SLICES[torch.float32]), tl.constexpr(SLICES[torch.bfloat16])
 
 # The interpreter's dot is wrong on bfloat16. In float32 the products are exact too, as on tensor cores.
 WIDEN_FACTORS = tl.constexpr(INTERPRETED)
@@ -97,7 +99,7 @@ def factor_tile(
 
     a: address of (steps, rank, n_in), b: of (steps, n_out, rank), float32 or bfloat16. rank: not constexpr.
     """
-    SLICE: tl.constexpr = 8 if a.dtype.element_ty == tl.float32 else 16
+    SLICE: tl.constexpr = SLICE_FLOAT32 if a.dtype.element_ty == tl.float32 else SLICE_BFLOAT16
     down = tl.arange(0, ROWS)[:, None]
     right = tl.arange(0, COLS)[None, :]
     k = tl.arange(0, SLICE)

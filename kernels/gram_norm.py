@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradpruner.kernels.device import TRITON_DTYPES, common_alignment, on_device_of, table_on
+from gradpruner.kernels.device import TRITON, TRITON_DTYPES, common_alignment, on_device_of, table_on
 from gradpruner.kernels.numeric import widen
 
 # Rank tiles: the first that holds every rank of the step, or the last, several times. A tile that holds them all reads
@@ -21,6 +21,7 @@ LAUNCH = {
 SUM = {"num_warps": 4, "enable_fp_fusion": False}
 # Some for every processor, also where a step has one large pair; fewer where each leaves large matrices to be added.
 PROGRAMS = {16: 1024, 32: 512, 64: 264}
+WIDENED_IN_KERNEL = TRITON >= (3, 8)  # before, no float64 dot compiles whose operand was loaded as 16 bits
 LEAST_BLOCKS = 4  # of a program, so that writing its Gram matrices stays small beside reading its factors
 
 
@@ -115,6 +116,8 @@ def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """
     if len({t.dtype for t in (*a, *b)}) > 1:  # never within a step of one optimizer, so a copy will do
         a, b = [t.double() for t in a], [t.double() for t in b]
+    elif a[0].element_size() == 2 and not WIDENED_IN_KERNEL:
+        a, b = _widened(a, b)
     device = a[0].device
     rows = [[x.data_ptr(), y.data_ptr(), x.shape[0], x.shape[1], y.shape[0]] for x, y in zip(a, b, strict=True)]
     largest = max(row[2] for row in rows)
@@ -142,3 +145,11 @@ def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
         )
         gram_sum_kernel[(pieces,)](grams, partial, splits, tile, **SUM)
     return partial.sum(1)
+
+
+def _widened(a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """float32 copies of a step's factors, all in one buffer, so that a step costs two launches more and not hundreds."""
+    factors = [*a, *b]
+    flat = torch.cat([t.reshape(-1) for t in factors]).float()
+    views = [view.view(t.shape) for view, t in zip(flat.split([t.numel() for t in factors]), factors, strict=True)]
+    return views[: len(a)], views[len(a) :]
