@@ -177,9 +177,9 @@ def write(path: str | os.PathLike[str], records: Sequence[Any]) -> None:
     if not records:
         raise InvalidArgument("records is empty; expected at least one result")
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        last = [field.name for field in fields(Timed)]
-        first = [field.name for field in fields(records[0]) if field.name not in last]
-        writer = csv.DictWriter(file, first + last)
+        names = [field.name for field in fields(records[0])]
+        last = [field.name for field in fields(Timed) if field.name in names]
+        writer = csv.DictWriter(file, [name for name in names if name not in last] + last)
         writer.writeheader()
         writer.writerows(asdict(record) for record in records)
 

@@ -10,7 +10,6 @@ the CSV holds already is not made again.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks import records
 from gradpruner.data import Collator
 from gradpruner.demo_data import paragraphs
 from gradpruner.evaluate import perplexity
-from gradpruner.files import atomic_path
 from gradpruner.finetune import Recipe, schedule
 from gradpruner.igia import Igia
 from gradpruner.memory import peak_memory, reset_peak_memory
@@ -44,10 +43,13 @@ LENGTH = 512
 DENSE = "dense"
 FREE = ("magnitude",)  # goes by no sample: one seed is all
 MAIN = ("wanda", "gblm", "sparsegpt", "dsnot", "igia")
-# of gblm: norms over samples beside a sum of signed gradients, alone and with activations; DSnoT as its authors run it
-ABLATION = ("gblm signed, gradients alone", "gblm l1, gradients alone", "gblm l2, gradients alone",
-            "gblm signed", "gblm l1", "dsnot:overshoot=true")  # fmt: skip
-NEEDS = {"igia": ("igia",), "l2": ("gblm", "gblm l2, gradients alone"), "signed": ABLATION[:-1]}
+# of gblm: norms over samples beside a sum of signed gradients, alone and with activations, and beside a sum of squares,
+# which is what igia ranks by; DSnoT as its authors run it
+SIGNED = ("gblm signed, gradients alone", "gblm l1, gradients alone", "gblm signed", "gblm l1")
+ALONE = "gblm l2, gradients alone"
+SQUARES = "gblm squares, gradients alone"
+ABLATION = (*(("row", method) for method in (ALONE, SQUARES, *SIGNED, "dsnot:overshoot=true")), ("2:4", ALONE))
+NEEDS = {"igia": ("igia",), "l2": ("gblm", ALONE, SQUARES), "signed": SIGNED}
 PATTERNS = ("row", "4:8", "2:4")
 
 
@@ -137,9 +139,8 @@ def judge(options: argparse.Namespace, cache: Path, seed: int, pattern: str, met
         criterion, _, how = method.partition(" ")
         if criterion == "gblm":
             norm, _, alone = (how or "l2").partition(", ")
-            given["gradients"] = {
-                name: norms.clone() for name, norms in load_file(cache / f"{norm}-{seed}.safetensors").items()
-            }
+            stored = load_file(cache / f"{'l2' if norm == 'squares' else norm}-{seed}.safetensors")
+            given["gradients"] = {n: of.square() if norm == "squares" else of.clone() for n, of in stored.items()}
             criterion += ":activations=false" if alone else ""
         if criterion == "igia":
             given["igia"] = Igia.load(cache / f"igia-{seed}.safetensors")
@@ -164,7 +165,7 @@ def stages(seeds: Sequence[int]) -> Iterator[list[tuple[int, str, str]]]:
     first, *others = seeds
     plain = [(first, DENSE, DENSE)] + [(first, pattern, method) for pattern in PATTERNS for method in FREE]
     main = {seed: [(seed, pattern, method) for pattern in PATTERNS for method in MAIN] for seed in seeds}
-    ablation = {seed: [(seed, "row", method) for method in ABLATION] for seed in seeds}
+    ablation = {seed: [(seed, *job) for job in ABLATION] for seed in seeds}
     yield plain + main[first]
     yield ablation[first]
     yield from (main[seed] for seed in others)
@@ -185,23 +186,6 @@ def shown(found: Sequence[Judged]) -> list[dict[str, Any]]:
     return rows
 
 
-def read(path: Path) -> list[Judged]:
-    """What the CSV holds."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [Judged(int(row["seed"]), row["pattern"], row["method"], row["text"], float(row["perplexity"]),
-                       float(row["seconds"]), float(row["extra_mb"])) for row in csv.DictReader(file)]  # fmt: skip
-
-
-def write(path: Path, found: Sequence[Judged]) -> None:
-    """All or nothing."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Judged)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(judged) for judged in found)
-
-
 def main() -> None:
     """Fill the CSV, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -214,7 +198,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="where gradients and probes are kept; default: a temporary folder")
     parser.add_argument("--out", type=Path, default=FOLDER / "single_weights.csv")
     options = parser.parse_args()
-    found = read(options.out)
+    found = records.read(options.out, Judged) if options.out.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
         cache = options.cache or Path(temporary)
         cache.mkdir(parents=True, exist_ok=True)
@@ -226,7 +210,7 @@ def main() -> None:
                 pool.starmap(prepare, needed, chunksize=1)
                 for task in [pool.apply_async(judge, (options, cache, *job)) for job in jobs]:
                     found += task.get()
-                    write(options.out, found)
+                    records.write(options.out, found)
     print(text_table(shown(found)))
 
 

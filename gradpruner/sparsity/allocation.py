@@ -51,8 +51,10 @@ def check_allocation(allocation: str) -> None:
 
 
 def allocate(weights: Mapping[int, Sequence[Tensor]], ratio: Fraction, allocation: str) -> dict[int, float]:
-    """The share of every layer, by index. weights: those of each layer that are pruned. Raises InvalidArgument."""
-    check_allocation(allocation)
+    """The share of every layer, by index. weights: those of each layer that are pruned. allocation: a known one.
+
+    Raises InvalidArgument.
+    """
     if allocation == "uniform":
         return dict.fromkeys(weights, float(ratio))
     exponents = [sum(map(hill_exponent, of)) / len(of) for of in weights.values()]

@@ -15,21 +15,20 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradpruner.decoder import Decoder
-from gradpruner.errors import InvalidArgument, UnsupportedModel
+from gradpruner.errors import UnsupportedModel
 from gradpruner.logits import evaluating
-from gradpruner.sparsity.batches import Batch
+from gradpruner.sparsity.batches import Batch, need_full
 
 
 class Layerwise:
     """The hidden states of all batches before one layer, which `advance` takes behind it.
 
     batches: keyword arguments of the model, labels left out. device: where a layer runs; None: where it is.
-    Raises InvalidArgument without batches, UnsupportedModel where something happens between the layers.
+    Raises InvalidArgument without batches or with padding, UnsupportedModel where something happens between the layers.
     """
 
     def __init__(self, decoder: Decoder, batches: Sequence[Batch], device: torch.device | None = None) -> None:
-        if not batches:
-            raise InvalidArgument("batches is empty; expected at least one, with input_ids")
+        need_full(batches, "calibration")
         self._decoder, self._device, self.next = decoder, device, 0
         layers = list(decoder.layers)
         if any("forward" in vars(layer) for layer in layers):

@@ -31,21 +31,17 @@ class Pattern:
     def __post_init__(self) -> None:
         """Check both against each other."""
         n, m = self._n_of_m()
-        if m:
-            if not 0 < n < m:
-                raise InvalidArgument(f"pattern = {self.within!r}; expected N:M with N from 1 to M - 1")
-            self._check_ratio(self.ratio is None)
-            if self.ratio is not None and Fraction(str(self.ratio)) != 1 - Fraction(n, m):
-                raise InvalidArgument(f"ratio = {self.ratio!r}; expected none, or {1 - n / m}, that of {self.within}")
-            return
-        if self.within not in WITHIN:
+        if not m and self.within not in WITHIN:
             raise InvalidArgument(f"pattern = {self.within!r}; accepted are row, matrix, and N:M (2:4, 4:8, ...)")
-        self._check_ratio(False)
-
-    def _check_ratio(self, may_lack: bool) -> None:
+        if m and not 0 < n < m:
+            raise InvalidArgument(f"pattern = {self.within!r}; expected N:M with N from 1 to M - 1")
+        if m and self.ratio is None:
+            return
         number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
-        if not may_lack and (not number or not 0 <= self.ratio < 1):  # type: ignore[operator]
+        if not number or not 0 <= self.ratio < 1:  # type: ignore[operator]
             raise InvalidArgument(f"ratio = {self.ratio!r}; accepted is a share of the weights, from 0 to below 1")
+        if m and Fraction(str(self.ratio)) != 1 - Fraction(n, m):
+            raise InvalidArgument(f"ratio = {self.ratio!r}; expected none, or {1 - n / m}, that of {self.within}")
 
     @classmethod
     def of(cls, within: str, ratio: float | None) -> Pattern:

@@ -51,10 +51,10 @@ def sparsify(
     a criterion, see `gradpruner.sparsity.criteria`, "gblm:p=1" with options. pattern, ratio: see `Pattern`; row and
     matrix take 0.5 unless told otherwise. allocation: "uniform" or "alphapruning", which gives every layer its own
     share. device: where a layer runs while its inputs are seen (default: where it is); the model may wait in host
-    memory. Gradients are taken by the whole model, where that is.
-    igia: for method igia. gradients: for gblm, what `gradient_norms` gave for these batches and its p, to prune more
-    than once by; None: they are taken here. Embeddings, head, norms, biases and routers stay. A copy of the weights
-    is held in host memory until all layers are done: a model that cannot be pruned is left as it was.
+    memory. igia: for method igia. gradients: for gblm, what `gradient_norms` gave for these batches and its p, to prune
+    more than once by; None: the whole model takes them here, where it is. Embeddings, head, norms, biases and routers
+    stay. A copy of the weights is held in host memory until all layers are done: a model that cannot be pruned is left
+    as it was.
     Raises InvalidArgument, UnsupportedModel, ModelMismatch.
     """
     criterion, wanted = chosen(method, pattern, ratio, allocation)

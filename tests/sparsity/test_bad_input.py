@@ -11,7 +11,9 @@ from gradpruner.finetune import Recipe, add_adapters
 from gradpruner.oneshot import _watch
 from gradpruner.sparsity.criteria import parse_criterion
 from gradpruner.sparsity.gradients import gradient_norms
+from gradpruner.sparsity.pattern import Pattern
 from gradpruner.sparsity.pruning import sparsify
+from gradpruner.sparsity.seen import Seen
 
 PADDED = torch.tensor([[1, 2, 0]])
 
@@ -134,10 +136,10 @@ def test_a_device_that_is_not_there(device):
 
 def test_a_weight_that_overflows():
     """What SparseGPT adds to the weights that stay may be more than half precision holds."""
-    model = model_of()
-    with torch.no_grad():
-        model.model.layers[2].mlp.up_proj.weight.mul_(1e6)
-    refuses(model.half(), InvalidArgument, "finite|hold", method="sparsegpt")
+    weight = torch.tensor([[4e4, 6e4, 1.0, 1.0]], dtype=torch.float16)  # the first goes, the second makes up for it
+    x = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.1, 0.0, 0.0], [0.0, 0.0, 9e6, 0.0], [0.0, 0.0, 0.0, 9e6]])
+    with pytest.raises(InvalidArgument, match="float16 does not hold"):
+        parse_criterion("sparsegpt:damping=1e-15").prune_(weight, Seen(hessian=x.T @ x), Pattern("row", 0.25))
 
 
 def test_gradients_are_asked_for_rightly():
