@@ -8,6 +8,7 @@ import os
 import oracle
 import pytest
 import torch
+from on_device import DEVICE, placed
 
 from gradpruner import ops
 from gradpruner.errors import InvalidArgument
@@ -357,18 +358,20 @@ def op_calls():
 @pytest.mark.parametrize("name", op_calls())
 def test_opcheck(name):
     op, args = op_calls()[name]
-    results = torch.library.opcheck(op, args)
+    results = torch.library.opcheck(op, placed(args))
     assert set(results.values()) == {"SUCCESS"}
 
 
 def test_every_op_is_usable_under_compile():
-    def probe_and_merge(a, b, weight, donor):
-        value, index = ops.factor_threshold(a, b, 4)
-        ops.factor_sign_merge_(weight, [donor], [a], [b], [value], [index], [1.0])
-        return ops.gram_norm([a[0]], [b[0]]) * 2
+    op = torch.ops.gradpruner
 
-    a, b, donor = whole(2, 3, 5), whole(2, 4, 3, seed=1), normal(4, 5, seed=2)
-    plain, compiled = normal(4, 5), normal(4, 5)
+    def probe_and_merge(a, b, weight, donor):
+        value, index = op.factor_threshold(a, b, 4)
+        op.factor_sign_merge_(weight, [donor], [a], [b], [value], [index], [1.0])
+        return op.gram_norm([a[0]], [b[0]]) * 2
+
+    a, b, donor = placed((whole(2, 3, 5), whole(2, 4, 3, seed=1), normal(4, 5, seed=2)))
+    plain, compiled = placed((normal(4, 5), normal(4, 5)))
     expected = probe_and_merge(a, b, plain, donor)
     got = torch.compile(probe_and_merge, fullgraph=True, backend="aot_eager")(a, b, compiled, donor)
     assert torch.equal(got, expected) and torch.equal(plain, compiled)
@@ -411,7 +414,7 @@ def test_unknown_backend_is_refused(monkeypatch):
 @pytest.fixture
 def answered_from_the_bracket(monkeypatch):
     """Whether the last selection needed no pass but one over all entries; None on a backend that does not sample."""
-    if not INTERPRETING:
+    if not INTERPRETING and not DEVICE:
         return lambda: None
     from gradpruner.kernels import selection
     from gradpruner.kernels.selection_state import DONE, new_state

@@ -8,6 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from on_device import placed
 
 from gradpruner import ops
 from gradpruner.errors import InvalidArgument
@@ -274,20 +275,22 @@ def op_calls():
 @pytest.mark.parametrize("name", op_calls())
 def test_opcheck(name):
     op, args = op_calls()[name]
-    assert set(torch.library.opcheck(op, args).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(op, placed(args)).values()) == {"SUCCESS"}
 
 
 def test_usable_under_compile():
+    op = torch.ops.gradpruner
+
     def prune_twice(weight, total, x, dy):
-        ops.wgrad_abs_accumulate_(total, x, dy)
-        mask = ops.prune_groups_(weight, None, total, 1.0, 2, 4)
-        ops.apply_mask_(total, mask)
-        return ops.weight_importance(weight, None, total, 2.0)
+        op.wgrad_abs_accumulate_(total, x, dy)
+        mask = op.prune_groups_(weight, None, total, 1.0, 2, 4)
+        op.apply_mask_(total, mask)
+        return op.weight_importance(weight, None, total, 2.0)
 
     results = []
     for call in (prune_twice, torch.compile(prune_twice, fullgraph=True, backend="aot_eager")):
-        weight, total = normal(4, 8), torch.zeros(4, 8)
-        results.append((call(weight, total, whole(6, 8), whole(6, 4, seed=1)), weight, total))
+        weight, total, x, dy = placed((normal(4, 8), torch.zeros(4, 8), whole(6, 8), whole(6, 4, seed=1)))
+        results.append((call(weight, total, x, dy), weight, total))
     for plain, compiled in zip(*results, strict=True):
         assert torch.equal(plain, compiled)
 
