@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import gradpruner
+from benchmarks.device_timing import Clock
 from benchmarks.records import FOLDER, Timed, ratios, read, timed, write
 from benchmarks.released import Released
-from benchmarks.timing import WrongAnswer, quiet_collector, seconds
+from benchmarks.timing import WrongAnswer, quiet_collector
 from gradpruner.decoder import Decoder
 from gradpruner.errors import GradPrunerError
 from gradpruner.finetune import Recipe, add_adapters
@@ -186,7 +187,7 @@ def merge_stage(model: nn.Module, steps: int, rounds: int, *, plan: gradpruner.P
             weights[key].copy_(original)
         fresh = copy.deepcopy(model) if "apply" in name else model
         before = _resident()
-        return seconds(lambda: ways[name](fresh), CPU)[0], max(0, peak_memory() - before)
+        return Clock(CPU).call(lambda: ways[name](fresh))[0], max(0, peak_memory() - before)
 
     answers: dict[str, Named] = {}
     extra: dict[str, int] = {}

@@ -37,6 +37,18 @@ def _kth_value(igia: Tensor, k: int) -> Tensor:
     return igia.flatten().kthvalue(igia.numel() - k + 1).values
 
 
+def _top_value(igia: Tensor, k: int) -> Tensor:
+    """On a GPU many blocks share one long row in topk; kthvalue has one block for it."""
+    return igia.flatten().topk(k, sorted=False).values.min()
+
+
+def _weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
+    """dY^T X in float32; from 16-bit x and dy on a GPU by its 16-bit units, which no other backend of mm offers."""
+    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(dy.T, x, out_dtype=torch.float32)
+    return dy.float().T @ x.float()
+
+
 def _sampled_value(igia: Tensor, k: int) -> Tensor:
     """The k-th largest entry: a sample brackets it, one pass counts, and only the bracket is ordered."""
     flat, size = igia.flatten(), min(igia.numel(), 1 << 16)
@@ -48,7 +60,7 @@ def _sampled_value(igia: Tensor, k: int) -> Tensor:
     inside = flat[(flat >= low) & (flat <= high)]
     if not 1 <= rank <= inside.numel():  # the sample was unlucky
         return _kth_value(igia, k)
-    return _kth_value(inside, rank)
+    return _top_value(inside, rank) if inside.device.type == "cuda" else _kth_value(inside, rank)
 
 
 def _merge(weight: Tensor, donors: Tensors, igias: Tensors, values: Tensors) -> None:
@@ -104,9 +116,10 @@ class InPlaceTorch(Implementation):
 
     def wgrad_square_accumulate_(self, igia: Tensor, x: Tensor, dy: Tensor, grad: None) -> Tensor:
         """Panels large enough for the product to run at full speed."""
-        x, total = x.float(), torch.zeros((), dtype=torch.float64, device=x.device)
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
+        x = self._widened(x)
         for panel in _panels(igia, 1 << (20 if self.device.type == "cpu" else 26)):
-            product = dy[:, panel].float().T @ x
+            product = _weight_gradient(x, dy[:, panel])
             igia[panel].addcmul_(product, product)
             total += product.flatten().dot(product.flatten())
         return total
@@ -155,15 +168,23 @@ class InPlaceTorch(Implementation):
 
     def wgrad_abs_accumulate_(self, total: Tensor, x: Tensor, dy: Tensor) -> None:
         """Panels large enough for the product to run at full speed."""
-        x = x.float()
+        x = self._widened(x)
         for panel in _panels(total, 1 << (20 if self.device.type == "cpu" else 26)):
-            total[panel].add_((dy[:, panel].float().T @ x).abs_())
+            total[panel].add_(_weight_gradient(x, dy[:, panel]).abs_())
+
+    def _widened(self, x: Tensor) -> Tensor:
+        """Once for all panels, where products are of float32."""
+        return x.float() if self.device.type == "cpu" else x
 
 
 class TopkTorch(Implementation):
-    """Groups by topk, all at once."""
+    """Selection by topk: of the whole, or of all groups at once."""
 
     name, kind = "topk", "torch"
+
+    def threshold(self, igia: Tensor, k: int) -> Tensor:
+        """The value alone."""
+        return _top_value(igia, k)
 
     def prune_groups_(self, weight: Tensor, norms: Tensor, grads: None, alpha: float, kept: int, group: int) -> Tensor:
         """The places of the kept, scattered into a mask."""
@@ -225,7 +246,7 @@ def _outer_squared(igia: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _wgrad_squared(igia: Tensor, x: Tensor, dy: Tensor) -> Tensor:
-    square = (dy.float().T @ x.float()).square()
+    square = _weight_gradient(x, dy).square()
     igia.add_(square)
     return square.sum()
 
@@ -258,7 +279,7 @@ def _masked(weight: Tensor, mask: Tensor) -> None:
 
 
 def _wgrad_sizes(total: Tensor, x: Tensor, dy: Tensor) -> None:
-    total.add_((dy.float().T @ x.float()).abs())
+    total.add_(_weight_gradient(x, dy).abs())
 
 
 class CompiledTorch(Implementation):

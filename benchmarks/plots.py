@@ -40,7 +40,7 @@ def plot(csv_path: str | os.PathLike[str]) -> list[Path]:
     Raises InvalidArgument if matplotlib or the CSV is missing, CheckpointError if it cannot be read.
     """
     source, drawn = Path(csv_path), []
-    found = read(source, Result)
+    found = [each for each in read(source, Result) if not each.error]
     for op in dict.fromkeys(each.op for each in found):
         rows = {each.row: _bars(each.row, found) for each in found if each.op == op}
         figure = blank(9.6, 1.4 + 0.8 * len(rows))
@@ -69,7 +69,9 @@ def _bars(row: tuple[str, str, str], found: list[Result]) -> dict[str, float]:
     here = [each for each in found if each.row == row]
     times = {kind: [each.median_s for each in here if each.kind == kind] for kind in ("ours", "released", "torch")}
     best = times["torch"] + times["released"]
-    bars = {"ours": times["ours"][0], "limit": here[0].limit_s}
+    bars = {"limit": here[0].limit_s}
+    if times["ours"]:
+        bars["ours"] = times["ours"][0]
     if best:
         bars["best torch"] = min(best)
     if times["released"]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 
@@ -39,7 +40,11 @@ class Timed:
 
 @dataclass(frozen=True, kw_only=True)
 class Result(Timed):
-    """One implementation of one row. ratio: its time over ours, median of the rounds, with the least and the most."""
+    """One implementation of one row. ratio: its time over ours, median of the rounds, with the least and the most.
+
+    On a GPU every time is the device's alone, but for call_s: the median of calls on an idle device, the host's part
+    included. error: why there is no time ("wrong: ..." if the answer is); then every figure measured is nan.
+    """
 
     op: str
     shape: str
@@ -55,6 +60,8 @@ class Result(Timed):
     share_of_limit: float
     bytes: int
     operations: int
+    call_s: float | None = None
+    error: str = ""
 
     @property
     def row(self) -> tuple[str, str, str]:
@@ -68,7 +75,7 @@ def timed(seconds: Sequence[float], extra_bytes: int, device: torch.device) -> d
         "median_s": statistics.median(seconds),
         "min_s": min(seconds),
         "max_s": max(seconds),
-        "runs": len(seconds),
+        "runs": sum(not math.isnan(each) for each in seconds),
         "extra_bytes": extra_bytes,
         "machine": machine(device),
         "threads": torch.get_num_threads(),
@@ -85,56 +92,72 @@ def ratios(mine: Sequence[float], base: Sequence[float]) -> tuple[float, float, 
 
 def results(case: Case, measured: Sequence[Measured], limit: tuple[float, str], device: torch.device) -> list[Result]:
     """One row's measurements, as the CSV holds them."""
-    ours, found = next(each for each in measured if each.kind == "ours"), []
+    ours, found = next(each.seconds for each in measured if each.kind == "ours"), []
     for each in measured:
-        ratio, least, most = ratios(each.seconds, ours.seconds)
+        ratio, least, most = ratios(each.seconds, ours) if each.seconds and ours else (math.nan,) * 3
+        seconds = each.seconds or (math.nan,)
         found.append(
             Result(
                 op=case.op, shape=case.shape, variant=case.variant, implementation=each.name, kind=each.kind,
                 ratio_to_ours=ratio, ratio_min=least, ratio_max=most, first_s=each.first_s,
-                limit_s=limit[0], limit_by=limit[1], share_of_limit=limit[0] / statistics.median(each.seconds),
+                limit_s=limit[0], limit_by=limit[1], share_of_limit=limit[0] / statistics.median(seconds),
                 bytes=case.count.bytes, operations=case.count.operations,
-                **timed(each.seconds, each.extra_bytes, device),
+                call_s=statistics.median(each.calls) if each.calls else None, error=each.error,
+                **timed(seconds, each.extra_bytes, device),
             )
         )  # fmt: skip
     return found
 
 
 def table_rows(found: Iterable[Result]) -> list[dict[str, Any]]:
-    """One line a row: every implementation's time, what counts beside it, and ours over the two yardsticks."""
+    """One line a row: every implementation's time, what counts beside it, and ours over the two yardsticks.
+
+    What was wrong or raised has no time; a column says what happened, if that happened to any.
+    """
     found = list(found)
-    return [_table_row([each for each in found if each.row == row]) for row in dict.fromkeys(e.row for e in found)]
+    rows = [[each for each in found if each.row == row] for row in dict.fromkeys(each.row for each in found)]
+    failed, called = any(each.error for each in found), any(each.call_s is not None for each in found)
+    return [_table_row(row, failed, called) for row in rows]
 
 
-def _table_row(row: Sequence[Result]) -> dict[str, Any]:
-    ours = next(each for each in row if each.kind == "ours")
-    reference, released = (next((e for e in row if e.kind == kind), None) for kind in ("reference", "released"))
-    best = min((each for each in row if each.kind in ("torch", "released")), key=lambda e: e.median_s, default=None)
+def _table_row(row: Sequence[Result], failed: bool, called: bool) -> dict[str, Any]:
+    any_, valid = row[0], [each for each in row if not each.error]
+    reference, released, ours = (
+        next((each for each in valid if each.kind == kind), None) for kind in ("reference", "released", "ours")
+    )
+    best = min((each for each in valid if each.kind in ("torch", "released")), key=lambda e: e.median_s, default=None)
+    errors = "; ".join(f"{each.implementation}: {each.error}" for each in row if each.error)
     return {
-        "shape": ours.shape,
-        "case": ours.variant,
-        "reference": _time(reference) + " (once)",
+        "shape": any_.shape,
+        "case": any_.variant,
+        **({"failed": errors} if failed else {}),
+        "reference": _time(reference) + " (once)" if reference else "",
         "released": _time(released),
         "best torch": _time(best),
         "which": best.implementation if best else "",
-        **{each.implementation: _time(each) for each in row if each.kind in ("floor", "other")},
+        **{each.implementation: _time(each) for each in valid if each.kind in ("floor", "other")},
         "ours": _time(ours),
-        "limit": shown(ours.limit_s),
-        "by": ours.limit_by,
-        "ours of limit": f"{ours.share_of_limit:.1%}",
+        **({"best torch, call": _call(best), "ours, call": _call(ours)} if called else {}),
+        "limit": shown(any_.limit_s),
+        "by": any_.limit_by,
+        "ours of limit": f"{ours.share_of_limit:.1%}" if ours else "",
         "released / ours": _ratio(released),
         "best torch / ours": _ratio(best),
         "released MB": _megabytes(released),
         "best torch MB": _megabytes(best),
         "ours MB": _megabytes(ours),
-        "compile s": next((each.first_s - each.median_s for each in row if each.implementation == "compiled"), None),
-        "moved MB": ours.bytes / 1e6,
-        "GFLOP": ours.operations / 1e9,
+        "compile s": next((each.first_s - each.median_s for each in valid if each.implementation == "compiled"), None),
+        "moved MB": any_.bytes / 1e6,
+        "GFLOP": any_.operations / 1e9,
     }
 
 
 def _time(result: Result | None) -> str:
     return "" if result is None else shown(result.median_s)
+
+
+def _call(result: Result | None) -> str:
+    return "" if result is None or result.call_s is None else shown(result.call_s)
 
 
 def shown(seconds: float) -> str:
@@ -146,7 +169,7 @@ def shown(seconds: float) -> str:
 
 
 def _ratio(result: Result | None) -> str:
-    if result is None:
+    if result is None or math.isnan(result.ratio_to_ours):
         return ""
     return f"{result.ratio_to_ours:.2f} ({result.ratio_min:.2f} to {result.ratio_max:.2f})"
 
@@ -185,15 +208,29 @@ def write(path: str | os.PathLike[str], records: Sequence[Any]) -> None:
 
 
 def read(path: str | os.PathLike[str], record: type[Record]) -> list[Record]:
-    """Read what `write` wrote. Raises InvalidArgument if there is no file, CheckpointError if it is not one."""
+    """Read what `write` wrote; a column that has a default may be missing, as in files older than it.
+
+    Raises InvalidArgument if there is no file, CheckpointError if it is not one.
+    """
     types = get_type_hints(record)
+    optional = {each.name for each in fields(record) if each.default is not MISSING}  # type: ignore[arg-type]
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return [record(**{name: kind(line[name]) for name, kind in types.items()}) for line in csv.DictReader(file)]
+            lines = csv.DictReader(file)
+            names = [name for name in types if name not in optional or name in (lines.fieldnames or ())]
+            return [record(**{name: _value(line[name], types[name]) for name in names}) for line in lines]
     except FileNotFoundError:
         raise InvalidArgument(f"path {str(path)!r} does not exist; run the benchmark with --csv first") from None
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold {record.__name__} lines: {error!r}") from error
+
+
+def _value(text: str, kind: Any) -> Any:
+    """A cell; an empty one of an optional column is None."""
+    of = [each for each in get_args(kind) if each is not type(None)]
+    if not of:
+        return kind(text)
+    return None if text == "" else of[0](text)
 
 
 def update(path: Path, new: Sequence[Result]) -> None:

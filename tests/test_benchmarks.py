@@ -1,4 +1,4 @@
-"""The benchmark harness: it compares like with like, refuses a wrong answer, and its arithmetic is right."""
+"""The benchmark harness: it compares like with like, gives a wrong answer no time, and its arithmetic is right."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from test_method import NAMES, llama
 import gradpruner
 from benchmarks import curves, pipeline, records
 from benchmarks.__main__ import main
+from benchmarks.device_timing import launches, peak_bytes, time_call
 from benchmarks.implementations import Implementation, Ours, Reference, implementations
 from benchmarks.limits import Limits
-from benchmarks.operations import OPERATIONS, SHAPES, TOLERANCE, Count, Shapes
-from benchmarks.plain_torch import _kth_value, _sampled_value
+from benchmarks.operations import OPERATIONS, SHAPES, TOLERANCE, Count, Shapes, cases, product_tolerance
+from benchmarks.plain_torch import _kth_value, _sampled_value, _top_value
 from benchmarks.plots import plot
 from benchmarks.records import Result, read, results, table_rows, update, write
 from benchmarks.timing import Measured, WrongAnswer, measure, quiet_collector
@@ -112,14 +113,88 @@ def test_compiled_torch_agrees_with_the_reference(op):
         assert len(compiled) == (op not in ("gram_norm", "threshold", "prune_groups_"))
 
 
+class WrongTie(Implementation):
+    name = "wrong"
+
+    def threshold(self, igia, k):
+        value, index = Ours(CPU).threshold(igia, k)
+        return value, index - 1  # without ties the value's own place: nothing equal is kept
+
+
+class Raising(Implementation):
+    name = "raising"
+
+    def threshold(self, igia, k):
+        raise RuntimeError("\nat 7:3:\n  tl.dot(a, b)\nK >= 16\n")
+
+
+class Tiring(Mine):
+    name = "tiring"
+    calls = 0
+
+    def threshold(self, igia, k):
+        Tiring.calls += 1
+        if Tiring.calls == 4:  # the first call, the one for the memory, a round, and then
+            raise MemoryError("no more")
+        return super().threshold(igia, k)
+
+
 @pytest.mark.parametrize("op", OPERATIONS)
-@pytest.mark.parametrize("wrong", [OwnSums, WrongMask])
-def test_a_wrong_implementation_stops_the_run(op, wrong):
+@pytest.mark.parametrize("wrong", [OwnSums, WrongMask, WrongTie])
+def test_a_wrong_implementation_has_no_time(op, wrong):
     if not hasattr(wrong, op):
         pytest.skip("not wrong there")
     for case in OPERATIONS[op](ODD):
-        with pytest.raises(WrongAnswer, match=f"'wrong' is wrong on {op}"):
-            measure(case, [Reference, wrong, Ours], 1, CPU)
+        reference, found, ours = measure(case, [Reference, wrong, Ours], 1, CPU)
+        assert found.error.startswith("wrong: ") and not found.seconds and math.isnan(found.first_s)
+        assert not reference.error and not ours.error and ours.seconds
+
+
+def test_what_raises_has_no_time_and_the_others_go_on(capsys):
+    case = next(OPERATIONS["threshold"](ODD))
+    Tiring.calls = 0
+    found = {each.name: each for each in measure(case, [Reference, Raising, Tiring, Ours], 3, CPU)}
+    assert found["raising"].error == "RuntimeError: at 7:3: ... K >= 16"
+    assert found["tiring"].error == "MemoryError: no more" and not found["tiring"].seconds
+    assert len(found["ours"].seconds) == 3 and not found["ours"].error
+    assert "tl.dot(a, b)" in capsys.readouterr().err
+
+
+def test_nothing_is_timed_that_could_not_be_checked(capsys):
+    class Failing(Raising):
+        name, kind = "reference", "reference"
+
+    case = next(OPERATIONS["threshold"](ODD))
+    reference, ours = measure(case, [Failing, Ours], 1, CPU)
+    assert reference.error.startswith("RuntimeError") and ours.error == "not run: the reference failed"
+    no_data = replace(case, make=lambda normal: normal(-1))
+    assert [each.error for each in measure(no_data, [Reference, Ours], 1, CPU)][1] == ours.error
+
+
+def test_only_sums_over_tokens_on_a_gpu_may_be_further_off():
+    assert product_tolerance(CPU) == TOLERANCE < product_tolerance(torch.device("cuda")) == 5e-5
+
+
+def test_weights_too_large_for_a_cpu_are_merged_on_a_gpu():
+    def merged(device):
+        return {(c.shape, c.variant) for c in cases("factor_merge", SHAPES["llama-8b"], torch.device(device))}
+
+    left_out = {(shape, f"r={r}, t=40") for shape in ("14336x4096", "4096x14336") for r in (8, 64)}
+    left_out.add(("4096x4096", "r=64, t=40"))
+    assert merged("cuda") - merged("cpu") == left_out and len(merged("cuda")) == 8
+
+
+def test_a_call_is_timed_after_what_it_needs_was_put_back():
+    order = []
+    times = time_call(lambda: order.append("call"), before=lambda: order.append("before"), repeats=4, device=CPU)
+    assert order == ["before", "call"] * 7  # three of them warm up
+    assert times.call_s == times.device_s > 0 and times.queued
+    assert launches(lambda: torch.ones(1), CPU) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="then the GPU's memory is meant")
+def test_bytes_of_a_call():
+    assert peak_bytes(lambda: None) < 4 << 20 and 60 << 20 < peak_bytes(lambda: torch.ones(16 << 20)) < 80 << 20
 
 
 def test_every_call_starts_from_the_same_state():
@@ -142,7 +217,8 @@ def test_every_call_starts_from_the_same_state():
 def test_the_sampled_threshold_is_exact(size, share):
     igia = torch.randn(size, generator=torch.Generator().manual_seed(1)).square()
     k = max(1, int(share * size))
-    assert _sampled_value(igia, k) == _kth_value(igia, k) == igia.sort(descending=True).values[k - 1]
+    right = igia.sort(descending=True).values[k - 1]
+    assert _sampled_value(igia, k) == _kth_value(igia, k) == _top_value(igia, k) == right
 
 
 def test_the_sampled_threshold_survives_ties():
@@ -236,6 +312,50 @@ def test_csv_round_trip(tmp_path):
         read(tmp_path / "none.csv", Result)
 
 
+def test_files_without_the_newer_columns_can_be_read(tmp_path):
+    path = tmp_path / "x.csv"
+    found = [replace(each, call_s=0.5) for each in some_results()]
+    write(path, found)
+    assert read(path, Result) == found
+    committed = [each for each in records.FOLDER.glob("*-llama-8b*.csv") if "call_s" not in each.read_text()]
+    assert committed
+    for each in committed:
+        lines = read(each, Result)
+        assert lines and all(line.call_s is None and line.error == "" for line in lines)
+        path.write_bytes(each.read_bytes())
+        update(path, [replace(lines[0], error="")])
+        assert len(read(path, Result)) == len(lines) - sum(line.row == lines[0].row for line in lines) + 1
+
+
+def failing_results(failing: str) -> list[Result]:
+    case = next(OPERATIONS["threshold"](SHAPES["tiny"]))
+    measured = [
+        Measured("reference", "reference", (9.0,), 9.0, 4, (9.5,)),
+        Measured("in place", "torch", (4.0, 4.0), 2.5, 2, (5.0, 6.0)),
+        Measured("topk", "torch", (3.0, 3.0), 2.5, 2, (4.0, 4.0)),
+        Measured("ours", "ours", (2.0, 1.0), 1.5, 1, (2.5, 2.5)),
+    ]
+    measured = [replace(e, seconds=(), calls=(), error="wrong: 0.5") if e.name == failing else e for e in measured]
+    return results(case, measured, (0.5, "bytes"), CPU)
+
+
+@pytest.mark.parametrize("failing", ["ours", "topk", "reference"])
+def test_what_failed_is_in_no_ratio_no_plot_and_no_best(tmp_path, failing):
+    found = failing_results(failing)
+    (row,) = table_rows(found)
+    assert row["failed"] == f"{failing}: wrong: 0.5"
+    assert (row["which"], row["best torch, call"]) == (("in place", "5.5 s") if failing == "topk" else ("topk", "4 s"))
+    ours = [row[name] for name in ("ours", "ours, call", "ours of limit", "best torch / ours")]
+    assert ours[0] == ("" if failing == "ours" else "1.5 s") and len({not each for each in ours}) == 1
+    assert row["reference"] == ("" if failing == "reference" else "9 s (once)")
+    path = tmp_path / "x.csv"
+    write(path, found)
+    bad = next(each for each in read(path, Result) if each.implementation == failing)
+    assert bad.error == "wrong: 0.5" and bad.runs == 0 and bad.call_s is None
+    assert all(math.isnan(each) for each in (bad.median_s, bad.min_s, bad.max_s, bad.ratio_to_ours, bad.share_of_limit))
+    plot(path)
+
+
 def test_a_second_run_replaces_its_rows_and_keeps_the_others(tmp_path):
     path = tmp_path / "x.csv"
     update(path, some_results("threshold"))
@@ -272,6 +392,36 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     found = read(path, Result)
     assert len({each.row for each in found}) == 4 and {each.implementation for each in found} >= {"mine", "ours"}
     assert all(each.runs == (1 if each.kind == "reference" else 2) for each in found)
+
+
+def test_the_command_goes_on_after_a_failure_and_ends_with_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = "x threshold gram_norm --shapes tiny --repeats 1 --skip compiled --also test_benchmarks:OwnSums"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--also", "test_benchmarks:Raising", "--csv"])
+    assert main() == 1
+    out, err = capsys.readouterr()
+    assert "wrong: wrong: the threshold is off by" in out and "\ngram_norm\n" in out
+    assert "benchmarks: threshold at 48x48, top 20 %: 'wrong': wrong: the threshold is off by" in err
+    assert "benchmarks: threshold at 16x48, top 20 %: 'raising': RuntimeError: at 7:3: ... K >= 16" in err
+    assert "benchmarks: gram_norm at 14 pairs, r=64: 'wrong': wrong: a norm is off by" in err
+    (path,) = tmp_path.glob("*-tiny.csv")
+    found = read(path, Result)
+    assert {each.implementation for each in found if each.error} == {"wrong", "raising"}
+    assert all(each.median_s > 0 for each in found if not each.error)
+    assert {each.op for each in found} == {"threshold", "gram_norm"}
+
+
+def test_a_budget_leaves_rows_out_and_says_which(monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = "x gram_norm threshold --shapes tiny --repeats 1 --skip compiled --budget 1e-9"
+    monkeypatch.setattr(sys, "argv", words.split())
+    assert main() == 0
+    out = capsys.readouterr().out
+    assert "not run" in out and "gram_norm at 14 pairs, r=8" in out and "threshold at 80x48, top 20 %" in out
+    monkeypatch.setattr(sys, "argv", [*words.split()[:-1], "0"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
 
 
 @pytest.mark.parametrize(
