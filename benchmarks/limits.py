@@ -38,9 +38,9 @@ class Limits:
         if self._device.type == "cuda":
             bucket = LARGEST
         if bucket not in self._bandwidths:
-            x, y = (torch.ones(bucket // 8, device=self._device) for _ in range(2))
+            x, y = (torch.rand(bucket // 8, device=self._device) for _ in range(2))
             copy = self._median(lambda: y.copy_(x))
-            b, c, a = (torch.ones(bucket // 12, device=self._device) for _ in range(3))
+            b, c, a = (torch.rand(bucket // 12, device=self._device) for _ in range(3))
             triad = self._median(lambda: torch.add(b, c, alpha=3.0, out=a))
             self._bandwidths[bucket] = max(8 * x.numel() / copy, 12 * a.numel() / triad)
         return self._bandwidths[bucket]

@@ -28,13 +28,14 @@ def banking77(session: Session) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         source = joined(session.model, Path(scratch))
         train, test = _examples(session)
-        recipe = Recipe(batch_size=16, learning_rate=2e-3, group_by_length=True)
+        recipe = Recipe(batch_size=2 if session.tiny else 16, learning_rate=2e-3, group_by_length=True)
         held_out = 4 if session.tiny else HELD_OUT
-        steps = 4 if session.tiny else EPOCHS * (len(train) - held_out) // recipe.batch_size
-        job = Job(str(source), steps, recipe, dtype="bfloat16", max_length=128, probe_steps=2 if session.tiny else None)
+        steps = 2 if session.tiny else EPOCHS * (len(train) - held_out) // recipe.batch_size
+        job = Job(str(source), steps, recipe, dtype="bfloat16", max_length=128, probe_steps=1 if session.tiny else None)
         comparison = Compare(job, train, test, Path(scratch) / "models", methods=["gradpruner"], ratios=[RATIO],
                              seeds=SEEDS[:1] if session.tiny else SEEDS, held_out=held_out)  # fmt: skip
-        session.put(what="task", train_rows=len(train) - held_out, test_rows=len(test), steps=steps, batch_size=16)
+        session.put(what="task", train_rows=len(train) - held_out, test_rows=len(test), steps=steps,
+                    batch_size=recipe.batch_size)  # fmt: skip
         _work(session, comparison)
 
 
@@ -69,11 +70,12 @@ def _work(session: Session, comparison: Compare) -> None:
 
 def _show(session: Session, cell: dict[str, Any], seconds: float) -> None:
     losses = cell["training"]["losses"]
+    curve = [round(statistics.fmean(losses[at : at + 50]), 4) for at in range(0, len(losses), 50)]
     session.put(what="model", model=cell["method"], seed=cell["seed"], exact_match=cell["exact_match"],
                 perplexity=cell["perplexity"], examples=cell["examples"], layers=cell["layers"],
                 removed=cell["removed"], last_loss=statistics.fmean(losses[-20:]),
                 training_seconds=cell["training_seconds"], done_after_s=seconds,
-                losses=[round(statistics.fmean(losses[at : at + 50]), 4) for at in range(0, len(losses), 50)])  # fmt: skip
+                losses_of_50_steps=curve)  # fmt: skip
 
 
 def _summary(session: Session, cells: list[dict[str, Any]]) -> None:

@@ -60,9 +60,10 @@ def _merge(session: Session, shape: tuple[int, int], steps: int, dtype: torch.dt
     k = exact.numel() // 5
     values, indices = zip(*(ops.factor_threshold(a, b, k) for _ in range(2)), strict=True)
     flat = exact.flatten()
-    wanted = float((flat.kthvalue(flat.numel() - k + 1)[0] if session.tiny else flat.topk(k, sorted=False)[0].min()))
-    _say(session, f"factor_threshold {dtype}", abs(float(values[0]) / wanted - 1) < NEAR,
-         twice_the_same=torch.equal(*values) and torch.equal(*indices), off_by=float(values[0]) / wanted - 1)  # fmt: skip
+    wanted = float(flat.topk(k, sorted=False)[0].min())
+    off_by = float(values[0]) / wanted - 1
+    _say(session, f"factor_threshold {dtype}", abs(off_by) < NEAR,
+         twice_the_same=torch.equal(*values) and torch.equal(*indices), off_by=off_by)  # fmt: skip
     weight, donor = (session.normal(*shape, dtype=torch.bfloat16) for _ in range(2))
     merged = [weight.clone() for _ in range(2)]
     for target in merged:

@@ -30,15 +30,16 @@ def measure(session: Session) -> None:
     else:
         session.put(**row, card="none")
     size = 1 << (16 if session.tiny else 28)
-    x, y = session.normal(size), session.normal(size)
-    seconds = time_call(lambda: y.copy_(x), device=session.device).device_s
+    source, target = session.normal(size), session.normal(size)
+    seconds = time_call(lambda: target.copy_(source), device=session.device).device_s
     session.put(what="copy", bytes_per_s=8 * size / seconds)
-    del x, y
     side = 128 if session.tiny else 8192
     for dtype in (torch.bfloat16, torch.float32):
         a, b = session.normal(side, side, dtype=dtype), session.normal(side, side, dtype=dtype)
         seconds = time_call(lambda a=a, b=b: torch.mm(a, b), device=session.device, repeats=7).device_s  # type: ignore[misc]
-        session.put(what=f"product of {str(dtype).removeprefix('torch.')} matrices", operations_per_s=2 * side**3 / seconds)
+        session.put(
+            what=f"product of {str(dtype).removeprefix('torch.')} matrices", operations_per_s=2 * side**3 / seconds
+        )
     if session.on_cuda:
         _pinned(session)
 

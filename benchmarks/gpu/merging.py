@@ -37,8 +37,8 @@ def one_layer(session: Session) -> None:
         def as_released(target=theirs, donor=donor, factors=factors) -> None:  # type: ignore[no-untyped-def]
             released.factor_merge(target, donor, factors.a, factors.b, target.numel() // 5)
 
-        row["ours_s"] = time_call(merge, lambda t=ours, w=weight: t.copy_(w), 5, session.device).call_s  # type: ignore[misc]
-        row["released_s"] = time_call(as_released, lambda t=theirs, w=weight: t.copy_(w), 3, session.device).call_s  # type: ignore[misc]
+        row["ours_s"] = time_call(merge, lambda t=ours, w=weight: t.copy_(w), 5, session.device).call_s
+        row["released_s"] = time_call(as_released, lambda t=theirs, w=weight: t.copy_(w), 3, session.device).call_s
         for target, call in ((ours, merge), (theirs, as_released)):
             target.copy_(weight)
             call()

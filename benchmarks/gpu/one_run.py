@@ -51,11 +51,12 @@ def across_the_cut(session: Session) -> None:
         trainer.add_callback(clock)
         session.begin_peak()
         trainer.train()
+    plan = attached.plan
+    if plan is None or not plan.removed or len(clock.seconds) != steps:
+        raise RuntimeError(f"{len(clock.seconds)} of {steps} steps, plan {plan}")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     before, after = statistics.median(clock.seconds[2 : probed - 1]), statistics.median(clock.seconds[probed + 2 :])
-    session.put(removed=list(attached.plan.removed), layers=attached.plan.layers, step_before_s=before,
+    session.put(removed=list(plan.removed), layers=plan.layers, step_before_s=before,
                 step_after_s=after, after_over_before=after / before, step_of_the_cut_s=clock.seconds[probed - 1],
                 held_before_bytes=clock.held[probed - 2], held_after_bytes=clock.held[-1], peak_bytes=session.peak(),
                 losses=[round(loss, 3) for loss in losses])  # fmt: skip
-    if len(clock.seconds) != steps or not attached.plan.removed:
-        raise RuntimeError(f"{len(clock.seconds)} steps and {len(attached.plan.removed)} layers removed")

@@ -49,7 +49,7 @@ def _plot(path: Path, draw: Any, rows: Sequence[Row]) -> None:
         return
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasSVG(figure)
-    if draw(figure.add_subplot(), rows):
+    if draw(figure.add_subplot(), rows):  # False: what it draws is not among the rows yet
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="svg")
 
@@ -58,7 +58,7 @@ def _kernels(axes: Any, rows: Sequence[Row]) -> bool:
     """Device time of ours and of the best torch way, a pair of bars per row."""
     best: dict[tuple[str, bool], float] = {}
     for row in rows:
-        if row.get("device_s") and not row.get("error"):
+        if row.get("device_s") and not row["error"]:
             key = (f"{row['op']}, {row['variant']}", row["kind"] == "ours")
             best[key] = min(best.get(key, float("inf")), row["device_s"])
     named = [name for name, ours in best if ours]
@@ -67,12 +67,14 @@ def _kernels(axes: Any, rows: Sequence[Row]) -> bool:
             if (name, ours) in best:
                 label = ("this package" if ours else "best other way") if at == 0 else None
                 axes.barh(at + shift, 1e6 * best[name, ours], 0.4, color=color, label=label)
+    if not named:
+        return False
     axes.set_yticks(range(len(named)), named, fontsize=6)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("microseconds on the device")
     axes.legend()
-    return bool(named)
+    return True
 
 
 def _training(axes: Any, rows: Sequence[Row]) -> bool:
@@ -96,7 +98,11 @@ def _sweep(axes: Any, rows: Sequence[Row]) -> bool:
     if len(found) < 2:
         return False
     dense = found[0]
-    for name, label in (("step_s", "training step"), ("train_peak_bytes", "training memory"), ("generate_s", "generation")):
+    for name, label in (
+        ("step_s", "training step"),
+        ("train_peak_bytes", "training memory"),
+        ("generate_s", "generation"),
+    ):
         if dense.get(name):
             axes.plot([r["removed_share"] for r in found], [r[name] / dense[name] for r in found], "o-", label=label)
     axes.set_xlabel("share of the layers removed")
