@@ -22,15 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gradpruner.kernels import (
-    bracket,
     factor_sign_merge,
     factor_threshold,
     gram_norm,
-    histogram,
     outer_square_accumulate,
     prune_by_boundary,
     prune_by_rank,
-    selection,
     sign_merge,
     square_accumulate,
     threshold,
@@ -39,7 +36,6 @@ from gradpruner.kernels import (
     wgrad_square_accumulate,
 )
 from gradpruner.kernels.factor_tile import tile_launch
-from gradpruner.kernels.selection_state import BINS
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -116,7 +112,8 @@ class Case:
         aligned = {
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if str(signature[name]).startswith("*") or (name in SIZES and name not in constants)
+            if str(signature[name]).startswith("*")
+            or (name in SIZES and name not in constants and not self.kernel.params[i].do_not_specialize)
         }
         compiled = triton.compile(ASTSource(self.kernel, signature, constants, aligned), gpu, options)
         return _read_amd(compiled) if gpu.backend == "hip" else _read_nvidia(compiled)
@@ -232,48 +229,39 @@ def _gram() -> dict[str, Case]:
 
 
 def _selection() -> dict[str, Case]:
-    state = {"state": "*i64"}
-    counted = state | {"histogram": "*i64"}
-    buffer = {"found_bits": "*i32", "found_index": "*i64", "capacity": "i32"}
-    boundary = {"value": "*fp32", "index": "*i64"}
-    found = {
-        "widen_bracket": Case(
-            bracket.widen_bracket_kernel,
-            counted | {"k": "i32", "entries": "i32", "capacity": "i32"},
-            selection.ONE_PROGRAM,
-        ),
-        "close_bracket": Case(bracket.close_bracket_kernel, counted, selection.ONE_PROGRAM),
-        "choose": Case(
-            bracket.choose_kernel,
-            state | buffer | boundary | {"k": "i32", "index_passes": "i32"},
-            selection.CHOICE,
-            streams=True,
-            on_hip={"num_warps": 8},
-        ),
-        "pick_bucket": Case(histogram.pick_bucket_kernel, counted, selection.ONE_PROGRAM),
-        "find_cell": Case(histogram.find_cell_kernel, state | {"ties": "*i32", "cells": "i32"}, selection.CELL_SEARCH),
-    }
-    for entries, size in {"": "i32", "-large": "i64"}.items():  # more than 2 ** 31 entries: 64 bits
-        f = {"f": "*fp32", "entries": size}
-        bins = {"BINS": BINS}
+    state, counted = {"state": "*i64"}, {"state": "*i64", "histogram": "*i64"}
+    keys, boundary = {"keys": "*i64", "few_keys": "*i64"}, {"value": "*fp32", "index": "*i64"}
+    aligned = {"ALIGN": 16}
+    found = {}
+    for name, size in {"": "i32", "-large": "i64"}.items():  # more than 2 ** 31 entries: 64 bits
+        f, k = {"f": "*fp32", "entries": size}, {"k": size}
+        room, bits = {"capacity": "i32"}, {"index_bits": "i32"}
         found |= {
-            f"sample{entries}": Case(
-                threshold.sample_kernel, f | counted, threshold.SAMPLE, streams=True, constants=bins
+            f"sample{name}": Case(
+                threshold.sample_kernel, f | counted | k | room | {"log_stretch": "i32"}, threshold.SAMPLE
             ),
-            f"collect{entries}": Case(threshold.collect_kernel, f | state | buffer, threshold.COLLECT, streams=True),
-            f"count{entries}": Case(
-                threshold.count_kernel, f | counted, threshold.LAUNCH, streams=True, constants=bins
+            f"collect{name}": Case(
+                threshold.collect_kernel,
+                f | state | {"keys": "*i64"} | room | bits,
+                threshold.LAUNCH,
+                streams=True,
+                constants=aligned,
             ),
-            f"count_ties{entries}": Case(
-                threshold.count_ties_kernel, f | state | {"ties": "*i32"}, threshold.LAUNCH, streams=True
+            f"narrow{name}": Case(
+                threshold.narrow_kernel,
+                f | counted | keys | boundary | k | room | bits,
+                threshold.LAUNCH,
+                streams=True,
+                constants=aligned,
             ),
-            f"locate{entries}": Case(threshold.locate_kernel, f | state | boundary, threshold.LAUNCH),
+            f"settle{name}": Case(
+                threshold.settle_kernel,
+                f | state | {"ties": "*i32"} | boundary,
+                threshold.LAUNCH,
+                streams=True,
+                constants=aligned,
+            ),
         }
-    found["widen_bracket-large"] = Case(
-        bracket.widen_bracket_kernel,
-        counted | {"k": "i64", "entries": "i64", "capacity": "i32"},
-        selection.ONE_PROGRAM,
-    )
     return found
 
 
@@ -292,27 +280,24 @@ def _factors() -> dict[str, Case]:
             ) -> Case:
                 return Case(kernel, types, launch, matrix=True, streams=True, constants=more, on_hip=hip, slow=slow)
 
-            counted = ab | state | {"histogram": "*i64"} | sizes
+            counted = ab | state | {"histogram": "*i64", "k": "i32", "capacity": "i32"} | sizes
+            boundary = {"value": "*fp32", "index": "*i64"}
             named = f"{dtype}-r{rank}"
             found[f"outer_square_accumulate-{named}"] = case(
                 outer_square_accumulate.outer_square_accumulate_kernel,
                 ab | {"igia": "*fp32", "rank": "i32", "n_out": "i32", "n_in": "i32"},
             )
-            found[f"factor_sample-{named}"] = case(
-                factor_threshold.factor_count_kernel, counted, SAMPLE=True, BINS=BINS
-            )
+            found[f"factor_sample-{named}"] = case(factor_threshold.factor_sample_kernel, counted)
             found[f"factor_collect-{named}"] = case(
                 factor_threshold.factor_collect_kernel,
-                ab | state | {"found_bits": "*i32", "found_index": "*i64", "capacity": "i32"} | sizes,
+                ab | state | {"keys": "*i64", "capacity": "i32", "index_bits": "i32"} | sizes,
             )
-            found[f"factor_count-{named}"] = case(
-                factor_threshold.factor_count_kernel, counted, SAMPLE=False, BINS=BINS
+            found[f"factor_narrow-{named}"] = case(
+                factor_threshold.factor_narrow_kernel,
+                counted | {"keys": "*i64", "few_keys": "*i64", "index_bits": "i32"} | boundary,
             )
-            found[f"factor_count_ties-{named}"] = case(
-                factor_threshold.factor_count_ties_kernel, ab | state | {"ties": "*i32"} | sizes
-            )
-            found[f"factor_locate-{named}"] = case(
-                factor_threshold.factor_locate_kernel, ab | state | {"value": "*fp32", "index": "*i64"} | sizes
+            found[f"factor_settle-{named}"] = case(
+                factor_threshold.factor_settle_kernel, ab | state | {"ties": "*i32"} | boundary | sizes
             )
         for weight in DTYPES:
             for factors in ("fp32", "bf16", "both"):

@@ -1,11 +1,21 @@
-"""Counting entries by their bits, and finding the bucket, the cell and the entry of the k-th largest in the counts."""
+"""Counting entries in buckets by atomic additions, and taking the bucket of the last wanted."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from gradpruner.kernels.selection_state import BASE, CELL, DONE, LAST, NARROWER, NTH, SHIFT, WANTED
+from gradpruner.kernels.selection_state import (
+    ALL_BITS,
+    BINS,
+    COPIES,
+    FLOOR,
+    LARGEST,
+    NARROWER,
+    TAKEN,
+    WANTED,
+    WITHIN,
+)
 
 
 @triton.jit
@@ -15,70 +25,74 @@ def positive_bits(f):
 
 
 @triton.jit
-def unless_done(count, state):
-    """count, or 0 once the boundary is known: what a loop still has to walk."""
-    return tl.where(tl.load(state + DONE) != 0, 0, count)
+def add_to_buckets(bucket, counted, histogram):
+    """Count the `counted` of a block, int32 (ROWS, COLS), in this program's copy of the histogram.
 
-
-@triton.jit
-def window_counts(bits, counted, state, BINS: tl.constexpr):
-    """How many of the flat `bits` that are `counted` lie in each bucket of the window, int32 (BINS,)."""
-    base = tl.load(state + BASE).to(tl.int32)
-    inside = counted & (bits >= base) & (bits <= tl.load(state + LAST).to(tl.int32))
-    bucket = tl.where(inside, (bits - base) >> tl.load(state + SHIFT).to(tl.int32), 0)
-    return tl.histogram(bucket, BINS, mask=inside)
-
-
-@triton.jit
-def add_counts(counts, histogram, BINS: tl.constexpr):
-    """Add a program's counts to the histogram of all, int64 (BINS,)."""
-    bins = tl.arange(0, BINS)
-    tl.atomic_add(histogram + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
-
-
-@triton.jit
-def pick_bucket_kernel(histogram, state, BINS: tl.constexpr):
-    """Narrow the window to the bucket that holds the last wanted, and clear the histogram. One program."""
-    if tl.load(state + DONE) == 0:
-        bucket = BINS - 1 - tl.arange(0, BINS)
-        count = tl.load(histogram + bucket)
-        wanted = tl.minimum(tl.load(state + WANTED), tl.sum(count, axis=0))
-        above = tl.cumsum(count, axis=0) < wanted
-        shift = tl.load(state + SHIFT)
-        base = tl.load(state + BASE) + ((BINS - 1 - tl.sum(above.to(tl.int64), axis=0)) << shift)
-        tl.store(state + BASE, base)
-        tl.store(state + LAST, base + (tl.full((), 1, tl.int64) << shift) - 1)
-        tl.store(state + SHIFT, tl.maximum(shift - NARROWER, 0))
-        tl.store(state + WANTED, wanted - tl.sum(tl.where(above, count, 0), axis=0))
-        tl.store(histogram + bucket, tl.zeros((BINS,), tl.int64))
-
-
-@triton.jit
-def find_cell_kernel(ties, state, cells, BLOCK: tl.constexpr):
-    """Find the cell that holds the last kept tie, from the number of ties in each cell. One program."""
-    wanted = tl.load(state + WANTED)
-    seen = tl.zeros((), tl.int64)
-    before = tl.zeros((), tl.int64)
-    cell = tl.zeros((), tl.int64)
-    for start in range(0, unless_done(cells, state), BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        count = tl.load(ties + at, mask=at < cells, other=0).to(tl.int64)
-        passed = (seen + tl.cumsum(count, axis=0) < wanted) & (at < cells)
-        cell += tl.sum(passed.to(tl.int64), axis=0)
-        before += tl.sum(tl.where(passed, count, 0), axis=0)
-        seen += tl.sum(count, axis=0)
-    tl.store(state + CELL, cell)
-    tl.store(state + NTH, wanted - before)
-
-
-@triton.jit
-def store_boundary(tie, first, state, value, index):
-    """Store the value and the flat index of the last kept tie.
-
-    tie: which of the cell's entries equal the value. first: flat index of the cell's first entry.
+    Those in the block's lowest bucket are added up first: zeros, or ties where nothing else is in the window. Each
+    would be an addition to one and the same address otherwise.
     """
-    nth = tl.load(state + NTH)
-    place = tl.sum((tl.cumsum(tie.to(tl.int32), axis=0) < nth).to(tl.int32), axis=0)
-    bits = tl.load(state + BASE).to(tl.int32)
-    tl.store(value, tl.where(nth > 0, bits.to(tl.float32, bitcast=True), float("inf")))
-    tl.store(index, tl.where(nth > 0, first + place, -1))
+    copy = histogram + tl.program_id(0) % COPIES * BINS
+    lowest = tl.min(tl.min(tl.where(counted, bucket, BINS), axis=1), axis=0)
+    alike = counted & (bucket == lowest)
+    number = tl.sum(tl.sum(alike.to(tl.int32), axis=1), axis=0)
+    tl.atomic_add(copy + lowest, number.to(tl.int64), mask=number > 0, sem="relaxed")
+    one = tl.full(bucket.shape, 1, tl.int64)
+    tl.atomic_add(copy + bucket, one, mask=counted & (bucket != lowest), sem="relaxed")
+
+
+@triton.jit
+def take_counts(histogram, bucket):
+    """The counts of all programs for these buckets, int64 like `bucket`; the histogram is cleared."""
+    count = tl.zeros(bucket.shape, tl.int64)
+    for copy in range(COPIES):
+        at = histogram + copy * BINS + bucket
+        count += tl.load(at)
+        tl.store(at, tl.zeros(bucket.shape, tl.int64))
+    return count
+
+
+@triton.jit
+def window_bits(taken, key_bits):
+    """How many low bits of a key the window leaves open, and how many of them a bucket of it does."""
+    left = tl.maximum(key_bits - taken * NARROWER, 0)
+    return left, tl.maximum(left - NARROWER, 0)
+
+
+@triton.jit
+def add_keys(far, counted, left, shift, histogram):
+    """Count the keys of the window. far: int64 (ROWS, COLS), how far each is from the window's smallest."""
+    inside = counted & (far >= 0) & (far < (tl.full((), 1, tl.int64) << left))
+    bucket = tl.where(inside, far >> shift, 0).to(tl.int32)
+    add_to_buckets(bucket, inside, histogram)
+
+
+@triton.jit
+def take_bucket(histogram, state, taken, floor, wanted, shift):
+    """Narrow the window to the bucket of the last wanted key. One program.
+
+    taken, floor: the state's, read before any program could change them.
+    """
+    bucket = tl.arange(0, BINS)
+    count = take_counts(histogram, bucket)
+    wanted = tl.minimum(wanted, tl.sum(count, axis=0))
+    passed = tl.cumsum(count, axis=0) < wanted
+    taker = tl.sum(passed.to(tl.int64), axis=0)
+    tl.store(state + FLOOR, floor + (taker << shift))
+    tl.store(state + WANTED, wanted - tl.sum(tl.where(passed, count, 0), axis=0))
+    tl.store(state + WITHIN, tl.sum(tl.where(bucket == taker, count, 0), axis=0))
+    tl.store(state + TAKEN, taken + 1)
+
+
+@triton.jit
+def value_window(state, k):
+    """Without a bracket a key is the distance of an entry's bits from the largest: TAKEN, FLOOR, wanted, open bits."""
+    taken, floor = tl.load(state + TAKEN), tl.load(state + FLOOR)
+    wanted = tl.where(taken == 0, k, tl.load(state + WANTED))
+    left, shift = window_bits(taken, ALL_BITS)
+    return taken, floor, wanted, left, shift
+
+
+@triton.jit
+def add_values(bits, floor, left, shift, histogram):
+    """Count the positive entries of the window. bits: int32 (ROWS, COLS)."""
+    add_keys((bits ^ LARGEST).to(tl.int64) - floor, bits > 0, left, shift, histogram)

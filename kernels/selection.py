@@ -3,15 +3,14 @@
 The order of positive float32 values is the order of their bits, 31 of them.
 
 1. A sample is counted twice by its bits, coarsely and then finely: two values that bracket the k-th largest.
-2. One pass over all entries counts those above the bracket and appends those inside it, their bits and flat index,
-   to a buffer of one entry in `SHARE`.
-3. One program selects among these: the value by its bits, then the last kept tie by its flat index.
+2. One pass over all entries counts those above the bracket and appends those inside it, value and flat index in one
+   integer, to a buffer of one entry in `SHARE`.
+3. Three rounds narrow these down to the last one that is kept, by value and then by flat index.
 
-Where the sample misled, and the k-th largest is not in the bracket or the bracket does not fit the buffer, step 3
-leaves the flag DONE down, and the kernels that follow do without a bracket: three passes over all entries count them
-by their next bits, a fourth counts the ties in every cell, a stretch of consecutive flat indices; one program finds
-the cell of the last kept tie, and one more the tie in it. They are launched always, and with DONE raised they return
-at once. Nothing visits the host, and both ways give the same answer.
+Where the sample misled, and the k-th largest is not in the bracket or the bracket does not fit the buffer, the same
+three launches count all entries instead, each by the next of their bits, and a fourth counts the ties in every cell,
+a stretch of consecutive flat indices, and finds the last kept tie in its cell. With DONE raised that one returns at
+once, as do rounds that are not needed. Nothing visits the host, and both ways give the same answer.
 """
 
 from __future__ import annotations
@@ -22,59 +21,69 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradpruner.kernels.bracket import choose_kernel, close_bracket_kernel, widen_bracket_kernel
-from gradpruner.kernels.histogram import find_cell_kernel, pick_bucket_kernel
-from gradpruner.kernels.selection_state import BINS, NARROWER, new_state
+from gradpruner.kernels.candidates import FEW, ROUNDS
+from gradpruner.kernels.selection_state import new_state
 
-SHARE = 128  # 12 bytes a candidate: 12 / 128 bytes an entry, 4.7 % of a bfloat16 weight
+SHARE = 128  # 8 bytes a candidate: 8 / 128 bytes an entry, 3.1 % of a bfloat16 weight
 LEAST_CANDIDATES = 4096
-PROGRAMS = 1024  # of a pass over all entries that walks, so that one that has nothing to do ends soon
+PROGRAMS = 512  # of a launch that walks, so that one that has nothing to do ends soon
 
-ONE_PROGRAM = {"BINS": BINS, "num_warps": 8, "enable_fp_fusion": False}
-CELL_SEARCH = {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False}
-# AMD's wavefronts are twice as wide.
-CHOICE = {"BINS": BINS, "BLOCK": 8192, "num_warps": 8 if torch.version.hip else 16, "enable_fp_fusion": False}
+
+@dataclass(frozen=True)
+class Buffers:
+    """What the launches of one selection share on the device.
+
+    state, histogram: `new_state`'s. keys: int64, the candidates. few_keys: int64, those that are searched. ties: int32,
+    one a cell. value, index: the boundary. capacity: how many candidates `keys` takes. index_bits: of a flat index.
+    """
+
+    state: Tensor
+    histogram: Tensor
+    keys: Tensor
+    few_keys: Tensor
+    ties: Tensor
+    value: Tensor
+    index: Tensor
+    capacity: int
+    index_bits: int
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What a selection does with all its entries, each call one launch.
+    """What a selection does with its entries, each call one launch.
 
-    sample(state, histogram) counts a part of the entries, zeros too, in the window; count(state, histogram) all
-    positive ones. collect(state, bits, index, capacity) appends to int32 and int64 (capacity,) through `collect`.
-    count_ties(state, ties) fills int32 (cells,); locate(state, value, index) stores through `store_boundary`.
+    sample counts a part of the entries, zeros too, and ends with `end_sample`. collect appends through `collect`.
+    narrow is one round, among the candidates through `narrow` or among all entries. settle counts the ties of each
+    cell and stores through `store_boundary`.
     """
 
-    sample: Callable[[Tensor, Tensor], None]
-    collect: Callable[[Tensor, Tensor, Tensor, int], None]
-    count: Callable[[Tensor, Tensor], None]
-    count_ties: Callable[[Tensor, Tensor], None]
-    locate: Callable[[Tensor, Tensor, Tensor], None]
+    sample: Callable[[Buffers], None]
+    collect: Callable[[Buffers], None]
+    narrow: Callable[[Buffers], None]
+    settle: Callable[[Buffers], None]
 
 
-def select(k: int, entries: int, cells: int, device: torch.device, passes: Passes) -> tuple[Tensor, Tensor]:
-    """Boundary of the k largest of so many entries in so many cells: value float32 () and index int64 ()."""
-    state = new_state(device)
-    histogram = torch.zeros(BINS, dtype=torch.int64, device=device)
-    value = torch.empty((), dtype=torch.float32, device=device)
-    index = torch.empty((), dtype=torch.int64, device=device)
-    capacity = max(LEAST_CANDIDATES, entries // SHARE // 16 * 16)
+def select(entries: int, cells: int, device: torch.device, passes: Passes) -> tuple[Tensor, Tensor]:
+    """Boundary of so many entries in so many cells: value float32 () and index int64 ()."""
+    state, histogram = new_state(device)
+    capacity = max(LEAST_CANDIDATES, entries // SHARE)
     # Ties are counted only where there are no candidates, so both have the same memory.
-    storage = torch.empty(max(3 * capacity, cells), dtype=torch.int32, device=device)
-    found_bits, found_index, ties = storage[:capacity], storage[capacity : 3 * capacity].view(torch.int64), storage
-
-    passes.sample(state, histogram)
-    widen_bracket_kernel[(1,)](histogram, state, k, entries, capacity, **ONE_PROGRAM)
-    passes.sample(state, histogram)
-    close_bracket_kernel[(1,)](histogram, state, **ONE_PROGRAM)
-    passes.collect(state, found_bits, found_index, capacity)
-    index_passes = -(-max(1, (entries - 1).bit_length()) // NARROWER.value)
-    choose_kernel[(1,)](found_bits, found_index, state, value, index, k, capacity, index_passes, **CHOICE)
-
-    for _ in range(3):
-        passes.count(state, histogram)
-        pick_bucket_kernel[(1,)](histogram, state, **ONE_PROGRAM)
-    passes.count_ties(state, ties)
-    find_cell_kernel[(1,)](ties, state, cells, **CELL_SEARCH)
-    passes.locate(state, value, index)
-    return value, index
+    storage = torch.empty(max(capacity, -(-cells // 2)) + FEW.value, dtype=torch.int64, device=device)
+    buffers = Buffers(
+        state=state,
+        histogram=histogram,
+        keys=storage[FEW.value :],
+        few_keys=storage,
+        ties=storage[FEW.value :].view(torch.int32),
+        value=torch.empty((), dtype=torch.float32, device=device),
+        index=torch.empty((), dtype=torch.int64, device=device),
+        capacity=capacity,
+        index_bits=max(1, (entries - 1).bit_length()),
+    )
+    passes.sample(buffers)
+    passes.sample(buffers)
+    passes.collect(buffers)
+    for _ in range(ROUNDS.value):
+        passes.narrow(buffers)
+    passes.settle(buffers)
+    return buffers.value, buffers.index

@@ -1,4 +1,7 @@
-"""The numbers that the kernels of a selection leave for each other on the device: `state`, int64 (PLACES,)."""
+"""What the kernels of a selection leave for each other on the device: `state`, int64 (PLACES,), and counts.
+
+All of it begins as zeros, so that one memset on the device prepares a selection and nothing comes from the host.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,33 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from gradpruner.kernels.device import table_on
-
-BASE = tl.constexpr(0)  # the window that is counted: its first bits,
-LAST = tl.constexpr(1)  # its last bits,
+SAMPLES = tl.constexpr(0)  # passes over the sample that have ended
+BASE = tl.constexpr(1)  # the window that the sample's second pass counts: its first bits,
 SHIFT = tl.constexpr(2)  # and log2 of the width of its buckets
-WANTED = tl.constexpr(3)  # how many are still to be taken from the window, largest first
-CELL = tl.constexpr(4)  # cell of the last kept tie
-NTH = tl.constexpr(5)  # which of the cell's ties that is, from 1; 0: nothing is kept
-LOW = tl.constexpr(6)  # the bracket, inclusive; while it is being found, the sample's ranks of its two ends
-HIGH = tl.constexpr(7)
-ABOVE = tl.constexpr(8)  # entries above the bracket
-FOUND = tl.constexpr(9)  # entries in the bracket, also those that the buffer could not take
-DONE = tl.constexpr(10)  # 1 once the boundary is stored
-PLACES = 11
+LOW = tl.constexpr(3)  # the bracket, inclusive; while it is being found, the sample's ranks of its two ends
+HIGH = tl.constexpr(4)
+VALUE_BITS = tl.constexpr(5)  # how many bits number the values of the bracket
+ABOVE = tl.constexpr(6)  # entries above the bracket
+FOUND = tl.constexpr(7)  # entries in the bracket, also those that the buffer could not take
+TAKEN = tl.constexpr(8)  # rounds that have narrowed the window of keys
+FLOOR = tl.constexpr(9)  # the smallest key of that window
+WANTED = tl.constexpr(10)  # how many of its keys are still to be taken, smallest first
+WITHIN = tl.constexpr(11)  # how many keys it holds
+GATHERED = tl.constexpr(12)  # how many of them have been copied together
+ENDED = tl.constexpr(13)  # programs of the running launch that have done their part
+DONE = tl.constexpr(14)  # 1 once the boundary is stored
+PLACES = 16
 
 LARGEST = tl.constexpr(0x7FFFFFFF)  # no float32 has larger bits
-BINS = 2048  # buckets of a histogram
+ALL_BITS = tl.constexpr(31)  # of a positive float32
+BINS = tl.constexpr(2048)  # buckets of a histogram
 WIDEST = tl.constexpr(20)  # log2 of the width of a bucket when all 31 bits are counted in BINS buckets
-NARROWER = tl.constexpr(11)  # log2 of BINS: by so much a bucket of one pass is wider than one of the next
+NARROWER = tl.constexpr(11)  # log2 of BINS: so many bits of a key a round decides
+# Programs take turns with copies of the histogram: additions to one address wait for each other.
+COPIES = tl.constexpr(8)
 
 
-def new_state(device: torch.device) -> Tensor:
-    """The state before the first pass: the window is everything."""
-    numbers = [0] * PLACES
-    numbers[LAST.value], numbers[SHIFT.value] = LARGEST.value, WIDEST.value
-    return table_on(device, [numbers])
+def new_state(device: torch.device) -> tuple[Tensor, Tensor]:
+    """State before the first pass, and histogram int64 (COPIES * BINS,)."""
+    numbers = torch.zeros(PLACES + COPIES.value * BINS.value, dtype=torch.int64, device=device)
+    return numbers[:PLACES], numbers[PLACES:]

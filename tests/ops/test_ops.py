@@ -413,24 +413,29 @@ def test_unknown_backend_is_refused(monkeypatch):
 
 @pytest.fixture
 def answered_from_the_bracket(monkeypatch):
-    """Whether the last selection needed no pass but one over all entries; None on a backend that does not sample."""
+    """Whether the last selection needed no pass but one over all entries; None on a backend that does not sample.
+
+    The sample is as small a part as that of a large matrix.
+    """
     if not INTERPRETING and not DEVICE:
         return lambda: None
-    from gradpruner.kernels import selection
+    from gradpruner.kernels import selection, threshold
     from gradpruner.kernels.selection_state import DONE, new_state
 
     states = []
 
     def kept(device):
-        states.append(new_state(device))
-        return states[-1]
+        state, histogram = new_state(device)
+        states.append(state)
+        return state, histogram
 
     monkeypatch.setattr(selection, "new_state", kept)
-    return lambda: bool(states[-1][0, DONE.value])
+    monkeypatch.setattr(threshold, "SAMPLED", 3600)
+    return lambda: bool(states[-1][DONE.value])
 
 
 def sampled_entries(entries: int) -> torch.Tensor:
-    """Flat indices that the dense selection samples: 128 of each 4096, at a place that wanders."""
+    """Flat indices that the dense selection samples in these tests: 128 of each 4096, at a place that wanders."""
     blocks = torch.arange(-(-entries // 4096))
     at = (blocks * 4096 + blocks * 7919 % 32 * 128)[:, None] + torch.arange(128)
     return at[at < entries]

@@ -1,0 +1,112 @@
+"""The exact choice among the candidates, by their keys: three rounds, of which the second mostly has the answer."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gradpruner.kernels.histogram import add_keys, take_bucket, window_bits
+from gradpruner.kernels.last_program import is_last
+from gradpruner.kernels.selection_state import (
+    ABOVE,
+    DONE,
+    FLOOR,
+    FOUND,
+    GATHERED,
+    HIGH,
+    LOW,
+    TAKEN,
+    VALUE_BITS,
+    WANTED,
+    WITHIN,
+)
+
+ROUNDS = tl.constexpr(3)  # the first two decide 22 bits of a key: the value's, and where many tie the highest of the index
+LONGEST = tl.constexpr(62)  # bits of a key
+FEW = tl.constexpr(2048)  # keys that one program searches
+ROWS, COLS = tl.constexpr(8), tl.constexpr(128)  # a block of candidates
+
+
+@triton.jit
+def candidates_hold(state, k, capacity, index_bits):
+    """Whether the k-th largest is one of the candidates and all of them have keys; how many of them are kept."""
+    found = tl.load(state + FOUND)
+    wanted = k - tl.load(state + ABOVE)
+    if tl.load(state + LOW) == 1:  # nothing positive lies below: with fewer than k of them, all are kept
+        wanted = tl.minimum(wanted, found)
+    whole = (found <= capacity) & (tl.load(state + VALUE_BITS) + index_bits <= LONGEST)
+    return whole & (wanted >= 1) & (wanted <= found), wanted
+
+
+@triton.jit
+def narrow(
+    keys,
+    few_keys,
+    state,
+    histogram,
+    value,
+    index,
+    wanted,
+    index_bits,
+):
+    """One round: count the keys of the window and take a bucket; or store the boundary and raise DONE.
+
+    Once FEW are left, all programs copy them together and the last one searches them. If the last round finds more,
+    one program searches all candidates, which takes long and is as exact.
+    """
+    found, high = tl.load(state + FOUND), tl.load(state + HIGH)
+    taken, floor = tl.load(state + TAKEN), tl.load(state + FLOOR)
+    first_round = taken == 0
+    wanted = tl.where(first_round, wanted, tl.load(state + WANTED))
+    within = tl.where(first_round, found, tl.load(state + WITHIN))
+    left, shift = window_bits(taken, tl.load(state + VALUE_BITS) + index_bits)
+    if within <= FEW:
+        step = tl.num_programs(0) * ROWS * COLS
+        for start in range(tl.program_id(0) * ROWS * COLS, found, step):
+            gather(keys, few_keys, state, start, found, floor, left)
+        if is_last(state):
+            search(few_keys, within, floor, left, wanted, high, index_bits, state, value, index)
+    elif taken < ROUNDS - 1:
+        step = tl.num_programs(0) * ROWS * COLS
+        for start in range(tl.program_id(0) * ROWS * COLS, found, step):
+            at = start + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+            key = tl.load(keys + at, mask=at < found, other=0)
+            add_keys(key - floor, at < found, left, shift, histogram)
+        if is_last(state):
+            take_bucket(histogram, state, taken, floor, wanted, shift)
+    elif tl.program_id(0) == 0:
+        search(keys, found, floor, left, wanted, high, index_bits, state, value, index)
+
+
+@triton.jit
+def gather(keys, few_keys, state, start, found, floor, left):
+    """Append a block's keys of the window to those that are searched, in any order."""
+    at = start + tl.arange(0, ROWS * COLS)
+    key = tl.load(keys + at, mask=at < found, other=0)
+    far = key - floor
+    inside = (at < found) & (far >= 0) & (far < (tl.full((), 1, tl.int64) << left))
+    upto = tl.cumsum(inside.to(tl.int32), axis=0)
+    place = tl.atomic_add(state + GATHERED, tl.sum(inside.to(tl.int64), axis=0), sem="relaxed")
+    tl.store(few_keys + place + upto - 1, key, mask=inside)
+
+
+@triton.jit
+def search(keys, count, floor, left, wanted, high, index_bits, state, value, index):
+    """The boundary from the wanted-th smallest key of the window, bit by bit from its highest on. One program.
+
+    A bit is one comparison for each key and one sum; a sort of as many keys compares them more often.
+    """
+    one = tl.full((), 1, tl.int64)
+    base = tl.zeros((), tl.int64)
+    for bit in range(0, left):
+        middle = base + (one << (left - 1 - bit))
+        below = tl.zeros((), tl.int64)
+        for start in range(0, count, FEW):
+            at = start + tl.arange(0, FEW)
+            far = tl.load(keys + at, mask=at < count, other=0) - floor
+            below += tl.sum(((at < count) & (far >= 0) & (far < middle)).to(tl.int32), axis=0)
+        base = tl.where(below < wanted, middle, base)
+    key = floor + base
+    tl.store(value, (high - (key >> index_bits)).to(tl.int32).to(tl.float32, bitcast=True))
+    tl.store(index, key & ((one << index_bits) - 1))
+    tl.store(state + DONE, 1)

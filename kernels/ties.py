@@ -1,0 +1,33 @@
+"""Without a bracket: the last kept tie, from the number of ties in every cell."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_cell(ties, wanted, cells, BLOCK: tl.constexpr):
+    """The cell that holds the last kept tie, and which of its ties that is, from 1; 0: nothing is kept."""
+    seen = tl.zeros((), tl.int64)
+    before = tl.zeros((), tl.int64)
+    cell = tl.zeros((), tl.int64)
+    for start in range(0, cells, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        count = tl.load(ties + at, mask=at < cells, other=0).to(tl.int64)
+        passed = (seen + tl.cumsum(count, axis=0) < wanted) & (at < cells)
+        cell += tl.sum(passed.to(tl.int64), axis=0)
+        before += tl.sum(tl.where(passed, count, 0), axis=0)
+        seen += tl.sum(count, axis=0)
+    return cell, wanted - before
+
+
+@triton.jit
+def store_boundary(tie, first, nth, bits, value, index):
+    """Store the value and the flat index of the last kept tie.
+
+    tie: which of the cell's entries equal the value. first: flat index of the cell's first entry.
+    """
+    place = tl.sum((tl.cumsum(tie.to(tl.int32), axis=0) < nth).to(tl.int32), axis=0)
+    tl.store(value, tl.where(nth > 0, bits.to(tl.float32, bitcast=True), float("inf")))
+    tl.store(index, tl.where(nth > 0, first + place, -1))
