@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.hooks import RemovableHandle
 
+from gradpruner.arrival import Arrival, to_host
 from gradpruner.distributed import Peers, together
 from gradpruner.errors import CheckpointError
 from gradpruner.files import atomic_path
@@ -30,9 +31,17 @@ class Inputs:
     """
 
     def __init__(self, batches: Iterable[Mapping[str, Tensor]] = ()) -> None:
-        self.batches = [dict(batch) for batch in batches]
-        self._tokens = sum(map(_tokens, self.batches))
+        self._batches = [dict(batch) for batch in batches]
+        self._tokens = sum(map(_tokens, self._batches))
+        self._coming: list[Arrival] = []
         self._handle: RemovableHandle | None = None
+
+    @property
+    def batches(self) -> list[dict[str, Tensor]]:
+        """What was kept so far, in host memory: copies that are still under way are waited for here."""
+        while self._coming:
+            self._coming.pop(0).wait()
+        return self._batches
 
     def watch(self, model: nn.Module) -> None:
         """Begin to keep what `model`, as the loop calls it, is given."""
@@ -48,8 +57,9 @@ class Inputs:
             return
         given = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and value.ndim}
         batch = {name: value for name, value in given.items() if "label" not in name}
-        if batch and (not self.batches or self._tokens + _tokens(batch) <= TOKENS):
-            self.batches.append({name: value.detach().to("cpu", copy=True) for name, value in batch.items()})
+        if batch and (not self._batches or self._tokens + _tokens(batch) <= TOKENS):
+            self._batches.append({name: to_host([value.detach()], value.dtype)[0] for name, value in batch.items()})
+            self._coming.append(Arrival(value.device for value in batch.values()))
             self._tokens += _tokens(batch)
 
 

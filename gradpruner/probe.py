@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradpruner.arrival import Arrival
 from gradpruner.decoder import Decoder
 from gradpruner.deepspeed import factor_to_come, is_deepspeeds
 from gradpruner.distributed import Peers, gone, is_lost, peers_of, refuse_flat
@@ -22,6 +23,7 @@ from gradpruner.optimizers import unwrapped
 from gradpruner.whole import need_whole
 
 ESTIMATORS = ("auto", "lora", "gradient", "adam", "exact")
+AHEAD = 2  # steps whose copies may be under way: the host waits for an older one, which a device has long done
 ALIKE = 1e-3  # relative; what processes that read the same reduced gradient may differ by, and no others stay within
 
 
@@ -71,7 +73,7 @@ class Probe:
         self._reader: Reader | None = None
         self._handles: list[Any] = []
         self._left = 0
-        self._pending: list[Tensor] = []
+        self._pending: list[tuple[Tensor, Arrival]] = []
         self._usable: list[Tensor] = []
         self._skipped = 0
         self._igia: Igia | None = None
@@ -173,9 +175,9 @@ class Probe:
         inverse = None if scale is None else 1.0 / scale
         if self._by_deepspeed():
             inverse = factor_to_come(optimizer, [p for p in self._decoder.given.parameters() if p.requires_grad])
-        self._pending.append(self._reader.read(inverse))
-        if self._reader.full:
-            self._settle()
+        norms = self._reader.read(inverse)
+        self._pending.append((norms, Arrival(self._reader.devices)))
+        self._settle(but=AHEAD)
 
     @property
     def igia(self) -> Igia:
@@ -231,17 +233,19 @@ class Probe:
         if self._left == 0:  # the hooks stay until `stop`: torch is iterating over them just now
             self._finish()
 
-    def _settle(self) -> None:
+    def _settle(self, *, but: int = 0) -> None:
+        """Take in all pending steps but the last `but`: wait until their copies are here, and sort out the bad ones."""
         assert self._reader is not None
-        # what was read may still be on its way to the host: waited for here, not at each step
-        for device in {self._decoder.parameter(weight).device for weight in self._reader.weights}:
-            if device.type not in ("cpu", "meta"):
-                torch.accelerator.synchronize(device)
-        finite = [norms if bool(norms.isfinite().all()) else None for norms in self._pending]
+        settled = self._pending[: max(len(self._pending) - but, 0)]
+        if not settled:
+            return
+        settled[-1][1].wait()  # and so for those before it
+        # copies of their own: what they arrived in is pinned
+        finite = [norms.clone() if bool(norms.isfinite().all()) else None for norms, _ in settled]
         self._reader.settle(finite)
         self._usable += [norms for norms in finite if norms is not None]
         self._skipped += sum(norms is None for norms in finite)
-        self._pending.clear()
+        del self._pending[: len(settled)]
 
     def _finish(self) -> None:
         assert self._reader is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from gradpruner.decoder import Weight
@@ -16,22 +17,21 @@ class Reader(Protocol):
 
     name: str
     weights: tuple[Weight, ...]
+    devices: set[torch.device]  # of the gradients of the last `read`, wherever the weights are
 
     def read(self, inverse_scale: Tensor | None) -> Tensor:
         """||G||_F^2 of every weight for the step about to be taken, float64 (n,) in host memory.
 
-        The copy may still be under way on a GPU until the device is synchronised. inverse_scale: 1 / loss scale
-        where gradients are still scaled.
+        The copy may still be under way, as those of what is pending may: until the `devices` have come to where they
+        were told to. inverse_scale: 1 / loss scale where gradients are still scaled.
         """
         ...
 
-    @property
-    def full(self) -> bool:
-        """Whether enough is pending that `settle` should be called now."""
-        ...
-
     def settle(self, usable: list[Tensor | None]) -> None:
-        """Keep the pending steps whose square norms are given, forget those that are None."""
+        """Of the oldest pending steps keep those whose square norms are given, forget those that are None.
+
+        Their copies have arrived. Steps that were read after them stay pending.
+        """
         ...
 
     def importance(self) -> Mapping[tuple[int, str], Factors | Dense]:

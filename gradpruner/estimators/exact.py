@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from gradpruner.arrival import joined
 from gradpruner.decoder import Decoder, Weight, is_transposed, linear_modules
 from gradpruner.errors import InvalidArgument, ProbeError
 from gradpruner.fused import fuse, is_replaced, unfuse
@@ -42,18 +44,26 @@ class ExactReader:
             raise ProbeError(f"estimator 'exact': something else has replaced the forward of {hooked[0]}")
         self.weights: tuple[Weight, ...] = tuple(weight for weight, _ in found)
         self._modules = [module for _, module in found]
-        self._squares = [self._new_squares(module) for module in self._modules]
+        self._totals: list[Tensor] = []  # a vector for neighbours on one device
+        self._squares: list[WeightSquares] = []
+        for device, group in itertools.groupby(self._modules, lambda module: module.weight.device):
+            here = list(group)
+            totals = torch.zeros(len(here), dtype=torch.float64, device=device)
+            self._totals.append(totals)
+            for module, total in zip(here, totals.unbind(), strict=True):
+                self._squares.append(self._new_squares(module, total))
+        self.devices = {totals.device for totals in self._totals}
         for module, squares in zip(self._modules, self._squares, strict=True):
             fuse(module, squares)
 
-    def _new_squares(self, module: nn.Module) -> WeightSquares:
+    def _new_squares(self, module: nn.Module, total: Tensor) -> WeightSquares:
         weight = module.weight
         assert isinstance(weight, Tensor)
         igia = torch.zeros(weight.shape, device=weight.device) if self._importance else None
-        return WeightSquares(weight.new_zeros((), dtype=torch.float64), igia, self._micro_batches)
+        return WeightSquares(total, igia, self._micro_batches)
 
     def read(self, inverse_scale: Tensor | None) -> Tensor:
-        """The sums since the last step, then zero."""
+        """The sums since the last step, then zero: one copy per device, which nothing waits for."""
         if inverse_scale is not None:
             raise ProbeError("estimator 'exact' squares gradients before they are unscaled; use it without GradScaler")
         for squares, module, weight in zip(self._squares, self._modules, self.weights, strict=True):
@@ -63,15 +73,10 @@ class ExactReader:
                     f"step; expected micro_batches = {squares.micro_batches}"
                 )
             squares.calls = 0
-        norms = torch.stack([squares.total.cpu() for squares in self._squares])
-        for squares in self._squares:
-            squares.total.zero_()
+        norms = joined(self._totals)
+        for totals in self._totals:
+            totals.zero_()
         return norms
-
-    @property
-    def full(self) -> bool:
-        """Nothing is ever pending."""
-        return False
 
     def settle(self, usable: list[Tensor | None]) -> None:
         """Nothing is ever pending: the op itself leaves out what is not finite."""

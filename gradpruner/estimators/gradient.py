@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradpruner import ops
+from gradpruner.arrival import Arrival, joined, one_ahead
 from gradpruner.decoder import Decoder, Weight, peft_of
 from gradpruner.deepspeed import gradient_of
 from gradpruner.distributed import Layout, Peers, local, rows_of, shard_group, summed, together
@@ -21,6 +23,9 @@ from gradpruner.igia import Dense, Factors, shared
 class GradientReader:
     """F = sum over steps of W.grad ** 2, in host memory (P eq. 3). Raises ProbeError if no weight trains.
 
+    F takes 4 bytes per entry, for which a device that trains all weights has no room to promise. So with importance
+    every step waits for its norms, and moves each gradient through two pinned buffers to be squared by the CPU: the
+    step takes longer by that copy or by that squaring, whichever is slower. Without importance nothing is waited for.
     Of several processes (`peers`) each keeps F of its own layers, or, where the gradients are sharded, of its shards.
     """
 
@@ -32,44 +37,42 @@ class GradientReader:
         if not self.weights:
             raise ProbeError(f"estimator {self.name!r}: no linear weight of the decoder layers trains{_other(decoder)}")
         self._f: dict[Weight, Tensor] = {}
+        self.devices: set[torch.device] = set()
 
     def read(self, inverse_scale: Tensor | None) -> Tensor:
         """Norms of this step; F only grows by a step whose gradients are all finite."""
         parameters = [self._decoder.parameter(weight) for weight in self.weights]
-        norms = torch.zeros(len(parameters), dtype=torch.float64)
-        scale = 1.0 if inverse_scale is None else float(inverse_scale)
-        present: list[int] = []
-        lengths: list[Tensor] = []
+        lengths: list[Tensor | None] = []
         by_group: dict[Any, list[int]] = {}
         for i, parameter in enumerate(parameters):
             grad = gradient_of(parameter)
-            if grad is None:
-                continue
-            present.append(i)
-            lengths.append(torch.linalg.vector_norm(local(grad), dtype=_wide(grad)))
-            if rows_of(grad) is not None:
+            lengths.append(None if grad is None else torch.linalg.vector_norm(local(grad.detach()), dtype=_wide(grad)))
+            if grad is not None and rows_of(grad) is not None:
                 by_group.setdefault(shard_group(grad), []).append(i)
-        if present:
-            norms[present] = torch.stack([n.cpu().double() for n in lengths]).square() * scale**2
+        self.devices = {length.device for length in lengths if length is not None}
+        norms = _squared(lengths, inverse_scale)
+        if by_group or self._importance:
+            Arrival(self.devices).wait()
         for group, cut in by_group.items():  # one for a model under FSDP2
             norms[cut] = summed(norms[cut], group)
         if self._importance and bool(norms.isfinite().all()):
-            for i in present:
-                grad = gradient_of(parameters[i])  # again: of all at once there may be no room
-                if grad is None or not self._keeps(self.weights[i], grad):
-                    continue
-                host = local(grad.detach()).to("cpu")
-                f = self._f.setdefault(self.weights[i], torch.zeros(host.shape))
-                ops.square_accumulate_(f, host if inverse_scale is None else host.float() * scale)
+            scale = None if inverse_scale is None else float(inverse_scale)
+            present = [i for i, length in enumerate(lengths) if length is not None]
+            for weight, host in one_ahead(self._gradients(parameters, present)):
+                if weight not in self._f:
+                    self._f[weight] = torch.zeros(host.shape)
+                ops.square_accumulate_(self._f[weight], host if scale is None else host.float() * scale)
         return norms
+
+    def _gradients(self, parameters: Sequence[Tensor], present: list[int]) -> Iterator[tuple[Weight, Tensor]]:
+        """One after another, asked for again: of all at once there may be no room."""
+        for i in present:
+            grad = gradient_of(parameters[i])
+            if grad is not None and self._keeps(self.weights[i], grad):
+                yield self.weights[i], local(grad.detach())
 
     def _keeps(self, weight: Weight, stored: Tensor) -> bool:
         return rows_of(stored) is not None or self._peers is None or self._peers.keeps(weight.layer)
-
-    @property
-    def full(self) -> bool:
-        """Nothing is ever pending."""
-        return False
 
     def settle(self, usable: list[Tensor | None]) -> None:
         """Nothing is ever pending."""
@@ -182,6 +185,19 @@ def _other(decoder: Decoder) -> str:
 
 def _gathered(shard: Tensor, layout: Layout) -> Dense:
     return Dense(layout.whole(shard))
+
+
+def _squared(lengths: list[Tensor | None], factor: Tensor | None) -> Tensor:
+    """(factor * length) ** 2 of each, zero for none: float64 in host memory, one copy for neighbours on one device."""
+    parts = []
+    for device, group in itertools.groupby(lengths, lambda length: None if length is None else length.device):
+        here = list(group)
+        if device is None:
+            parts.append(torch.zeros(len(here), dtype=torch.float64))
+            continue
+        squares = torch.stack([length for length in here if length is not None]).double().square()
+        parts.append(squares if factor is None else squares * factor.to(device).double().square())
+    return joined(parts)
 
 
 def _wide(grad: Tensor) -> torch.dtype:

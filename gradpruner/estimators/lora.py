@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradpruner import ops
+from gradpruner.arrival import joined, to_host
 from gradpruner.decoder import Decoder, Weight, base_name
 from gradpruner.deepspeed import gradient_of
 from gradpruner.distributed import Peers, whole
@@ -23,10 +24,10 @@ INSTEAD = "estimator='exact' reads the frozen weights' own gradients, whatever a
 
 @dataclass
 class _Kept:
-    """What is stored of one weight: pending raw pairs, then factors, or a matrix once that is smaller."""
+    """What is stored of one weight: factors, `size` bytes of them, or a matrix once that is smaller."""
 
-    pending: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
     factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    size: int = 0
     dense: Tensor | None = None
     exponents: tuple[int, int] | None = None
 
@@ -34,11 +35,11 @@ class _Kept:
 class LoraReader:
     """Reads gA (r, in) and gB (out, r) of every adapter in the decoder layers, once an optimizer step.
 
-    Norms come from Gram matrices; the factors go to host memory. A weight's factors are folded into one dense
-    float32 matrix as soon as they would take more room than it (the crossover: t r (in + out) against in out,
-    in elements weighted by their size), so host memory is bounded whatever t and r. Of several processes (`peers`)
-    each reads all gradients, gathered where they are sharded, and keeps the factors of its own layers. Raises
-    ProbeError if the decoder layers hold no LoRA adapter.
+    Norms come from Gram matrices; the factors go to host memory, all of a step in one block. A weight's factors are
+    folded into one dense float32 matrix as soon as they would take more room than it (the crossover: t r (in + out)
+    against in out, in elements weighted by their size), so host memory is bounded whatever t and r. Of several
+    processes (`peers`) each reads all gradients, gathered where they are sharded, and keeps the factors of its own
+    layers. Raises ProbeError if the decoder layers hold no LoRA adapter.
     """
 
     name = "lora"
@@ -67,48 +68,45 @@ class LoraReader:
         self._modules = [module for _, _, module in found]
         self.weights: tuple[Weight, ...] = tuple(known[index, name] for index, name, _ in found)
         self._kept = [_Kept() for _ in found]
+        self._pending: list[list[tuple[Tensor, Tensor] | None]] = []  # of each step, a pair or none of each weight
+        self.devices: set[torch.device] = set()
 
     def read(self, inverse_scale: Tensor | None) -> Tensor:
         """Norms of this step's pairs; the pairs themselves are queued for `settle`."""
         pairs = [_pair(module, inverse_scale) for module in self._modules]
-        norms = torch.zeros(len(pairs), dtype=torch.float64, pin_memory=any(p and p[0].is_cuda for p in pairs))
-        first = 0
+        self.devices = {pair[0].device for pair in pairs if pair is not None}
+        norms = []
         # neighbours on one device share a launch
         for device, group in itertools.groupby(pairs, lambda pair: None if pair is None else pair[0].device):
-            here = list(group)
-            if device is not None:
-                values = ops.gram_norm([pair[0] for pair in here if pair], [pair[1] for pair in here if pair])
-                norms[first : first + len(here)].copy_(values, non_blocking=True)
-            first += len(here)
+            if device is None:
+                norms.append(torch.zeros(len(list(group)), dtype=torch.float64))
+                continue
+            here = [pair for pair in group if pair is not None]
+            norms.append(ops.gram_norm([a for a, _ in here], [b for _, b in here]))
         if self._importance:
-            for kept, weight, pair in zip(self._kept, self.weights, pairs, strict=True):
-                if not self._keeps(weight):
-                    continue
-                copy = None if pair is None else (_to_host(pair[0], self._dtype), _to_host(pair[1], self._dtype))
-                kept.pending.append(copy)
-        return norms
+            wanted = [pair if self._keeps(weight) else None for pair, weight in zip(pairs, self.weights, strict=True)]
+            copies = iter(to_host([factor for pair in wanted if pair is not None for factor in pair], self._dtype))
+            self._pending.append([None if pair is None else (next(copies), next(copies)) for pair in wanted])
+        return joined(norms)
 
     def _keeps(self, weight: Weight) -> bool:
         return self._peers is None or self._peers.keeps(weight.layer)
-
-    @property
-    def full(self) -> bool:
-        """Whether some weight's pending pairs outweigh its dense matrix."""
-        return any(_weight_of(k.pending) >= 4 * _entries(w) for k, w in zip(self._kept, self.weights, strict=True))
 
     def settle(self, usable: list[Tensor | None]) -> None:
         """Scale the usable pairs by powers of two and store them, as factors or added into F."""
         if not self._importance:
             return
-        for n, (kept, weight) in enumerate(zip(self._kept, self.weights, strict=True)):
-            if not self._keeps(weight):
+        for norms, pairs in zip(usable, self._pending, strict=False):
+            if norms is None:
                 continue
-            for norms, pair in zip(usable, kept.pending, strict=True):
+            for kept, pair, norm in zip(self._kept, pairs, norms.tolist(), strict=True):
                 # a zero pair (B = 0 before the first step) adds nothing to F
-                if norms is not None and pair is not None and float(norms[n]) > 0:
+                if pair is not None and norm > 0:
                     kept.factors.append(_scaled(kept, *pair))
-            kept.pending.clear()
-            if kept.dense is None and _weight_of(kept.factors) >= 4 * _entries(weight):
+                    kept.size += _size_of(pair)
+        del self._pending[: len(usable)]  # and with it the last views of their blocks
+        for kept, weight in zip(self._kept, self.weights, strict=True):
+            if kept.dense is None and kept.factors and kept.size >= 4 * weight.shape[0] * weight.shape[1]:
                 kept.dense = torch.zeros(weight.shape)
             if kept.dense is not None:
                 for a, b in kept.factors:
@@ -128,6 +126,7 @@ class LoraReader:
                 pairs = [_oriented(*_padded(a, b, rank), weight) for a, b in kept.factors]
                 a, b = torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
                 kept.factors = _unstacked(a, b, weight)  # held once, should the probe go on
+                kept.size = _size_of((a, b))
                 found[weight.layer, weight.name] = Factors(a, b, exponents)
         return shared(found, {}, self._peers)
 
@@ -143,6 +142,7 @@ class LoraReader:
                 kept.dense = known.f.clone()
             else:
                 kept.factors = _unstacked(known.a, known.b, weight)
+                kept.size = _size_of((known.a, known.b))
 
     def close(self) -> None:
         """Nothing was changed in the model."""
@@ -185,12 +185,6 @@ def _pair(module: Any, inverse_scale: Tensor | None) -> tuple[Tensor, Tensor] | 
     return a.detach(), b.detach()
 
 
-def _to_host(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy that is on its way: the device reads the gradient before anything launched later can change it."""
-    host = torch.empty(gradient.shape, dtype=dtype, pin_memory=gradient.is_cuda)
-    return host.copy_(gradient, non_blocking=True)
-
-
 def _scaled(kept: _Kept, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """F is only ranked: bring the factors near 1 by powers of two, so that their fourth powers do not underflow."""
     if kept.exponents is None:
@@ -203,6 +197,9 @@ def _exponent(tensor: Tensor) -> int:
 
 
 def _ldexp(tensor: Tensor, exponent: int) -> Tensor:
+    """tensor * 2 ** exponent in memory of its own, exact but where the result itself is too large or too small."""
+    if -126 <= exponent <= 127:  # float32 has such a factor, and the product is rounded at most once
+        return tensor * 2.0**exponent
     return (tensor.double() * 2.0**exponent).to(tensor.dtype)
 
 
@@ -223,12 +220,8 @@ def _unstacked(a: Tensor, b: Tensor, weight: Weight) -> list[tuple[Tensor, Tenso
     return [(second.T, first.T) for first, second in pairs] if weight.transposed else list(pairs)
 
 
-def _weight_of(pairs: list[tuple[Tensor, Tensor]] | list[tuple[Tensor, Tensor] | None]) -> int:
-    return sum(t.numel() * t.element_size() for pair in pairs if pair is not None for t in pair)
-
-
-def _entries(weight: Weight) -> int:
-    return weight.shape[0] * weight.shape[1]
+def _size_of(pair: tuple[Tensor, Tensor]) -> int:
+    return sum(factor.numel() * factor.element_size() for factor in pair)
 
 
 def has_lora(decoder: Decoder) -> bool:
