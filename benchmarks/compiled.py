@@ -46,15 +46,7 @@ TARGETS = {
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 RANKS = (8, 64)  # one slice of the rank, and several
-SIZES = (
-    "entries",
-    "x_entries",
-    "dy_entries",
-    "n_out",
-    "n_in",
-    "tokens",
-    "group",
-)  # multiples of 16 in every model of interest
+SIZES = ("entries", "n_out", "n_in", "group")  # multiples of 16 in every model of interest
 
 
 @dataclass(frozen=True)
@@ -329,7 +321,7 @@ def _wgrad() -> dict[str, Case]:
         size = TORCH_DTYPES[dtype].itemsize
         found[f"finite-{dtype}"] = Case(
             wgrad_square_accumulate.finite_kernel,
-            {"x": x, "dy": x, "limit": "*fp32", "x_entries": "i32", "dy_entries": "i32"},
+            {"x": x, "dy": x, "bounds": "*fp32", "tokens": "i32", "n_out": "i32", "n_in": "i32"},
             wgrad_square_accumulate.FINITE,
             streams=True,
         )
@@ -344,7 +336,7 @@ def _wgrad() -> dict[str, Case]:
             absolute = variant == "absolute"
             found[f"wgrad-{dtype}-{variant}"] = Case(
                 wgrad_square_accumulate.wgrad_kernel,
-                {"igia": igia, "grad": grad, "x": x, "dy": x, "limit": igia, "partial": None if absolute else "*fp64"}
+                {"igia": igia, "grad": grad, "x": x, "dy": x, "bounds": igia, "partial": None if absolute else "*fp64"}
                 | {"tokens": "i32", "n_out": "i32", "n_in": "i32"},
                 wgrad_square_accumulate.LAUNCH[size] | wgrad_square_accumulate.OPTIONS,
                 streams=True,

@@ -6,7 +6,7 @@ import triton
 from torch import Tensor
 
 from gradpruner.kernels.device import on_device_of
-from gradpruner.kernels.wgrad_square_accumulate import LAUNCH, OPTIONS, limit_of, wgrad_kernel
+from gradpruner.kernels.wgrad_square_accumulate import LAUNCH, OPTIONS, bounds_of, wgrad_kernel
 
 
 def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
@@ -16,5 +16,7 @@ def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
     launch = LAUNCH[x.element_size()]
     tiles = triton.cdiv(n_out, launch["ROWS"]) * triton.cdiv(n_in, launch["COLS"])
     with on_device_of(x):
-        limit = limit_of(x, dy)
-        wgrad_kernel[(tiles,)](total, None, x, dy, limit, None, tokens, n_out, n_in, ABSOLUTE=True, **launch, **OPTIONS)
+        bounds = bounds_of(x, dy)
+        wgrad_kernel[(tiles,)](
+            total, None, x, dy, bounds, None, tokens, n_out, n_in, ABSOLUTE=True, **launch, **OPTIONS
+        )

@@ -4,6 +4,10 @@ Tiles are not split along the tokens, as a GEMM with few tiles otherwise would b
 of the squares of its parts, so a tile of g has to be whole where it is squared. What fills the card is the order of the
 tiles: GROUP of a column in turn, whose tokens then lie in the second-level cache.
 
+Two blocks share a processor, so that one reads and writes its tile of igia while the other multiplies: with few tokens
+the two take about as long. That is why the tile is no larger than half of a processor's registers and shared memory,
+and why its end is taken in parts.
+
 Not tuned at run time either: the tile decides in what order products are added, so a choice by timing would make the
 scores depend on what else the machine did; and each trial would add into igia and grad.
 """
@@ -16,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradpruner.kernels.device import INTERPRETED, on_device_of
-from gradpruner.kernels.factor_tile import PRECISION
+from gradpruner.kernels.factor_tile import PRECISION, tile_offsets
 from gradpruner.kernels.numeric import narrow, widen
 
 STAGES = 2 if torch.version.hip else 3  # three would take all the 64 KiB that AMD's processor shares out
@@ -28,16 +32,21 @@ LAUNCH = {
     8: {"ROWS": 32, "COLS": 32, "TOKENS": 16, "num_warps": 4, "num_stages": 2},
 }
 OPTIONS = {"PRECISION": PRECISION, "enable_fp_fusion": False}
-FINITE = {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False}
-PROGRAMS = 1024
+FINITE = {"BLOCK": 8192, "num_warps": 16, "enable_fp_fusion": False}
+PROGRAMS = 256  # of finite_kernel: two a processor of an H100, with 16 KB each on the way
 
+BOUNDS = tl.constexpr(PROGRAMS)
 GROUP = tl.constexpr(8)  # tiles of a column taken together, so that the second-level cache holds their tokens
 WIDEN_OPERANDS = tl.constexpr(INTERPRETED)  # the interpreter's dot is wrong on bfloat16
 
 
-@triton.jit
-def finite_kernel(x, dy, limit, x_entries, dy_entries, BLOCK: tl.constexpr):
-    """Store 0 as the limit if x or dy is not finite everywhere. Both in one launch, each read once."""
+# Lengths of batches differ from step to step: a kernel specialised on them would be compiled anew within a run.
+@triton.jit(do_not_specialize=["tokens"])
+def finite_kernel(x, dy, bounds, tokens, n_out, n_in, BLOCK: tl.constexpr):
+    """Each program stores inf, or 0 if a part of x or dy that it reads is not finite. Each is read once."""
+    # products, not counts from the host: what n_in is a multiple of, they are, so 16 bytes are loaded at once
+    x_entries = tokens.to(tl.int64) * n_in
+    dy_entries = tokens.to(tl.int64) * n_out
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     bad = tl.zeros((BLOCK,), tl.int1)
@@ -47,17 +56,16 @@ def finite_kernel(x, dy, limit, x_entries, dy_entries, BLOCK: tl.constexpr):
     for start in range(0, dy_entries, step):
         entry = widen(tl.load(dy + start + at, mask=start + at < dy_entries, other=0.0))
         bad = bad | (entry - entry != 0)
-    if tl.max(bad.to(tl.int32), axis=0) != 0:
-        tl.store(limit, 0.0)
+    tl.store(bounds + tl.program_id(0), tl.where(tl.max(bad.to(tl.int32), axis=0) != 0, 0.0, float("inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def wgrad_kernel(
     igia,
     grad,
     x,
     dy,
-    limit,
+    bounds,
     partial,
     tokens,
     n_out,
@@ -70,8 +78,8 @@ def wgrad_kernel(
 ):
     """One tile of g over all tokens, and its squares, or its absolute values if ABSOLUTE.
 
-    igia, grad: None where not wanted. limit: float32 (), only what is below it enters igia: inf, or 0 where x or dy
-    is not finite. partial: float64, one sum of squares a tile, or None where not wanted.
+    igia, grad: None where not wanted. bounds: float32 (PROGRAMS,), only what is below them all enters igia: inf, and 0
+    where x or dy is not finite. partial: float64, one sum of squares a tile, or None where not wanted.
     """
     pid = tl.program_id(0)
     row_tiles = tl.cdiv(n_out, ROWS)
@@ -87,6 +95,8 @@ def wgrad_kernel(
     precision: tl.constexpr = PRECISION if x.dtype.element_ty == tl.float32 else "ieee"
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     g = tl.zeros((ROWS, COLS), wide)
+    if igia is not None:
+        every_bound = tl.load(bounds + tl.arange(0, BOUNDS))  # under way while the products are added
     token = tl.arange(0, TOKENS)
     dy_at = dy + token[:, None] * n_out + rows[None, :]
     x_at = x + token[:, None] * n_in + cols[None, :]
@@ -100,33 +110,34 @@ def wgrad_kernel(
         dy_at += TOKENS * n_out  # pointers advance, so no offset passes 32 bits
         x_at += TOKENS * n_in
 
-    # In four parts: the squares of a whole tile in float64 would not fit the registers beside it.
-    QUARTER: tl.constexpr = ROWS // 4
-    upper, lower = tl.split(tl.permute(tl.reshape(g, (2, 2, QUARTER, COLS)), (1, 2, 3, 0)))
-    first, second = tl.split(tl.permute(upper, (1, 2, 0)))
-    third, fourth = tl.split(tl.permute(lower, (1, 2, 0)))
-    total = _add_rows(first, igia, grad, limit, row, col, n_out, n_in, QUARTER, COLS, ABSOLUTE)
-    total += _add_rows(second, igia, grad, limit, row + QUARTER, col, n_out, n_in, QUARTER, COLS, ABSOLUTE)
-    total += _add_rows(third, igia, grad, limit, row + 2 * QUARTER, col, n_out, n_in, QUARTER, COLS, ABSOLUTE)
-    total += _add_rows(fourth, igia, grad, limit, row + 3 * QUARTER, col, n_out, n_in, QUARTER, COLS, ABSOLUTE)
+    # In four parts: the squares of a whole tile in float64 would not fit the registers beside it. By columns, because
+    # tensor cores leave a row of the tile with few threads: no part has to be moved between them.
+    limit = None
+    if igia is not None:
+        limit = tl.min(every_bound, axis=0)
+    QUARTER: tl.constexpr = COLS // 4
+    left_half, right_half = tl.split(tl.permute(tl.reshape(g, (ROWS, 2, 2 * QUARTER)), (0, 2, 1)))
+    first, second = tl.split(tl.permute(tl.reshape(left_half, (ROWS, 2, QUARTER)), (0, 2, 1)))
+    third, fourth = tl.split(tl.permute(tl.reshape(right_half, (ROWS, 2, QUARTER)), (0, 2, 1)))
+    total = _add_columns(first, igia, grad, limit, row, col, n_out, n_in, ROWS, QUARTER, ABSOLUTE)
+    total += _add_columns(second, igia, grad, limit, row, col + QUARTER, n_out, n_in, ROWS, QUARTER, ABSOLUTE)
+    total += _add_columns(third, igia, grad, limit, row, col + 2 * QUARTER, n_out, n_in, ROWS, QUARTER, ABSOLUTE)
+    total += _add_columns(fourth, igia, grad, limit, row, col + 3 * QUARTER, n_out, n_in, ROWS, QUARTER, ABSOLUTE)
     if partial is not None:
         tl.store(partial + pid, total)
 
 
 @triton.jit
-def _add_rows(
+def _add_columns(
     g, igia, grad, limit, row, col, n_out, n_in, ROWS: tl.constexpr, COLS: tl.constexpr, ABSOLUTE: tl.constexpr
 ):
-    """Add some rows of g into grad and their squares or absolute values into igia. Returns the sum of the squares,
-    float64."""
-    rows = row + tl.arange(0, ROWS)
-    cols = col + tl.arange(0, COLS)
-    at = rows[:, None].to(tl.int64) * n_in + cols[None, :]
-    inside = (rows[:, None] < n_out) & (cols[None, :] < n_in)
+    """Add some columns of g's tile into grad and their squares or absolute values into igia. Returns the sum of the
+    squares, float64."""
+    first, distance, inside = tile_offsets(row, col, n_out, n_in, ROWS, COLS)
     if grad is not None:
-        old = tl.load(grad + at, mask=inside, other=0.0)
+        old = tl.load(grad + first + distance, mask=inside, other=0.0)
         stored = narrow(widen(old) + widen(narrow(g, old.dtype)), old.dtype)
-        tl.store(grad + at, stored, mask=inside)
+        tl.store(grad + first + distance, stored, mask=inside)
         g = widen(stored)
     if igia is not None:
         if ABSOLUTE:
@@ -135,8 +146,8 @@ def _add_rows(
             added = (g * g).to(tl.float32)
         # A NaN fails the comparison too. What does not enter is written back as it was: masks that depend on the data
         # would break every load and store into single entries.
-        before = tl.load(igia + at, mask=inside, other=0.0)
-        tl.store(igia + at, tl.where(added < tl.load(limit), before + added, before), mask=inside)
+        before = tl.load(igia + first + distance, mask=inside, other=0.0)
+        tl.store(igia + first + distance, tl.where(added < limit, before + added, before), mask=inside)
     # Outside there may be 0 * inf, so the sum selects. float64: a square may overflow float32 and be summed.
     exact = tl.where(inside, g, 0.0).to(tl.float64)
     return tl.sum(tl.sum(exact * exact, axis=1), axis=0)
@@ -153,21 +164,20 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
     tiles = triton.cdiv(n_out, launch["ROWS"]) * triton.cdiv(n_in, launch["COLS"])
     partial = torch.empty(tiles, dtype=torch.float64, device=x.device)
     with on_device_of(x):
-        limit = None if igia is None else limit_of(x, dy)
+        bounds = None if igia is None else bounds_of(x, dy)
         wgrad_kernel[(tiles,)](
-            igia, grad, x, dy, limit, partial, tokens, n_out, n_in, ABSOLUTE=False, **launch, **OPTIONS
+            igia, grad, x, dy, bounds, partial, tokens, n_out, n_in, ABSOLUTE=False, **launch, **OPTIONS
         )
     return partial.sum()
 
 
-def limit_of(x: Tensor, dy: Tensor) -> Tensor:
-    """inf where x and dy are finite, else 0; float32 () on the device.
+def bounds_of(x: Tensor, dy: Tensor) -> Tensor:
+    """inf from each program of `finite_kernel` that met finite entries only, else 0; float32 (PROGRAMS,) on the device.
 
-    It has to be known before the first tile is added: a tile with finite entries may be done before another meets the
-    first NaN, and igia is to be left whole. So x and dy are read once more, 1 part in 100 of what the product costs.
+    They have to be known before the first tile is added: a tile with finite entries may be done before another meets
+    the first NaN, and igia is to be left whole. So x and dy are read once more, 1 part in 100 of what the product
+    costs. One bound a program, because one for all would have to be filled by a launch of its own.
     """
-    limit = torch.full((), float("inf"), dtype=torch.float32, device=x.device)
-    blocks = triton.cdiv(max(x.numel(), dy.numel()), FINITE["BLOCK"])
-    if blocks:
-        finite_kernel[(min(blocks, PROGRAMS),)](x, dy, limit, x.numel(), dy.numel(), **FINITE)
-    return limit
+    bounds = torch.empty(PROGRAMS, dtype=torch.float32, device=x.device)
+    finite_kernel[(PROGRAMS,)](x, dy, bounds, x.shape[0], dy.shape[1], x.shape[1], **FINITE)
+    return bounds
