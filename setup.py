@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -33,6 +35,17 @@ if X86:
     VARIANTS["avx2"] = "-mavx2 -mfma"
     VARIANTS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
     VARIANTS["avx512bf16"] = VARIANTS["avx512"] + " -mavx512bf16"
+AMX_FLAGS = VARIANTS.get("avx512bf16", "") + " -mamx-tile -mamx-bf16"
+# What the variant `amx` needs beyond its flags: the intrinsics, an assembler that knows them, Linux's permission.
+AMX_PROBE = """
+#include <immintrin.h>
+#include <sys/syscall.h>
+int main() {
+  _tile_zero(0);
+  _tile_dpbf16ps(0, 1, 2);
+  return __builtin_cpu_supports("amx-bf16") + static_cast<int>(SYS_arch_prctl);
+}
+"""
 
 
 def compiler() -> str | None:
@@ -41,6 +54,26 @@ def compiler() -> str | None:
         if command and shutil.which(shlex.split(command)[0]):
             return command
     return None
+
+
+@cache
+def variants() -> dict[str, str]:
+    """The instruction sets that this compiler can build for, by name, with their flags."""
+    if not X86:
+        return VARIANTS
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text(AMX_PROBE)
+        command = f"{compiler()} -std=c++17 {AMX_FLAGS} -c {source} -o {source.with_suffix('.o')}"
+        if subprocess.run(command, shell=True, capture_output=True).returncode != 0:
+            print("warning: no variant for AMX: the compiler or this system does not know it", file=sys.stderr)
+            return VARIANTS
+    return {**VARIANTS, "amx": AMX_FLAGS}
+
+
+def choice_flags() -> str:
+    """What tells variant.cpp which variants there are to choose from."""
+    return ("-DGRADPRUNER_X86" if X86 else "") + (" -DGRADPRUNER_AMX" if "amx" in variants() else "")
 
 
 def ninja() -> str | None:
@@ -94,9 +127,9 @@ def build_file(output: Path) -> str:
         lines.extend([f"build {name}: compile {escaped(source)}", f"  extra = {extra}"])
 
     for source in sorted(CSRC.glob("*.cpp")):
-        flags = {"module.cpp": module_flags, "variant.cpp": "-DGRADPRUNER_X86" if X86 else ""}
+        flags = {"module.cpp": module_flags, "variant.cpp": choice_flags()}
         add(source, f"{source.stem}.o", flags.get(source.name, "-pthread"))
-    for variant, variant_flags in VARIANTS.items():
+    for variant, variant_flags in variants().items():
         for source in sorted((CSRC / "variant").glob("*.cpp")):
             contract = "-ffp-contract=fast" if source.name in CONTRACTED else ""
             extra = f"-DGRADPRUNER_VARIANT={variant} {variant_flags} {contract}"

@@ -57,7 +57,7 @@ struct Kernels {
 // The variant in use: the best this machine has, unless select_variant chose another.
 const Kernels& kernels();
 
-// Chooses "portable", "avx2", "avx512" or "avx512bf16", or the best for "". Returns the name; throws
+// Chooses "portable", "avx2", "avx512", "avx512bf16" or "amx", or the best for "". Returns the name; throws
 // std::invalid_argument.
 const char* select_variant(const char* name);
 

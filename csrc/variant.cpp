@@ -1,4 +1,9 @@
 // Which instruction set runs. Chosen at load time by what the machine has, or by name.
+#ifdef GRADPRUNER_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -21,6 +26,11 @@ namespace avx512bf16 {
 extern const Kernels table;
 }
 #endif
+#ifdef GRADPRUNER_AMX
+namespace amx {
+extern const Kernels table;
+}
+#endif
 
 namespace {
 
@@ -34,12 +44,29 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+#ifdef GRADPRUNER_AMX
+// Linux makes room for the registers of the matrix unit only in a process that asked for it.
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+bool has_amx() {
+  return has_avx512bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         may_use_tiles();
+}
 #endif
 
 // Best first.
 const Variant kVariants[] = {
+#ifdef GRADPRUNER_AMX
+    {&amx::table, has_amx},
+#endif
 #ifdef GRADPRUNER_X86
-    {&avx512bf16::table, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {&avx512bf16::table, has_avx512bf16},
     {&avx512::table, has_avx512},
     {&avx2::table, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif

@@ -344,6 +344,10 @@ def _backends(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.ops import available_backends
 
     found = available_backends()
+    if found["cpp"] == "available":
+        from gradpruner.ops.cpp import ISA
+
+        found["cpp instruction set"] = ISA
     return {"json": found, "line": "\n".join(f"{name}: {state}" for name, state in found.items())}
 
 

@@ -133,8 +133,8 @@ def build_file(build: dict[str, Any], flags: str) -> str:
 
     for source in sorted(CSRC.glob("*.cpp")):
         if source.name != "module.cpp":
-            objects.append(compiled(source, f"{source.stem}.o", "-DGRADPRUNER_X86" if build["X86"] else ""))
-    for variant, variant_flags in build["VARIANTS"].items():
+            objects.append(compiled(source, f"{source.stem}.o", build["choice_flags"]()))
+    for variant, variant_flags in build["variants"]().items():
         for source in sorted((CSRC / "variant").glob("*.cpp")):
             contract = "-ffp-contract=fast" if source.name in build["CONTRACTED"] else ""
             extra = f"-DGRADPRUNER_VARIANT={variant} {variant_flags} {contract}"
@@ -164,5 +164,6 @@ def test_the_kernels_are_clean(build, tmp_path, names):
     compiled = subprocess.run([build["ninja"](), "-C", str(tmp_path)], capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stdout + compiled.stderr
     scope = "threads" if names == ("thread",) else "all"
-    check_clean(run(tmp_path / "exercise", scope, *build["VARIANTS"]), build["VARIANTS"])
+    variants = build["variants"]()
+    check_clean(run(tmp_path / "exercise", scope, *variants), variants)
     check_clean(run(tmp_path / "exercise_team", "threads", "portable"), ["portable"])

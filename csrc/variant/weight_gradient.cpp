@@ -9,7 +9,9 @@
 #include "convert.h"
 #include "entries.h"
 
-#ifdef __AVX512BF16__
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#elif defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -39,7 +41,12 @@ struct Multiply {
   }
 };
 
-#ifdef __AVX512BF16__
+#if defined(__AMX_BF16__)
+struct MultiplyOnMatrixUnit {
+  using Sum = float;
+};
+using MultiplyBFloat16 = MultiplyOnMatrixUnit;
+#elif defined(__AVX512BF16__)
 // Two tokens side by side, multiplied exactly and added in float. Denormal entries count as zero.
 struct MultiplyPairs {
   using Packed = uint32_t;
@@ -58,6 +65,9 @@ struct MultiplyPairs {
     return uint32_t{first[i].bits} | (left > 1 ? uint32_t{first[stride + i].bits} << 16 : 0);
   }
 };
+using MultiplyBFloat16 = MultiplyPairs;
+#else
+using MultiplyBFloat16 = Multiply<float, FloatVector>;
 #endif
 
 // packed[token][i] for `filled` of `width` entries, the rest zero. data: the chunk's first entry.
@@ -125,6 +135,14 @@ void multiply(const T* x, const T* dy, const WeightGradient& call, const Tile& t
     }
   }
 }
+
+#if defined(__AMX_BF16__)
+template <>
+void multiply<MultiplyOnMatrixUnit>(const BFloat16* x, const BFloat16* dy, const WeightGradient& call,
+                                    const Tile& tile, char* scratch, float* g) {
+  amx_product::multiply(x, dy, call, tile, scratch, g);
+}
+#endif
 
 // values: kGradientCols entries, zero from `count` on. Sums in lanes, several at a time: an addition takes cycles.
 template <class V>
@@ -212,19 +230,20 @@ double square_tile(const T* x, const T* dy, const WeightGradient& call, const Ti
 int64_t weight_gradient_scratch() {
   constexpr int64_t kPanel = kVectors * kFloatLanes;  // entries of a packed row of x; half as many doubles
   constexpr int64_t kEntries = kGradientRows * kGradientCols + kDepth * (kGradientRows + kPanel);
-  return kEntries * static_cast<int64_t>(sizeof(double));
+  constexpr int64_t kBytes = kEntries * static_cast<int64_t>(sizeof(double));
+#if defined(__AMX_BF16__)
+  static_assert(kGradientRows * kGradientCols * sizeof(float) + amx_product::kScratchBytes <= kBytes);
+#endif
+  return kBytes;
 }
 
 double weight_gradient_tile(const WeightGradient& call, const Tile& tile, char* scratch) {
   return with_type({call.x, call.dtype}, [&](auto* x) {
     using T = typename std::remove_pointer<decltype(x)>::type;
     auto* dy = static_cast<const T*>(call.dy);
-#ifdef __AVX512BF16__
-    if constexpr (sizeof(T) == sizeof(BFloat16) && !std::is_same<T, const Float16>::value) {
-      return square_tile<MultiplyPairs>(x, dy, call, tile, scratch);
-    }
-#endif
-    if constexpr (sizeof(T) == sizeof(double)) {
+    if constexpr (std::is_same<T, const BFloat16>::value) {
+      return square_tile<MultiplyBFloat16>(x, dy, call, tile, scratch);
+    } else if constexpr (sizeof(T) == sizeof(double)) {
       return square_tile<Multiply<double, DoubleVector>>(x, dy, call, tile, scratch);
     } else {
       return square_tile<Multiply<float, FloatVector>>(x, dy, call, tile, scratch);

@@ -1,7 +1,7 @@
 """The CPU backend: tensors become addresses, sizes and dtype codes for the C++ extension `gradpruner._cpu`.
 
 Every function here keeps its tensors alive until the call returns. `GRADPRUNER_CPU_ISA` (portable, avx2,
-avx512, avx512bf16) forces an instruction set; by default it is the best that the machine has.
+avx512, avx512bf16, amx) forces an instruction set; by default it is the best that the machine has.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from on_device import DEVICE, on_device
 from gradpruner import ops
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 BACKENDS = ["triton"] if INTERPRETING or DEVICE else ["reference", *(f"cpp-{name}" for name in INSTRUCTION_SETS)]
 
 

@@ -13,7 +13,7 @@ _cpu = pytest.importorskip("gradpruner._cpu")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the process of the interpreter is for Triton", allow_module_level=True)
 
-OTHERS = ("avx2", "avx512", "avx512bf16")
+OTHERS = ("avx2", "avx512", "avx512bf16", "amx")
 # larger than a tile, than a span and than a sample, and no multiple of any vector
 SHAPE, STEPS, RANK = (611, 1003), 3, 8
 
