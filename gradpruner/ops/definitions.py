@@ -22,8 +22,12 @@ from gradpruner.ops.checks import (
     need_tokens,
 )
 
+# Their kernels read a table of addresses or a state that the host copies from pinned memory and then lets go: the
+# replay of a captured CUDA graph would copy again, from memory that is another's by then.
+UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
 
-@torch.library.custom_op("gradpruner::gram_norm", mutates_args=())
+
+@torch.library.custom_op("gradpruner::gram_norm", mutates_args=(), tags=UNCAPTURED)
 def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """Squared Frobenius norm of b_i @ a_i for every pair, without building the product.
 
@@ -141,7 +145,7 @@ def _(igia: Tensor | None, x: Tensor, dy: Tensor, grad: Tensor | None) -> Tensor
     return x.new_empty((), dtype=torch.float64)
 
 
-@torch.library.custom_op("gradpruner::threshold", mutates_args=())
+@torch.library.custom_op("gradpruner::threshold", mutates_args=(), tags=UNCAPTURED)
 def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The exact boundary of the k largest entries: entry j is kept if F_j > value, or F_j == value and j <= index.
 
@@ -161,7 +165,7 @@ def _(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return igia.new_empty((), dtype=torch.float32), igia.new_empty((), dtype=torch.int64)
 
 
-@torch.library.custom_op("gradpruner::factor_threshold", mutates_args=())
+@torch.library.custom_op("gradpruner::factor_threshold", mutates_args=(), tags=UNCAPTURED)
 def factor_threshold(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`threshold` of F = sum over steps of (b_i @ a_i) ** 2, which is never held in memory whole.
 
@@ -203,7 +207,7 @@ def _check_merge(
         need_same_device(weight, donor, values[i], indices[i])
 
 
-@torch.library.custom_op("gradpruner::sign_merge_", mutates_args=("weight",))
+@torch.library.custom_op("gradpruner::sign_merge_", mutates_args=("weight",), tags=UNCAPTURED)
 def sign_merge_(
     weight: Tensor,
     donors: list[Tensor],
@@ -247,7 +251,7 @@ def _(
     return None
 
 
-@torch.library.custom_op("gradpruner::factor_sign_merge_", mutates_args=("weight",))
+@torch.library.custom_op("gradpruner::factor_sign_merge_", mutates_args=("weight",), tags=UNCAPTURED)
 def factor_sign_merge_(
     weight: Tensor,
     donors: list[Tensor],
