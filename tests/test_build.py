@@ -31,18 +31,23 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def setup_arguments(monkeypatch):
-    """Runs setup.py without building and returns what it would tell setuptools."""
+def setup_names(monkeypatch):
+    """Runs setup.py without building and returns its names, `arguments` what it would tell setuptools."""
 
     def run() -> dict:
         import setuptools
 
         arguments: dict = {}
         monkeypatch.setattr(setuptools, "setup", arguments.update)
-        runpy.run_path(str(ROOT / "setup.py"))
-        return arguments
+        return {**runpy.run_path(str(ROOT / "setup.py")), "arguments": arguments}
 
     return run
+
+
+@pytest.fixture
+def setup_arguments(setup_names):
+    """As `setup_names`; returns the arguments alone."""
+    return lambda: setup_names()["arguments"]
 
 
 @needs_source
@@ -66,6 +71,23 @@ def test_no_compiler_is_a_warning_not_an_error(setup_arguments, monkeypatch, cap
     monkeypatch.setattr(shutil, "which", lambda *args, **kwargs: None)
     assert setup_arguments()["ext_modules"] == []
     assert "no C++ compiler found" in capsys.readouterr().err
+
+
+@needs_source
+@pytest.mark.parametrize("knows", [True, False])
+def test_amx_is_left_out_where_the_compiler_does_not_know_it(setup_names, monkeypatch, tmp_path, capsys, knows):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-mamx-bf16*) exit {0 if knows else 1};; esac\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    names = setup_names()
+    if not names["X86"]:
+        pytest.skip("no x86 processor")
+    pytest.importorskip("pybind11")
+    text = names["build_file"](tmp_path / "_cpu.so")
+    assert ("amx/weight_gradient.o" in text) == ("-DGRADPRUNER_AMX" in text) == ("-mamx-bf16" in text) == knows
+    assert "avx512bf16/weight_gradient.o" in text and "-DGRADPRUNER_X86" in text
+    assert ("no variant for AMX" in capsys.readouterr().err) != knows
 
 
 def test_a_missing_extension_says_why(monkeypatch):

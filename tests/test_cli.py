@@ -120,7 +120,16 @@ def test_help_teaches(capsys):
 
 def test_backends(capsys):
     assert main(["backends", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["reference"] == "available"
+    found = json.loads(capsys.readouterr().out)
+    assert found["reference"] == "available"
+    assert ("cpp instruction set" in found) == (found["cpp"] == "available")
+
+
+def test_backends_names_the_instruction_set(capsys, monkeypatch):
+    cpp = pytest.importorskip("gradpruner.ops.cpp")
+    monkeypatch.setattr(cpp, "ISA", "avx2")
+    assert main(["backends"]) == 0
+    assert "cpp instruction set: avx2" in capsys.readouterr().out
 
 
 def wrong_calls(home):

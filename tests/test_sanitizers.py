@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import runpy
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 EXERCISE = ROOT / "tests" / "native" / "exercise.cpp"
+EMULATED_TILES = ROOT / "tests" / "native" / "emulated_tiles.h"
 OPS = (
     "square_accumulate",
     "all_finite",
@@ -115,7 +117,8 @@ def need_runtime(build: dict[str, Any], sanitizer: Sanitizer, folder: Path) -> N
 def build_file(build: dict[str, Any], flags: str) -> str:
     """build.ninja for the exercise: csrc/ as setup.py compiles it, without the Python module, and less optimised.
 
-    Twice: `exercise` starts its threads, `exercise_team` finds an OpenMP runtime that has them.
+    Three times: `exercise` starts its threads, `exercise_team` finds an OpenMP runtime that has them, and in
+    `exercise_tiles` the weight gradient of `avx512` is that of `amx` on emulated tile registers.
     """
     escaped = build["escaped"]
     extra = "-O2 -g -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS -pthread"
@@ -142,6 +145,11 @@ def build_file(build: dict[str, Any], flags: str) -> str:
     for program, extra in (("exercise", ""), ("exercise_team", "-DEXERCISE_TEAM")):
         own = compiled(EXERCISE, f"{program}.o", extra)
         lines.append(f"build {program}: link {' '.join(objects)} {own}")
+    if "avx512" in build["VARIANTS"]:
+        extra = f"-DGRADPRUNER_VARIANT=avx512 {build['VARIANTS']['avx512']} -include {shlex.quote(str(EMULATED_TILES))}"
+        emulated = compiled(CSRC / "variant" / "weight_gradient.cpp", "emulated_tiles.o", extra)
+        others = [name for name in objects if name != "avx512/weight_gradient.o"]
+        lines.append(f"build exercise_tiles: link {' '.join(others)} {emulated} exercise.o")
     return "\n".join(lines) + "\n"
 
 
@@ -167,3 +175,5 @@ def test_the_kernels_are_clean(build, tmp_path, names):
     variants = build["variants"]()
     check_clean(run(tmp_path / "exercise", scope, *variants), variants)
     check_clean(run(tmp_path / "exercise_team", "threads", "portable"), ["portable"])
+    if "avx512" in variants:
+        check_clean(run(tmp_path / "exercise_tiles", scope, "portable", "avx512"), ["portable", "avx512"])
