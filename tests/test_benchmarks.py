@@ -13,7 +13,6 @@ from test_method import NAMES, llama
 import gradpruner
 from benchmarks import curves, pipeline, records
 from benchmarks.__main__ import main
-from benchmarks.device_timing import launches, peak_bytes, time_call
 from benchmarks.implementations import Implementation, Ours, Reference, implementations
 from benchmarks.limits import Limits
 from benchmarks.operations import OPERATIONS, SHAPES, TOLERANCE, Count, Shapes, cases, product_tolerance
@@ -182,19 +181,6 @@ def test_weights_too_large_for_a_cpu_are_merged_on_a_gpu():
     left_out = {(shape, f"r={r}, t=40") for shape in ("14336x4096", "4096x14336") for r in (8, 64)}
     left_out.add(("4096x4096", "r=64, t=40"))
     assert merged("cuda") - merged("cpu") == left_out and len(merged("cuda")) == 8
-
-
-def test_a_call_is_timed_after_what_it_needs_was_put_back():
-    order = []
-    times = time_call(lambda: order.append("call"), before=lambda: order.append("before"), repeats=4, device=CPU)
-    assert order == ["before", "call"] * 7  # three of them warm up
-    assert times.call_s == times.device_s > 0 and times.queued
-    assert launches(lambda: torch.ones(1), CPU) is None
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="then the GPU's memory is meant")
-def test_bytes_of_a_call():
-    assert peak_bytes(lambda: None) < 4 << 20 and 60 << 20 < peak_bytes(lambda: torch.ones(16 << 20)) < 80 << 20
 
 
 def test_every_call_starts_from_the_same_state():
