@@ -7,6 +7,8 @@ change that brings the layer's output closest to what left the last removed laye
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +61,12 @@ def fit_patches(
 ) -> list[Patch]:
     """The patch of every gap of the plan, fitted on what the dense model computes on `batches`: one forward each.
 
+    A gap's sums take 8 w (w + h) bytes on the device, w being the width of what enters its linear and h that of the
+    model: 2.1 GB for w = 14336 and h = 4096; solving takes about twice that again. Where the sums of all gaps are more
+    than a third of a GPU's free memory, gaps are fitted in several passes over the batches, in each as many as that
+    third holds, or one. Every pass is a forward of every batch, and the batches are held until the last; the patches
+    are the same.
+
     model: dense, before the cut; adapters count. batches: keyword arguments of the model, with attention_mask where
     rows are padded; labels are ignored. Give the patches to `apply`. A gap gets none where the layer before it has no
     linear that writes straight to the residual stream (Gemma 2's norm is in between, experts are many), or where it
@@ -76,25 +84,28 @@ def fit_patches(
     peers = peers_of(group)
     asked = _asked(decoder.given)
     device = next(decoder.base.parameters()).device
-    fits: dict[int, _Fit] | None = None
-    try:
-        with evaluating(decoder.given), resharding(asked), _uncompiled(asked):
-            for batch in _in_step(batches, peers):
-                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
-                if fits is None:
-                    one = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in moved.items()}
-                    fits = _fits(decoder, plan, lambda one=one: _forward(asked, one))  # type: ignore[misc]
-                mask = moved.get("attention_mask")
-                for fit in fits.values():
-                    fit.begin(mask)
-                _forward(asked, moved)
-    finally:
-        for fit in (fits or {}).values():
-            fit.stop()
-    if fits is None:
-        raise InvalidArgument("batches is empty; expected at least one")
-    agreed = set(fits) if peers is None else set.intersection(*map(set, peers.gather(list(fits))))
-    return [patch for layer in sorted(agreed) if (patch := fits[layer].patch(peers)) is not None]
+    with evaluating(decoder.given), resharding(asked), _uncompiled(asked):
+        given = iter(_in_step(batches, peers))
+        first = next(given, None)
+        if first is None:
+            raise InvalidArgument("batches is empty; expected at least one")
+        one = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in first.items()}
+        writers = _writers(decoder, plan, lambda: _forward(asked, _moved(one, device)))
+        room = _room(decoder.base)
+        if peers is not None:  # all fit the same gaps in the same passes
+            said = peers.gather((set(writers), room))
+            writers = {layer: writers[layer] for layer in writers if all(layer in found for found, _ in said)}
+            room = min(each for _, each in said)
+        passes = _passes(writers, room)
+        every: Iterable[Mapping[str, Any]] = itertools.chain([first], given)
+        every = list(every) if len(passes) > 1 else every
+        patches: list[Patch | None] = []
+        for some in passes:
+            fits = [_Fit(decoder, *writers[layer], gaps(plan)[layer]) for layer in some]
+            _sum_up(fits, every, lambda batch: _forward(asked, batch), device)
+            while fits:
+                patches.append(fits.pop(0).patch(peers))  # and its sums are gone
+    return [patch for patch in patches if patch is not None]
 
 
 def _asked(model: nn.Module) -> nn.Module:
@@ -107,6 +118,10 @@ def _asked(model: nn.Module) -> nn.Module:
         for wrapper in wrappers(model)
         if "_orig_mod" not in wrapper._modules and not isinstance(wrapper, DistributedDataParallel)
     )
+
+
+def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
 
 
 def _forward(model: nn.Module, batch: Mapping[str, Any]) -> None:
@@ -165,20 +180,25 @@ class _Fit:
         target = hidden(output).detach().float()
         with torch.autocast(target.device.type, enabled=False):  # the sums need their precision
             self._add(target)
+        self._entered = self._left = torch.empty(0)
 
     def _add(self, target: Tensor) -> None:
         rows = torch.arange(self._rows, self._rows + len(target), device=target.device)
         self._rows += len(target)
         chooses = (rows % HELD_OUT == HELD_OUT - 1)[:, None].expand(target.shape[:2])
-        counts = torch.ones_like(chooses) if self._mask is None else self._mask.bool()
+        counts = torch.ones_like(chooses) if self._mask is None else self._mask.bool().to(target.device)
+        entered, left = (state.to(target.device) for state in (self._entered, self._left))  # layers may be spread
         for sums, which in zip(self._sums, (counts & ~chooses, counts & chooses), strict=True):
             wanted = target[which]
             # what follows a gap normalises its input: an error counts relative to the size of the state
             scale = wanted.norm(dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
-            x = self._entered[which].float() * scale
-            error = (wanted - self._left[which].float()) * scale
-            new = [x.T @ x, x.T @ error, error.square().sum()]
-            sums[:] = [old + add for old, add in zip(sums, new, strict=True)] if sums else new
+            x = entered[which].float() * scale
+            error = (wanted - left[which].float()) * scale
+            if not sums:
+                sums[:] = [x.new_zeros(x.shape[1], n) for n in (x.shape[1], error.shape[1])] + [x.new_zeros(())]
+            sums[0].addmm_(x.T, x)  # in place: a gram matrix of a wide linear is not to be had twice
+            sums[1].addmm_(x.T, error)
+            sums[2].add_(error.square().sum())
 
     def patch(self, peers: Peers | None) -> Patch | None:
         """The best change, None where it does not help on held-out rows (or there were too few rows to tell).
@@ -205,7 +225,9 @@ class _Fit:
         best = min(shares, key=lambda ridge: shares[ridge])
         if not shares[best] < 1:
             return None
-        change = _solve([a + b for a, b in zip(fitted, held, strict=True)], best).float()  # (in, out)
+        for part, other in zip(fitted, held, strict=True):
+            part.add_(other)
+        change = _solve(fitted, best).float()  # (in, out)
         stored = change if self.weight.transposed else change.T
         return Patch(self.weight, self.end, stored.contiguous().cpu(), shares[best])
 
@@ -221,12 +243,54 @@ def _share_left(change: Tensor, sums: list[Tensor]) -> float:
     return float((square - 2 * (change * cross).sum() + (change * (gram @ change)).sum()) / square)
 
 
-def _fits(decoder: Decoder, plan: Plan, forward: Callable[[], None]) -> dict[int, _Fit]:
-    """A fit for every gap whose layer has a linear that writes to the residual stream, found by trying."""
-    ends = gaps(plan)
-    # all of them first: the forwards that look for one must not count in another's sums
-    writers = {layer: find_writer(decoder, layer, forward) for layer in ends}
-    return {layer: _Fit(decoder, *found, ends[layer]) for layer, found in writers.items() if found is not None}
+def _sum_up(
+    fits: list[_Fit],
+    batches: Iterable[Mapping[str, Any]],
+    forward: Callable[[Mapping[str, Any]], None],
+    device: torch.device,
+) -> None:
+    """Fill the sums of some gaps in one pass over the batches, and let go of the model."""
+    try:
+        for batch in batches:
+            moved = _moved(batch, device)
+            for fit in fits:
+                fit.begin(moved.get("attention_mask"))
+            forward(moved)
+    finally:
+        for fit in fits:
+            fit.stop()
+
+
+def _writers(decoder: Decoder, plan: Plan, forward: Callable[[], None]) -> dict[int, tuple[Weight, nn.Module]]:
+    """The linear that writes to the residual stream in each layer before a gap, found by trying; some have none."""
+    found = {layer: find_writer(decoder, layer, forward) for layer in gaps(plan)}
+    return {layer: writer for layer, writer in found.items() if writer is not None}
+
+
+def _room(model: nn.Module) -> float:
+    """Bytes that the sums may take: a third of what the fullest GPU has left, any number without one."""
+    devices = {parameter.device for parameter in model.parameters()}
+    free = [
+        torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        for device in devices
+        if device.type == "cuda"
+    ]
+    return min(free, default=math.inf) / 3
+
+
+def _passes(writers: Mapping[int, tuple[Weight, nn.Module]], room: float) -> list[list[int]]:
+    """The layers before gaps, in order, as many at a time as there is room for the sums of; at least one."""
+    passes: list[list[int]] = []
+    taken = 0
+    for layer, (weight, _) in writers.items():
+        inputs, outputs = weight.shape if weight.transposed else weight.shape[::-1]
+        size = 2 * 4 * inputs * (inputs + outputs)  # fitted and held out, float32
+        if not passes or taken + size > room:
+            passes.append([])
+            taken = 0
+        passes[-1].append(layer)
+        taken += size
+    return passes
 
 
 def find_writer(decoder: Decoder, layer: int, forward: Callable[[], None]) -> tuple[Weight, nn.Module] | None:

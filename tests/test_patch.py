@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 
 import families
 import pytest
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import gradpruner
 from gradpruner import InvalidArgument, Plan, UnsupportedModel, merge
-from gradpruner.decoder import Decoder
+from gradpruner import patch as patching
+from gradpruner.decoder import Decoder, Weight
 from gradpruner.patch import RIDGES, Patch, fit_patches, gaps
 
 LAYERS = families.LAYERS
@@ -115,6 +117,55 @@ def test_every_gap_has_its_own_fit():
         check(patch, model, WRITERS["llama"], patch.weight.layer, patch.end, BATCHES)
         (alone,) = fit_patches(model, Plan(LAYERS, drop=list(range(patch.weight.layer + 1, patch.end + 1))), BATCHES)
         assert torch.equal(alone.change, patch.change) and alone.left == patch.left
+
+
+@pytest.mark.parametrize(("room", "passes"), [(0, 3), (2 * 8 * 64 * (64 + 32), 2), (3 * 8 * 64 * (64 + 32), 1)])
+def test_gaps_that_do_not_fit_beside_each_other_are_fitted_in_passes(room, passes, monkeypatch):
+    model, plan = build(), Plan(LAYERS, drop=[1, 3, 5])
+    at_once = fit_patches(model, plan, BATCHES)
+    held, alive, add = [], weakref.WeakSet(), patching._Fit._add
+
+    def adding(fit, target):
+        add(fit, target)
+        held[-1].add(fit.end)
+        alive.add(fit)
+        assert len({fit.end for fit in alive if fit._sums[0]}) <= -(-3 // passes)
+
+    monkeypatch.setattr(patching, "_room", lambda model: room)
+    monkeypatch.setattr(patching._Fit, "_add", adding)
+    model.register_forward_pre_hook(lambda *_: held.append(set()))
+    in_passes = fit_patches(model, plan, iter(BATCHES))  # an iterator can be asked but once
+    assert len(held) == 2 * 3 + passes * len(BATCHES)  # two of one row find each writer
+    assert all(len(ends) <= -(-3 // passes) for ends in held)
+    assert [p.weight for p in in_passes] == [p.weight for p in at_once]
+    for one, other in zip(in_passes, at_once, strict=True):
+        assert torch.equal(one.change, other.change) and one.left == other.left
+
+
+def test_room_is_counted_for_both_layouts_and_one_gap_always_fits():
+    def writers(transposed):
+        shape = (10, 3) if transposed else (3, 10)  # ten inputs
+        return {layer: (Weight(layer, "w", shape, transposed), nn.Identity()) for layer in (0, 4, 7)}
+
+    size = 2 * 4 * 10 * (10 + 3)
+    for transposed in (False, True):
+        for room, want in [(0, [[0], [4], [7]]), (2 * size - 1, [[0], [4], [7]]), (2 * size, [[0, 4], [7]]),
+                           (float("inf"), [[0, 4, 7]])]:  # fmt: skip
+            assert patching._passes(writers(transposed), room) == want
+    assert patching._passes({}, 0) == []
+    assert patching._room(nn.Linear(2, 2)) == float("inf")
+
+
+def test_sums_grow_in_place(monkeypatch):
+    places, add = [], patching._Fit._add
+
+    def adding(fit, target):
+        add(fit, target)
+        places.append([part.data_ptr() for sums in fit._sums for part in sums])
+
+    monkeypatch.setattr(patching._Fit, "_add", adding)
+    fit_patches(build(), Plan(LAYERS, drop=[2]), BATCHES)
+    assert len(places) == len(BATCHES) and all(place == places[0] for place in places)
 
 
 def test_the_held_out_rows_choose_among_several_ridges():
