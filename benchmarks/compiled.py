@@ -337,7 +337,7 @@ def _wgrad() -> dict[str, Case]:
             found[f"wgrad-{dtype}-{variant}"] = Case(
                 wgrad_square_accumulate.wgrad_kernel,
                 {"igia": igia, "grad": grad, "x": x, "dy": x, "bounds": igia, "partial": None if absolute else "*fp64"}
-                | {"tokens": "i32", "n_out": "i32", "n_in": "i32"},
+                | {"programs": "i32", "tokens": "i32", "n_out": "i32", "n_in": "i32"},
                 wgrad_square_accumulate.LAUNCH[size] | wgrad_square_accumulate.OPTIONS,
                 streams=True,
                 matrix=dtype != "fp64",

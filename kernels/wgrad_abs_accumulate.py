@@ -18,5 +18,5 @@ def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
     with on_device_of(x):
         bounds = bounds_of(x, dy)
         wgrad_kernel[(tiles,)](
-            total, None, x, dy, bounds, None, tokens, n_out, n_in, ABSOLUTE=True, **launch, **OPTIONS
+            total, None, x, dy, bounds, None, bounds.numel(), tokens, n_out, n_in, ABSOLUTE=True, **launch, **OPTIONS
         )

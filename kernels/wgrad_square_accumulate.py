@@ -33,7 +33,7 @@ LAUNCH = {
 }
 OPTIONS = {"PRECISION": PRECISION, "enable_fp_fusion": False}
 FINITE = {"BLOCK": 8192, "num_warps": 16, "enable_fp_fusion": False}
-PROGRAMS = 256  # of finite_kernel: two a processor of an H100, with 16 KB each on the way
+PROGRAMS = 256  # of finite_kernel, at most: two a processor of an H100, with 16 KB each on the way
 
 BOUNDS = tl.constexpr(PROGRAMS)
 GROUP = tl.constexpr(8)  # tiles of a column taken together, so that the second-level cache holds their tokens
@@ -59,7 +59,7 @@ def finite_kernel(x, dy, bounds, tokens, n_out, n_in, BLOCK: tl.constexpr):
     tl.store(bounds + tl.program_id(0), tl.where(tl.max(bad.to(tl.int32), axis=0) != 0, 0.0, float("inf")))
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["programs", "tokens"])
 def wgrad_kernel(
     igia,
     grad,
@@ -67,6 +67,7 @@ def wgrad_kernel(
     dy,
     bounds,
     partial,
+    programs,
     tokens,
     n_out,
     n_in,
@@ -78,7 +79,7 @@ def wgrad_kernel(
 ):
     """One tile of g over all tokens, and its squares, or its absolute values if ABSOLUTE.
 
-    igia, grad: None where not wanted. bounds: float32 (PROGRAMS,), only what is below them all enters igia: inf, and 0
+    igia, grad: None where not wanted. bounds: float32 (programs,), only what is below them all enters igia: inf, and 0
     where x or dy is not finite. partial: float64, one sum of squares a tile, or None where not wanted.
     """
     pid = tl.program_id(0)
@@ -96,7 +97,9 @@ def wgrad_kernel(
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     g = tl.zeros((ROWS, COLS), wide)
     if igia is not None:
-        every_bound = tl.load(bounds + tl.arange(0, BOUNDS))  # under way while the products are added
+        program = tl.arange(0, BOUNDS)
+        # here, so that it is under way while the products are added
+        every_bound = tl.load(bounds + program, mask=program < programs, other=float("inf"))
     token = tl.arange(0, TOKENS)
     dy_at = dy + token[:, None] * n_out + rows[None, :]
     x_at = x + token[:, None] * n_in + cols[None, :]
@@ -165,19 +168,22 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
     partial = torch.empty(tiles, dtype=torch.float64, device=x.device)
     with on_device_of(x):
         bounds = None if igia is None else bounds_of(x, dy)
+        programs = 0 if bounds is None else bounds.numel()
         wgrad_kernel[(tiles,)](
-            igia, grad, x, dy, bounds, partial, tokens, n_out, n_in, ABSOLUTE=False, **launch, **OPTIONS
+            igia, grad, x, dy, bounds, partial, programs, tokens, n_out, n_in, ABSOLUTE=False, **launch, **OPTIONS
         )
     return partial.sum()
 
 
 def bounds_of(x: Tensor, dy: Tensor) -> Tensor:
-    """inf from each program of `finite_kernel` that met finite entries only, else 0; float32 (PROGRAMS,) on the device.
+    """inf from each program of `finite_kernel` that met finite entries only, else 0; float32 (programs,) on the device.
 
     They have to be known before the first tile is added: a tile with finite entries may be done before another meets
     the first NaN, and igia is to be left whole. So x and dy are read once more, 1 part in 100 of what the product
     costs. One bound a program, because one for all would have to be filled by a launch of its own.
     """
-    bounds = torch.empty(PROGRAMS, dtype=torch.float32, device=x.device)
-    finite_kernel[(PROGRAMS,)](x, dy, bounds, x.shape[0], dy.shape[1], x.shape[1], **FINITE)
+    programs = min(triton.cdiv(max(x.numel(), dy.numel()), FINITE["BLOCK"]), PROGRAMS)
+    bounds = torch.empty(programs, dtype=torch.float32, device=x.device)
+    if programs:
+        finite_kernel[(programs,)](x, dy, bounds, x.shape[0], dy.shape[1], x.shape[1], **FINITE)
     return bounds

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from gradpruner.errors import InvalidArgument
 from gradpruner.kernels import device, square_accumulate
@@ -106,6 +108,28 @@ def test_float32_factors_keep_their_accuracy_on_tensor_cores(target):
     text = CASES["factor_collect-fp32-r8"].compile(target).text
     assert len(re.findall(r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*tf32", text)) >= 3
     assert re.search(r"cvt\.rna\.tf32\.f32", text)  # what one TF32 leaves is computed, not dropped
+
+
+@pytest.mark.parametrize("variant", ["sum", "frozen", "absolute"])
+def test_two_blocks_of_a_frozen_weights_gradient_share_a_processor(variant):
+    """So that one reads and writes igia while the other multiplies."""
+    assert occupancy(CASES[f"wgrad-bf16-{variant}"].compile("sm90"), LIMITS["sm90"]).blocks >= 2
+
+
+@pytest.mark.parametrize("name", ["wgrad-bf16-frozen", "finite-bf16"])
+def test_another_number_of_tokens_is_no_other_kernel(name):
+    """A batch of another length would else be compiled within a training step."""
+    case = CASES[name]
+    bind = create_function_from_signature(case.kernel.signature, case.kernel.params, make_backend(TARGETS["sm90"]))
+    tensor = torch.zeros(16, dtype=torch.bfloat16)
+
+    def specialized_on(tokens: int, n_in: int) -> str:
+        sizes = {"programs": tokens % 257, "tokens": tokens, "n_out": 4096, "n_in": n_in}
+        values = {name: sizes.get(name, kind and tensor) for name, kind in case.types.items()}
+        return str(bind(**values, **case.constants, **case.launch)[1:])
+
+    assert len({specialized_on(tokens, 4096) for tokens in (1, 7, 16, 1000, 1024)}) == 1
+    assert specialized_on(7, 4096) != specialized_on(7, 4097)  # which it is for what is the same in every step
 
 
 def test_every_kernel_has_a_case():
