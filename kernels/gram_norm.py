@@ -148,7 +148,7 @@ def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 
 def _widened(a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """float32 copies of a step's factors, all in one buffer, so that a step costs two launches more and not hundreds."""
+    """float32 copies of a step's factors, all in one buffer: two launches more per step, and not hundreds."""
     factors = [*a, *b]
     flat = torch.cat([t.reshape(-1) for t in factors]).float()
     views = [view.view(t.shape) for view, t in zip(flat.split([t.numel() for t in factors]), factors, strict=True)]
