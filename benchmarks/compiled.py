@@ -235,7 +235,7 @@ def _selection() -> dict[str, Case]:
             f"collect{name}": Case(
                 threshold.collect_kernel,
                 f | state | {"keys": "*i64"} | room | bits,
-                threshold.LAUNCH,
+                threshold.COLLECT,
                 streams=True,
                 constants=aligned,
             ),

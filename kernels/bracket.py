@@ -101,20 +101,24 @@ def bits_of(number):
 
 
 @triton.jit
-def collect(bits, first, stride, state, keys, capacity, index_bits, ROWS: tl.constexpr, COLS: tl.constexpr):
+def collect(bits, first, far, state, keys, capacity, index_bits):
     """Count a block's entries above the bracket and append the keys of those inside it.
 
-    A key orders as the rule does, smallest first: the distance of the value from the bracket's upper end, then the
-    flat index. bits: int32 (ROWS, COLS); an entry's flat index is first + its row * stride + its column.
+    bits: int32 (ROWS, COLS). An entry's flat index is first + its row's `far` + its column. A key orders as the rule
+    does, smallest first: the distance of the value from the bracket's upper end, then the flat index. Few entries are
+    inside, so every row hands over its largest, one a turn. Rows are short: a thread holds them, and turns are few.
     """
     low, high = tl.load(state + LOW).to(tl.int32), tl.load(state + HIGH).to(tl.int32)
-    above = tl.sum(tl.sum((bits > high).to(tl.int32), axis=1), axis=0)
-    tl.atomic_add(state + ABOVE, above.to(tl.int64), sem="relaxed")
-    inside = (bits >= low) & (bits <= high)
-    in_row = tl.sum(inside.to(tl.int32), axis=1)
-    place = tl.atomic_add(state + FOUND, tl.sum(in_row, axis=0).to(tl.int64), sem="relaxed")
-    row_at = tl.minimum(place, capacity).to(tl.int32) + tl.cumsum(in_row, axis=0) - in_row
-    at = row_at[:, None] + tl.cumsum(inside.to(tl.int32), axis=1) - 1
-    far = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLS)[None, :]
-    key = ((high - bits).to(tl.int64) << index_bits) + (first + far)
-    tl.store(keys + at, key, mask=inside & (at < capacity))
+    # Both counts in one number, so that one sum serves: a block has fewer than 2 ** 15 entries.
+    counts = tl.sum(tl.where(bits > high, 1 << 16, (bits >= low).to(tl.int32)), axis=1)
+    both = tl.sum(counts, axis=0)
+    tl.atomic_add(state + ABOVE, (both >> 16).to(tl.int64), sem="relaxed")
+    place = tl.atomic_add(state + FOUND, (both & 0xFFFF).to(tl.int64), sem="relaxed")
+    in_row = counts & 0xFFFF
+    at = tl.minimum(place, capacity).to(tl.int32) + tl.cumsum(in_row, axis=0) - in_row
+    left = tl.where(bits > high, -1, bits)
+    for turn in range(tl.max(in_row, axis=0)):
+        most, col = tl.max(left, axis=1, return_indices=True, return_indices_tie_break_left=False)
+        key = ((high - most).to(tl.int64) << index_bits) + (first + (far + col))
+        tl.store(keys + at + turn, key, mask=(most >= low) & (at + turn < capacity))
+        left = tl.where(tl.arange(0, bits.shape[1])[None, :] == col[:, None], -1, left)

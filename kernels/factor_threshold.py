@@ -21,6 +21,7 @@ from gradpruner.kernels.selection_state import DONE, FLOOR, LARGEST, WANTED
 from gradpruner.kernels.ties import find_cell, store_boundary
 
 SCATTER = tl.constexpr(7919)  # a prime: no width of a matrix is a multiple of it times 64
+SHORT_ROW = tl.constexpr(16)
 CELL_BLOCK = tl.constexpr(2048)  # cells that are searched at a time
 
 
@@ -87,7 +88,11 @@ def factor_collect_kernel(
     row, col = tile_origin(tl.program_id(0), n_in, ROWS, COLS)
     f = factor_tile(a, b, steps, rank, n_out, n_in, row, col, ROWS, COLS, PRECISION, RANK_STEP, ONE_SLICE)
     first = row.to(tl.int64) * n_in + col
-    collect(positive_bits(f), first, n_in, state, keys, capacity, index_bits, ROWS, COLS)
+    # Each row of the tile as SHORT_ROWS, which follow each other.
+    row = tl.arange(0, ROWS * COLS // SHORT_ROW)
+    far = row // (COLS // SHORT_ROW) * n_in + row % (COLS // SHORT_ROW) * SHORT_ROW
+    bits = tl.reshape(positive_bits(f), (ROWS * COLS // SHORT_ROW, SHORT_ROW))
+    collect(bits, first, far, state, keys, capacity, index_bits)
 
 
 @triton.jit(do_not_specialize=["k", "capacity", "index_bits", "steps", "rank", "n_out"])
