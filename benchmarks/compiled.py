@@ -342,7 +342,7 @@ def _wgrad() -> dict[str, Case]:
                 streams=True,
                 matrix=dtype != "fp64",
                 constants={"ABSOLUTE": absolute},
-                on_hip={"PRECISION": "ieee", "num_stages": 2},
+                on_hip={"PRECISION": "ieee"} | wgrad_square_accumulate.ON_HIP[size],
                 slow=(_rare(dtype) and variant != "trainable-igia")
                 or (dtype, variant) == ("fp32", "trainable-igia-fp32"),
             )

@@ -21,7 +21,8 @@ from gradpruner.kernels.selection_state import (
     WITHIN,
 )
 
-ROUNDS = tl.constexpr(3)  # the first two decide 22 bits of a key: the value's, and where many tie the highest of the index
+# The first two rounds decide 22 bits of a key: those of the value, and where many tie the highest of the index.
+ROUNDS = tl.constexpr(3)
 LONGEST = tl.constexpr(62)  # bits of a key
 FEW = tl.constexpr(2048)  # keys that one program searches
 ROWS, COLS = tl.constexpr(8), tl.constexpr(128)  # a block of candidates
