@@ -165,9 +165,7 @@ def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     def narrow_once(x: Buffers) -> None:
         sizes = (k, x.capacity, x.index_bits, entries)
-        narrow_kernel[walking](
-            igia, x.state, x.histogram, x.keys, x.few_keys, x.value, x.index, *sizes, **block
-        )
+        narrow_kernel[walking](igia, x.state, x.histogram, x.keys, x.few_keys, x.value, x.index, *sizes, **block)
 
     def settle(x: Buffers) -> None:
         settle_kernel[walking](igia, x.state, x.ties, x.value, x.index, entries, **block)

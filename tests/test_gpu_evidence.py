@@ -61,7 +61,7 @@ def test_the_parts_that_are_asked_for(tmp_path):
         (pieces / name).write_bytes(part)
     data = tmp_path / "train.csv"
     data.write_text("text,category\n" + "".join(f"question {n},intent {n % 3}\n" for n in range(40)))
-    ran = run(tmp_path / "out", "--only", "sweep,accuracy", "--model", str(pieces), "--data", str(data))
+    ran = run(tmp_path / "out", "--only", "sweep,accuracy", "--model", str(pieces), "--data", str(data), "--seeds", "0")
     assert outcomes(tmp_path / "out") == {"sweep": "ok", "accuracy": "ok"}, ran.stdout[-4000:]
     assert {"sweep.svg", "accuracy.svg"} <= {path.name for path in (tmp_path / "out").iterdir()}
 

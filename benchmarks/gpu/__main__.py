@@ -52,7 +52,15 @@ def _run(part: Part, options: argparse.Namespace, left: float) -> dict[str, obje
     if left < part.least:
         return {"how": "not begun", "why": f"{left:.0f} s of the budget were left; it needs {part.least:.0f}"}
     rows = options.out / "rows.jsonl"
-    session = Session(part.name, torch.device(options.device), options.tiny, rows, options.model, tuple(options.data))
+    session = Session(
+        part.name,
+        torch.device(options.device),
+        options.tiny,
+        rows,
+        options.model,
+        tuple(options.data),
+        tuple(options.seeds),
+    )
     _forget(rows, part.name)
     limit = min(part.limit * (PATIENCE if options.tiny else 1), left)
     ended: Ended = run_apart(lambda: part.run(session), limit, options.out / "log.txt")
@@ -85,6 +93,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="PART,PART", help=f"of {', '.join(names)}")
     parser.add_argument("--model", type=Path, metavar="FILE", help="GGUF file, or a folder of its pieces: for accuracy")
     parser.add_argument("--data", type=Path, nargs="+", default=[], metavar="CSV", help="banking77: for accuracy")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="for accuracy (0 1 2)")
     options = parser.parse_args(arguments)
     options.only = [name for name in options.only.split(",") if name]
     unknown = [name for name in options.only if name not in names]

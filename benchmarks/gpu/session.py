@@ -23,6 +23,7 @@ class Session:
         rows: the JSON lines of all parts; a row is there as soon as it is known.
         model: a GGUF file or a folder of its pieces, for the part that trains a real model.
         data: training rows and, where there are any, test rows of that part, CSV files.
+        seeds: of that part.
     """
 
     part: str
@@ -31,6 +32,7 @@ class Session:
     rows: Path
     model: Path | None = None
     data: tuple[Path, ...] = ()
+    seeds: tuple[int, ...] = (0,)
 
     @property
     def on_cuda(self) -> bool:
