@@ -224,7 +224,7 @@ def _selection() -> dict[str, Case]:
     state, counted = {"state": "*i64"}, {"state": "*i64", "histogram": "*i64"}
     keys, boundary = {"keys": "*i64", "few_keys": "*i64"}, {"value": "*fp32", "index": "*i64"}
     aligned = {"ALIGN": 16}
-    found = {}
+    found: dict[str, Case] = {}
     for name, size in {"": "i32", "-large": "i64"}.items():  # more than 2 ** 31 entries: 64 bits
         f, k = {"f": "*fp32", "entries": size}, {"k": size}
         room, bits = {"capacity": "i32"}, {"index_bits": "i32"}
