@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gradpruner.errors import InvalidArgument
 from gradpruner.ops.definitions import wgrad_square_accumulate_
 from gradpruner.ops.weight_definitions import wgrad_abs_accumulate_
 
@@ -36,21 +37,39 @@ class WeightSquares:
 class _SquaredLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, anchor: Tensor, transposed: bool, squares: WeightSquares
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,
+        transposed: bool,
+        squares: WeightSquares,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # backward runs outside of autocast: it gets what autocast would have saved
+        entered, stored = _as_autocast_would(x), _as_autocast_would(weight)
+        ctx.save_for_backward(entered, stored, weight)
         ctx.transposed, ctx.squares = transposed, squares
-        return functional.linear(x, weight.t() if transposed else weight)
+        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+        return functional.linear(
+            entered, stored.t() if transposed else stored, None if bias is None else bias.to(stored.dtype)
+        )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None]:
         (dy,) = grads
-        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise InvalidArgument(
+                "create_graph = True: a linear layer whose weight gradient is squared in its backward pass "
+                "(estimator 'exact') has no second derivative; accepted is create_graph=False"
+            )
+        x, stored, weight = ctx.saved_tensors
         squares: WeightSquares = ctx.squares
-        dx = None
+        dx = dbias = None
         if ctx.needs_input_grad[0]:
-            matrix = weight.t() if ctx.transposed else weight
-            dx = (dy.to(weight.dtype) @ matrix).to(x.dtype)
+            matrix = stored.t() if ctx.transposed else stored
+            dx = (dy.to(stored.dtype) @ matrix).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[2]:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.dtypes[1])
         flat_dy = dy.reshape(-1, dy.shape[-1])
         flat_x = x.detach().reshape(-1, x.shape[-1]).to(dy.dtype)
         # a transposed weight has the gradient x^T dy: the same op with the two exchanged
@@ -58,17 +77,26 @@ class _SquaredLinear(torch.autograd.Function):
         squares.calls += 1
         if squares.power == 1 and squares.igia is not None:
             wgrad_abs_accumulate_(squares.igia, first, second)
-            return dx, None, None, None, None
+            return dx, None, dbias, None, None, None
         if not weight.requires_grad:
             squares.total += wgrad_square_accumulate_(squares.igia, first, second, None)
-            return dx, None, None, None, None
+            return dx, None, dbias, None, None, None
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
         last = squares.calls % squares.micro_batches == 0
         total = wgrad_square_accumulate_(squares.igia if last else None, first, second, weight.grad)
         if last:
             squares.total += total
-        return dx, None, None, None, None  # the op has added into weight.grad: nothing is left for autograd to add
+        # the op has added into weight.grad: nothing is left for autograd to add
+        return dx, None, dbias, None, None, None
+
+
+def _as_autocast_would(tensor: Tensor) -> Tensor:
+    """What autocast's linear computes with."""
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensor
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(kind))
 
 
 def linear_square_accumulate(
@@ -78,8 +106,9 @@ def linear_square_accumulate(
 
     x: (..., in); weight: (out, in), or (in, out) if transposed; bias: (out,) or None. For a trainable weight the
     gradient goes straight into `weight.grad`: autograd hooks on the weight (DistributedDataParallel's) do not see it.
+    Under autocast it computes in autocast's dtype, forwards and backwards. Its backward pass raises InvalidArgument
+    under create_graph=True.
     """
     # behind frozen embeddings neither x nor the weight needs a gradient: the anchor brings backward here all the same
     anchor = torch.zeros((), device=x.device, requires_grad=True)
-    out = _SquaredLinear.apply(x, weight, anchor, transposed, squares)
-    return out if bias is None else out + bias.to(out.dtype)
+    return _SquaredLinear.apply(x, weight, bias, anchor, transposed, squares)
