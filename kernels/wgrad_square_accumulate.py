@@ -157,7 +157,7 @@ def _add_columns(
         tl.store(igia + first + distance, tl.where(added < limit, before + added, before), mask=inside)
     # Outside there may be 0 * inf, so the sum selects. float64: a square may overflow float32 and be summed.
     exact = tl.where(inside, g, 0.0).to(tl.float64)
-    return tl.sum(tl.sum(exact * exact, axis=1), axis=0)
+    return tl.sum(exact * exact)  # over both axes at once: Triton 3.6 does not compile a sum of rows for Blackwell
 
 
 def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: Tensor | None) -> Tensor:
