@@ -201,15 +201,16 @@ def test_nothing_that_is_kept_lies_in_the_block_it_arrived_in(monkeypatch):
 
     monkeypatch.setattr("gradpruner.estimators.lora.to_host", keeping)
     model = lora(llama())
+    probe = gradpruner.Probe(model, factor_dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
-    with gradpruner.Probe(model).watching(optimizer, 4) as probe:
-        for i in range(4):
-            step(model, optimizer, i)
-    arrived = {view.untyped_storage().data_ptr() for views in blocks for view in views}
-    assert len(blocks) == len(arrived) == 4
+    optimizer.register_step_pre_hook(lambda *_: probe.record())
+    for i in range(5):
+        step(model, optimizer, i)
     kept = [factor for each in probe._reader._kept for pair in each.factors for factor in pair]
     parts = [part for each in probe.igia.importance.values() for part in each.parts.values()]
-    assert parts and not arrived & {tensor.untyped_storage().data_ptr() for tensor in [*kept, *parts]}
+    arrived = {view.untyped_storage().data_ptr() for views in blocks for view in views}
+    assert len(blocks) == len(arrived) == 5 and kept
+    assert not arrived & {tensor.untyped_storage().data_ptr() for tensor in [*kept, *parts]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
