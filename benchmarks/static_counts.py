@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from benchmarks.operations import SHAPES, STEPS
 from gradpruner.kernels.gram_norm import split_count
+from gradpruner.kernels.threshold import BLOCK, log_stretch
 
 LLAMA = SHAPES["llama-8b"]
 TOKENS = 4096
@@ -122,14 +123,14 @@ def _outer(n_out: int, n_in: int, rank: int, dtype: str) -> Count:
 
 
 def _factor_threshold(n_out: int, n_in: int, rank: int, dtype: str) -> Count:
-    """Two passes over the sample, one over everything, three over the candidates' bits and three over both."""
+    """Two passes over the sample, one over everything, and two over the candidates, 8 bytes each."""
     entries = n_out * n_in
     row_tiles, col_tiles = n_out // 64, n_in // 64
     share = min(1.0, 2 * max(row_tiles, col_tiles) / (row_tiles * col_tiles))
     sample = _rebuild(n_out, n_in, rank, dtype, STEPS, share)
     found = 0.9 * entries / 128
     whole = _rebuild(n_out, n_in, rank, dtype, STEPS)
-    ours = (sample, sample, Pass(whole.bytes + 12 * found, whole.operations), _move((3 * 4 + 3 * 12) * found))
+    ours = (sample, sample, Pass(whole.bytes + 8 * found, whole.operations), _move(2 * 8 * found))
     released = (*_dense_step(n_out, n_in, rank, dtype) * STEPS, *_argsort(entries))
     shape = f"{n_out}x{n_in} t={STEPS} r={rank} {dtype}"
     return Count("factor_threshold", shape, f"factor_collect-{dtype}-r{rank}", ours, released)
@@ -155,7 +156,8 @@ def _fold(n_out: int, n_in: int, rank: int, dtype: str) -> Count:
 def _threshold(n_out: int, n_in: int) -> Count:
     entries = n_out * n_in
     found = 0.9 * entries / 128
-    ours = (*[_move(4 * entries / 32)] * 2, _move(4 * entries + 12 * found), _move((3 * 4 + 3 * 12) * found))
+    sample = 4 * entries * 2 ** log_stretch(entries) / BLOCK
+    ours = (*[_move(sample)] * 2, _move(4 * entries + 8 * found), _move(2 * 8 * found))
     return Count("threshold", f"{n_out}x{n_in} fp32", "collect", ours, _argsort(entries))
 
 

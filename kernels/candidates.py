@@ -21,8 +21,7 @@ from gradpruner.kernels.selection_state import (
     WITHIN,
 )
 
-# The first two rounds decide 22 bits of a key: those of the value, and where many tie the highest of the index.
-ROUNDS = tl.constexpr(3)
+ROUNDS = tl.constexpr(3)  # the first two decide 22 bits of a key: of the value, and where many tie of the index too
 LONGEST = tl.constexpr(62)  # bits of a key
 FEW = tl.constexpr(2048)  # keys that one program searches
 ROWS, COLS = tl.constexpr(8), tl.constexpr(128)  # a block of candidates

@@ -21,8 +21,7 @@ from gradpruner.kernels.selection_state import DONE, FLOOR, LARGEST, WANTED
 from gradpruner.kernels.ties import find_cell, store_boundary
 
 SCATTER = tl.constexpr(7919)  # a prime: no width of a matrix is a multiple of it times 64
-SHORT_ROW = tl.constexpr(16)
-CELL_BLOCK = tl.constexpr(2048)  # cells that are searched at a time
+SHORT_ROW = tl.constexpr(16)  # 8 and fewer take more registers
 
 
 @triton.jit
@@ -170,7 +169,7 @@ def factor_settle_kernel(
             tl.store(ties + cells, tl.sum(tie.to(tl.int32), axis=1), mask=rows < n_out)
             tile += tl.num_programs(0)
         if is_last(state):
-            cell, nth = find_cell(ties, wanted, n_out.to(tl.int64) * col_tiles, CELL_BLOCK)
+            cell, nth = find_cell(ties, wanted, n_out.to(tl.int64) * col_tiles)
             tie_row = (cell // col_tiles).to(tl.int32)
             # The tile as every other pass cut it, so that the row is rebuilt with the same bits.
             row = tie_row // ROWS * ROWS

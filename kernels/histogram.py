@@ -25,6 +25,15 @@ def positive_bits(f):
 
 
 @triton.jit
+def number_of(chosen):
+    """How many of a block, (ROWS, COLS), are chosen.
+
+    Added as float32, exact below 2 ** 24: LLVM makes a sum of booleans a count of bits that goes through the stack.
+    """
+    return tl.sum(tl.sum(chosen.to(tl.float32), axis=1), axis=0).to(tl.int32)
+
+
+@triton.jit
 def add_to_buckets(bucket, counted, histogram):
     """Count the `counted` of a block, int32 (ROWS, COLS), in this program's copy of the histogram.
 
@@ -34,7 +43,7 @@ def add_to_buckets(bucket, counted, histogram):
     copy = histogram + tl.program_id(0) % COPIES * BINS
     lowest = tl.min(tl.min(tl.where(counted, bucket, BINS), axis=1), axis=0)
     alike = counted & (bucket == lowest)
-    number = tl.sum(tl.sum(alike.to(tl.int32), axis=1), axis=0)
+    number = number_of(alike)
     tl.atomic_add(copy + lowest, number.to(tl.int64), mask=number > 0, sem="relaxed")
     one = tl.full(bucket.shape, 1, tl.int64)
     tl.atomic_add(copy + bucket, one, mask=counted & (bucket != lowest), sem="relaxed")

@@ -9,7 +9,7 @@ from torch import Tensor
 from gradpruner.kernels.bracket import add_sample, collect, end_sample, sample_window
 from gradpruner.kernels.candidates import candidates_hold, narrow
 from gradpruner.kernels.device import common_alignment, on_device_of
-from gradpruner.kernels.histogram import add_values, positive_bits, take_bucket, value_window
+from gradpruner.kernels.histogram import add_values, number_of, positive_bits, take_bucket, value_window
 from gradpruner.kernels.last_program import is_last
 from gradpruner.kernels.selection import PROGRAMS, Buffers, Passes, select
 from gradpruner.kernels.selection_state import DONE, FLOOR, LARGEST, WANTED
@@ -17,7 +17,7 @@ from gradpruner.kernels.ties import find_cell, store_boundary
 
 # A block of ROWS * COLS consecutive entries, seen as rows.
 LAUNCH = {"ROWS": 32, "COLS": 128, "num_warps": 8, "enable_fp_fusion": False}
-COLLECT = {"ROWS": 1024, "COLS": 4, "num_warps": 8, "enable_fp_fusion": False}
+COLLECT = {"ROWS": 1024, "COLS": 4, "num_warps": 8, "enable_fp_fusion": False}  # a row is one load of one thread
 BLOCK = LAUNCH["ROWS"] * LAUNCH["COLS"]
 SAMPLE = {"ROWS": 16, "COLS": 128, "STRIDE": BLOCK, "num_warps": 8, "enable_fp_fusion": False}
 # Of so many independent entries the share above a value differs by sqrt(p (1 - p) / SAMPLED) from that of all, 0.06 %
@@ -133,10 +133,10 @@ def settle_kernel(
         block = tl.program_id(0)
         while block < blocks:
             tie = block_bits(f, block.to(tl.int64) * (ROWS * COLS), entries, ALIGN, ROWS, COLS) == bits
-            tl.store(ties + block, tl.sum(tl.sum(tie.to(tl.int32), axis=1), axis=0))
+            tl.store(ties + block, number_of(tie))
             block += tl.num_programs(0)
         if is_last(state):
-            cell, nth = find_cell(ties, wanted, blocks, ROWS * COLS)
+            cell, nth = find_cell(ties, wanted, blocks)
             first = cell * (ROWS * COLS)
             tie = block_bits(f, first, entries, ALIGN, ROWS, COLS) == bits
             store_boundary(tl.reshape(tie, (ROWS * COLS,)), first, nth, bits, value, index)
@@ -155,20 +155,22 @@ def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
     stretch = log_stretch(entries)
     sampled = (triton.cdiv(blocks << stretch, SAMPLE["ROWS"] * SAMPLE["COLS"]),)
     walking = (min(blocks, PROGRAMS),)
-    block = LAUNCH | {"ALIGN": common_alignment([entries])}
+    align = common_alignment([entries])
 
     def sample(x: Buffers) -> None:
         sample_kernel[sampled](igia, x.state, x.histogram, k, x.capacity, stretch, entries, **SAMPLE)
 
     def collect_all(x: Buffers) -> None:
-        collect_kernel[(blocks,)](igia, x.state, x.keys, x.capacity, x.index_bits, entries, **block)
+        collect_kernel[(blocks,)](igia, x.state, x.keys, x.capacity, x.index_bits, entries, ALIGN=align, **COLLECT)
 
     def narrow_once(x: Buffers) -> None:
         sizes = (k, x.capacity, x.index_bits, entries)
-        narrow_kernel[walking](igia, x.state, x.histogram, x.keys, x.few_keys, x.value, x.index, *sizes, **block)
+        narrow_kernel[walking](
+            igia, x.state, x.histogram, x.keys, x.few_keys, x.value, x.index, *sizes, ALIGN=align, **LAUNCH
+        )
 
     def settle(x: Buffers) -> None:
-        settle_kernel[walking](igia, x.state, x.ties, x.value, x.index, entries, **block)
+        settle_kernel[walking](igia, x.state, x.ties, x.value, x.index, entries, ALIGN=align, **LAUNCH)
 
     with on_device_of(igia):
         return select(entries, blocks, igia.device, Passes(sample, collect_all, narrow_once, settle))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+BLOCK = tl.constexpr(2048)  # cells that are looked at together
+
 
 @triton.jit
-def find_cell(ties, wanted, cells, BLOCK: tl.constexpr):
+def find_cell(ties, wanted, cells):
     """The cell that holds the last kept tie, and which of its ties that is, from 1; 0: nothing is kept."""
     seen = tl.zeros((), tl.int64)
     before = tl.zeros((), tl.int64)

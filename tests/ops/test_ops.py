@@ -497,6 +497,24 @@ def test_threshold_is_exact_where_too_many_entries_tie(answered_from_the_bracket
     assert answered_from_the_bracket() in (None, False)
 
 
+@pytest.mark.parametrize(("few", "scattered"), [(4096, False), (512, False), (64, True), (64, False)])
+def test_threshold_is_exact_however_many_rounds_the_candidates_need(
+    few, scattered, answered_from_the_bracket, monkeypatch
+):
+    """The boundary lies among 100 ties: after no round, one or two the candidates left are few, or never."""
+    if INTERPRETING:
+        import triton.language as tl
+
+        from gradpruner.kernels import candidates, threshold
+
+        monkeypatch.setattr(candidates, "FEW", tl.constexpr(few))
+        monkeypatch.setattr(threshold, "SAMPLED", 1 << 20)  # all
+    steps = torch.arange(600).repeat(100) if scattered else torch.arange(600).repeat_interleave(100)
+    f = torch.cat([1 + steps * 2.0**-12, normal(60300).square() % 1.0])
+    check_threshold(f, 31050)
+    assert answered_from_the_bracket() in (None, True)
+
+
 def test_threshold_of_fewer_positive_entries_than_wanted():
     f = torch.zeros(90, 100)
     f[::7, ::9] = normal(13, 12).abs() + 0.1
