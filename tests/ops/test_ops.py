@@ -168,6 +168,17 @@ def test_wgrad_with_a_bad_value_leaves_igia_alone_and_says_so(bad, where):
     assert torch.equal(igia, torch.ones(6, 9))
 
 
+@pytest.mark.parametrize("where", ["x", "dy"])
+@pytest.mark.parametrize("token", [0, 2999])
+def test_wgrad_with_a_bad_value_anywhere_in_a_long_batch(token, where):
+    """Long enough that several programs of a kernel look for it."""
+    x, dy = normal(3000, 9, dtype=torch.bfloat16), normal(3000, 6, dtype=torch.bfloat16)
+    (x if where == "x" else dy)[token, 5] = NAN
+    igia = torch.ones(6, 9)
+    assert not math.isfinite(ops.wgrad_square_accumulate_(igia, x, dy, None))
+    assert torch.equal(igia, torch.ones(6, 9))
+
+
 def test_wgrad_square_that_overflows_float32():
     x, dy = torch.full((1, 2), 1e15), torch.tensor([[1e15, 1.0]])
     igia = torch.ones(2, 2)
