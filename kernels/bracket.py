@@ -118,7 +118,8 @@ def collect(bits, first, far, state, keys, capacity, index_bits):
     at = tl.minimum(place, capacity).to(tl.int32) + tl.cumsum(in_row, axis=0) - in_row
     left = tl.where(bits > high, -1, bits)
     for turn in range(tl.max(in_row, axis=0)):
-        most, col = tl.max(left, axis=1, return_indices=True, return_indices_tie_break_left=False)
+        # The leftmost of equal ones: threads that share a row would otherwise each find another, and lose one for all.
+        most, col = tl.max(left, axis=1, return_indices=True)
         key = ((high - most).to(tl.int64) << index_bits) + (first + (far + col))
         tl.store(keys + at + turn, key, mask=(most >= low) & (at + turn < capacity))
         left = tl.where(tl.arange(0, bits.shape[1])[None, :] == col[:, None], -1, left)
