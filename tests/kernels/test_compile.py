@@ -147,6 +147,12 @@ def test_every_kernel_has_a_case():
     assert kernels == {case.kernel.__name__ for case in CASES.values()}
 
 
+def test_every_thread_finds_the_same_index_of_a_maximum():
+    """Of equal entries the leftmost: an index of any of them differs between threads that share a row."""
+    sources = Path(device.__file__).parent.glob("*.py")
+    assert [path.name for path in sources if "tie_break_left=False" in path.read_text()] == []
+
+
 def test_cpu_tensors_are_refused_without_the_interpreter():
     with pytest.raises(InvalidArgument, match="TRITON_INTERPRET=1"):
         square_accumulate.square_accumulate_(torch.zeros(3), torch.ones(3))
