@@ -199,8 +199,11 @@ def _streaming() -> dict[str, Case]:
 def _gram() -> dict[str, Case]:
     found = {}
     for dtype in DTYPES:
-        sizes = gram_norm.RANK_TILES[TORCH_DTYPES[dtype].itemsize]
-        for name, tile, one_tile in [*((f"{size}", size, True) for size in sizes), ("several", sizes[-1], False)]:
+        size = TORCH_DTYPES[dtype].itemsize
+        if size == 2 and not gram_norm.WIDENED_IN_KERNEL:
+            continue  # the launcher widens such factors before
+        sizes = gram_norm.RANK_TILES[size]
+        for name, tile, one_tile in [*((f"{tile}", tile, True) for tile in sizes), ("several", sizes[-1], False)]:
             found[f"gram-{dtype}-{name}"] = Case(
                 gram_norm.gram_kernel,
                 {"table": "*i64", "grams": "*fp64", "tiles": "i32", "splits": "i32"},
@@ -208,6 +211,7 @@ def _gram() -> dict[str, Case]:
                 streams=True,
                 matrix=True,
                 constants={"DTYPE": DTYPES[dtype], "ALIGN": 16, "RANK_STEP": 8, "ONE_TILE": one_tile},
+                on_hip=gram_norm.ON_HIP,
                 slow=_rare(dtype) or not one_tile,
             )
     for tile in gram_norm.LAUNCH:

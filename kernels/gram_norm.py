@@ -22,6 +22,9 @@ SUM = {"num_warps": 4, "enable_fp_fusion": False}
 # Some for every processor, also where a step has one large pair; fewer where each leaves large matrices to be added.
 PROGRAMS = {16: 1024, 32: 512, 64: 264}
 WIDENED_IN_KERNEL = TRITON >= (3, 8)  # before, no float64 dot compiles whose operand was loaded as 16 bits
+# AMD's compiler before 3.8 chooses matrix cores for float64 and then cannot lower them. For an instruction size that
+# float64 does not have it takes plain multiplications.
+ON_HIP: dict[str, int] = {} if TRITON >= (3, 8) else {"matrix_instr_nonkdim": 32}
 LEAST_BLOCKS = 4  # of a program, so that writing its Gram matrices stays small beside reading its factors
 
 
@@ -40,7 +43,8 @@ def gram_kernel(
 ):
     """One TILE x TILE piece of both Gram matrices of one pair over one part of its columns and rows, in float64.
 
-    Products of float32 values are exact in float64, whose dot runs on the tensor cores of every target.
+    Products of float32 values are exact in float64, whose dot runs on the tensor cores of every target
+    (AMD's: see ON_HIP).
     table rows: address of a (rank, n_in), address of b (n_out, rank), rank, n_in, n_out.
     grams: float64 (pairs, tiles, tiles, splits, 2, TILE, TILE).
     """
@@ -123,7 +127,7 @@ def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     largest = max(row[2] for row in rows)
     sizes = RANK_TILES[a[0].element_size()]
     tile = next((size for size in sizes if largest <= size), sizes[-1])
-    launch = LAUNCH[tile]
+    launch = LAUNCH[tile] | (ON_HIP if torch.version.hip else {})
     tiles = max(1, triton.cdiv(largest, tile))
     pieces = len(rows) * tiles * tiles
     splits = split_count(pieces, max(max(row[3:]) for row in rows), tile)

@@ -20,7 +20,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from gradpruner.errors import InvalidArgument
-from gradpruner.kernels import device, square_accumulate
+from gradpruner.kernels import device, gram_norm, square_accumulate
 
 if device.INTERPRETED:
     pytest.skip("the interpreter excludes compilation in one process", allow_module_level=True)
@@ -49,6 +49,20 @@ OCCUPANCY_FLOORS = {
     "prune_by_boundary": 50,
 }
 
+# What a Triton before 3.8 does worse, as 3.6.0 was seen to do, by case and target. Nothing else may be worse there.
+OLDER = device.TRITON < (3, 8)
+OLDER_SPILLS = {
+    # at 96 and 128 registers; 3.9 takes 80 and 112 and spills nothing
+    "gram-fp32-32-sm90": 40,
+    "gram-fp32-64-sm90": 32,
+    # no matrix cores: see gram_norm.ON_HIP
+    "gram-fp32-64-gfx942": 1952,
+}
+OLDER_FLOORS = {
+    # slices of 16 and not 8 (factor_tile.SLICES): 153 registers and not 124, three blocks a processor and not four
+    "factor_collect-fp32-r64-sm90": 18,
+}
+
 
 # Half a second each: two targets by default, all four with the slow cases (and in `python -m benchmarks.static`).
 @pytest.mark.parametrize(
@@ -60,12 +74,16 @@ OCCUPANCY_FLOORS = {
 def test_kernel_compiles(name, target):
     case = CASES[name]
     code = case.compile(target)
-    assert code.spilled_bytes == 0
+    variant = f"{name}-{target}"
+    assert code.spilled_bytes <= (OLDER_SPILLS.get(variant, 0) if OLDER else 0)
     assert code.shared_bytes <= LIMITS[target].shared_bytes_a_block
     # AMD's wavefront is twice as wide, so that of a small tile each thread has 8 bytes.
     assert not case.streams or code.widest_load >= (8 if target == "gfx942" else 16)
-    assert not case.matrix or code.matrix
+    plain = target == "gfx942" and case.kernel is gram_norm.gram_kernel and bool(gram_norm.ON_HIP)
+    assert not case.matrix or code.matrix or plain
     floor = next((share for start, share in OCCUPANCY_FLOORS.items() if name.startswith(start)), 0)
+    if OLDER:
+        floor = OLDER_FLOORS.get(variant, floor)
     assert 100 * occupancy(code, LIMITS[target]).share >= floor
 
 
@@ -134,15 +152,15 @@ def test_another_number_of_tokens_is_no_other_kernel(name):
 
 def test_every_kernel_has_a_case():
     """A kernel is a jitted function that no other jitted function calls."""
-    jitted = {}
+    jitted = set()
     for module in pkgutil.iter_modules([str(Path(device.__file__).parent)]):
         members = vars(importlib.import_module(f"gradpruner.kernels.{module.name}"))
-        jitted |= {k: v for k, v in members.items() if isinstance(v, triton.JITFunction)}
-    sources = {name: inspect.getsource(fn.fn) for name, fn in jitted.items()}
+        jitted |= {member.fn for member in members.values() if isinstance(member, triton.JITFunction)}
+    sources = [(fn.__name__, inspect.getsource(fn)) for fn in jitted]  # two modules may use one name
     kernels = {
         name
-        for name in jitted
-        if not any(re.search(rf"\b{name}\(", text) for other, text in sources.items() if other != name)
+        for name, _ in sources
+        if not any(re.search(rf"\b{name}\(", text) for other, text in sources if other != name)
     }
     assert kernels == {case.kernel.__name__ for case in CASES.values()}
 
