@@ -73,6 +73,20 @@ def injected(base: nn.Module) -> nn.Module:
     return peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=8, target_modules=LINEARS), base)
 
 
+def velora(base: nn.Module) -> nn.Module:
+    return lora(base, velora_config=peft.VeloraConfig(num_groups=2))
+
+
+def monteclora(base: nn.Module) -> nn.Module:
+    return lora(base, monteclora_config=peft.MontecloraConfig())
+
+
+def bd_lora(base: nn.Module) -> nn.Module:
+    config = peft.tuners.lora.BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["o_proj"], nblocks=2,
+                                           match_strict=False)  # fmt: skip
+    return lora(base, use_bdlora=config)
+
+
 def kasa(base: nn.Module) -> nn.Module:
     return lora(base, kasa_config=peft.KasaConfig())
 
@@ -123,22 +137,21 @@ LORA = [
     Case("LoRA", "adapters merged when apply is called", after=lambda model: model.merge_adapter(), refused=APPLY),
     Case("LoRA variants", "aLoRA", options(alora_invocation_tokens=[3]),
          inputs=lambda: {"alora_offsets": [5, 5]}),
-    Case("LoRA variants", "VeLoRA", options(velora_config=peft.VeloraConfig(num_groups=2)), slow=True),
-    Case("LoRA variants", "MonteCLoRA", options(monteclora_config=peft.MontecloraConfig()), slow=True),
-    Case("LoRA variants", "BD-LoRA", options(use_bdlora=peft.tuners.lora.BdLoraConfig(
-        target_modules_bd_a=["q_proj"], target_modules_bd_b=["o_proj"], nblocks=2, match_strict=False)),
-         refused=PROBE),
-    Case("LoRA variants", "KaSA", kasa, refused=APPLY),
+    Case("LoRA variants", "VeLoRA", velora, slow=True, needs=("peft>=0.20",)),
+    Case("LoRA variants", "MonteCLoRA", monteclora, slow=True, needs=("peft>=0.20",)),
+    Case("LoRA variants", "BD-LoRA", bd_lora, refused=PROBE, needs=("peft>=0.19",)),
+    Case("LoRA variants", "KaSA", kasa, refused=APPLY, needs=("peft>=0.21",)),
     Case("init_lora_weights", "False (B not zero)", options(init_lora_weights=False)),
     Case("init_lora_weights", "gaussian", options(init_lora_weights="gaussian")),
-    Case("init_lora_weights", "orthogonal", options(init_lora_weights="orthogonal"), rel=2e-3),
+    Case("init_lora_weights", "orthogonal", options(init_lora_weights="orthogonal"), rel=1e-2),
     Case("init_lora_weights", "eva", eva),
-    Case("init_lora_weights", "mica (B frozen)", options(init_lora_weights="mica"), refused=PROBE),
+    Case("init_lora_weights", "mica (B frozen)", options(init_lora_weights="mica"), refused=PROBE,
+         needs=("peft>=0.20",)),
     Case("init_lora_weights", "pissa", options(init_lora_weights="pissa"), refused=APPLY),
     Case("init_lora_weights", "pissa_niter_4", options(init_lora_weights="pissa_niter_4"), refused=APPLY),
     Case("init_lora_weights", "olora", options(init_lora_weights="olora"), refused=APPLY),
     Case("init_lora_weights", "corda", corda, refused=APPLY, needs=("attr",)),
-    Case("init_lora_weights", "lora_ga", lora_ga, refused=APPLY),
+    Case("init_lora_weights", "lora_ga", lora_ga, refused=APPLY, needs=("peft>=0.19",)),
     Case("init_lora_weights", "loftq", options(init_lora_weights="loftq", loftq_config=peft.LoftQConfig()),
          lambda: llama(hidden_size=64, intermediate_size=64), refused=APPLY, needs=("scipy", "an accelerator")),
 ]  # fmt: skip
@@ -214,6 +227,13 @@ OTHER_KINDS: dict[str, dict[str, Any]] = {
     "WAVEFT": {**EVERY, "n_frequency": 20},
 }
 
+SINCE = {
+    "0.19": ("ADAMSS", "CARTRIDGE", "GRALORA", "LILY", "PEANUT", "PSOFT", "PVERA", "TINYLORA"),
+    "0.20": ("BEFT", "DEFT", "FROD", "GLORA", "HIRA", "UNILORA"),
+    "0.21": ("SUPERTUNING",),
+}  # the peft that brought a kind, where it is later than the package's lower bound
+PEFT_OF_KIND = {kind: f"peft>={version}" for version, kinds in SINCE.items() for kind in kinds}
+
 
 def of_kind(kind: str) -> Callable[[nn.Module], nn.Module]:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -239,7 +259,7 @@ def other_kind(kind: str) -> tuple[Case, Case]:
         of_kind(kind),
         refused=PROBE,
         inputs=tasks if kind in ("MULTITASK_PROMPT_TUNING", "POLY") else dict,
-        needs=("sklearn",) if kind == "ADAMSS" else (),
+        needs=(PEFT_OF_KIND.get(kind, "peft"), *(["sklearn"] if kind == "ADAMSS" else [])),
         slow=kind not in COMMON,
     )
     refused = PROBE if kind in PAST_THE_BASE else None

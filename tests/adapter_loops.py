@@ -107,7 +107,7 @@ FULL = [
     full("SGD, momentum", lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9)),
     full("Adafactor of torch", lambda p: torch.optim.Adafactor(p, lr=1e-2)),
     full("Adafactor of transformers", lambda p: Adafactor(p, lr=1e-2, relative_step=False)),
-    full("8-bit Adam of bitsandbytes", eight_bit, needs=("bitsandbytes",)),
+    full("8-bit Adam of bitsandbytes", eight_bit, needs=("bitsandbytes>=0.50",)),
     full("AdamWScheduleFree", schedule_free, needs=("schedulefree",)),
     full("an optimizer without hooks, probe.record()", WithoutHooks, loop=Loop(record=True)),
     full("an optimizer without hooks, watched", WithoutHooks, refused=START),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import peft
 import peft.optimizers
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -66,6 +68,16 @@ def gpt2() -> nn.Module:
     return AutoModelForCausalLM.from_config(config)
 
 
+def is_here(need: str) -> bool:
+    """Whether this environment has "an accelerator", a module by its name, or "peft>=0.20" and the like."""
+    if need == "an accelerator":
+        return torch.accelerator.is_available()
+    name, _, least = need.partition(">=")
+    if importlib.util.find_spec(name) is None:
+        return False
+    return not least or Version(importlib.metadata.version(name)) >= Version(least)
+
+
 @dataclass(frozen=True)
 class Case:
     """A row of the table. adapt: what wraps the base model; active: the adapters whose gradients count."""
@@ -90,10 +102,8 @@ class Case:
     @property
     def missing(self) -> str | None:
         """What this case needs and is not here: a package, or an accelerator."""
-        if "an accelerator" in self.needs and not torch.accelerator.is_available():
-            return "an accelerator"
-        packages = [name for name in self.needs if name != "an accelerator"]
-        return next((f"the package {name}" for name in packages if importlib.util.find_spec(name) is None), None)
+        need = next((need for need in self.needs if not is_here(need)), None)
+        return need if need in (None, "an accelerator") else f"the package {need}"
 
 
 @dataclass

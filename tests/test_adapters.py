@@ -8,9 +8,9 @@ import oracle
 import peft
 import pytest
 import torch
-from adapter_cases import of_kind
+from adapter_cases import PEFT_OF_KIND, of_kind
 from adapter_loops import CASES
-from adapter_models import Case, llama, lora, options
+from adapter_models import Case, is_here, llama, lora, options
 
 import gradpruner
 from gradpruner.decoder import Decoder, base_name
@@ -56,6 +56,8 @@ def test_parameters_of_every_kind_of_adapter_are_known_as_such():
 
 @pytest.mark.parametrize("kind", ["GRALORA", "PEANUT", "ADALORA"])
 def test_adapters_with_matrices_of_their_own_do_not_become_weights_of_the_layer(kind):
+    if not is_here(PEFT_OF_KIND.get(kind, "peft")):
+        pytest.skip(f"needs {PEFT_OF_KIND[kind]}")
     plain = Decoder(llama())
     adapted = Decoder(of_kind(kind)(llama()))
     assert adapted.weights == plain.weights and adapted.total_parameters() == plain.total_parameters()

@@ -40,7 +40,7 @@ class Spy(TrainerCallback):
     def __init__(self, model=None):
         self.rates, self.model, self.casts, self.autocast = [], model, set(), set()
         if model is not None:
-            model.get_base_model().register_forward_pre_hook(
+            model.get_input_embeddings().register_forward_pre_hook(  # peft before 0.21 does not call the base model's
                 lambda *_: self.autocast.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
             )
 
