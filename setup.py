@@ -64,7 +64,8 @@ def variants() -> dict[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text(AMX_PROBE)
-        command = f"{compiler()} -std=c++17 {AMX_FLAGS} -c {source} -o {source.with_suffix('.o')}"
+        built = shlex.quote(str(source.with_suffix(".o")))
+        command = f"{compiler()} -std=c++17 {AMX_FLAGS} -c {shlex.quote(str(source))} -o {built}"
         if subprocess.run(command, shell=True, capture_output=True).returncode != 0:
             print("warning: no variant for AMX: the compiler or this system does not know it", file=sys.stderr)
             return VARIANTS

@@ -43,7 +43,8 @@ class Result(Timed):
     """One implementation of one row. ratio: its time over ours, median of the rounds, with the least and the most.
 
     On a GPU every time is the device's alone, but for call_s: the median of calls on an idle device, the host's part
-    included. error: why there is no time ("wrong: ..." if the answer is); then every figure measured is nan.
+    included. late: in how many rounds on a GPU the host was not ahead, so that the time has waits in it. error: why
+    there is no time ("wrong: ..." if the answer is); then every figure measured is nan.
     """
 
     op: str
@@ -61,6 +62,7 @@ class Result(Timed):
     bytes: int
     operations: int
     call_s: float | None = None
+    late: int | None = None
     error: str = ""
 
     @property
@@ -102,7 +104,8 @@ def results(case: Case, measured: Sequence[Measured], limit: tuple[float, str], 
                 ratio_to_ours=ratio, ratio_min=least, ratio_max=most, first_s=each.first_s,
                 limit_s=limit[0], limit_by=limit[1], share_of_limit=limit[0] / statistics.median(seconds),
                 bytes=case.count.bytes, operations=case.count.operations,
-                call_s=statistics.median(each.calls) if each.calls else None, error=each.error,
+                call_s=statistics.median(each.calls) if each.calls else None,
+                late=each.late if each.calls else None, error=each.error,
                 **timed(seconds, each.extra_bytes, device),
             )
         )  # fmt: skip

@@ -32,7 +32,8 @@ class Measured:
     """seconds: one a round, on a GPU of the device alone. first_s: the first call, compilation included.
 
     extra_bytes: peak beyond the arguments. calls: on a GPU, a round's call on an idle device, the host's part
-    included. error: why there are no times, else "".
+    included. late: on a GPU, in how many rounds the host was not ahead of the device, so that the time has waits in it.
+    error: why there are no times, else "".
     """
 
     name: str
@@ -41,6 +42,7 @@ class Measured:
     first_s: float
     extra_bytes: int
     calls: tuple[float, ...] = ()
+    late: int = 0
     error: str = ""
 
 
@@ -54,6 +56,7 @@ class _Entry:
     sleep: int = SLEEP
     seconds: list[float] = field(default_factory=list)
     calls: list[float] = field(default_factory=list)
+    late: int = 0
     error: str = ""
 
     @contextlib.contextmanager
@@ -72,7 +75,7 @@ class _Entry:
         name, kind = self.implementation.name, self.implementation.kind
         if self.error:
             return Measured(name, kind, (), math.nan, 0, error=self.error)
-        return Measured(name, kind, tuple(self.seconds), self.first_s, self.extra_bytes, tuple(self.calls))
+        return Measured(name, kind, tuple(self.seconds), self.first_s, self.extra_bytes, tuple(self.calls), self.late)
 
 
 def _in_one_line(error: Exception) -> str:
@@ -118,7 +121,9 @@ class Runner:
             return
         entry.calls.append(took)
         self.restore()
-        entry.seconds.append(self._clock.queued(self._call(entry.implementation), entry.sleep)[0])
+        took, ahead = self._clock.queued(self._call(entry.implementation), entry.sleep)
+        entry.seconds.append(took)
+        entry.late += not ahead
 
     def sleep_for(self, implementation: Implementation) -> int:
         """Cycles for which a GPU sleeps before a queued call of this implementation."""

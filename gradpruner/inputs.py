@@ -39,8 +39,10 @@ class Inputs:
     @property
     def batches(self) -> list[dict[str, Tensor]]:
         """What was kept so far, in host memory: copies that are still under way are waited for here."""
-        while self._coming:
-            self._coming.pop(0).wait()
+        for batch, arrival in zip(self._batches[len(self._batches) - len(self._coming) :], self._coming, strict=True):
+            arrival.wait()
+            batch.update({name: value.clone() for name, value in batch.items() if value.is_pinned()})
+        self._coming.clear()
         return self._batches
 
     def watch(self, model: nn.Module) -> None:

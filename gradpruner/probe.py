@@ -239,7 +239,8 @@ class Probe:
         settled = self._pending[: max(len(self._pending) - but, 0)]
         if not settled:
             return
-        settled[-1][1].wait()  # and so for those before it
+        for _, arrival in settled:  # each: the next step may have read from other devices
+            arrival.wait()
         # copies of their own: what they arrived in is pinned
         finite = [norms.clone() if bool(norms.isfinite().all()) else None for norms, _ in settled]
         self._reader.settle(finite)

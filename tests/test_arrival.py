@@ -189,7 +189,7 @@ def test_a_step_is_taken_in_when_later_ones_are_on_their_way(monkeypatch, marks)
             step(model, optimizer, i)
     assert [(kind, last) for kind, *_, last in marks] == [
         ("mark", 0), ("mark", 1), ("mark", 2), ("wait", 0), ("settle", 1), ("mark", 3), ("wait", 1), ("settle", 1),
-        ("mark", 4), ("wait", 2), ("settle", 1), ("wait", 4), ("settle", 2)]  # fmt: skip
+        ("mark", 4), ("wait", 2), ("settle", 1), ("wait", 3), ("wait", 4), ("settle", 2)]  # fmt: skip
 
 
 def test_nothing_that_is_kept_lies_in_the_block_it_arrived_in(monkeypatch):

@@ -13,7 +13,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 # A fork is chosen for the parts, so this process asks the driver's library about cards and starts none itself.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -64,11 +66,26 @@ def _run(part: Part, options: argparse.Namespace, left: float) -> dict[str, obje
     _forget(rows, part.name)
     limit = min(part.limit * (PATIENCE if options.tiny else 1), left)
     ended: Ended = run_apart(lambda: part.run(session), limit, options.out / "log.txt")
-    wrong = [row.get("what", "?") for row in read_rows(rows) if row["part"] == part.name and row.get("right") is False]
-    wrong += [row["what"] for row in read_rows(rows) if row["part"] == part.name and row.get("twice_the_same") is False]
+    _end_line(rows)
+    wrong = [_name(row) for row in read_rows(rows) if row["part"] == part.name and _is_wrong(row)]
     how = "wrong" if wrong and ended.how == "ok" else ended.how
     return {"how": how, "seconds": round(ended.seconds, 1), **({"error": ended.error} if ended.error else {}),
             **({"wrong": wrong} if wrong else {})}  # fmt: skip
+
+
+def _is_wrong(row: Mapping[str, Any]) -> bool:
+    return row.get("right") is False or row.get("twice_the_same") is False or bool(row.get("error"))
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return row.get("what") or f"{row.get('op')}, {row.get('variant')}: {row.get('implementation')}: {row.get('error')}"
+
+
+def _end_line(rows: Path) -> None:
+    """End the line that a killed part may have left unfinished, so that it does not swallow the next row."""
+    if rows.exists() and not rows.read_bytes().endswith(b"\n"):
+        with rows.open("a", encoding="utf-8") as file:
+            file.write("\n")
 
 
 def _forget(rows: Path, part: str) -> None:

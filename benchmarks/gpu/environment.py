@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import time
+from pathlib import Path
 
 import torch
 
 from benchmarks.device_timing import time_call
 from benchmarks.gpu.session import Session
 
+KERNELS = Path(__file__).parents[2] / "kernels"
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate")
 PAIRS = 224  # LoRA pairs of a model of 32 layers
 
 
 def measure(session: Session) -> None:
     """Versions; bytes a second of a copy; operations a second of products of random matrices; pinned memory."""
-    row = {"what": "environment", "python": platform.python_version(), "processor": _processor()}
+    row = {"what": "environment", "kernels": kernels_digest(), "python": platform.python_version(),
+           "processor": _processor()}  # fmt: skip
     for package in PACKAGES:
         try:
             row[package] = importlib.metadata.version(package)
@@ -42,6 +46,14 @@ def measure(session: Session) -> None:
         )
     if session.on_cuda:
         _pinned(session)
+
+
+def kernels_digest(folder: Path = KERNELS) -> str:
+    """Of the sources of the kernels, so that a report says which ones it has run."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _pinned(session: Session) -> None:

@@ -80,14 +80,14 @@ def _generation(session: Session, model: Any) -> float:
     ids = torch.randint(3, 190, (1, 16), generator=torch.Generator().manual_seed(0)).to(session.device)
     seconds = []
     with torch.no_grad():
-        for _ in range(2):  # the first warms up
+        for _ in range(4):  # the first warms up
             session.wait()
             began = time.perf_counter()
             model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS,
                            min_new_tokens=NEW_TOKENS, do_sample=False)  # fmt: skip
             session.wait()
             seconds.append(time.perf_counter() - began)
-    return seconds[-1]
+    return statistics.median(seconds[1:])
 
 
 def _named(shape: Shape) -> str:

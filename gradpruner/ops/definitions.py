@@ -22,8 +22,8 @@ from gradpruner.ops.checks import (
     need_tokens,
 )
 
-# Their kernels read a table of addresses or a state that the host copies from pinned memory and then lets go: the
-# replay of a captured CUDA graph would copy again, from memory that is another's by then.
+# Their kernels read a table of addresses that the host copies from pinned memory and then lets go: the replay of a
+# captured CUDA graph would copy again, from memory that is another's by then.
 UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
 
 
@@ -145,7 +145,7 @@ def _(igia: Tensor | None, x: Tensor, dy: Tensor, grad: Tensor | None) -> Tensor
     return x.new_empty((), dtype=torch.float64)
 
 
-@torch.library.custom_op("gradpruner::threshold", mutates_args=(), tags=UNCAPTURED)
+@torch.library.custom_op("gradpruner::threshold", mutates_args=())
 def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The exact boundary of the k largest entries: entry j is kept if F_j > value, or F_j == value and j <= index.
 
@@ -165,7 +165,7 @@ def _(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return igia.new_empty((), dtype=torch.float32), igia.new_empty((), dtype=torch.int64)
 
 
-@torch.library.custom_op("gradpruner::factor_threshold", mutates_args=(), tags=UNCAPTURED)
+@torch.library.custom_op("gradpruner::factor_threshold", mutates_args=())
 def factor_threshold(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`threshold` of F = sum over steps of (b_i @ a_i) ** 2, which is never held in memory whole.
 
