@@ -49,9 +49,14 @@ OCCUPANCY_FLOORS = {
     "prune_by_boundary": 50,
 }
 
+# Bytes in passes that a selection needs only where its sample misled, at the 168 registers of three blocks a processor;
+# 3.6.0 takes more registers there, and spills nothing.
+SPILLS = {"factor_narrow-fp32-r8-sm80": 8, "factor_narrow-fp32-r64-sm80": 8}
 # What a Triton before 3.8 does worse, as 3.6.0 was seen to do, by case and target. Nothing else may be worse there.
 OLDER = device.TRITON < (3, 8)
 OLDER_SPILLS = {
+    # as in SPILLS
+    "factor_settle-fp32-r64-sm80": 8,
     # at 96 and 128 registers; 3.9 takes 80 and 112 and spills nothing
     "gram-fp32-32-sm90": 40,
     "gram-fp32-64-sm90": 32,
@@ -60,7 +65,13 @@ OLDER_SPILLS = {
 }
 OLDER_FLOORS = {
     # slices of 16 and not 8 (factor_tile.SLICES): 153 registers and not 124, three blocks a processor and not four
+    "factor_collect-fp32-r64-sm80": 18,
     "factor_collect-fp32-r64-sm90": 18,
+    "factor_collect-fp32-r64-sm100": 12,
+    "factor_collect-fp32-r8-sm100": 12,
+    # 153 and 154 registers, and not 127 and 128
+    "factor_collect-bf16-r8-sm80": 18,
+    "factor_collect-bf16-r64-sm80": 18,
 }
 
 
@@ -75,7 +86,7 @@ def test_kernel_compiles(name, target):
     case = CASES[name]
     code = case.compile(target)
     variant = f"{name}-{target}"
-    assert code.spilled_bytes <= (OLDER_SPILLS.get(variant, 0) if OLDER else 0)
+    assert code.spilled_bytes <= (OLDER_SPILLS if OLDER else SPILLS).get(variant, 0)
     assert code.shared_bytes <= LIMITS[target].shared_bytes_a_block
     # AMD's wavefront is twice as wide, so that of a small tile each thread has 8 bytes.
     assert not case.streams or code.widest_load >= (8 if target == "gfx942" else 16)
