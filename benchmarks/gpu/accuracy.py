@@ -30,8 +30,8 @@ def banking77(session: Session) -> None:
         train, test = _examples(session)
         recipe = Recipe(batch_size=2 if session.tiny else 16, learning_rate=2e-3, group_by_length=True)
         held_out = 4 if session.tiny else HELD_OUT
-        steps = 2 if session.tiny else EPOCHS * (len(train) - held_out) // recipe.batch_size
-        job = Job(str(source), steps, recipe, dtype="bfloat16", max_length=128, probe_steps=1 if session.tiny else None)
+        steps = 4 if session.tiny else EPOCHS * (len(train) - held_out) // recipe.batch_size
+        job = Job(str(source), steps, recipe, dtype="bfloat16", max_length=128, probe_steps=2 if session.tiny else None)
         comparison = Compare(job, train, test, Path(scratch) / "models", methods=["gradpruner"], ratios=[RATIO],
                              seeds=session.seeds, held_out=held_out)  # fmt: skip
         session.put(what="task", train_rows=len(train) - held_out, test_rows=len(test), steps=steps,
