@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.igia import Igia
 from gradpruner.logits import root_of
 from gradpruner.merge import fold_and_remove, share_of
-from gradpruner.optimizers import unwrapped
+from gradpruner.optimizers import check_optimizer, forget, replace, unwrapped
 from gradpruner.patch import Patch
 from gradpruner.plan import Plan
 from gradpruner.settings import ADAPTERS
@@ -53,8 +53,8 @@ def cut(
     check_wrappers(model)
     decoder, peft, share = Decoder(model, layers), peft_of(model), share_of(top)
     inner = unwrapped(optimizer)
-    if inner is not None and not hasattr(inner, "param_groups"):
-        raise InvalidArgument(f"optimizer is a {type(inner).__name__}; expected a torch.optim.Optimizer, or None")
+    if inner is not None:
+        check_optimizer(inner)
     if adapters not in ADAPTERS:
         raise InvalidArgument(f"adapters = {adapters!r}; accepted are {', '.join(ADAPTERS)}")
     if peft is not None:
@@ -65,11 +65,13 @@ def cut(
     dense = {id(p) for p in decoder.given.parameters()}
     kept = peft is not None and adapters == "keep"
     with keeping_scales(peft) if kept and (plan.merge or patches) else contextlib.nullcontext():
-        fold_and_remove(decoder, plan, igia, share, weight, patches)
+        replaced = fold_and_remove(decoder, plan, igia, share, weight, patches)
     fresh = make_fresh(peft, seed) if peft is not None and not kept else []
     gone = dense - {id(p) for p in decoder.given.parameters()}
     if inner is not None:
-        _forget(inner, gone, {id(p) for p in fresh})
+        for old, new, part in replaced:
+            replace(inner, old, new, part)
+        forget(inner, gone, {id(p) for p in fresh})
     for wrapper in wrappers(model):
         if isinstance(wrapper, DistributedDataParallel):
             _rewrap(wrapper)
@@ -88,18 +90,6 @@ def check_wrappers(model: nn.Module) -> None:
                 "the model is compiled by regions (accelerate's use_regional_compilation), which trains a copy of it: "
                 "compile the whole model instead"
             )
-
-
-def _forget(optimizer: torch.optim.Optimizer, gone: Collection[int], fresh: Collection[int]) -> None:
-    """Take removed parameters out of the groups, and the memory of removed and fresh ones out of the state."""
-    for group in optimizer.param_groups:
-        kept = [i for i, p in enumerate(group["params"]) if id(p) not in gone]
-        for name in ("params", "param_names"):
-            if name in group:
-                group[name] = [group[name][i] for i in kept]
-    for parameter in list(optimizer.state):
-        if id(parameter) in gone or id(parameter) in fresh:
-            del optimizer.state[parameter]
 
 
 def _rewrap(ddp: DistributedDataParallel) -> None:

@@ -30,7 +30,7 @@ from gradpruner.logits import differ, logits_of, root_of
 from gradpruner.patch import Patch, check_patches
 from gradpruner.plan import Plan
 from gradpruner.settings import ADAPTERS
-from gradpruner.surgery import prepare
+from gradpruner.surgery import Replaced, prepare
 
 
 def apply(
@@ -56,7 +56,7 @@ def apply(
 
     Nothing is changed unless everything succeeds: the removal is planned against the configuration first, and the
     logits of the smaller model are compared with those of the dense one with the same layers skipped. An
-    optimizer made before holds parameters that are gone: see `rebuild_optimizer`.
+    optimizer made before holds parameters that are gone: see `rebuild_optimizer`, or use `cut`.
 
     In several processes all of them call it. A model sharded by FSDP2 is merged shard by shard, and stays sharded; one
     without adapters can go on training. If FSDP2's root was the PeftModel, what comes back is for `save` only: its
@@ -131,8 +131,11 @@ def fold_and_remove(
     share: Fraction,
     weight: float,
     patches: Sequence[Patch] = (),
-) -> None:
-    """Fold, patch, remove layers in the base model, whatever wraps it; adapters of kept layers stay. All or nothing."""
+) -> list[Replaced]:
+    """Fold, patch, remove layers in the base model, whatever wraps it; adapters of kept layers stay. All or nothing.
+
+    Returns the parameters outside the layers that were replaced by smaller ones, for whoever holds them.
+    """
     refuse_flat(decoder.given)
     if any(map(is_deepspeeds, decoder.given.parameters())):
         raise UnsupportedModel(
@@ -169,6 +172,7 @@ def fold_and_remove(
         raise
     if root is not None:
         forget(root, removed)
+    return surgery.replaced
 
 
 def _peers_of(root: nn.Module | None, igia: Igia | None) -> Peers | None:
@@ -176,33 +180,6 @@ def _peers_of(root: nn.Module | None, igia: Igia | None) -> Peers | None:
     if igia is not None and isinstance(igia.importance, SharedImportance):
         return igia.importance.peers
     return None if root is None else peers_of()
-
-
-def rebuild_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """A new optimizer of the same class for the smaller model.
-
-    Parameters that are still in the model keep their group and their state; the rest of the trainable ones (fresh
-    adapters, say) join the first group with no state.
-    """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise InvalidArgument("model has no trainable parameter; expected at least one for an optimizer")
-    alive = {id(p) for p in trainable}
-    groups = [{**g, "params": [p for p in g["params"] if id(p) in alive]} for g in optimizer.param_groups]
-    placed = {id(p) for group in groups for p in group["params"]}
-    groups[0]["params"] += [p for p in trainable if id(p) not in placed]
-    rebuilt = type(optimizer)([group for group in groups if group["params"]], **_accepted(optimizer))
-    for parameter, state in optimizer.state.items():
-        if id(parameter) in placed:
-            rebuilt.state[parameter] = state
-    return rebuilt
-
-
-def _accepted(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The defaults that the optimizer's constructor takes; some classes record more than they take."""
-    code = type(optimizer).__init__.__code__
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    return {name: value for name, value in optimizer.defaults.items() if name in names}
 
 
 def share_of(top: float) -> Fraction:
@@ -291,7 +268,8 @@ def _add(decoder: Decoder, patch: Patch, undo: list[tuple[Tensor, Tensor]]) -> N
     rows, parameter = rows_of(stored), local(stored)
     change = patch.change if rows is None else patch.change[rows[0] : sum(rows)]
     undo.append((parameter, parameter.to("cpu", copy=True)))
-    parameter.copy_(parameter.float() + change.to(parameter.device))
+    exact = torch.promote_types(parameter.dtype, change.dtype)  # float64 stays that
+    parameter.copy_(parameter.to(exact) + change.to(parameter.device, exact))
 
 
 def merge_weight_(

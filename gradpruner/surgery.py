@@ -9,6 +9,7 @@ plain attribute. What differs is an index to renumber, or a reason to refuse (ME
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from gradpruner.layer_config import cut_config
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number")
 PER_INSTANCE = ("_tied_weights_keys", "_keys_to_ignore_on_load_unexpected")  # transformers' own; may name layers
 PLAIN = (bool, int, float, str, type(None))
+# a parameter, the smaller one that took its place, and what cuts another tensor of the same shape alike
+Replaced = tuple[nn.Parameter, nn.Parameter, Callable[[torch.Tensor], torch.Tensor]]
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Surgery:
     parts: list[tuple[str, int]] = field(
         default_factory=list
     )  # parameters outside the layers, axis with a part a layer
+    replaced: list[Replaced] = field(default_factory=list)  # by `perform`
 
     def perform(self) -> Callable[[], None]:
         """Cut the list of layers, renumber, swap the config; nothing in here can fail half way for good."""
@@ -66,18 +70,21 @@ class Surgery:
             for name, axis in self.parts:
                 owner_path, _, own = name.rpartition(".")
                 owner = _live(base, owner_path)
-                assign(owner, own, self._kept_parts(getattr(owner, own), axis))
+                part = functools.partial(_kept_parts, layers=len(old_layers), kept=self.kept, axis=axis)
+                whole = getattr(owner, own)
+                assign(owner, own, nn.Parameter(part(whole), whole.requires_grad))
+                self.replaced.append((whole, getattr(owner, own), part))
             assign(parent, leaf, nn.ModuleList([old_layers[i] for i in self.kept]))
         except BaseException:
             restore()
             raise
         return restore
 
-    def _kept_parts(self, parameter: nn.Parameter, axis: int) -> nn.Parameter:
-        """A parameter with one equal part a layer along `axis`, layer after layer, without the removed layers'."""
-        parts: torch.Tensor = parameter.detach().unflatten(axis, (len(self.decoder.layers), -1))
-        kept = torch.tensor(self.kept, device=parameter.device)
-        return nn.Parameter(parts.index_select(axis, kept).flatten(axis, axis + 1), parameter.requires_grad)
+
+def _kept_parts(tensor: torch.Tensor, layers: int, kept: tuple[int, ...], axis: int) -> torch.Tensor:
+    """A tensor with one equal part a layer along `axis`, layer after layer, without the removed layers'."""
+    parts: torch.Tensor = tensor.detach().unflatten(axis, (layers, -1))
+    return parts.index_select(axis, torch.tensor(kept, device=tensor.device)).flatten(axis, axis + 1)
 
 
 def prepare(decoder: Decoder, kept: tuple[int, ...]) -> Surgery:
