@@ -31,6 +31,7 @@ from gradpruner.decoder import Decoder, Weight
 from gradpruner.files import atomic_path
 from gradpruner.igia import Factors, Igia
 from gradpruner.ops import reference
+from gradpruner.parameter_counts import count_parameters
 from gradpruner.plan import Plan
 from gradpruner.report import table
 from gradpruner.shards import Pending, bytes_of, holds_safetensors, read_folder, write_folder
@@ -161,8 +162,7 @@ def _igia(decoder: Decoder, merged: list[int], fingerprint: str) -> Igia:
         weights=weights,
         square_norms=torch.ones(STEPS, len(weights), dtype=torch.float64),
         structures=tuple(decoder.structure(j) for j in range(layers)),
-        layer_parameters=tuple(decoder.parameters_of(j) for j in range(layers)),
-        total_parameters=decoder.total_parameters(),
+        **count_parameters(decoder),
         importance={(w.layer, w.name): _factors(w) for w in weights if w.layer in merged},
     )
 

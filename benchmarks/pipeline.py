@@ -26,6 +26,7 @@ from gradpruner.igia import Dense, Factors, Igia
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.merge import merge_weight_
 from gradpruner.models import load_model
+from gradpruner.parameter_counts import count_parameters
 from gradpruner.report import table
 
 ROWS, LENGTH, RANK = 4, 256, 8
@@ -158,8 +159,7 @@ def _igia(decoder: Decoder, importance: Mapping[tuple[int, str], Factors]) -> Ig
         weights=tuple(decoder.weights),
         square_norms=torch.ones(1, len(decoder.weights), dtype=torch.float64),
         structures=tuple(decoder.structure(j) for j in layers),
-        layer_parameters=tuple(decoder.parameters_of(j) for j in layers),
-        total_parameters=decoder.total_parameters(),
+        **count_parameters(decoder),
         importance=dict(importance),
     )
 

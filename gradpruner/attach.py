@@ -25,6 +25,7 @@ from gradpruner.files import read_json, write_json
 from gradpruner.igia import SCORES, Igia
 from gradpruner.inputs import FILES, Inputs, load_inputs, save_inputs
 from gradpruner.merge import share_of
+from gradpruner.parameter_counts import count_parameters
 from gradpruner.patch import Patch, fit_patches, gaps
 from gradpruner.plan import Plan, select
 from gradpruner.probe import Probe
@@ -187,8 +188,7 @@ class PruneCallback(TrainerCallback):
     def _check_plans(self, decoder: Decoder) -> None:
         """That such a plan is possible, and that layers can be removed at all: better told now than after the probe."""
         count = len(decoder.layers)
-        sizes = [decoder.parameters_of(j) for j in range(count)]
-        accepted = {**self._wanted, "layer_parameters": sizes, "total_parameters": decoder.total_parameters()}
+        accepted = {**self._wanted, **count_parameters(decoder)}
         rising = [float(j) for j in range(count)]
         falling = [*rising[:0:-1], float(count)]  # but for the last: that no layer needs another number proves nothing
         early, late = (select(scores, **accepted).kept for scores in (rising, falling))

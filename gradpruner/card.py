@@ -200,7 +200,7 @@ def _parameters(source: nn.Module | str | os.PathLike[str]) -> int:
 
 def _parameter_ratio(plan: Plan, scores: Igia | Sequence[float] | None) -> float | None:
     if plan.parameter_ratio is None and isinstance(scores, Igia):
-        return sum(scores.layer_parameters[layer] for layer in plan.removed) / scores.total_parameters
+        return scores.parameter_ratio(plan.removed)
     return plan.parameter_ratio
 
 

@@ -98,16 +98,12 @@ class Decoder:
 
     def structure(self, layer: int) -> str:
         """A digest of names and shapes: layers with equal digests can be merged."""
-        parts = [f"{name}{tuple(shape)}" for name, _, shape in _base_shapes(self.layers[layer])]
+        parts = [f"{name}{tuple(shape)}" for name, _, shape in base_shapes(self.layers[layer])]
         return hashlib.sha256("|".join(sorted(parts)).encode()).hexdigest()[:16]
-
-    def parameters_of(self, layer: int) -> int:
-        """Number of parameters of a layer, adapters not counted."""
-        return sum(shape.numel() for _, _, shape in _base_shapes(self.layers[layer]))
 
     def total_parameters(self) -> int:
         """Number of parameters of the model, tied ones once, adapters not counted."""
-        return sum({id(p): shape.numel() for _, p, shape in _base_shapes(self.base)}.values())
+        return sum({id(p): shape.numel() for _, p, shape in base_shapes(self.base)}.values())
 
     def fingerprint(self, *, content: bool | None = None, samples: Callable[[Weight], Tensor] | None = None) -> str:
         """Tells this model from others: its structure, and a sample of its weights.
@@ -220,7 +216,7 @@ def is_packed(parameter: Tensor) -> bool:
     return not parameter.is_floating_point() or hasattr(parameter, "quant_state")
 
 
-def _base_shapes(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.Size]]:
+def base_shapes(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.Size]]:
     """`base_parameters` with the shape that each has before a quantiser packs it."""
     for name, parameter in module.named_parameters(remove_duplicate=False):
         plain = base_name(name)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.logits import evaluating
+from gradpruner.parameter_counts import count_parameters
 from gradpruner.patch import find_writer, hidden
-from gradpruner.plan import Plan, select
+from gradpruner.plan import Plan, parameters_in, select
 
 LONGEST = 10  # layers of one gap
 TOKENS = 4096  # to fit the patches on, and as many others to judge them by
@@ -55,8 +56,9 @@ def plan_gaps(
     if getattr(decoder.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"kind = {kind!r} looks at decoder-only models; accepted are squared, norm, normalized")
     removed = cheapest(gap_costs(decoder, batches, kind), total, count, protected)
-    parameters = sum(decoder.parameters_of(j) for j in removed)
-    return Plan(total, removed, (), decoder.fingerprint(), parameters / decoder.total_parameters())
+    counts = count_parameters(decoder)
+    gone = parameters_in(removed, counts["layer_parameters"], counts["shared_parameters"])
+    return Plan(total, removed, (), decoder.fingerprint(), gone / counts["total_parameters"])
 
 
 def cheapest(costs: Costs, layers: int, count: int, protect: Iterable[int] = (0,)) -> list[int]:

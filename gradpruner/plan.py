@@ -17,6 +17,7 @@ from gradpruner.errors import CheckpointError, InvalidArgument
 from gradpruner.files import read_json, write_json
 
 FORMAT = "gradpruner.plan/1"
+MOST_LAYERS = 100_000  # more than any model has: a damaged file may say any number
 DROPPED_OUTRIGHT = Fraction(3, 10)  # of all layers; past that accuracy falls off a cliff unless merged (P)
 
 
@@ -38,8 +39,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Normalise to a sorted tuple and a sorted dict, then check everything."""
-        if not _is_int(self.layers) or self.layers < 1:
-            raise InvalidArgument(f"layers = {self.layers!r}; expected the number of decoder layers, 1 or more")
+        if not _is_int(self.layers) or not 1 <= self.layers <= MOST_LAYERS:
+            raise InvalidArgument(f"layers = {self.layers!r}; expected the number of layers, 1 to {MOST_LAYERS}")
+        if not isinstance(self.model, (str, type(None))):
+            raise InvalidArgument(f"model = {self.model!r}; expected a fingerprint, or None")
+        ratio = self.parameter_ratio
+        if ratio is not None and (type(ratio) not in (int, float) or not 0 <= ratio <= 1):
+            raise InvalidArgument(f"parameter_ratio = {ratio!r}; expected a share from 0 to 1, or None")
         drop, merged = _indices("drop", self.drop, self.layers), _indices("merge", self.merge, self.layers)
         both = sorted(set(drop) & set(merged))
         if both:
@@ -114,6 +120,8 @@ class Plan:
             raise CheckpointError(f"not a plan: format is {content.get('format')!r}, expected {FORMAT!r}")
         try:
             merge = {int(layer): target for layer, target in content["merge"].items()}
+            if [str(layer) for layer in merge] != list(content["merge"]):
+                raise ValueError("merge names a layer that is not a number")
             plan = cls(
                 content["layers"],
                 content["drop"],
@@ -149,6 +157,7 @@ def select(
     protect: Iterable[int] = (0,),
     structures: Sequence[Hashable] | None = None,
     layer_parameters: Sequence[int] | None = None,
+    shared_parameters: Sequence[tuple[Sequence[int], int]] = (),
     total_parameters: int | None = None,
     model: str | None = None,
 ) -> Plan:
@@ -158,7 +167,8 @@ def select(
     layers that reach it); or count: how many layers. merge: "auto" drops the lowest round(0.3 L) and folds the
     rest of the removed into the nearest kept layer of the same structure before (METHOD section 2); a number
     folds that many, the highest-scored of the removed; 0 none. protect: layers that stay whatever they score.
-    structures: one value a layer, equal where layers can be merged. Raises InvalidArgument.
+    structures: one value a layer, equal where layers can be merged. layer_parameters, shared_parameters,
+    total_parameters: as `gradpruner.parameter_counts.count_parameters` counts them. Raises InvalidArgument.
     """
     total = len(scores)
     if total == 0 or not all(math.isfinite(s) for s in scores):
@@ -166,7 +176,7 @@ def select(
     protected = set(_indices("protect", list(protect), total))
     # ascending by score; among equals the higher index goes first
     order = sorted(set(range(total)) - protected, key=lambda j: (scores[j], -j))
-    wanted = _how_many(total, order, ratio, count, of, layer_parameters, total_parameters)
+    wanted = _how_many(total, order, ratio, count, of, layer_parameters, shared_parameters, total_parameters)
     if wanted > len(order) or wanted >= total:
         most = min(len(order), total - 1)
         raise InvalidArgument(
@@ -184,8 +194,17 @@ def select(
             raise InvalidArgument(f"merge = {merge!r}: layer {layer} has no kept layer of its structure before it")
     parameter_ratio = None
     if layer_parameters is not None and total_parameters:
-        parameter_ratio = sum(layer_parameters[j] for j in removed) / total_parameters
+        parameter_ratio = parameters_in(removed, layer_parameters, shared_parameters) / total_parameters
     return Plan(total, sorted(set(removed) - set(targets)), targets, model, parameter_ratio)
+
+
+def parameters_in(
+    removed: Iterable[int], layer_parameters: Sequence[int], shared_parameters: Iterable[tuple[Iterable[int], int]] = ()
+) -> int:
+    """How many parameters go with these layers: their own, and those that only some of them share."""
+    gone = set(removed)
+    shared = sum(parameters for layers, parameters in shared_parameters if gone.issuperset(layers))
+    return sum(layer_parameters[j] for j in gone) + shared
 
 
 def how_many(layers: int, ratio: float) -> int:
@@ -209,6 +228,7 @@ def _how_many(
     count: int | None,
     of: str,
     layer_parameters: Sequence[int] | None,
+    shared_parameters: Sequence[tuple[Sequence[int], int]],
     total_parameters: int | None,
 ) -> int:
     if (ratio is None) == (count is None):
@@ -224,10 +244,13 @@ def _how_many(
         return how_many(total, ratio)
     _check_ratio(ratio)
     if layer_parameters is None or not total_parameters:
-        raise InvalidArgument("of = 'parameters' needs layer_parameters and total_parameters")
+        raise InvalidArgument(
+            "of = 'parameters' needs layer_parameters and total_parameters; an igia file of an earlier version does "
+            "not say what layers share: probe again, or use of = 'layers'"
+        )
     gone = 0
-    for n, layer in enumerate(order, start=1):
-        gone += layer_parameters[layer]
+    for n in range(1, len(order) + 1):
+        gone = parameters_in(order[:n], layer_parameters, shared_parameters)
         if gone >= Fraction(str(ratio)) * total_parameters:
             return n
     raise InvalidArgument(

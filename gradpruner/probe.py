@@ -20,6 +20,7 @@ from gradpruner.estimators.gradient import AdamReader, GradientReader, why_not_a
 from gradpruner.estimators.lora import LoraReader, has_lora
 from gradpruner.igia import Igia, shared
 from gradpruner.optimizers import unwrapped
+from gradpruner.parameter_counts import count_parameters
 from gradpruner.whole import need_whole
 
 ESTIMATORS = ("auto", "lora", "gradient", "adam", "exact")
@@ -67,7 +68,7 @@ class Probe:
             )
         refuse_flat(model)
         self._decoder = Decoder(model, layers)
-        self._model = self._decoder.fingerprint()
+        self._model, self._counts = self._decoder.fingerprint(), count_parameters(self._decoder)
         self._estimator, self._importance, self._factor_dtype = estimator, importance, factor_dtype
         self._micro_batches = micro_batches
         self._reader: Reader | None = None
@@ -268,10 +269,9 @@ class Probe:
             weights=reader.weights,
             square_norms=torch.stack(self._usable) if self._usable else torch.zeros(0, n, dtype=torch.float64),
             structures=tuple(decoder.structure(j) for j in range(len(decoder.layers))),
-            layer_parameters=tuple(decoder.parameters_of(j) for j in range(len(decoder.layers))),
-            total_parameters=decoder.total_parameters(),
             importance=importance,
             skipped=self._skipped,
+            **self._counts,
         )
 
     def _agreed(self, peers: Peers) -> list[Tensor]:

@@ -24,6 +24,7 @@ from tiny_configs import LAYERS, REGISTERED, sub_configs, tiny_config
 import gradpruner
 from gradpruner.decoder import Decoder
 from gradpruner.igia import Dense, Igia
+from gradpruner.parameter_counts import count_parameters
 
 WORKS, LAST, REFUSED, UNBUILT, WRONG = "works", "last layers only", "refused", "not built", "WRONG"
 # The layers to remove, until a choice is accepted. The last ones need no renumbering and prove little.
@@ -184,8 +185,7 @@ def igia_of(model) -> Igia:
         weights=tuple(decoder.weights),
         square_norms=torch.rand(2, len(decoder.weights), generator=generator, dtype=torch.float64),
         structures=tuple(decoder.structure(j) for j in layers),
-        layer_parameters=tuple(decoder.parameters_of(j) for j in layers),
-        total_parameters=decoder.total_parameters(),
+        **count_parameters(decoder),
         importance={(w.layer, w.name): Dense(torch.rand(w.shape, generator=generator)) for w in decoder.weights},
     )
 
@@ -233,7 +233,7 @@ def unsavable(group: str, model_type: str) -> str | None:
 
 def cut(outcome: Outcome, model, inputs, path: str | None) -> None:
     """Remove the first accepted choice of layers, then compare; a refusal must leave the model as it was."""
-    dense, igia = copy.deepcopy(model), igia_of(model)
+    dense, igia, before_cut = copy.deepcopy(model), igia_of(model), size_of(model)
     before, config, notes = copy.deepcopy(model.state_dict()), model.config.to_dict(), []
     for removed in CHOICES:
         plan = plan_of(removed, igia)
@@ -247,12 +247,19 @@ def cut(outcome: Outcome, model, inputs, path: str | None) -> None:
             assert all(torch.equal(before[name], after[name]) for name in before), "a refusal changed weights"
     else:
         raise gradpruner.UnsupportedModel(notes[0].partition(": ")[2])
+    share = (before_cut - size_of(small)) / before_cut
+    assert igia.parameter_ratio(plan.removed) == share, f"{share:.1%} of all parameters went, not what the igia says"
     outcome.status = WORKS if removed in SCATTERED else LAST
     outcome.removed, outcome.merged = plan.removed, bool(plan.merge)
     wrong, remarks = compare(dense, small, plan, path, inputs, REGISTERED[outcome.group][0])
     if wrong:
         outcome.status = WRONG
     outcome.note = "; ".join([*wrong, *notes[:1], *remarks])
+
+
+def size_of(model: torch.nn.Module) -> int:
+    """The number of its parameters, each once: the oracle does not ask the code under test."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def changed(before: torch.nn.Module, after: torch.nn.Module) -> dict[str, float]:

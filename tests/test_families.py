@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import gradpruner
 from gradpruner.decoder import Decoder
 from gradpruner.igia import Dense, Igia
+from gradpruner.parameter_counts import count_parameters
 
 
 def igia_of(model, seed=0):
@@ -25,8 +26,7 @@ def igia_of(model, seed=0):
         weights=tuple(decoder.weights),
         square_norms=torch.rand(2, len(decoder.weights), generator=generator, dtype=torch.float64),
         structures=tuple(decoder.structure(j) for j in range(len(decoder.layers))),
-        layer_parameters=tuple(decoder.parameters_of(j) for j in range(len(decoder.layers))),
-        total_parameters=decoder.total_parameters(),
+        **count_parameters(decoder),
         importance={(w.layer, w.name): Dense(torch.rand(w.shape, generator=generator)) for w in decoder.weights},
     )
 

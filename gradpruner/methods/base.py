@@ -15,6 +15,7 @@ from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument
 from gradpruner.igia import Igia
 from gradpruner.merge import apply
+from gradpruner.parameter_counts import count_parameters
 from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan, select
 from gradpruner.sparsity.masks import Masks
@@ -106,8 +107,7 @@ def lowest(decoder: Decoder, scores: Sequence[float], count: int) -> Plan:
         count=count,
         merge=0,
         protect=(),
-        layer_parameters=[decoder.parameters_of(j) for j in range(len(decoder.layers))],
-        total_parameters=decoder.total_parameters(),
+        **count_parameters(decoder),
         model=decoder.fingerprint(),
     )
 
