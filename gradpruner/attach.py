@@ -21,7 +21,7 @@ from gradpruner.cut import check_wrappers, cut
 from gradpruner.decoder import Decoder, altered_base, peft_of
 from gradpruner.distributed import peers_of, together
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
-from gradpruner.files import read_json, write_json
+from gradpruner.files import read_json, reading, write_json
 from gradpruner.igia import SCORES, Igia
 from gradpruner.inputs import FILES, Inputs, load_inputs, save_inputs
 from gradpruner.merge import share_of
@@ -371,7 +371,8 @@ class PruneCallback(TrainerCallback):
         if self.plan != plan or len(Decoder(model).layers) != len(plan.kept):
             cut(model, self._trainer.optimizer, Plan(plan.layers, plan.removed, model=plan.model),
                 adapters=self._settings.adapters, seed=self._trainer.args.seed)  # fmt: skip
-        self._patched = [(layer, name) for layer, name in content.get("patched", ())]
+        with reading(str(checkpoint / PLAN_FILE)):
+            self._patched = [(int(layer), str(name)) for layer, name in content.get("patched", ())]
         if base is not None:
             self._base = (checkpoint / base).resolve()
             if not self._base.is_dir():

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.evaluate import Evaluation
-from gradpruner.files import read_json, write_json
+from gradpruner.files import read_json, reading, write_json
 
 AUTO = "auto"
 MAX_LOST = 0.01
@@ -154,7 +154,7 @@ def choose(
     Raises InvalidArgument if no cut is within the bound, GradPrunerError if the dense model has no score.
     """
     path, protected = Path(file), set(protect)
-    found: dict[str, Any] = read_json(path, "auto")["checked"] if path.exists() else {}
+    found = _known(path) if path.exists() else {}
 
     def checked(count: int) -> dict[str, Any]:
         if str(count) not in found:
@@ -180,6 +180,22 @@ def choose(
                     steps * len(found))  # fmt: skip
     write_json(path, {"checked": found, **choice.to_dict()})
     return choice
+
+
+def _known(path: Path) -> dict[str, dict[str, Any]]:
+    """The checks that are in the file. Raises CheckpointError if they are not what `choose` writes."""
+    with reading(str(path)):
+        found: dict[str, dict[str, Any]] = dict(read_json(path, "auto")["checked"])
+        for count, score in found.items():
+            exact, perplexity, examples = score["exact_match"], score["perplexity"], score["examples"]
+            sound = exact is None or (type(exact) in (int, float) and 0 <= exact <= 1)
+            # a model that was cut too far may have a perplexity that is not a number
+            sound &= perplexity is None or (type(perplexity) in (int, float) and not perplexity <= 0)
+            if str(int(count)) != count or not sound or type(examples) is not int:
+                raise ValueError(f"without {count} layers the score is {score}")
+        if len({(score["exact_match"] is None, score["perplexity"] is None) for score in found.values()}) > 1:
+            raise ValueError("not every check has the same measures")
+    return found
 
 
 def hold_out(examples: Sequence[H], rows: int | None, seed: int) -> tuple[list[H], list[H]]:
@@ -216,4 +232,7 @@ def trial_rows(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _score(result: Mapping[str, Any], measure: str) -> float:
-    return float(result["exact_match"] if measure == EXACT else 1 / result["perplexity"])
+    value = result["exact_match" if measure == EXACT else "perplexity"]
+    if value is None:
+        return math.nan
+    return float(value if measure == EXACT else 1 / value)

@@ -28,7 +28,7 @@ from gradpruner.data import IGNORED, Collator, Example, tokenize
 from gradpruner.decoder import Decoder
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.evaluate import answers, macro_f1, perplexity
-from gradpruner.files import read_json, write_json
+from gradpruner.files import read_json, reading, write_json
 from gradpruner.finetune import Recipe, Row, schedule
 from gradpruner.igia import Igia
 from gradpruner.methods import METHODS, Clues, GradPruner, Method, parse_method, spelled
@@ -157,7 +157,8 @@ class Compare:
             if not path.exists():
                 decoder = Decoder(self._load()[0])
                 write_json(path, {"layers": len(decoder.layers), "parameters": decoder.total_parameters()})
-        return int(read_json(path, "model")["layers"])
+        with reading(str(path)):
+            return int(read_json(path, "model")["layers"])
 
     def finished(self) -> list[dict[str, Any]]:
         """Every model in the folder that is done."""
@@ -281,12 +282,13 @@ class Compare:
 def finished(folder: Path) -> list[dict[str, Any]]:
     """Every model of a comparison that is done: dense first, then by count, method and seed."""
     order = [DENSE, OURS]
-    cells = [read_json(path, "cell") for path in sorted((folder / "cells").glob("*.json"))]
-    for cell in cells:  # what "gradpruner" meant then may have another name now
-        if cell["method"] != DENSE:
-            cell["method"] = spelled(METHODS[cell["method"].partition(":")[0]](**cell["options"]))
-    cells.sort(key=lambda c: (c["count"], c["method"] not in order, c["method"], c["seed"]))
-    return [{**read_json(folder / "trained" / f"{c['trained']}.json", "training"), **c} for c in cells]
+    with reading(str(folder)):
+        cells = [read_json(path, "cell") for path in sorted((folder / "cells").glob("*.json"))]
+        for cell in cells:  # what "gradpruner" meant then may have another name now
+            if cell["method"] != DENSE:
+                cell["method"] = spelled(METHODS[cell["method"].partition(":")[0]](**cell["options"]))
+        cells.sort(key=lambda c: (c["count"], c["method"] not in order, c["method"], c["seed"]))
+        return [{**read_json(folder / "trained" / f"{c['trained']}.json", "training"), **c} for c in cells]
 
 
 def work_in_processes(comparison: Compare, processes: int) -> None:

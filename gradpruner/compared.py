@@ -14,7 +14,7 @@ from gradpruner.compare import DENSE, OURS, SETTINGS, Compare, finished
 from gradpruner.comparison_report import write_comparison
 from gradpruner.costs import measure
 from gradpruner.errors import InvalidArgument
-from gradpruner.files import atomic_path, read_json, write_json
+from gradpruner.files import atomic_path, read_json, reading, write_json
 from gradpruner.igia import SCORES, Igia
 from gradpruner.methods import GradPruner
 from gradpruner.plan import Plan, how_many
@@ -40,7 +40,15 @@ def write(comparison: Compare, *, costs: bool, sensitivity: Sequence[Mapping[str
 
 
 def rewrite(folder: Path) -> dict[str, Any]:
-    """The same again, of every model that the folder of a comparison holds. Raises InvalidArgument if it is none."""
+    """The same again, of every model that the folder of a comparison holds.
+
+    Raises InvalidArgument if it is none, CheckpointError if a file in it is damaged.
+    """
+    with reading(str(folder)):
+        return _rewritten(folder)
+
+
+def _rewritten(folder: Path) -> dict[str, Any]:
     terms, found = read_json(folder / SETTINGS, "comparison"), finished(folder)
     if not found:
         raise InvalidArgument(f"folder {str(folder)!r} holds no finished model of a comparison")

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from gradpruner.errors import InvalidArgument
+from gradpruner.files import decode_json
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".txt")
 # Column pairs that need no template; the first pair that a data set has is taken.
@@ -203,19 +204,22 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 def _json_object(line: str, path: Path, number: int) -> Row:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InvalidArgument(f"{path}, line {number}: broken JSON: {error.msg}") from None
+        row = decode_json(line)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{path}, line {number}: broken JSON: {getattr(error, 'msg', error)}") from None
     if not isinstance(row, dict):
         raise InvalidArgument(f"{path}, line {number}: {type(row).__name__} instead of an object of columns")
     return row
 
 
 def _read_json(path: Path) -> list[Row]:
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = decode_json(text)
     except json.JSONDecodeError as error:
         raise InvalidArgument(f"{path}, line {error.lineno}: broken JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{path}: broken JSON: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InvalidArgument(f"{path} is not a JSON list of objects")
     return rows

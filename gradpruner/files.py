@@ -7,13 +7,14 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gradpruner.errors import CheckpointError, InvalidArgument
+from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 
 # in the folder beside a target where its successor grows: a lock that a living process holds, the successor, and
 # the target itself while the two change places
@@ -31,14 +32,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise InvalidArgument(f"path {str(target)!r}: the folder {str(target.parent)!r} does not exist")
     if target.is_dir():
         raise InvalidArgument(f"path {str(target)!r} is a folder; expected a file name")
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _beside(target)
+    try:
+        temporary.touch(exist_ok=False)  # with the permissions that the process gives a new file
+    except OSError as error:
+        raise CheckpointError(f"could not write {target}: {error}; nothing was written") from error
+    permissions = stat.S_IMODE(temporary.stat().st_mode)
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(permissions)  # safetensors puts a file of its own there, for the owner alone
         temporary.replace(target)
     except OSError as error:
         raise CheckpointError(f"could not write {target}: {error}; nothing was written") from error
@@ -60,7 +64,8 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     """A temporary folder to fill; on leaving without an error it becomes `path`.
 
     An existing folder is refused unless it is empty or `overwrite` is given; it is replaced only at the end.
-    What a killed process left behind for the same `path` is removed first.
+    What a killed process left behind for the same `path` is removed first; a folder that only looks like it, in an
+    unpacked archive say or another user's, is left alone. Files and folders get the permissions of new ones.
     Raises InvalidArgument, or CheckpointError if writing fails.
     """
     target = Path(path)
@@ -73,13 +78,14 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         raise CheckpointError(f"could not write {target}: {error}; nothing was written") from error
     temporary = workplace / NEW
     try:
-        temporary.mkdir()
+        temporary.mkdir()  # with the permissions that the process gives a new folder
+        permissions = stat.S_IMODE(temporary.stat().st_mode) & 0o666
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():
+            if file.is_file() and not file.is_symlink():
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
-        temporary.chmod(0o755)
+                file.chmod(permissions)
         if overwrite and target.exists():
             target.replace(workplace / OLD)
         try:
@@ -94,37 +100,48 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         os.close(lock)
 
 
+def _beside(target: Path) -> Path:
+    """A name beside the target that nothing has, for what is not finished."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+
+
 def _claim(target: Path) -> tuple[Path, int]:
     """A folder beside the target for what is not finished, and a lock in it that ends with this process."""
-    while True:
-        workplace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        lock = os.open(workplace / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # taken for a leftover between these two lines
-            os.close(lock)
-            continue
-        except OSError:
-            return workplace, lock  # a file system without locks: nobody can take it for a leftover either
-        if os.fstat(lock).st_nlink:
-            return workplace, lock
-        os.close(lock)
+    workplace = _beside(target)
+    workplace.mkdir(mode=0o700)  # never one that is there already
+    lock = os.open(workplace / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    with contextlib.suppress(OSError):  # a file system without locks: nobody can take it for a leftover either
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.write(lock, _proof(workplace, lock))  # only now can it be taken for a leftover
+    return workplace, lock
+
+
+def _proof(workplace: Path, lock: int) -> bytes:
+    """What the lock of a folder says that was made here: an archive cannot know these numbers before it is unpacked."""
+    return f"{workplace.lstat().st_ino} {os.fstat(lock).st_ino}".encode()
 
 
 def _clear_leftovers(target: Path) -> None:
     """Remove what killed processes left for this target: folders of ours whose lock nobody holds."""
     ours = re.compile(re.escape(f".{target.name}.") + "[a-z0-9_]{8}")
     for workplace in target.parent.iterdir():
-        if not ours.fullmatch(workplace.name) or workplace.is_symlink() or not (workplace / LOCK).is_file():
+        if not ours.fullmatch(workplace.name):
             continue
-        with contextlib.suppress(OSError):  # held by a living process, or gone already
-            lock = os.open(workplace / LOCK, os.O_RDWR)
+        with contextlib.suppress(OSError):  # not ours, held by a living process, or gone already
+            lock = os.open(workplace / LOCK, os.O_RDWR | os.O_NOFOLLOW)
             try:
+                if not _is_private(workplace.lstat()) or os.read(lock, 100) != _proof(workplace, lock):
+                    continue
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _restore(workplace, target)
                 _discard(workplace, target)
             finally:
                 os.close(lock)
+
+
+def _is_private(found: os.stat_result) -> bool:
+    """Whether this is a folder of this user that nobody else can write to."""
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
 def _restore(workplace: Path, target: Path) -> None:
@@ -151,11 +168,54 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     """Read a JSON object. Raises InvalidArgument if there is no such file, CheckpointError if it is damaged."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
         raise InvalidArgument(f"{kind} file {str(path)!r} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as a {kind} file: {error}") from None
+    return parse_json(text, path, kind)
+
+
+def parse_json(text: str, path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """The JSON object in `text`, which came from the file `path`. Raises CheckpointError if it is none."""
+    try:
+        content = decode_json(text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a {kind} file: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a {kind} file: expected a JSON object")
     return content
+
+
+def decode_json(text: str) -> Any:
+    """What JSON `text` says. Raises ValueError, of which JSONDecodeError is one, or RecursionError.
+
+    Refused beside broken text: a name that is given twice in one object, since nobody can tell which value counts;
+    half a surrogate pair, which cannot be printed or written again; a number of thousands of digits; and lists in
+    lists deeper than Python can follow.
+    """
+    content = json.loads(text, object_pairs_hook=_each_once)
+    if "\\u" in text:
+        json.dumps(content, ensure_ascii=False).encode()
+    return content
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has the same name twice")
+    return found
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn what goes wrong when a file's content is used into a CheckpointError that says it is damaged.
+
+    what: the file, or the folder of files, that is read inside.
+    """
+    try:
+        yield
+    except GradPrunerError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{what} is damaged, or was written by another version: {error!r}") from error

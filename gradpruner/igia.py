@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gradpruner import ops
 from gradpruner.decoder import Weight
 from gradpruner.distributed import Peers, together
-from gradpruner.errors import CheckpointError, InvalidArgument, ProbeError
-from gradpruner.files import atomic_path
-from gradpruner.plan import Plan, select
-from gradpruner.shards import Stored, read_header
+from gradpruner.errors import InvalidArgument, ProbeError
+from gradpruner.igia_header import check_tensors, checked_fields
+from gradpruner.plan import Plan, parameters_in, select
+from gradpruner.shards import Stored
+from gradpruner.tensor_files import read_checked, read_described, write_described
 
 FORMAT = "gradpruner.igia/1"
 SCORES = ("squared", "norm", "normalized")
@@ -88,7 +85,8 @@ class Igia:
     optimizer step. importance: by (layer, name); may lack weights when only scores were asked for. Of a probe in
     several processes it is a SharedImportance: every process asks for the same entries in the same order.
     skipped: steps with a non-finite gradient, left out. estimator: "lora", "gradient", "adam" or "exact".
-    structures, layer_parameters: one entry a layer. total_parameters: of the whole model.
+    structures: one entry a layer. layer_parameters, shared_parameters, total_parameters: see
+    `gradpruner.parameter_counts`; shared_parameters is None where a file of an earlier version does not say them.
     """
 
     model: str
@@ -101,6 +99,7 @@ class Igia:
     total_parameters: int
     importance: Mapping[tuple[int, str], Factors | Dense] = field(default_factory=dict)
     skipped: int = 0
+    shared_parameters: tuple[tuple[tuple[int, ...], int], ...] | None = ()
 
     @property
     def steps(self) -> int:
@@ -163,10 +162,17 @@ class Igia:
             merge=merge,
             protect=protect,
             structures=self.structures,
-            layer_parameters=self.layer_parameters,
+            layer_parameters=None if self.shared_parameters is None else self.layer_parameters,
+            shared_parameters=self.shared_parameters or (),
             total_parameters=self.total_parameters,
             model=self.model,
         )
+
+    def parameter_ratio(self, removed: Iterable[int]) -> float | None:
+        """Share of all parameters that goes with these layers, None where that is not known."""
+        if self.shared_parameters is None:
+            return None
+        return parameters_in(removed, self.layer_parameters, self.shared_parameters) / self.total_parameters
 
     def margin(self, plan: Plan, kind: str = "squared", *, protect: Iterable[int] = (0,)) -> float:
         """How clear the cut is: 1 - (highest removed score / lowest kept score), 0 where they are equal (D)."""
@@ -219,16 +225,12 @@ class Igia:
             "weights": [[w.layer, w.name, list(w.shape), w.transposed] for w in self.weights],
             "structures": list(self.structures),
             "layer_parameters": list(self.layer_parameters),
+            "shared_parameters": self.shared_parameters,
             "total_parameters": self.total_parameters,
             "skipped": self.skipped,
             "exponents": exponents,
-            "crc32": {name: _crc32(tensor) for name, tensor in tensors.items()},
         }
-        with atomic_path(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata={"gradpruner": json.dumps(header)})
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
+        write_described(path, tensors, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, lazy: bool = False) -> Igia:
@@ -239,29 +241,15 @@ class Igia:
         """
         if not Path(path).is_file():
             raise InvalidArgument(f"igia file {str(path)!r} does not exist")
-        stored, metadata = read_header(Path(path))
-        try:
-            header = json.loads(metadata.get("gradpruner", "{}"))
-            if header.get("format") != FORMAT:
-                raise CheckpointError(f"{path} is not an igia file: expected format {FORMAT!r}")
-            if header["crc32"].keys() != stored.keys():
-                raise CheckpointError(f"{path} is corrupted: its checksums are not those of its tensors")
-            weights = tuple(Weight(j, name, tuple(shape), t) for j, name, shape, t in header["weights"])
-            importance = StoredImportance(weights, stored, header["crc32"], header.get("exponents", {}))
-            return cls(
-                model=header["model"],
-                estimator=header["estimator"],
-                layers=header["layers"],
-                weights=weights,
-                square_norms=_read(stored["square_norms"], header["crc32"]),
-                structures=tuple(header["structures"]),
-                layer_parameters=tuple(header["layer_parameters"]),
-                total_parameters=header["total_parameters"],
-                importance=importance if lazy else dict(importance),
-                skipped=header["skipped"],
-            )
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is not an igia file, or is corrupted: {error}") from error
+        stored, header = read_described(Path(path), "igia", FORMAT)
+        fields = checked_fields(Path(path), header)
+        check_tensors(Path(path), fields["weights"], stored)
+        importance = StoredImportance(fields["weights"], stored, header["crc32"], header.get("exponents", {}))
+        return cls(
+            square_norms=read_checked(stored["square_norms"], header["crc32"]),
+            importance=importance if lazy else dict(importance),
+            **fields,
+        )
 
 
 class SharedImportance(Mapping[tuple[int, str], Factors | Dense]):
@@ -337,7 +325,7 @@ class StoredImportance(Mapping[tuple[int, str], Factors | Dense]):
                     self._parts[weight.layer, weight.name] = names
 
     def __getitem__(self, key: tuple[int, str]) -> Factors | Dense:
-        tensors = [_read(self._stored[name], self._crc32) for name in self._parts[key]]
+        tensors = [read_checked(self._stored[name], self._crc32) for name in self._parts[key]]
         first, second = self._exponents.get(f"{key[0]}/{key[1]}", (0, 0))
         exponents = (first, second)
         return Dense(tensors[0], exponents) if len(tensors) == 1 else Factors(tensors[0], tensors[1], exponents)
@@ -350,14 +338,3 @@ class StoredImportance(Mapping[tuple[int, str], Factors | Dense]):
 
     def __len__(self) -> int:
         return len(self._parts)
-
-
-def _read(stored: Stored, crc32: Mapping[str, int]) -> Tensor:
-    tensor = stored.read()
-    if _crc32(tensor) != crc32[stored.name]:
-        raise CheckpointError(f"{stored.file} is corrupted: checksum of {stored.name!r} does not match")
-    return tensor
-
-
-def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data) if tensor.numel() else 0

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradpruner.arrival import Arrival, to_host
 from gradpruner.distributed import Peers, together
 from gradpruner.errors import CheckpointError
-from gradpruner.files import atomic_path
-from gradpruner.shards import bytes_of, read_header
+from gradpruner.tensor_files import read_checked, read_described, write_described
 
 FORMAT = "gradpruner.inputs/1"
 FILES = "gradpruner_inputs-*.safetensors"  # one a process: each has seen batches of its own
@@ -77,13 +72,9 @@ def save_inputs(batches: Iterable[Mapping[str, Tensor]], folder: Path, peers: Pe
     """
     rank, size = (0, 1) if peers is None else (peers.rank, peers.size)
     tensors = {f"{i}/{name}": tensor.contiguous() for i, batch in enumerate(batches) for name, tensor in batch.items()}
-    crc32 = {name: zlib.crc32(bytes_of(tensor)) for name, tensor in tensors.items()}
-    header = {"format": FORMAT, "processes": size, "crc32": crc32}
-    with together(peers), atomic_path(folder / FILES.replace("*", f"{rank:05d}")) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"gradpruner": json.dumps(header)})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    with together(peers):
+        path = folder / FILES.replace("*", f"{rank:05d}")
+        write_described(path, tensors, {"format": FORMAT, "processes": size})
 
 
 def load_inputs(folder: Path, peers: Peers | None) -> list[dict[str, Tensor]]:
@@ -103,20 +94,14 @@ def load_inputs(folder: Path, peers: Peers | None) -> list[dict[str, Tensor]]:
 
 
 def _read(file: Path, files: int) -> list[dict[str, Tensor]]:
-    stored, metadata = read_header(file)
-    try:
-        header = json.loads(metadata.get("gradpruner", "{}"))
-        crc32, processes = header["crc32"], header["processes"]
-        if header["format"] != FORMAT or crc32.keys() != stored.keys():
-            raise ValueError(f"expected format {FORMAT!r}, and a checksum of each tensor")
-        batches: dict[int, dict[str, Tensor]] = {}
-        for name in stored:
-            number, _, key = name.partition("/")
-            batches.setdefault(int(number), {})[key] = stored[name].read()
-            if zlib.crc32(bytes_of(batches[int(number)][key])) != crc32[name]:
-                raise ValueError(f"checksum of {name!r} does not match")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{file} holds no inputs, or is corrupted: {error}") from error
+    stored, header = read_described(file, "inputs", FORMAT)
+    batches: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in stored.items():
+        number, _, key = name.partition("/")
+        if not (number.isdecimal() and number.isascii() and key):
+            raise CheckpointError(f"{file} is corrupted: {name!r} belongs to no batch")
+        batches.setdefault(int(number), {})[key] = read_checked(tensor, header["crc32"])
+    processes = header.get("processes")
     if processes != files:
         raise CheckpointError(f"{file.parent} holds the inputs of {files} processes; {processes} have saved theirs")
     return [batches[number] for number in sorted(batches)]

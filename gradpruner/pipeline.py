@@ -23,7 +23,7 @@ from gradpruner.data import Collator, Example, tokenize
 from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument
 from gradpruner.evaluate import Evaluation, exact_match, generation_speed, perplexity, rouge_l
-from gradpruner.files import read_json, write_json
+from gradpruner.files import read_json, reading, write_json
 from gradpruner.finetune import Recipe, Row, Training, add_adapters, finish, schedule, train
 from gradpruner.igia import Igia
 from gradpruner.merge import apply
@@ -429,7 +429,15 @@ def torch_dtype(name: str) -> Any:
 
 
 def write_report(folder: Path) -> Path:
-    """Draw layer_scores.png and write report.html from results.json. Raises InvalidArgument if there is none."""
+    """Draw layer_scores.png and write report.html from results.json.
+
+    Raises InvalidArgument if there is none, CheckpointError if it or run.json is damaged.
+    """
+    with reading(str(folder / "results.json")):
+        return _report_of(folder)
+
+
+def _report_of(folder: Path) -> Path:
     results, settings = read_json(folder / "results.json", "results"), read_json(folder / "run.json", "run")
     plan, probe, picture = Plan.from_dict(results["plan"]), results["probe"], folder / "layer_scores.png"
     plot_layer_scores(probe["layer_scores"], plan, picture)

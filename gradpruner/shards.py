@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from gradpruner.errors import CheckpointError
-from gradpruner.files import read_json
+from gradpruner.files import parse_json, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK = 16 << 20  # bytes on their way from one file to another
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+LARGEST_TENSOR = 2**59  # entries; beside a dimension of 0 a shape can claim any
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -55,6 +56,11 @@ class Stored:
     def size(self) -> int:
         """Number of bytes."""
         return self.entries * self.dtype.itemsize
+
+    def chunks_as(self, dtype: torch.dtype) -> Iterator[memoryview]:
+        """The bytes of its values in `dtype`, in order, some MiB at a time; each view is overwritten by the next."""
+        for part in self.chunks():
+            yield part if dtype == self.dtype else bytes_of(torch.frombuffer(part, dtype=self.dtype).to(dtype))
 
     def chunks(self) -> Iterator[memoryview]:
         """Its bytes in order, CHUNK at a time; each view is overwritten by the next."""
@@ -122,14 +128,18 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else LONGEST_HEADER + 1
             if length > min(LONGEST_HEADER, size - 8):
                 raise CheckpointError(f"{path} is not a safetensors file, or is cut short")
-            header = json.loads(file.read(length).decode("utf-8"))
+            header = parse_json(file.read(length).decode("utf-8"), path, "safetensors")
         metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not text")
         tensors, spans = {}, []
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
             if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
                 raise ValueError(f"{name!r} has a negative or fractional size")
+            if math.prod(max(n, 1) for n in shape) > LARGEST_TENSOR:
+                raise ValueError(f"{name!r} has a shape that no tensor can have")
             tensors[name] = Stored(name, DTYPES[entry["dtype"]], shape, path, 8 + length + begin)
             if end - begin != tensors[name].size:
                 raise ValueError(f"{name!r} has {end - begin} bytes; its shape needs {tensors[name].size}")
@@ -170,7 +180,7 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     for file in sorted(set(index.values())):
         if Path(file).name != file:
             raise CheckpointError(f"{folder / INDEX} names {file!r}; expected a file in the same folder")
-        if not (folder / file).is_file():
+        if not os.path.isfile(folder / file):  # False also for what cannot be a name
             raise CheckpointError(f"{folder} has no {file}, which its index names")
         for name, stored in _by_offset(read_header(folder / file)[0]):
             if index.get(name) != file:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.checkpoint import check_loaded, quiet
-from gradpruner.decoder import Decoder, Weight, sample_positions
+from gradpruner.decoder import Decoder, Weight, layer_counts, sample_positions
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
 from gradpruner.models import refusing
 from gradpruner.shards import Stored, read_folder
 
 IN_MEMORY = "load the model in memory instead: gradpruner.apply, or a --dtype on the command line"
+MOST_WITHOUT_TENSORS = 1000  # layers; those that share everything have no tensors of their own
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,18 @@ class StoredModel:
         self.config = config_of(folder, trust_remote_code)
         if getattr(self.config, "quantization_config", None) is not None:
             raise UnsupportedModel(f"{folder} is quantised: {IN_MEMORY}")
-        kind = _class_of(folder, self.config, trust_remote_code)
         stored = read_folder(folder)
+        count = max((count for _, count in layer_counts(self.config)), default=0)
+        if count > max(len(stored), MOST_WITHOUT_TENSORS):  # before so many are built
+            raise CheckpointError(f"{folder}: config.json says {count} decoder layers; it holds {len(stored)} tensors")
+        kind = _class_of(folder, self.config, trust_remote_code)
         self.model: Any
         self.model, info = load_empty(kind, self.config, stored)
         # what the model has no place for stays behind, as it does when the model is loaded and saved
         check_loaded(self.model, {**info, "unexpected_keys": ()})
         self.decoder = Decoder(self.model)
         parameters = self.model.state_dict()
+        self._dtypes = {name: tensor.dtype for name, tensor in parameters.items()}
         roles = {name: _role(self.model, name, parameters) for name in stored}
         self.roles = {name: role for name, role in roles.items() if role.parameter in parameters}
         self.tensors = {name: stored[name] for name in self.roles}
@@ -71,6 +76,11 @@ class StoredModel:
                 raise UnsupportedModel(f"{name!r} and {other!r} are both stored for {role.parameter!r}: {IN_MEMORY}")
             else:
                 self.whole[role.parameter] = stored[name]
+
+    def loaded_dtype(self, name: str) -> torch.dtype:
+        """The dtype that a stored tensor has once it is loaded: that of the model, where it holds fractions."""
+        stored, loaded = self.tensors[name].dtype, self._dtypes[self.roles[name].parameter]
+        return loaded if stored.is_floating_point and loaded.is_floating_point else stored
 
     def parameter_name(self, weight: Weight) -> str:
         """The name in the model of a linear weight of the decoder."""
@@ -169,7 +179,9 @@ def load_empty(kind: Any, config: Any, stored: Mapping[str, Stored]) -> tuple[An
     The names, shapes and dtypes of the tensors are given to it, not the files: it would map all of them at once.
     Raises CheckpointError.
     """
-    empty = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in stored.items()}
+    # in the order in which transformers reads them: without a dtype in the config the first tensor's is that of all
+    ordered = sorted(stored.items(), key=lambda item: (item[1].file.name, item[0]))
+    empty = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in ordered}
     try:
         with quiet():
             return kind.from_pretrained(

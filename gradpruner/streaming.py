@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Iterator
@@ -69,7 +70,8 @@ def apply_folder(
 ) -> Path:
     """Write to `out` what `apply` and `save` would make of the checkpoint folder `source`, without loading it.
 
-    The same bytes, tensor by tensor: kept layers are copied under their new index, merged weights are computed one
+    The same bytes, tensor by tensor: kept layers are copied under their new index (converted where transformers would
+    load them in another dtype than the files have, as config.json says), merged weights are computed one
     at a time (in memory: that weight, its donors, their importance), and layers that are only dropped are never
     read. source: safetensors, in one file or shards. igia: `Igia.load(..., lazy=True)` leaves its importance in its
     file too. The other files of the folder come along, except other weights, pickles, and Python code unless
@@ -142,7 +144,8 @@ def _pending(stored: StoredModel, plan: Plan, merges: dict[str, Merge]) -> dict[
         new = stored.renamed(name, None if layer is None else index[layer])
         merge = merges.get(stored.roles[name].parameter)
         if merge is None:
-            pending[name] = Pending(new, tensor.dtype, tensor.shape, tensor.chunks)
+            dtype = stored.loaded_dtype(name)
+            pending[name] = Pending(new, dtype, tensor.shape, functools.partial(tensor.chunks_as, dtype))
         else:
             pending[name] = Pending(new, merge.dtype, tensor.shape, merge.content)
     if len({tensor.name for tensor in pending.values()}) != len(pending):

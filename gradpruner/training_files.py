@@ -17,6 +17,7 @@ from gradpruner.adapters import assign
 from gradpruner.decoder import Decoder, base_parameters, is_packed
 from gradpruner.distributed import whole
 from gradpruner.errors import CheckpointError, InvalidArgument
+from gradpruner.files import read_json
 from gradpruner.patch import Patch
 from gradpruner.plan import Plan
 from gradpruner.shards import bytes_of
@@ -39,8 +40,8 @@ def newest_complete(folder: str | os.PathLike[str]) -> str:
 def is_complete(checkpoint: Path) -> bool:
     """Whether the Trainer wrote the last of its files."""
     try:
-        json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        read_json(checkpoint / TRAINER_STATE, "trainer state")
+    except (OSError, InvalidArgument, CheckpointError):
         return False
     return True
 

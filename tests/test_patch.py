@@ -26,6 +26,19 @@ BATCHES = [batch([9, 12, 6, 7], 1), batch([5, 11, 8], 2), batch([10, 8, 13, 12, 
 WRITERS = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj", "falcon": "mlp.dense_4h_to_h"}
 
 
+def test_a_patch_does_not_round_a_float64_weight():
+    model = families.build(families.CONFIGS["llama"]()).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-12 * torch.randn_like(parameter))
+    path = "mlp.down_proj.weight"
+    before = model.model.layers[0].get_parameter(path).detach().clone()
+    change = torch.randn(before.shape) * 1e-2
+    weight = Weight(0, path, tuple(before.shape))
+    gradpruner.apply(model, Plan(LAYERS, drop=[1]), patches=[Patch(weight, 1, change, 0.5)])
+    assert torch.equal(model.model.layers[0].get_parameter(path), before + change.double())
+
+
 class Recorder(nn.Module):
     """In the place of a linear: keeps what enters it."""
 

@@ -251,7 +251,28 @@ def test_other_files_come_along_but_no_pickles_and_no_code(tmp_path):
     assert content(tmp_path / "code").keys() == expected | {"modeling_x.py"}
 
 
-def test_tensors_the_model_has_no_place_for_stay_behind_and_stored_dtypes_are_kept(tmp_path):
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("said", ["float32", "bfloat16", "float64", None])
+def test_every_tensor_is_written_in_the_dtype_that_it_is_loaded_in(said, sharded, tmp_path):
+    """As config.json says; without it as the first tensor has it that transformers reads."""
+    source = dense("qwen2", tmp_path / "dense", torch.float32, **({"max_shard_size": "30KB"} if sharded else {}))
+    for file in source.glob("*.safetensors"):
+        mixed = {name: t.half() if "down_proj" in name else t.bfloat16() if t.ndim == 1 else t
+                 for name, t in load_file(file).items()}  # fmt: skip
+        save_file(mixed, file, metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    (source / "config.json").write_text(json.dumps({**config, "dtype": said}))
+    through_memory(source, tmp_path / "memory", DROP)
+    gradpruner.apply_folder(source, tmp_path / "stream", DROP)
+    same_checkpoint(tmp_path / "stream", tmp_path / "memory")
+    igia = igia_of(load(source))
+    through_memory(source, tmp_path / "merged", MERGE, igia)
+    gradpruner.apply_folder(source, tmp_path / "merged stream", MERGE, igia)
+    same_checkpoint(tmp_path / "merged stream", tmp_path / "merged")
+
+
+def test_tensors_the_model_has_no_place_for_stay_behind(tmp_path):
     source = dense("llama", tmp_path / "dense", torch.bfloat16)
     extra = tensors(source)
     extra["model.layers.9.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
@@ -260,8 +281,7 @@ def test_tensors_the_model_has_no_place_for_stay_behind_and_stored_dtypes_are_ke
     gradpruner.apply_folder(source, tmp_path / "stream", DROP)
     written = tensors(tmp_path / "stream")
     assert "model.layers.9.self_attn.rotary_emb.inv_freq" not in written
-    assert written["model.norm.weight"].dtype == torch.float32
-    assert written["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}  # as when it is loaded
 
 
 def rewrite_header(file, change):
@@ -464,9 +484,10 @@ def test_killed_half_way_leaves_nothing_that_loads_and_a_rerun_clears_up(old, tm
 
 def test_only_leftovers_that_are_ours_and_dead_are_removed(tmp_path):
     def leftover(name, lock=True, **inside):
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir(mode=0o700)
         if lock:
-            (tmp_path / name / files.LOCK).touch()
+            with (tmp_path / name / files.LOCK).open("w+b") as file:
+                file.write(files._proof(tmp_path / name, file.fileno()))
         for folder in inside:
             (tmp_path / name / folder).mkdir()
             (tmp_path / name / folder / "file").write_text(name)

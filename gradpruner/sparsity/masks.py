@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -20,9 +16,8 @@ from gradpruner import ops
 from gradpruner.decoder import Decoder, is_packed
 from gradpruner.distributed import is_sharded
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
-from gradpruner.files import atomic_path
-from gradpruner.shards import bytes_of, read_header
 from gradpruner.sparsity.bits import pack, unpack
+from gradpruner.tensor_files import read_checked, read_described, write_described
 
 FORMAT = "gradpruner.masks/1"
 
@@ -89,35 +84,23 @@ class Masks:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all, with checksums. Raises InvalidArgument, CheckpointError."""
         tensors = {name: mask.contiguous() for name, mask in self.bits.items()}
-        header = {
-            "format": FORMAT,
-            "widths": dict(self.widths),
-            "about": dict(self.about),
-            "crc32": {name: zlib.crc32(bytes_of(mask)) for name, mask in tensors.items()},
-        }
-        with atomic_path(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata={"gradpruner": json.dumps(header)})
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
+        write_described(path, tensors, {"format": FORMAT, "widths": dict(self.widths), "about": dict(self.about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
         """Read what `save` wrote. Raises InvalidArgument if there is no file, CheckpointError if it is damaged."""
         if not Path(path).is_file():
             raise InvalidArgument(f"masks file {str(path)!r} does not exist")
-        stored, metadata = read_header(Path(path))
-        try:
-            header = json.loads(metadata.get("gradpruner", "{}"))
-            if header["format"] != FORMAT or not header["crc32"].keys() == header["widths"].keys() == stored.keys():
-                raise ValueError(f"expected format {FORMAT!r}, and a width and a checksum of each mask")
-            bits = {name: stored[name].read() for name in stored}
-            for name, mask in bits.items():
-                if zlib.crc32(bytes_of(mask)) != header["crc32"][name]:
-                    raise ValueError(f"checksum of {name!r} does not match")
-            return cls(bits, header["widths"], header["about"])
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is no masks file, or is corrupted: {error}") from error
+        stored, header = read_described(Path(path), "masks", FORMAT)
+        widths, about = header.get("widths"), header.get("about")
+        if not isinstance(widths, dict) or widths.keys() != stored.keys() or not isinstance(about, dict):
+            raise CheckpointError(f"{path} is corrupted: expected a width of each mask, and how they were made")
+        for name, mask in stored.items():
+            width = widths[name]
+            bits = type(width) is int and width > 0 and mask.shape[1:] == (-(-width // 8),)
+            if not bits or mask.dtype != torch.uint8:
+                raise CheckpointError(f"{path} is corrupted: {name!r} is not a mask of a weight with {width} inputs")
+        return cls({name: read_checked(mask, header["crc32"]) for name, mask in stored.items()}, widths, about)
 
 
 class HoldSparsity(TrainerCallback):
