@@ -17,7 +17,7 @@ from gradpruner.decoder import Decoder, Weight
 from gradpruner.errors import CheckpointError, UnsupportedModel
 from gradpruner.files import atomic_folder, write_json
 from gradpruner.igia import Igia
-from gradpruner.logits import differ, logits_of
+from gradpruner.logits import differ, logits_of, say_what_is_not_passed
 from gradpruner.merge import check_fits, donors_of, merge_weight_, share_of, skipping_logits
 from gradpruner.plan import Plan
 from gradpruner.shards import Pending, Stored, bytes_of, checksum_of, read_folder, write_folder
@@ -209,6 +209,7 @@ def _check_logits(
     with torch.no_grad():
         for name, tensor in replaced.items():
             dense.get_parameter(name).copy_(tensor.read())
+    say_what_is_not_passed(dense.config)
     gap = differ(skipping_logits(Decoder(dense), plan.removed), logits_of(small), dense.dtype)
     if gap is not None:
         raise UnsupportedModel(
