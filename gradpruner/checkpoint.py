@@ -17,9 +17,11 @@ from transformers.utils import logging as transformers_logging
 from gradpruner.decoder import is_peft, unwrap
 from gradpruner.distributed import is_sharded, peers_of, together, whole
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
+from gradpruner.extra_layers import assign, say_what_is_gone
 from gradpruner.files import atomic_folder, write_json
 from gradpruner.logits import differ, logits_of
 from gradpruner.plan import Plan
+from gradpruner.surgery import absent_counts
 
 PLAN_FILE = "gradpruner.json"
 
@@ -91,7 +93,7 @@ def _write(
 ) -> None:
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         try:
-            with quiet():
+            with quiet(), _counting_what_is_there(base):
                 # a copy of it: saving takes the tensors out one by one
                 base.save_pretrained(temporary, **({} if state is None else {"state_dict": dict(state)}))
                 if tokenizer is not None:
@@ -103,6 +105,26 @@ def _write(
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"could not write {folder}: {error}; nothing was written") from error
         verify(base, temporary, state)
+
+
+@contextlib.contextmanager
+def _counting_what_is_there(base: Any) -> Iterator[None]:
+    """The model's config without the layers that it counts and the model does not have; as it was again outside."""
+    gone = absent_counts(type(base), base.config)
+    generation = getattr(base, "generation_config", None)
+    drafts = getattr(generation, "use_mtp", None)
+    try:
+        for part, name, _ in gone:
+            assign(part, name, 0)
+        if gone and drafts:
+            generation.use_mtp = None  # type: ignore[union-attr]
+        yield
+        say_what_is_gone(gone)
+    finally:
+        for part, name, value in gone:
+            assign(part, name, value)
+        if gone and drafts:
+            generation.use_mtp = drafts  # type: ignore[union-attr]
 
 
 def verify(model: nn.Module, folder: str | os.PathLike[str], state: Mapping[str, torch.Tensor] | None = None) -> None:
