@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import resource
 from collections.abc import Callable, Iterator, Mapping
@@ -18,10 +19,12 @@ from gradpruner.decoder import is_peft, unwrap
 from gradpruner.distributed import is_sharded, peers_of, together, whole
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 from gradpruner.extra_layers import assign, say_what_is_gone
-from gradpruner.files import atomic_folder, write_json
+from gradpruner.files import atomic_folder, read_json, write_json
 from gradpruner.logits import differ, logits_of
 from gradpruner.plan import Plan
 from gradpruner.surgery import absent_counts
+
+logger = logging.getLogger(__name__)
 
 PLAN_FILE = "gradpruner.json"
 
@@ -98,6 +101,7 @@ def _write(
                 base.save_pretrained(temporary, **({} if state is None else {"state_dict": dict(state)}))
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
+            drop_missing_code(temporary)
             if plan is not None:
                 write_json(temporary / PLAN_FILE, plan.to_dict())
             if beside is not None:
@@ -105,6 +109,18 @@ def _write(
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"could not write {folder}: {error}; nothing was written") from error
         verify(base, temporary, state)
+
+
+def drop_missing_code(folder: Path) -> None:
+    """Take out of config.json's auto_map the files of code that are not in the folder: nothing could load them."""
+    fields = read_json(folder / "config.json", "config")
+    named = fields.get("auto_map") or {}
+    # "owner/name--file.Class" is of another repository
+    found = {k: v for k, v in named.items() if "--" in str(v) or (folder / f"{str(v).split('.')[0]}.py").is_file()}
+    if found != named:
+        logger.warning(f"config.auto_map names code that does not come along: {sorted(named.keys() - found.keys())}")
+        rest = {name: value for name, value in fields.items() if name != "auto_map"}
+        write_json(folder / "config.json", rest | ({"auto_map": found} if found else {}))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gradpruner.checkpoint import PLAN_FILE, check_loaded, free_memory, quiet
+from gradpruner.checkpoint import PLAN_FILE, check_loaded, drop_missing_code, free_memory, quiet
 from gradpruner.decoder import Decoder, Weight
 from gradpruner.errors import CheckpointError, UnsupportedModel
 from gradpruner.extra_layers import generation_changes
@@ -100,6 +100,7 @@ def apply_folder(
         checksums = write_folder(temporary, list(pending.values()), _largest_shard(stored), totals)
         _write_config(stored.model, temporary)
         _copy_others(source, temporary, code=trust_remote_code)
+        drop_missing_code(temporary)
         _cut_generation(temporary, plan, extra_gone=bool(surgery.gone))
         write_json(temporary / PLAN_FILE, plan.to_dict())
         written = read_folder(temporary)

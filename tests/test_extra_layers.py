@@ -126,3 +126,21 @@ def test_an_early_exit_is_after_as_many_of_the_layers_as_are_left():
     model.generation_config.assistant_early_exit = 4
     small = gradpruner.apply(model, PLAN)  # of layers 0 to 3 two are kept
     assert small.generation_config.assistant_early_exit == 2
+
+
+@pytest.mark.parametrize("way", ["memory", "folder"])
+def test_code_that_does_not_come_along_is_not_named(way, tmp_path, caplog):
+    source, out = tmp_path / "dense", tmp_path / "small"
+    build("llama").save_pretrained(source)
+    elsewhere = {"AutoModel": "somebody/model--modeling_x.XModel"}
+    code = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM", **elsewhere}
+    (source / "config.json").write_text(json.dumps({**written(source), "auto_map": code}))
+    for file in ("configuration_x.py", "modeling_x.py"):
+        (source / file).write_text("raise RuntimeError")
+    with caplog.at_level(logging.WARNING):
+        if way == "folder":
+            gradpruner.apply_folder(source, out, PLAN)
+        else:
+            gradpruner.save(gradpruner.apply(hf.AutoModelForCausalLM.from_pretrained(source), PLAN), out)
+    assert written(out)["auto_map"] == elsewhere
+    assert "code that does not come along: ['AutoConfig', 'AutoModelForCausalLM']" in caplog.text
