@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from gradpruner.decoder import CHECKPOINTED, Decoder, base_name, is_packed, text_config
 from gradpruner.errors import UnsupportedModel
 from gradpruner.extra_layers import extra_counts, generation_changes, say_what_is_gone, without_extra
-from gradpruner.layer_config import cut_config
+from gradpruner.layer_config import cut_config, renumber_modules
 
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number")
 PER_INSTANCE = ("_tied_weights_keys", "_keys_to_ignore_on_load_unexpected")  # transformers' own; may name layers
@@ -97,6 +97,8 @@ def prepare(decoder: Decoder, kept: tuple[int, ...]) -> Surgery:
     surgery.gone = absent_counts(type(decoder.base), old)
     if surgery.gone:
         new = without_extra(new)
+    if getattr(new, "quantization_config", None) is not None:
+        renumber_modules(new.quantization_config, decoder.path, kept)
     generation = getattr(decoder.base, "generation_config", None)
     if generation is not None:
         changes = generation_changes(vars(generation), kept, extra_gone=bool(surgery.gone))
