@@ -105,10 +105,11 @@ def _norms(module: Any, adapter: str) -> Tensor:
 
 
 @contextlib.contextmanager
-def keeping_scales(peft: Any) -> Iterator[None]:
+def keeping_scales(peft: Any, undo: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """What is added to base weights inside counts as it is: DoRAs scale each row of them by the same factor as before.
 
-    Their magnitudes follow the norms, which would else take back a part of what was added.
+    Their magnitudes follow the norms, which would else take back a part of what was added. undo: gets each magnitude
+    that changes, with its values before.
     """
     with torch.no_grad():
         before = {(module, adapter): _norms(module, adapter) for module, adapter in _doras(peft)}
@@ -116,6 +117,7 @@ def keeping_scales(peft: Any) -> Iterator[None]:
     with torch.no_grad():
         for module, adapter in _doras(peft):
             magnitudes = module.lora_magnitude_vector[adapter].weight
+            undo.append((magnitudes.data, magnitudes.data.clone()))
             magnitudes.copy_(magnitudes * (_norms(module, adapter) / before[module, adapter]))
 
 
@@ -189,5 +191,6 @@ def without_adapters(base: Any) -> Any:
     left = [name for name, tensor in (*plain.named_parameters(), *plain.named_buffers()) if tensor.is_meta]
     if left:
         raise UnsupportedModel(f"{type(base).__name__} has no {left[0]!r} without its adapters")
-    plain.generation_config = base.generation_config
+    if hasattr(base, "generation_config"):  # a classifier has none
+        plain.generation_config = base.generation_config
     return plain.train(base.training)

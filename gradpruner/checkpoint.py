@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import resource
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +18,13 @@ from transformers.utils import logging as transformers_logging
 from gradpruner.decoder import is_peft, unwrap
 from gradpruner.distributed import is_sharded, peers_of, together, whole
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
-from gradpruner.files import atomic_folder, write_json
+from gradpruner.extra_layers import assign, say_what_is_gone
+from gradpruner.files import atomic_folder, read_json, write_json
 from gradpruner.logits import differ, logits_of
 from gradpruner.plan import Plan
+from gradpruner.surgery import absent_counts
+
+logger = logging.getLogger(__name__)
 
 PLAN_FILE = "gradpruner.json"
 
@@ -91,11 +96,12 @@ def _write(
 ) -> None:
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         try:
-            with quiet():
+            with quiet(), _counting_what_is_there(base):
                 # a copy of it: saving takes the tensors out one by one
                 base.save_pretrained(temporary, **({} if state is None else {"state_dict": dict(state)}))
                 if tokenizer is not None:
                     tokenizer.save_pretrained(temporary)
+            drop_missing_code(temporary)
             if plan is not None:
                 write_json(temporary / PLAN_FILE, plan.to_dict())
             if beside is not None:
@@ -103,6 +109,38 @@ def _write(
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"could not write {folder}: {error}; nothing was written") from error
         verify(base, temporary, state)
+
+
+def drop_missing_code(folder: Path) -> None:
+    """Take out of config.json's auto_map the files of code that are not in the folder: nothing could load them."""
+    fields = read_json(folder / "config.json", "config")
+    named = fields.get("auto_map") or {}
+    # "owner/name--file.Class" is of another repository
+    found = {k: v for k, v in named.items() if "--" in str(v) or (folder / f"{str(v).split('.')[0]}.py").is_file()}
+    if found != named:
+        logger.warning(f"config.auto_map names code that does not come along: {sorted(named.keys() - found.keys())}")
+        rest = {name: value for name, value in fields.items() if name != "auto_map"}
+        write_json(folder / "config.json", rest | ({"auto_map": found} if found else {}))
+
+
+@contextlib.contextmanager
+def _counting_what_is_there(base: Any) -> Iterator[None]:
+    """The model's config without the layers that it counts and the model does not have; as it was again outside."""
+    gone = absent_counts(type(base), base.config)
+    generation = getattr(base, "generation_config", None)
+    drafts = getattr(generation, "use_mtp", None)
+    try:
+        for part, name, _ in gone:
+            assign(part, name, 0)
+        if gone and drafts:
+            generation.use_mtp = None  # type: ignore[union-attr]
+        yield
+        say_what_is_gone(gone)
+    finally:
+        for part, name, value in gone:
+            assign(part, name, value)
+        if gone and drafts:
+            generation.use_mtp = drafts  # type: ignore[union-attr]
 
 
 def verify(model: nn.Module, folder: str | os.PathLike[str], state: Mapping[str, torch.Tensor] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import inspect
 from collections.abc import Sequence
@@ -12,16 +11,17 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradpruner.adapters import check_are_lora, check_can_be_fresh, keeping_scales, make_fresh
-from gradpruner.decoder import Decoder, peft_of, wrappers
+from gradpruner.adapters import check_are_lora, check_can_be_fresh, make_fresh
+from gradpruner.decoder import Decoder, base_name, peft_of, wrappers
 from gradpruner.distributed import reshard
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.igia import Igia
 from gradpruner.logits import root_of
-from gradpruner.merge import fold_and_remove, share_of
+from gradpruner.merge import removing, share_of
 from gradpruner.optimizers import check_optimizer, forget, replace, unwrapped
 from gradpruner.patch import Patch
 from gradpruner.plan import Plan
+from gradpruner.rollback import restorer
 from gradpruner.settings import ADAPTERS
 
 
@@ -63,13 +63,14 @@ def cut(
     if root is not None:
         reshard(root)  # the optimizer holds the shards
     dense = {id(p) for p in decoder.given.parameters()}
-    kept = peft is not None and adapters == "keep"
-    with keeping_scales(peft) if kept and (plan.merge or patches) else contextlib.nullcontext():
-        replaced = fold_and_remove(decoder, plan, igia, share, weight, patches)
-    fresh = make_fresh(peft, seed) if peft is not None and not kept else []
+    acting = peft if adapters == "keep" else None
+    fresh: list[nn.Parameter] = []
+    with removing(decoder, plan, igia, share, weight, patches, acting=acting) as removal:
+        if peft is not None and acting is None:
+            fresh = _renewed(peft, seed)
     gone = dense - {id(p) for p in decoder.given.parameters()}
     if inner is not None:
-        for old, new, part in replaced:
+        for old, new, part in removal.replaced:
             replace(inner, old, new, part)
         forget(inner, gone, {id(p) for p in fresh})
     for wrapper in wrappers(model):
@@ -80,6 +81,16 @@ def cut(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _renewed(peft: nn.Module, seed: int) -> list[nn.Parameter]:
+    """The adapters' parameters, which start anew; or everything as it was."""
+    restore = restorer(peft, [p for n, p in peft.named_parameters() if base_name(n) is None])
+    try:
+        return make_fresh(peft, seed)
+    except BaseException:
+        restore()
+        raise
 
 
 def check_wrappers(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from gradpruner.adapter_removal import merged
 from gradpruner.data import IGNORED
 from gradpruner.decoder import Decoder, is_linear, is_peft, linear_modules
 from gradpruner.errors import GradPrunerError, InvalidArgument
@@ -136,7 +137,7 @@ def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
         lora_alpha=recipe.alpha,
         lora_dropout=0.0,
         target_modules=targets,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,  # peft calls that one
     )
     return get_peft_model(model, config)
 
@@ -211,7 +212,7 @@ def _input_as_it_is(model: nn.Module) -> contextlib.AbstractContextManager[None]
 
 def finish(model: nn.Module) -> nn.Module:
     """The plain model after training: adapters folded into the weights. A plain model comes back as it is."""
-    return model.merge_and_unload() if is_peft(model) else model  # type: ignore[operator]
+    return merged(model) if is_peft(model) else model
 
 
 class _InOrder(Trainer):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -153,6 +154,20 @@ def _keep_visual_targets(config: Any, kept: tuple[int, ...]) -> None:
         config.deepstack_layer_map = [(seen, kept.index(layer)) for seen, layer in mapped]
     if spatial:
         config.spatial_target_layers = [kept.index(layer) for layer in spatial]
+
+
+def renumber_modules(quantisation: Any, path: str, kept: tuple[int, ...]) -> None:
+    """Names of modules in a quantisation config (which to leave alone, say): of kept layers, by their new numbers."""
+    fields = quantisation if isinstance(quantisation, dict) else vars(quantisation)
+    number = re.compile(rf"((?:^|\.){re.escape(path.rpartition('.')[2])}\.)(\d+)(?=\.|$)")
+    for field, names in fields.items():
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            found = [(name, number.search(name)) for name in names]
+            fields[field] = [
+                name if match is None else number.sub(rf"\g<1>{kept.index(int(match[2]))}", name)
+                for name, match in found
+                if match is None or int(match[2]) in kept
+            ]
 
 
 def _check_sources(name: str, sources: Sequence[int], kept: tuple[int, ...]) -> None:

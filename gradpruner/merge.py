@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gradpruner import ops
+from gradpruner.adapter_removal import check_removable, check_unaltered, take_off
 from gradpruner.adapters import keeping_scales
-from gradpruner.decoder import Decoder, Weight, altered_base, is_packed, peft_of
+from gradpruner.decoder import Decoder, Weight, is_packed, peft_of
 from gradpruner.deepspeed import is_deepspeeds
 from gradpruner.distributed import (
     Peers,
@@ -26,11 +28,12 @@ from gradpruner.distributed import (
 )
 from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.igia import Dense, Factors, Igia, SharedImportance
-from gradpruner.logits import differ, logits_of, root_of
+from gradpruner.logits import differ, logits_of, root_of, say_what_is_not_passed
 from gradpruner.patch import Patch, check_patches
 from gradpruner.plan import Plan
-from gradpruner.settings import ADAPTERS
 from gradpruner.surgery import Replaced, prepare
+
+logger = logging.getLogger(__name__)
 
 
 def apply(
@@ -64,77 +67,39 @@ def apply(
     Raises InvalidArgument, ModelMismatch, UnsupportedModel.
     """
     decoder = Decoder(model, layers)
-    take_off = _adapters_of(decoder, adapters)
-    peft, changed = peft_of(model), bool(plan.merge or patches)
-    scales = keeping_scales(peft) if peft is not None and adapters == "keep" and changed else contextlib.nullcontext()
-    with scales:
-        fold_and_remove(decoder, plan, igia, share_of(top), weight, patches)
-    take_off()
+    check_removable(decoder, adapters)
+    acting = peft_of(model) if adapters == "keep" else None
+    with removing(decoder, plan, igia, share_of(top), weight, patches, acting=acting) as removal:
+        take_off(decoder, adapters, removal.logits)
     return decoder.base
 
 
-def _adapters_of(decoder: Decoder, adapters: str) -> Callable[[], None]:
-    """What takes the adapters off the base model. Raises UnsupportedModel where that cannot be done."""
-    if adapters not in ADAPTERS:
-        raise InvalidArgument(f"adapters = {adapters!r}; accepted are {', '.join(ADAPTERS)}")
-    peft, base = peft_of(decoder.given), decoder.base
-    if peft is None:
-        if any(hasattr(module, "adapter_layer_names") for module in base.modules()):
-            raise UnsupportedModel(
-                "the model holds adapters without a PeftModel around it (add_adapter, inject_adapter_in_model, "
-                "mixed=True), which would stay in it: make it with peft.get_peft_model, or unload them first"
-            )
-        return lambda: None
-    in_layers = peft.base_model is not base  # a prompt stands before the model, there is nothing to take out of it
-    if in_layers and not hasattr(peft.base_model, "unload"):
-        raise UnsupportedModel(f"adapters of {type(peft.base_model).__name__} cannot be taken off the base model")
+class Removal(NamedTuple):
+    """A model while its removal can still be undone.
 
-    if adapters == "keep":
-        _check_can_be_kept(decoder, peft)
+    logits: those that are to be seen once the adapters are where they belong, float32 or None where the model gives
+    none. replaced: the parameters outside the layers whose place smaller ones have taken, for whoever holds them.
+    """
 
-    def take_off() -> None:
-        if adapters == "keep":
-            peft.base_model.merge_and_unload()  # type: ignore[operator, union-attr]
-        # peft would leave the trained copies of modules_to_save in: not what was checked, and of tied weights only one
-        wrappers = {n: m for n, m in base.named_modules() if "original_module" in m._modules}
-        for name, wrapper in wrappers.items():
-            base.set_submodule(name, wrapper.original_module)
-        if in_layers and adapters == "discard":
-            peft.base_model.unload()  # type: ignore[operator, union-attr]
-        for parameter in base.parameters():
-            if not is_packed(parameter):
-                parameter.requires_grad_(True)
-
-    return take_off
+    logits: Tensor | None
+    replaced: list[Replaced]
 
 
-def _check_can_be_kept(decoder: Decoder, peft: Any) -> None:
-    """Raises UnsupportedModel unless peft can add every adapter to the weights it stands beside."""
-    if not hasattr(peft.base_model, "merge_and_unload"):
-        raise UnsupportedModel(f"adapters of {type(peft.base_model).__name__} cannot be added to the weights")
-    if any("original_module" in module._modules for module in decoder.base.modules()):
-        raise UnsupportedModel('modules_to_save: their trained copies cannot be kept yet; accepted: adapters="discard"')
-    if any(is_packed(decoder.parameter(weight)) for weight in decoder.weights) or root_of(decoder.given) is not None:
-        raise UnsupportedModel(
-            'adapters of a quantised or sharded model cannot be added to its weights; accepted: adapters="discard", '
-            "or `cut`, which leaves them where they are"
-        )
-    for name, parameter in peft.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise InvalidArgument(f"{name} is not finite; expected adapters that can be added to the weights")
-
-
-def fold_and_remove(
+@contextlib.contextmanager
+def removing(
     decoder: Decoder,
     plan: Plan,
     igia: Igia | None,
     share: Fraction,
     weight: float,
     patches: Sequence[Patch] = (),
-) -> list[Replaced]:
-    """Fold, patch, remove layers in the base model, whatever wraps it; adapters of kept layers stay. All or nothing.
+    *,
+    acting: nn.Module | None = None,
+) -> Iterator[Removal]:
+    """Fold, patch, remove layers in the base model, whatever wraps it; adapters of kept layers stay.
 
-    Returns the parameters outside the layers that were replaced by smaller ones, for whoever holds them.
+    Inside, the model is cut; all is undone if anything fails, here or inside. acting: the PeftModel whose adapters act
+    to the end: the logits to be seen there are with these adapters, or without any.
     """
     refuse_flat(decoder.given)
     if any(map(is_deepspeeds, decoder.given.parameters())):
@@ -151,8 +116,10 @@ def fold_and_remove(
     removed = [decoder.layers[i] for i in plan.removed]
     undo_merge: list[tuple[Tensor, Tensor]] = []
     undo_cut = None
+    adds, dtype = bool(plan.merge or patches), next(decoder.base.parameters()).dtype
+    scales = keeping_scales(acting, undo_merge) if acting is not None and adds else contextlib.nullcontext()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), scales:
             for target, donors in plan.donors.items():
                 assert igia is not None
                 for kept in [w for w in decoder.weights if w.layer == target]:
@@ -160,10 +127,17 @@ def fold_and_remove(
             for patch in patches:
                 _add(decoder, patch, undo_merge)
         expected = skipping_logits(decoder, plan.removed)
+        say_what_is_not_passed(decoder.config)
+        if expected is None:
+            logger.warning("the model gives no logits on token ids alone: those of the smaller model are not compared")
+        acted = expected if acting is None else skipping_logits(decoder, plan.removed, adapters=True)
         undo_cut = surgery.perform()
         actual = skipping_logits(decoder, ())
+        acts = actual if acting is None else skipping_logits(decoder, (), adapters=True)
         with together(_peers_of(root, igia)):
-            _check_logits(expected, actual, next(decoder.base.parameters()).dtype)
+            _check_logits(expected, actual, dtype)
+            _check_logits(acted, acts, dtype)
+        yield Removal(acted, surgery.replaced)
     except BaseException:
         if undo_cut is not None:
             undo_cut()
@@ -172,7 +146,6 @@ def fold_and_remove(
         raise
     if root is not None:
         forget(root, removed)
-    return surgery.replaced
 
 
 def _peers_of(root: nn.Module | None, igia: Igia | None) -> Peers | None:
@@ -203,12 +176,7 @@ def check_fits(
         raise ModelMismatch(f"the plan is for {plan.layers} decoder layers; the model has {len(decoder.layers)}")
     if not plan.removed:
         raise InvalidArgument("the plan removes no layer")
-    altered = altered_base(decoder.given)
-    if altered is not None:
-        raise UnsupportedModel(
-            f"{altered}: without the adapters the model would be damaged. Apply the plan and its igia to the model as "
-            "it was before it got them"
-        )
+    check_unaltered(decoder)
     if plan.model is not None:
         decoder.check_fingerprint(plan.model, "the plan", samples)
     if igia is not None and (plan.model is None or igia.model != plan.model):
@@ -321,15 +289,15 @@ def _merge_matrix(
     ops.sign_merge_(weight, donors, parts, values, indices, scales)
 
 
-def skipping_logits(decoder: Decoder, skip: tuple[int, ...]) -> Tensor | None:
-    """Logits of the model without its adapters, each layer in `skip` passing its input on as its output.
+def skipping_logits(decoder: Decoder, skip: tuple[int, ...], *, adapters: bool = False) -> Tensor | None:
+    """Logits of the model, each layer in `skip` passing its input on as its output. adapters: whether they act.
 
     A model that FSDP2 shards is asked through its root; every process calls this.
     """
     root = root_of(decoder.given)
     handles = [decoder.layers[i].register_forward_hook(_pass_input_on, with_kwargs=True) for i in skip]
     try:
-        with _adapters_off(decoder.base):
+        with contextlib.nullcontext() if adapters else _adapters_off(decoder.base):
             return logits_of(root or decoder.base)
     finally:
         for handle in handles:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradpruner.decoder import is_peft
+from gradpruner.adapter_removal import check_removable
+from gradpruner.decoder import Decoder, is_peft
 from gradpruner.errors import InvalidArgument
 from gradpruner.finetune import Recipe, add_adapters
 from gradpruner.igia import Igia
@@ -39,6 +40,7 @@ def prune(
         raise InvalidArgument("rank_factor belongs to what trains the smaller model; prune only returns it")
     chosen = Settings.of(preset, **settings)
     recipe, wrapped = Recipe(), is_peft(model)
+    check_removable(Decoder(model), chosen.adapters)  # better told now than after the probe
     trains = [(p, p.requires_grad) for p in model.parameters()]
     watched = model if wrapped else add_adapters(model, recipe)
     was_training = watched.training

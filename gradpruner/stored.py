@@ -38,7 +38,8 @@ class Role:
 class StoredModel:
     """The model of a folder of safetensors, built by the stock class on the meta device, and its tensors.
 
-    tensors: the stored ones that the model uses, by the name they are stored under; roles: what becomes of each.
+    tensors: the stored ones that the model uses, by the name they are stored under; unused: the names of the others;
+    roles: what becomes of each that is used.
     Raises InvalidArgument (no such folder or config), CheckpointError (damaged, or not all of the model is there),
     UnsupportedModel (quantised, or holding adapters).
     """
@@ -66,6 +67,7 @@ class StoredModel:
         roles = {name: _role(self.model, name, parameters) for name in stored}
         self.roles = {name: role for name, role in roles.items() if role.parameter in parameters}
         self.tensors = {name: stored[name] for name in self.roles}
+        self.unused = sorted(stored.keys() - self.roles.keys())
         self.whole: dict[str, Stored] = {}
         self._parts: dict[str, list[tuple[Role, Stored]]] = {}
         for name, role in self.roles.items():

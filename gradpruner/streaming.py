@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,17 +14,20 @@ from typing import Any
 
 import torch
 
-from gradpruner.checkpoint import PLAN_FILE, check_loaded, free_memory, quiet
+from gradpruner.checkpoint import PLAN_FILE, check_loaded, drop_missing_code, free_memory, quiet
 from gradpruner.decoder import Decoder, Weight
 from gradpruner.errors import CheckpointError, UnsupportedModel
-from gradpruner.files import atomic_folder, write_json
+from gradpruner.extra_layers import generation_changes
+from gradpruner.files import atomic_folder, read_json, write_json
 from gradpruner.igia import Igia
-from gradpruner.logits import differ, logits_of
+from gradpruner.logits import differ, logits_of, say_what_is_not_passed
 from gradpruner.merge import check_fits, donors_of, merge_weight_, share_of, skipping_logits
 from gradpruner.plan import Plan
 from gradpruner.shards import Pending, Stored, bytes_of, checksum_of, read_folder, write_folder
 from gradpruner.stored import IN_MEMORY, StoredModel, config_of, load_empty
 from gradpruner.surgery import prepare
+
+logger = logging.getLogger(__name__)
 
 LARGEST_SHARD = 5 * 10**9  # bytes
 # of other weights, or able to hold code; they would describe the model as it was
@@ -88,11 +92,18 @@ def apply_folder(
     merges = _merges(stored, plan, igia, share, weight) if igia is not None else {}
     pending = _pending(stored, plan, merges)
     surgery.perform()
+    if stored.unused:
+        logger.warning(
+            f"{len(stored.unused)} tensors of {source} stay behind, the model has no place for them: "
+            f"{', '.join(stored.unused[:3])}{', ...' if len(stored.unused) > 3 else ''}"
+        )
     with atomic_folder(out, overwrite=overwrite) as temporary:
         totals = {"total_parameters": stored.model.num_parameters()}
         checksums = write_folder(temporary, list(pending.values()), _largest_shard(stored), totals)
         _write_config(stored.model, temporary)
         _copy_others(source, temporary, code=trust_remote_code)
+        drop_missing_code(temporary)
+        _cut_generation(temporary, plan, extra_gone=bool(surgery.gone))
         write_json(temporary / PLAN_FILE, plan.to_dict())
         written = read_folder(temporary)
         _check_bytes(written, checksums)
@@ -177,6 +188,15 @@ def _copy_others(source: Path, folder: Path, *, code: bool) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
+def _cut_generation(folder: Path, plan: Plan, *, extra_gone: bool) -> None:
+    file = folder / "generation_config.json"
+    if file.is_file():
+        fields = read_json(file, "generation config")
+        changes = generation_changes(fields, plan.kept, extra_gone=extra_gone)
+        if changes:
+            write_json(file, {**fields, **changes})
+
+
 def _check_bytes(written: dict[str, Stored], checksums: dict[str, int]) -> None:
     if written.keys() != checksums.keys():
         raise CheckpointError(f"the files do not hold {sorted(written.keys() ^ checksums.keys())[:3]} as written")
@@ -212,6 +232,7 @@ def _check_logits(
     with torch.no_grad():
         for name, tensor in replaced.items():
             dense.get_parameter(name).copy_(tensor.read())
+    say_what_is_not_passed(dense.config)
     gap = differ(skipping_logits(Decoder(dense), plan.removed), logits_of(small), dense.dtype)
     if gap is not None:
         raise UnsupportedModel(

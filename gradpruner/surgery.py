@@ -22,7 +22,8 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from gradpruner.decoder import CHECKPOINTED, Decoder, base_name, is_packed, text_config
 from gradpruner.errors import UnsupportedModel
-from gradpruner.layer_config import cut_config
+from gradpruner.extra_layers import extra_counts, generation_changes, say_what_is_gone, without_extra
+from gradpruner.layer_config import cut_config, renumber_modules
 
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number")
 PER_INSTANCE = ("_tied_weights_keys", "_keys_to_ignore_on_load_unexpected")  # transformers' own; may name layers
@@ -38,20 +39,21 @@ class Surgery:
     decoder: Decoder
     kept: tuple[int, ...]
     configs: list[tuple[Any, Any]] = field(default_factory=list)  # (old object, its replacement)
-    attributes: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    attributes: list[tuple[Any, str, Any]] = field(default_factory=list)  # of modules, and of the generation config
     parts: list[tuple[str, int]] = field(
         default_factory=list
     )  # parameters outside the layers, axis with a part a layer
     replaced: list[Replaced] = field(default_factory=list)  # by `perform`
+    gone: list[tuple[Any, str, int]] = field(default_factory=list)  # counts of layers that the model never had
 
     def perform(self) -> Callable[[], None]:
         """Cut the list of layers, renumber, swap the config; nothing in here can fail half way for good."""
         base, path = self.decoder.base, self.decoder.path
         parent_path, _, leaf = path.rpartition(".")
         parent, old_layers = base.get_submodule(parent_path), self.decoder.layers
-        undo: list[tuple[nn.Module, str, Any]] = []
+        undo: list[tuple[Any, str, Any]] = []
 
-        def assign(module: nn.Module, name: str, value: Any) -> None:
+        def assign(module: Any, name: str, value: Any) -> None:
             undo.append((module, name, getattr(module, name)))
             setattr(module, name, value)
 
@@ -75,6 +77,7 @@ class Surgery:
                 assign(owner, own, nn.Parameter(part(whole), whole.requires_grad))
                 self.replaced.append((whole, getattr(owner, own), part))
             assign(parent, leaf, nn.ModuleList([old_layers[i] for i in self.kept]))
+            say_what_is_gone(self.gone)
         except BaseException:
             restore()
             raise
@@ -98,6 +101,15 @@ def prepare(decoder: Decoder, kept: tuple[int, ...]) -> Surgery:
         _renumber_by_name(surgery)
         return surgery
     old, new = decoder.config, cut_config(decoder.config, kept, len(decoder.layers))
+    surgery.gone = absent_counts(type(decoder.base), old)
+    if surgery.gone:
+        new = without_extra(new)
+    if getattr(new, "quantization_config", None) is not None:
+        renumber_modules(new.quantization_config, decoder.path, kept)
+    generation = getattr(decoder.base, "generation_config", None)
+    if generation is not None:
+        changes = generation_changes(vars(generation), kept, extra_gone=bool(surgery.gone))
+        surgery.attributes += [(generation, name, value) for name, value in changes.items()]
     surgery.configs = [(old, new)]
     if text_config(old) is not old:
         surgery.configs.append((text_config(old), text_config(new)))
@@ -132,6 +144,14 @@ def build_empty(kind: type[nn.Module], config: Any) -> nn.Module:
             return kind(copy.deepcopy(config))
     except Exception as error:
         raise UnsupportedModel(f"{kind.__name__} cannot be rebuilt from its config: {error}") from error
+
+
+def absent_counts(kind: type[nn.Module], config: Any) -> list[tuple[Any, str, int]]:
+    """What `extra_counts` finds, if a model of this class is the same without; nothing where it has such layers."""
+    counts = extra_counts(config)
+    if not counts or _shapes(build_empty(kind, config)) != _shapes(build_empty(kind, without_extra(config))):
+        return []
+    return counts
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...] | None]:

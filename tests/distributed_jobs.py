@@ -19,7 +19,7 @@ from gradpruner.decoder import Decoder
 from gradpruner.distributed import is_sharded
 from gradpruner.igia import Dense, Factors, SharedImportance
 from gradpruner.logits import root_of
-from gradpruner.merge import fold_and_remove, share_of
+from gradpruner.merge import removing, share_of
 
 SHARE = share_of(0.2)
 
@@ -182,7 +182,8 @@ def adapters_go_on(folder):
     for wrapper in (None, "FSDP2"):
         model, optimizer = make("lora", wrapper)
         loaded = gradpruner.Igia.load(path, lazy=True)
-        fold_and_remove(Decoder(model), plan_of(loaded), loaded, SHARE, 1.0)
+        with removing(Decoder(model), plan_of(loaded), loaded, SHARE, 1.0):
+            pass
         optimizer = gradpruner.rebuild_optimizer(optimizer, model)
         runs.append([step(model, optimizer, i, wrapper) for i in range(4)])
     assert len(set(runs[0])) == 4
