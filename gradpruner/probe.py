@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.arrival import Arrival
+from gradpruner.closure import Arguments, ReadAfterClosure, check_one_gradient, closure_of
 from gradpruner.decoder import Decoder
 from gradpruner.deepspeed import factor_to_come, is_deepspeeds
 from gradpruner.distributed import Peers, gone, is_lost, peers_of, refuse_flat
@@ -77,6 +78,7 @@ class Probe:
         self._usable: list[Tensor] = []
         self._skipped = 0
         self._igia: Igia | None = None
+        self._closure: ReadAfterClosure | None = None  # of the step under way
         if estimator == "exact":  # the first backward pass already counts
             self._reader = self._make_reader(None, None)
 
@@ -108,6 +110,7 @@ class Probe:
     def start(self, optimizer: Any, steps: int, *, resume: Igia | None = None) -> None:
         """Begin to watch; `watching` without the block.
 
+        A closure that is given to `optimizer.step` is called first, and what it computed is read.
         resume: the `snapshot` of a probe that was interrupted: its steps count, and this one goes on from them.
         Raises InvalidArgument, ModelMismatch where the snapshot is of another model.
         """
@@ -130,12 +133,13 @@ class Probe:
                 f"optimizer {type(optimizer).__name__} steps inside backward (LOMO, layer-wise GaLore): no gradient is "
                 "left when its step is called, and none is clipped or accumulated; expected one that steps after it"
             )
+        check_one_gradient(optimizer)
         if resume is not None:
             self._go_on(optimizer, steps, resume)
         self._reader = self._reader or self._make_reader(optimizer, steps)
         self._left = steps - self.steps
         self._handles = [
-            optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: self._before_step(optimizer)),
+            optimizer.register_step_pre_hook(self._before_step),
             # the last step has to be in Adam's state before that is read
             optimizer.register_step_post_hook(lambda optimizer, args, kwargs: self._after_step()),
         ]
@@ -157,6 +161,7 @@ class Probe:
     def record(self, optimizer: Any = None) -> None:
         """Read the gradients now, just before optimizer.step(): for loops whose optimizer has no hooks.
 
+        In a loop that gives `step` a closure, call it at the closure's end.
         optimizer: where given, its `grad_scale` and `found_inf` (a fused optimizer under GradScaler) are honoured. They
         are there only inside `scaler.step`: before it, call `scaler.unscale_(optimizer)`. Under DeepSpeed (ZeRO 1 to 3)
         it is `engine.optimizer`, and every process calls this once a step, between engine.backward(loss) and
@@ -224,11 +229,22 @@ class Probe:
     def _by_deepspeed(self) -> bool:
         return any(is_deepspeeds(p) for p in self._decoder.layers.parameters() if p.requires_grad)
 
-    def _before_step(self, optimizer: Any) -> None:
-        if self._left > 0:
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        if self._left <= 0:
+            return None
+        closure = closure_of(args, kwargs)
+        if closure is None:
             self.record(optimizer)
+            return None
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise ProbeError("optimizer.step was given a closure under GradScaler, which supports none")
+        self._closure = ReadAfterClosure(closure, lambda: self.record(optimizer))
+        return self._closure.arguments(args, kwargs)
 
     def _after_step(self) -> None:
+        closure, self._closure = self._closure, None
+        if closure is not None and not closure.calls:
+            raise ProbeError("the optimizer did not call the closure that its step was given: no gradient was read")
         self._left -= 1
         if self._left == 0:  # the hooks stay until `stop`: torch is iterating over them just now
             self._finish()
