@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gradpruner import ops
+from gradpruner.coverage import Coverage
 from gradpruner.decoder import Weight
 from gradpruner.distributed import Peers, together
 from gradpruner.errors import CheckpointError, InvalidArgument, ProbeError
@@ -88,7 +90,8 @@ class Igia:
     optimizer step. importance: by (layer, name); may lack weights when only scores were asked for. Of a probe in
     several processes it is a SharedImportance: every process asks for the same entries in the same order.
     skipped: steps with a non-finite gradient, left out. estimator: "lora", "gradient", "adam" or "exact".
-    structures, layer_parameters: one entry a layer. total_parameters: of the whole model.
+    structures, layer_parameters: one entry a layer. total_parameters: of the whole model. adapters: of each watched
+    weight, rank and scale of what adapts it; () where nothing does, or in files that did not keep it.
     """
 
     model: str
@@ -101,6 +104,20 @@ class Igia:
     total_parameters: int
     importance: Mapping[tuple[int, str], Factors | Dense] = field(default_factory=dict)
     skipped: int = 0
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def _coverage(self) -> Coverage:
+        return Coverage(self.estimator, self.weights, self.structures, self.layer_parameters, self.adapters)
+
+    @property
+    def watched(self) -> tuple[float, ...]:
+        """The watched share of each layer: entries of the watched weights / parameters of the layer."""
+        return self._coverage.shares
+
+    def check_comparable(self, protect: Iterable[int] = (0,)) -> None:
+        """Raises ProbeError where scores of layers outside `protect` say nothing of each other: see `Coverage`."""
+        self._coverage.check_comparable(protect, self.square_norms)
 
     @property
     def steps(self) -> int:
@@ -110,8 +127,8 @@ class Igia:
     def layer_scores(self, kind: str = "squared", *, steps: int | None = None) -> Tensor:
         """One score a layer, float64 (L,), from the first `steps` usable steps (default all).
 
-        kind: "squared" (P eq. 4), "norm" (C) or "normalized" (D). Raises ProbeError if no step was usable, or
-        every gradient was zero; InvalidArgument for another kind.
+        kind: "squared" (P eq. 4), "norm" (C) or "normalized" (D). A layer that was not watched has 0 (see `watched`).
+        Raises ProbeError if no step was usable, or every gradient was zero; InvalidArgument for another kind.
         """
         if kind not in SCORES:
             raise InvalidArgument(f"kind = {kind!r}; accepted are {', '.join(SCORES)}")
@@ -143,8 +160,16 @@ class Igia:
         merge: str | int = "auto",
         protect: Iterable[int] = (0,),
     ) -> Plan:
-        """Decide which layers go (see `gradpruner.plan.select`). Raises InvalidArgument, ProbeError."""
-        return self._plan(self.layer_scores(kind), ratio, count, of, merge, protect)
+        """Decide which layers go (see `gradpruner.plan.select`).
+
+        Raises InvalidArgument, and ProbeError as `layer_scores` and `check_comparable` do.
+        """
+        protected = tuple(protect)
+        scores = self.layer_scores(kind)
+        plan = self._plan(scores, ratio, count, of, merge, protected)  # first: it refuses a wrong `protect`
+        self.check_comparable(protected)
+        watched = min((share for layer, share in enumerate(self.watched) if layer not in protected), default=None)
+        return dataclasses.replace(plan, watched=watched)
 
     def _plan(
         self,
@@ -169,18 +194,20 @@ class Igia:
         )
 
     def margin(self, plan: Plan, kind: str = "squared", *, protect: Iterable[int] = (0,)) -> float:
-        """How clear the cut is: 1 - (highest removed score / lowest kept score), 0 where they are equal (D)."""
-        scores = self.layer_scores(kind)
-        kept = [float(scores[j]) for j in plan.kept if j not in set(protect)]
+        """How clear a cut is: 1 - (highest removed score / lowest kept score), 0 if equal (D). Raises like `plan`."""
+        scores, protected = self.layer_scores(kind), set(protect)
+        self.check_comparable(protected)
+        kept = [float(scores[j]) for j in plan.kept if j not in protected]
         removed = [float(scores[j]) for j in plan.removed]
         if not kept or not removed or min(kept) == 0:
             return 0.0
         return 1.0 - max(removed) / min(kept)
 
     def stability(self, plan: Plan, kind: str = "squared", *, protect: Iterable[int] = (0,)) -> list[float]:
-        """Rank stability: after each step, the share of `plan.removed` that would already be removed (D)."""
+        """Rank stability: by step, the share of `plan.removed` that would be gone by then (D). Raises like `plan`."""
         final, shares = set(plan.removed), []
         protected = list(protect)
+        self.check_comparable(protected)
         for steps in range(1, self.steps + 1):
             if not final or not bool((self.square_norms[:steps] > 0).any()):
                 shares.append(0.0)
@@ -223,6 +250,7 @@ class Igia:
             "skipped": self.skipped,
             "exponents": exponents,
             "crc32": {name: _crc32(tensor) for name, tensor in tensors.items()},
+            "adapters": list(self.adapters),
         }
         with atomic_path(path) as temporary:
             try:
@@ -247,6 +275,9 @@ class Igia:
             if header["crc32"].keys() != stored.keys():
                 raise CheckpointError(f"{path} is corrupted: its checksums are not those of its tensors")
             weights = tuple(Weight(j, name, tuple(shape), t) for j, name, shape, t in header["weights"])
+            adapters = tuple(map(str, header.get("adapters", ())))
+            if adapters and len(adapters) != len(weights):
+                raise CheckpointError(f"{path} is corrupted: {len(adapters)} adapters of {len(weights)} weights")
             importance = StoredImportance(weights, stored, header["crc32"], header.get("exponents", {}))
             return cls(
                 model=header["model"],
@@ -259,6 +290,7 @@ class Igia:
                 total_parameters=header["total_parameters"],
                 importance=importance if lazy else dict(importance),
                 skipped=header["skipped"],
+                adapters=adapters,
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is not an igia file, or is corrupted: {error}") from error
