@@ -79,8 +79,9 @@ def attach(
 
     ratio, count, of, protect: see `Igia.plan`. preset, and kind to adapters for what differs from it: see `Settings`.
     The rest: see `Probe`.
-    Returns the callback, whose `plan` and `igia` can be read after the cut. Raises InvalidArgument,
-    UnsupportedModel; what only the prepared model shows (its optimizer, say) is refused when training begins.
+    Returns the callback, whose `plan` and `igia` can be read after the cut. Raises InvalidArgument, UnsupportedModel,
+    ProbeError where layers cannot be compared by what the probe would watch; what only the prepared model shows (its
+    optimizer, say) is refused when training begins.
     """
     if not isinstance(trainer, Trainer):
         raise InvalidArgument(f"trainer is a {type(trainer).__name__}; expected a transformers.Trainer")
@@ -162,6 +163,7 @@ class PruneCallback(TrainerCallback):
             (check_are_lora if self._settings.adapters == "keep" else check_can_be_fresh)(peft)
         decoder = Decoder(model)
         self._check_plans(decoder)
+        self._check_scores(model)
         if is_quantised(decoder):
             if self._wanted["merge"] != 0:
                 raise InvalidArgument(
@@ -170,6 +172,14 @@ class PruneCallback(TrainerCallback):
                 )
             full_precision(decoder)
         self._check_patch(decoder)
+
+    def _check_scores(self, model: Any) -> None:
+        """That the scores of the layers which may go can be compared, by what the probe will watch."""
+        probe = Probe(model, **{**self._options, "importance": False})
+        try:
+            probe.check_comparable(self._wanted["protect"])
+        finally:
+            probe.abandon()
 
     def _check_patch(self, decoder: Decoder) -> None:
         """Do without patches where they are not possible, unless they were asked for by name."""
@@ -314,6 +324,7 @@ class PruneCallback(TrainerCallback):
         figures |= {f"gradpruner/left/{patch.weight.layer:02d}": patch.left for patch in patches}
         fate = {**dict.fromkeys(plan.kept, 0.0), **dict.fromkeys(plan.drop, 1.0), **dict.fromkeys(plan.merge, 2.0)}
         for layer, score in enumerate(igia.layer_scores(self._settings.kind).tolist()):
+            figures[f"gradpruner/watched/{layer:02d}"] = igia.watched[layer]
             figures[f"gradpruner/score/{layer:02d}"] = score
             figures[f"gradpruner/fate/{layer:02d}"] = fate[layer]  # 0 kept, 1 dropped, 2 merged
         return figures

@@ -218,9 +218,10 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
     scores = igia.layer_scores()
     igia.save(options.out)
     return {
-        "json": {"igia": options.out, "steps": igia.steps, "skipped": igia.skipped, "layer_scores": scores.tolist()},
-        "line": f"{options.out}: {igia.steps} usable steps, {igia.skipped} skipped, weakest layers first: "
-                f"{scores.argsort().tolist()}",
+        "json": {"igia": options.out, "steps": igia.steps, "skipped": igia.skipped, "layer_scores": scores.tolist(),
+                 "watched": list(igia.watched)},
+        "line": f"{options.out}: {igia.steps} usable steps, {igia.skipped} skipped, {min(igia.watched):.1%} or more of "
+                f"each layer's parameters watched, weakest layers first: {scores.argsort().tolist()}",
     }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from gradpruner.decoder import Decoder
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.evaluate import answers, macro_f1, perplexity
 from gradpruner.files import read_json, reading, write_json
-from gradpruner.finetune import Recipe, Row, schedule
+from gradpruner.finetune import Recipe, Row, check_comparable, schedule
 from gradpruner.igia import Igia
 from gradpruner.methods import METHODS, Clues, GradPruner, Method, parse_method, spelled
 from gradpruner.models import load_model
@@ -151,11 +151,14 @@ class Compare:
                     gc.collect()
 
     def layers(self) -> int:
-        """Decoder layers of the dense model."""
+        """Decoder layers of the dense model. The first time, raises ProbeError where a method could not score them."""
         path = self.folder / "model.json"
         with _lock(self.folder / "locks" / "model"):
             if not path.exists():
                 decoder = Decoder(self._load()[0])
+                for method in map(parse_method, self.methods):
+                    if method.scored:
+                        check_comparable(decoder.base, self._probe_recipe(method, self.seeds[0]))
                 write_json(path, {"layers": len(decoder.layers), "parameters": decoder.total_parameters()})
         with reading(str(path)):
             return int(read_json(path, "model")["layers"])
@@ -242,9 +245,7 @@ class Compare:
     def _probe(self, method: Method, tokenizer: Any, seed: int) -> Path:
         """The folder of the probe that a method needs, made now if it is not there."""
         steps = method.probe_steps or self.job.probing
-        recipe = dataclasses.replace(
-            self.job.recipe, seed=seed, rank=self.job.recipe.rank if method.rank is None else method.rank
-        )
+        recipe = self._probe_recipe(method, seed)
         examples = self._train[: max(1, round(method.share * len(self._train)))] if method.share else self._train
         rows = self._rows(examples, tokenizer, recipe)[: steps * recipe.rows_a_step]
         path = self.folder / "probes" / _digest([rows, recipe.to_dict(), self.job.source])
@@ -253,9 +254,15 @@ class Compare:
                 path.parent.mkdir(exist_ok=True)
                 self.say(f"seed {seed}: probing {steps} steps")
                 model = self._load()[0]
+                if method.scored:
+                    check_comparable(model, recipe)
                 watched, igia = watch(model, tokenizer, rows, recipe, of_steps=self.job.steps, quiet=True)
                 save_probed(path, igia, watched)
         return path
+
+    def _probe_recipe(self, method: Method, seed: int) -> Recipe:
+        rank = self.job.recipe.rank if method.rank is None else method.rank
+        return dataclasses.replace(self.job.recipe, seed=seed, rank=rank)
 
     def _plan(self, method: Method, clues: Clues, cell: Cell) -> Plan:
         path = self.folder / "plans" / f"{cell.name}.json"

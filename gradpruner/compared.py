@@ -146,7 +146,8 @@ def _probe(folder: Path, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
     cell = max(ours, key=lambda c: (counts[c["count"]], -c["seed"]))
     igia, kind = Igia.load(folder / "probes" / cell["probe"] / IGIA, lazy=True), GradPruner().settings.kind
     plan = Plan(igia.layers, [j for j in cell["removed"] if str(j) not in cell["merged"]],
-                {int(donor): target for donor, target in cell["merged"].items()})  # fmt: skip
+                {int(donor): target for donor, target in cell["merged"].items()},
+                watched=min(igia.watched[1:], default=None))  # fmt: skip
     return {
         "layer_scores": {each: igia.layer_scores(each).tolist() for each in SCORES},
         "kind": kind,

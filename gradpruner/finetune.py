@@ -9,7 +9,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,11 +21,14 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gradpruner.adapter_removal import merged
+from gradpruner.coverage import Coverage
 from gradpruner.data import IGNORED
-from gradpruner.decoder import Decoder, is_linear, is_peft, linear_modules
+from gradpruner.decoder import Decoder, is_peft
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.logits import evaluating
 from gradpruner.memory import peak_memory, reset_peak_memory
+from gradpruner.parameter_counts import count_parameters
+from gradpruner.targets import adapted_weights, as_named, check_adapted
 from gradpruner.whole import need_whole
 
 Row = Mapping[str, Any]
@@ -123,14 +126,12 @@ def _grouped(ordered: list[Row], batch_size: int, shuffler: random.Random) -> li
 
 
 def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """A PeftModel with LoRA on every linear of every decoder layer, routers left out (C)."""
+    """A PeftModel with LoRA on every linear of every decoder layer, routers left out (C).
+
+    Raises UnsupportedModel where PEFT puts adapters elsewhere.
+    """
     decoder = Decoder(model)
-    targets = [
-        f"{decoder.path}.{index}.{name.removesuffix('.weight')}"
-        for index in range(len(decoder.layers))
-        for name, module in linear_modules(decoder, index).items()
-        if is_linear(module)
-    ]
+    targets = [decoder.path_of(weight).removesuffix(".weight") for weight in adapted_weights(decoder)]
     torch.manual_seed(recipe.seed)  # the same adapters whatever ran before
     config = LoraConfig(
         r=recipe.rank,
@@ -139,7 +140,20 @@ def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
         target_modules=targets,
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,  # peft calls that one
     )
-    return get_peft_model(model, config)
+    with as_named():
+        adapted = get_peft_model(model, config)
+    check_adapted(adapted, targets)
+    return adapted
+
+
+def check_comparable(model: nn.Module, recipe: Recipe, protect: Iterable[int] = (0,)) -> None:
+    """Before any training: raises ProbeError where a probe on this recipe could not compare the layers of `model`.
+
+    model: plain, all of its weights trainable where the recipe has no adapters.
+    """
+    decoder = Decoder(model)
+    weights, estimator = (adapted_weights(decoder), "lora") if recipe.rank else (decoder.weights, "gradient")
+    Coverage.of(decoder, weights, estimator, counts=count_parameters(decoder)).check_comparable(protect)
 
 
 def train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradpruner import ops
+from gradpruner.coverage import Coverage, layer_sizes
 from gradpruner.decoder import Weight
 from gradpruner.distributed import Peers, together
 from gradpruner.errors import InvalidArgument, ProbeError
@@ -87,6 +89,8 @@ class Igia:
     skipped: steps with a non-finite gradient, left out. estimator: "lora", "gradient", "adam" or "exact".
     structures: one entry a layer. layer_parameters, shared_parameters, total_parameters: see
     `gradpruner.parameter_counts`; shared_parameters is None where a file of an earlier version does not say them.
+    adapters: of each watched weight, rank and scale of what adapts it; () where nothing does, or in files that did not
+    keep it.
     """
 
     model: str
@@ -100,6 +104,21 @@ class Igia:
     importance: Mapping[tuple[int, str], Factors | Dense] = field(default_factory=dict)
     skipped: int = 0
     shared_parameters: tuple[tuple[tuple[int, ...], int], ...] | None = ()
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def _coverage(self) -> Coverage:
+        sizes = layer_sizes(self.layer_parameters, self.shared_parameters or ())
+        return Coverage(self.estimator, self.weights, self.structures, sizes, self.adapters)
+
+    @property
+    def watched(self) -> tuple[float, ...]:
+        """The watched share of each layer: entries of the watched weights / parameters that go with it."""
+        return self._coverage.shares
+
+    def check_comparable(self, protect: Iterable[int] = (0,)) -> None:
+        """Raises ProbeError where scores of layers outside `protect` say nothing of each other: see `Coverage`."""
+        self._coverage.check_comparable(protect, self.square_norms)
 
     @property
     def steps(self) -> int:
@@ -109,8 +128,8 @@ class Igia:
     def layer_scores(self, kind: str = "squared", *, steps: int | None = None) -> Tensor:
         """One score a layer, float64 (L,), from the first `steps` usable steps (default all).
 
-        kind: "squared" (P eq. 4), "norm" (C) or "normalized" (D). Raises ProbeError if no step was usable, or
-        every gradient was zero; InvalidArgument for another kind.
+        kind: "squared" (P eq. 4), "norm" (C) or "normalized" (D). A layer that was not watched has 0 (see `watched`).
+        Raises ProbeError if no step was usable, or every gradient was zero; InvalidArgument for another kind.
         """
         if kind not in SCORES:
             raise InvalidArgument(f"kind = {kind!r}; accepted are {', '.join(SCORES)}")
@@ -142,8 +161,16 @@ class Igia:
         merge: str | int = "auto",
         protect: Iterable[int] = (0,),
     ) -> Plan:
-        """Decide which layers go (see `gradpruner.plan.select`). Raises InvalidArgument, ProbeError."""
-        return self._plan(self.layer_scores(kind), ratio, count, of, merge, protect)
+        """Decide which layers go (see `gradpruner.plan.select`).
+
+        Raises InvalidArgument, and ProbeError as `layer_scores` and `check_comparable` do.
+        """
+        protected = tuple(protect)
+        scores = self.layer_scores(kind)
+        plan = self._plan(scores, ratio, count, of, merge, protected)  # first: it refuses a wrong `protect`
+        self.check_comparable(protected)
+        watched = min((share for layer, share in enumerate(self.watched) if layer not in protected), default=None)
+        return dataclasses.replace(plan, watched=watched)
 
     def _plan(
         self,
@@ -175,18 +202,20 @@ class Igia:
         return parameters_in(removed, self.layer_parameters, self.shared_parameters) / self.total_parameters
 
     def margin(self, plan: Plan, kind: str = "squared", *, protect: Iterable[int] = (0,)) -> float:
-        """How clear the cut is: 1 - (highest removed score / lowest kept score), 0 where they are equal (D)."""
-        scores = self.layer_scores(kind)
-        kept = [float(scores[j]) for j in plan.kept if j not in set(protect)]
+        """How clear a cut is: 1 - (highest removed score / lowest kept score), 0 if equal (D). Raises like `plan`."""
+        scores, protected = self.layer_scores(kind), set(protect)
+        self.check_comparable(protected)
+        kept = [float(scores[j]) for j in plan.kept if j not in protected]
         removed = [float(scores[j]) for j in plan.removed]
         if not kept or not removed or min(kept) == 0:
             return 0.0
         return 1.0 - max(removed) / min(kept)
 
     def stability(self, plan: Plan, kind: str = "squared", *, protect: Iterable[int] = (0,)) -> list[float]:
-        """Rank stability: after each step, the share of `plan.removed` that would already be removed (D)."""
+        """Rank stability: by step, the share of `plan.removed` that would be gone by then (D). Raises like `plan`."""
         final, shares = set(plan.removed), []
         protected = list(protect)
+        self.check_comparable(protected)
         for steps in range(1, self.steps + 1):
             if not final or not bool((self.square_norms[:steps] > 0).any()):
                 shares.append(0.0)
@@ -229,6 +258,7 @@ class Igia:
             "total_parameters": self.total_parameters,
             "skipped": self.skipped,
             "exponents": exponents,
+            "adapters": list(self.adapters),
         }
         write_described(path, tensors, header)
 

@@ -39,6 +39,9 @@ def checked_fields(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
 
     weights = field("weights", lambda entries: isinstance(entries, list) and all(map(is_weight, entries)))
     shared = field("shared_parameters", lambda entries: entries is None or _are_shared(entries, layers))
+    adapters = field("adapters", lambda names: isinstance(names, list) and all(isinstance(n, str) for n in names), [])
+    if len(adapters) not in (0, len(weights)):
+        raise CheckpointError(f"{path} is corrupted: {len(adapters)} adapters of {len(weights)} weights")
     field("exponents", _are_exponents, {})
     return {
         "model": field("model", lambda text: isinstance(text, str)),
@@ -50,6 +53,7 @@ def checked_fields(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
         "shared_parameters": None if shared is None else tuple((tuple(own), count) for own, count in shared),
         "total_parameters": field("total_parameters", _is_count),
         "skipped": field("skipped", _is_count),
+        "adapters": tuple(adapters),
     }
 
 

@@ -34,7 +34,8 @@ def prune(
     batches: keyword arguments of the model with labels in them, as a data loader yields; one is one optimizer step.
     preset, and in settings what differs from it: see `Settings`. A PEFT model's own adapters are used, and treated as
     the new ones are: kept in the weights, or discarded. The plan is `.gradpruner_plan` of the result.
-    Raises InvalidArgument, UnsupportedModel, ProbeError (no usable step); a plain model is then as it was.
+    Raises InvalidArgument, UnsupportedModel, ProbeError (no usable step; layers that cannot be compared by what is
+    watched, before the first step); a plain model is then as it was.
     """
     if "rank_factor" in settings:
         raise InvalidArgument("rank_factor belongs to what trains the smaller model; prune only returns it")
@@ -70,6 +71,7 @@ def _watch(
     optimizer = torch.optim.AdamW(trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     probe, seen = Probe(model), list[Mapping[str, Any]]()
     with probe.watching(optimizer, steps):
+        probe.check_comparable()
         for batch in batches:
             seen.append(batch)
             moved = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}

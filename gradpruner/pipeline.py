@@ -19,12 +19,13 @@ import torch
 from gradpruner.auto_ratio import AUTO, MAX_LOST, Choice, choose, hold_out, trial_rows
 from gradpruner.card import model_card, write_card
 from gradpruner.checkpoint import save
+from gradpruner.coverage import share_range
 from gradpruner.data import Collator, Example, tokenize
 from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument
 from gradpruner.evaluate import Evaluation, exact_match, generation_speed, perplexity, rouge_l
 from gradpruner.files import read_json, reading, write_json
-from gradpruner.finetune import Recipe, Row, Training, add_adapters, finish, schedule, train
+from gradpruner.finetune import Recipe, Row, Training, add_adapters, check_comparable, finish, schedule, train
 from gradpruner.igia import Igia
 from gradpruner.merge import apply
 from gradpruner.models import load_model
@@ -185,10 +186,9 @@ class Run:
 
     def everything(self, *, dense: bool = True) -> dict[str, Any]:
         """All stages; the results as `results.json` holds them. dense: train the uncut model too, to compare."""
-        # that no cut is within the bound is better known before the dense run is paid for
-        early = self.plan() if self.job.ratio == AUTO else None
+        # before the dense run is paid for: no cut may be within the bound, or the layers may not be comparable
+        plan = self.plan()
         rows = [self.dense()] if dense else []
-        plan = early or self.plan()
         self.cut(plan)
         rows.append(self.pruned(plan))
         igia, kind = self.probe(), self.job.settings.kind
@@ -201,6 +201,7 @@ class Run:
                 "margin": igia.margin(plan, kind),
                 "stability": igia.stability(plan, kind),
                 "layer_scores": igia.layer_scores(kind).tolist(),
+                "watched": list(igia.watched),
             },
         }
         if self.job.ratio == AUTO:
@@ -223,6 +224,7 @@ class Run:
         if not self._probed.exists():
             self.say(f"probe: {self.job.probing} steps")
             model, tokenizer = self._load(self.job.source)
+            check_comparable(model, self.job.recipe)
             watched, igia = watch(model, tokenizer, self._probe_rows(tokenizer), self.job.recipe,
                                   of_steps=self.job.steps, quiet=self.quiet)  # fmt: skip
             save_probed(self._probed, igia, watched)
@@ -275,8 +277,9 @@ class Run:
         return smaller, tokenizer
 
     def _choose(self) -> Choice:
-        chosen = self.job.settings
-        choice = choose(self.probe().layer_scores(chosen.kind).tolist(), self._check, self.folder / "auto.json",
+        chosen, igia = self.job.settings, self.probe()
+        igia.check_comparable()
+        choice = choose(igia.layer_scores(chosen.kind).tolist(), self._check, self.folder / "auto.json",
                         bound=self.job.bound, steps=self.job.checking,
                         least=chosen.merge if isinstance(chosen.merge, int) else 1)  # fmt: skip
         self.say(f"auto: {choice.reason}")
@@ -447,6 +450,7 @@ def _report_of(folder: Path) -> Path:
         "plan": plan.summary(),
         "steps": f"{settings['steps']}, {settings['probe_steps']} of them to probe",
         "margin at the cut": f"{probe['margin']:.3f}",
+        **({"watched of each layer's parameters": share_range(probe["watched"])} if "watched" in probe else {}),
         "removed layers settled after half of the probe": f"{stability[(len(stability) - 1) // 2]:.0%}",
     }
     auto = results.get("auto")

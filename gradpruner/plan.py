@@ -18,6 +18,7 @@ from gradpruner.files import read_json, write_json
 
 FORMAT = "gradpruner.plan/1"
 MOST_LAYERS = 100_000  # more than any model has: a damaged file may say any number
+NEARLY_ALL = 0.9  # watched of a layer: what is missing is norms, a convolution and the like, and goes without saying
 DROPPED_OUTRIGHT = Fraction(3, 10)  # of all layers; past that accuracy falls off a cliff unless merged (P)
 
 
@@ -28,7 +29,8 @@ class Plan:
     drop: layers removed outright. merge: layers removed after being folded into a kept layer before them:
     either a list (target: the nearest kept layer before) or a mapping from layer to target.
     model: fingerprint of the model the plan was made for, if known. parameter_ratio: share of all
-    parameters that the plan removes, if known. Raises InvalidArgument if the lists do not fit together.
+    parameters that the plan removes, if known. watched: the share of its parameters that the probe watched of the layer
+    that it watched least of those that could go, if known. Raises InvalidArgument if the lists do not fit together.
     """
 
     layers: int
@@ -36,6 +38,7 @@ class Plan:
     merge: Mapping[int, int] | Sequence[int] = field(default_factory=dict)
     model: str | None = None
     parameter_ratio: float | None = None
+    watched: float | None = None
 
     def __post_init__(self) -> None:
         """Normalise to a sorted tuple and a sorted dict, then check everything."""
@@ -63,6 +66,8 @@ class Plan:
                     f"merge target {target!r} of layer {layer}: expected a kept layer before it, one of "
                     f"{[i for i in kept if i < layer]}"
                 )
+        if self.watched is not None and (isinstance(self.watched, bool) or not isinstance(self.watched, (int, float))):
+            raise InvalidArgument(f"watched = {self.watched!r}; expected a share from 0 to 1, or None")
         object.__setattr__(self, "drop", tuple(drop))
         object.__setattr__(self, "merge", targets)
 
@@ -96,8 +101,13 @@ class Plan:
         into = "".join(f" {donors}->{target}" for target, donors in self.donors.items())
         return (
             f"removes {len(self.removed)} of {self.layers} decoder layers ({self.layer_ratio:.1%}{share}): "
-            f"drops {list(self.drop)}, merges{into or ' none'}"
+            f"drops {list(self.drop)}, merges{into or ' none'}{self._scored_on()}"
         )
+
+    def _scored_on(self) -> str:
+        if self.watched is None or self.watched >= NEARLY_ALL:
+            return ""
+        return f"; scored on {self.watched:.1%} of a layer's parameters"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -110,6 +120,7 @@ class Plan:
             "merge": {str(layer): target for layer, target in self.merge.items()},
             "layer_ratio": self.layer_ratio,
             "parameter_ratio": self.parameter_ratio,
+            "watched": self.watched,
             "model": self.model,
         }
 
@@ -128,6 +139,7 @@ class Plan:
                 merge,
                 content.get("model"),
                 content.get("parameter_ratio"),
+                content.get("watched"),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, InvalidArgument):

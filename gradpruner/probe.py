@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradpruner.arrival import Arrival
+from gradpruner.closure import Arguments, ReadAfterClosure, check_one_gradient, closure_of
+from gradpruner.coverage import Coverage, share_range
 from gradpruner.decoder import Decoder
 from gradpruner.deepspeed import factor_to_come, is_deepspeeds
 from gradpruner.distributed import Peers, gone, is_lost, peers_of, refuse_flat
@@ -23,8 +26,11 @@ from gradpruner.optimizers import unwrapped
 from gradpruner.parameter_counts import count_parameters
 from gradpruner.whole import need_whole
 
+logger = logging.getLogger(__name__)
+
 ESTIMATORS = ("auto", "lora", "gradient", "adam", "exact")
 AHEAD = 2  # steps whose copies may be under way: the host waits for an older one, which a device has long done
+HALF = 0.5  # of a layer's parameters: if fewer are watched, that is said
 ALIKE = 1e-3  # relative; what processes that read the same reduced gradient may differ by, and no others stay within
 
 
@@ -78,6 +84,7 @@ class Probe:
         self._usable: list[Tensor] = []
         self._skipped = 0
         self._igia: Igia | None = None
+        self._closure: ReadAfterClosure | None = None  # of the step under way
         if estimator == "exact":  # the first backward pass already counts
             self._reader = self._make_reader(None, None)
 
@@ -109,6 +116,7 @@ class Probe:
     def start(self, optimizer: Any, steps: int, *, resume: Igia | None = None) -> None:
         """Begin to watch; `watching` without the block.
 
+        A closure that is given to `optimizer.step` is called first, and what it computed is read.
         resume: the `snapshot` of a probe that was interrupted: its steps count, and this one goes on from them.
         Raises InvalidArgument, ModelMismatch where the snapshot is of another model.
         """
@@ -131,12 +139,15 @@ class Probe:
                 f"optimizer {type(optimizer).__name__} steps inside backward (LOMO, layer-wise GaLore): no gradient is "
                 "left when its step is called, and none is clipped or accumulated; expected one that steps after it"
             )
+        check_one_gradient(optimizer)
         if resume is not None:
             self._go_on(optimizer, steps, resume)
         self._reader = self._reader or self._make_reader(optimizer, steps)
+        _check_held(self._reader, optimizer)
+        self._say_watched(self._reader)
         self._left = steps - self.steps
         self._handles = [
-            optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: self._before_step(optimizer)),
+            optimizer.register_step_pre_hook(self._before_step),
             # the last step has to be in Adam's state before that is read
             optimizer.register_step_post_hook(lambda optimizer, args, kwargs: self._after_step()),
         ]
@@ -158,6 +169,7 @@ class Probe:
     def record(self, optimizer: Any = None) -> None:
         """Read the gradients now, just before optimizer.step(): for loops whose optimizer has no hooks.
 
+        In a loop that gives `step` a closure, call it at the closure's end.
         optimizer: where given, its `grad_scale` and `found_inf` (a fused optimizer under GradScaler) are honoured. They
         are there only inside `scaler.step`: before it, call `scaler.unscale_(optimizer)`. Under DeepSpeed (ZeRO 1 to 3)
         it is `engine.optimizer`, and every process calls this once a step, between engine.backward(loss) and
@@ -167,6 +179,7 @@ class Probe:
             raise ProbeError("this probe has finished; make a new one")
         if self._reader is None:
             self._reader = self._make_reader(None, None)
+            self._say_watched(self._reader)
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         if found_inf is not None:
             rejected = bool(found_inf > 0)
@@ -225,11 +238,46 @@ class Probe:
     def _by_deepspeed(self) -> bool:
         return any(is_deepspeeds(p) for p in self._decoder.layers.parameters() if p.requires_grad)
 
-    def _before_step(self, optimizer: Any) -> None:
-        if self._left > 0:
+    def check_comparable(self, protect: Iterable[int] = (0,)) -> None:
+        """Before any step: raises ProbeError where no plan could be made of what this probe watches.
+
+        See `Coverage.check_comparable`. A probe that is there to look at, not to plan by, need not pass.
+        """
+        reader = self._reader
+        if reader is None:
+            known = "gradient" if self._estimator == "adam" else None  # Adam's reader wants the optimizer
+            reader = self._make_reader(None, None, kind=known)
+        self._coverage(reader).check_comparable(protect)
+
+    def _coverage(self, reader: Reader) -> Coverage:
+        return Coverage.of(self._decoder, reader.weights, reader.name, reader.adapters, counts=self._counts)
+
+    def _say_watched(self, reader: Reader) -> None:
+        """Say before time is spent that a part of the layers is not looked at."""
+        shares = self._coverage(reader).shares
+        few = [layer for layer, share in enumerate(shares) if 0 < share < HALF]
+        if few:
+            logger.warning(
+                f"the probe watches {share_range([shares[j] for j in few])} of the parameters of layers {few}: the "
+                "scores say nothing of the rest of them"
+            )
+
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        if self._left <= 0:
+            return None
+        closure = closure_of(args, kwargs)
+        if closure is None:
             self.record(optimizer)
+            return None
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise ProbeError("optimizer.step was given a closure under GradScaler, which supports none")
+        self._closure = ReadAfterClosure(closure, lambda: self.record(optimizer))
+        return self._closure.arguments(args, kwargs)
 
     def _after_step(self) -> None:
+        closure, self._closure = self._closure, None
+        if closure is not None and not closure.calls:
+            raise ProbeError("the optimizer did not call the closure that its step was given: no gradient was read")
         self._left -= 1
         if self._left == 0:  # the hooks stay until `stop`: torch is iterating over them just now
             self._finish()
@@ -272,6 +320,7 @@ class Probe:
             importance=importance,
             skipped=self._skipped,
             **self._counts,
+            adapters=reader.adapters,
         )
 
     def _agreed(self, peers: Peers) -> list[Tensor]:
@@ -296,8 +345,10 @@ class Probe:
             )
         return list(first)
 
-    def _make_reader(self, optimizer: Any, steps: int | None, *, begun: bool = False) -> Reader:
-        kind, decoder = self._estimator, self._decoder
+    def _make_reader(
+        self, optimizer: Any, steps: int | None, *, begun: bool = False, kind: str | None = None
+    ) -> Reader:
+        kind, decoder = kind or self._estimator, self._decoder
         if kind == "auto":
             if has_lora(decoder):
                 kind = "lora"
@@ -314,6 +365,22 @@ class Probe:
         if steps is None:
             raise InvalidArgument("estimator 'adam' reads the optimizer: use probe.watching(optimizer, steps)")
         return AdamReader(decoder, optimizer, steps=steps, importance=self._importance, begun=begun, peers=self._peers)
+
+
+def _check_held(reader: Reader, optimizer: Any) -> None:
+    """Raises InvalidArgument where the optimizer does not hold all that trains and is watched.
+
+    It would not clear the gradients of the rest, which then add up from step to step; and adapters of which B stays at
+    zero show none at all.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    layers = sorted({layer for layer, parameter in reader.trained() if id(parameter) not in held})
+    if layers:
+        raise InvalidArgument(
+            f"optimizer: it does not hold all the watched weights of layers {layers}; expected one that does. Freeze "
+            "what is not meant to train (requires_grad_(False)), or, where another optimizer holds it, call "
+            "probe.record() before the two step instead"
+        )
 
 
 def _steps_in_backward(optimizer: Any, decoder: Decoder) -> bool:

@@ -13,6 +13,7 @@ from gradpruner.decoder import is_peft
 from gradpruner.errors import CheckpointError
 from gradpruner.files import atomic_folder
 from gradpruner.igia import Igia
+from gradpruner.targets import as_named
 
 IGIA, ADAPTERS, MODEL = "igia.safetensors", "adapters", "model"
 
@@ -36,7 +37,8 @@ def with_probed(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
     place, base = Path(folder), cast(Any, model)
     if (place / ADAPTERS).is_dir():
-        return PeftModel.from_pretrained(base, str(place / ADAPTERS))
+        with as_named():
+            return PeftModel.from_pretrained(base, str(place / ADAPTERS))
     if not (place / MODEL).is_dir():
         raise CheckpointError(f"{place} holds neither adapters nor a model of a probe")
     parameter = next(model.parameters())

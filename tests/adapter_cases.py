@@ -101,12 +101,12 @@ def mixtral() -> nn.Module:
 
 LORA = [
     Case("LoRA", "every linear, r = 4"),
-    Case("LoRA", "rank pattern, by name, layer and expression", options(rank_pattern=RANKS)),
-    Case("LoRA", "alpha pattern", options(alpha_pattern=ALPHAS)),
-    Case("LoRA", "rank and alpha pattern", options(rank_pattern=RANKS, alpha_pattern=ALPHAS)),
+    Case("LoRA", "rank pattern, by name, layer and expression", options(rank_pattern=RANKS), uneven=True),
+    Case("LoRA", "alpha pattern", options(alpha_pattern=ALPHAS), uneven=True),
+    Case("LoRA", "rank and alpha pattern", options(rank_pattern=RANKS, alpha_pattern=ALPHAS), uneven=True),
     Case("LoRA", "attention only", options(**same("q_proj", "k_proj", "v_proj", "o_proj"))),
     Case("LoRA", "MLP only", options(**same("gate_proj", "up_proj", "down_proj"))),
-    Case("LoRA", "three layers only", options(layers_to_transform=[1, 3, 4])),
+    Case("LoRA", "three layers only", options(layers_to_transform=[1, 3, 4]), uneven=True),
     Case("LoRA", "rsLoRA", options(use_rslora=True)),
     Case("LoRA", "LoRA+", optimizer=loraplus),
     Case("LoRA", "LoRA-FA (A frozen)", optimizer=lora_fa, refused=PROBE),
@@ -178,7 +178,7 @@ QLORA = [
     qlora("4 bits, DoRA, 4 micro-batches", lambda: BitsAndBytesConfig(**FOUR_BIT),
           adapt=options(use_dora=True), loop=Loop(micro_batches=4)),
     qlora("4 bits, rank pattern, modules_to_save", lambda: BitsAndBytesConfig(**FOUR_BIT),
-          adapt=options(rank_pattern=RANKS, modules_to_save=["lm_head"])),
+          adapt=options(rank_pattern=RANKS, modules_to_save=["lm_head"]), uneven=True),
 ]  # fmt: skip
 
 # What each kind needs to be built at all; target_modules where nothing is said.

@@ -97,6 +97,7 @@ class Case:
     after: Callable[[nn.Module], None] = lambda model: None  # between the training and apply
     needs: tuple[str, ...] = ()
     rel: float = 1e-6  # of the scores
+    uneven: bool = False  # not every layer is measured alike: there are scores, but no plan by them
     slow: bool = False
 
     @property

@@ -21,6 +21,8 @@ Each row is a random model of six layers, trained for four steps under the probe
 * **scores**: all three kinds, and the layers a plan of three would remove, against float64 arithmetic on the gradients
   as they were just before `optimizer.step()` (relative difference at most 1e-6; 1e-4 for the
   estimator `exact`; 1e-2 for `orthogonal`, whose first step has G = 0 but for rounding).
+  "No plan": not every layer is measured alike, so `Igia.plan` refuses to compare their scores
+  ([training.md](training.md#which-layers-can-be-compared)).
 * **merged**: layer 3 folded into layer 2, every entry of these weights against the rule of the method; an entry whose
   importance lies within 1e-5 of the threshold may be on either side. Every other parameter bit for bit its own.
 * **dropped**: logits with layers 1, 3 and 4 removed, against the dense model with those layers skipped.

@@ -246,6 +246,7 @@ def test_a_run_of_all_stages(source, tmp_path, monkeypatch, capsys):
     assert [t["gap"] for t in auto["trials"]] == [gap(scores, 2), gap(scores, 3)]
     page = (out / "report.html").read_text()
     assert "3 of 6 layers go" in page and "took 9 steps beyond" in page and "gap at the cut" in page
+    assert len(results["probe"]["watched"]) == 6 and "watched of each layer" in page
     assert auto["reason"] in said.out and "chosen" in said.out and f"auto: {auto['reason']}" in said.err
 
 

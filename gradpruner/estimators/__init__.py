@@ -17,7 +17,12 @@ class Reader(Protocol):
 
     name: str
     weights: tuple[Weight, ...]
+    adapters: tuple[str, ...]  # of each weight, rank and scale of what adapts it; () for gradients of the weights
     devices: set[torch.device]  # of the gradients of the last `read`, wherever the weights are
+
+    def trained(self) -> list[tuple[int, Tensor]]:
+        """The parameters whose .grad is read, or added to, each with its layer."""
+        ...
 
     def read(self, inverse_scale: Tensor | None) -> Tensor:
         """||G||_F^2 of every weight for the step about to be taken, float64 (n,) in host memory.

@@ -19,12 +19,14 @@ from gradpruner.ops.linear import WeightSquares
 class ExactReader:
     """Replaces the forward of each linear in the decoder layers while the probe watches.
 
-    Its unit is the micro-batch, before clipping, on one process. A frozen weight's gradient is never stored; F
+    Its unit is the micro-batch, before clipping, on one process; a linear that runs more than once in the backward pass
+    of a micro-batch is refused, by ProbeError in the first step. A frozen weight's gradient is never stored; F
     stays on the weight's device (4 bytes an entry; importance=False keeps only sums). Costs the weight-gradient
     product that a frozen weight otherwise skips. Raises ProbeError if no plain linear is found.
     """
 
     name = "exact"
+    adapters: tuple[str, ...] = ()
 
     def __init__(self, decoder: Decoder, *, importance: bool, micro_batches: int) -> None:
         if not isinstance(micro_batches, int) or micro_batches < 1:
@@ -62,11 +64,22 @@ class ExactReader:
         igia = torch.zeros(weight.shape, device=weight.device) if self._importance else None
         return WeightSquares(total, igia, self._micro_batches)
 
+    def trained(self) -> list[tuple[int, Tensor]]:
+        """The weights that are not frozen."""
+        pairs = zip(self.weights, self._modules, strict=True)
+        return [(weight.layer, module.weight) for weight, module in pairs if module.weight.requires_grad]  # type: ignore[misc]
+
     def read(self, inverse_scale: Tensor | None) -> Tensor:
         """The sums since the last step, then zero: one copy per device, which nothing waits for."""
         if inverse_scale is not None:
             raise ProbeError("estimator 'exact' squares gradients before they are unscaled; use it without GradScaler")
         for squares, module, weight in zip(self._squares, self._modules, self.weights, strict=True):
+            if squares.repeated:
+                raise ProbeError(
+                    f"estimator 'exact': layer {weight.layer} {weight.name} runs more than once in one backward pass; "
+                    "it squares each run's part of the gradient, which is not the square of their sum: use "
+                    "estimator='lora' with adapters, or 'gradient' where the weights train"
+                )
             if module.weight.requires_grad and squares.calls % squares.micro_batches:
                 raise ProbeError(
                     f"estimator 'exact': layer {weight.layer} {weight.name} saw {squares.calls} backward calls in a "

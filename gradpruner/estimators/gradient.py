@@ -30,6 +30,7 @@ class GradientReader:
     """
 
     name = "gradient"
+    adapters: tuple[str, ...] = ()
 
     def __init__(self, decoder: Decoder, *, importance: bool, peers: Peers | None = None) -> None:
         self._decoder, self._importance, self._peers = decoder, importance, peers
@@ -38,6 +39,10 @@ class GradientReader:
             raise ProbeError(f"estimator {self.name!r}: no linear weight of the decoder layers trains{_other(decoder)}")
         self._f: dict[Weight, Tensor] = {}
         self.devices: set[torch.device] = set()
+
+    def trained(self) -> list[tuple[int, Tensor]]:
+        """The weights themselves."""
+        return [(weight.layer, self._decoder.parameter(weight)) for weight in self.weights]
 
     def read(self, inverse_scale: Tensor | None) -> Tensor:
         """Norms of this step; F only grows by a step whose gradients are all finite."""

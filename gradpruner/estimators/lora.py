@@ -60,16 +60,21 @@ class LoraReader:
                         f"estimator 'lora': layer {index} {path} has adapters on {module.parameter_name!r} "
                         "(target_parameters), which it does not read; expected adapters on linear layers only"
                     )
-                if (index, name) in known:
+                if (index, name) in known and _trained(module):
                     _check_factors(module, index, known[index, name])
                     found.append((index, name, module))
         if not found:
-            raise ProbeError("estimator 'lora': the decoder layers hold no LoRA adapter on a linear layer")
+            raise ProbeError("estimator 'lora': the decoder layers hold no LoRA adapter on a linear layer that trains")
         self._modules = [module for _, _, module in found]
         self.weights: tuple[Weight, ...] = tuple(known[index, name] for index, name, _ in found)
+        self.adapters: tuple[str, ...] = tuple(_rank_and_scale(module) for module in self._modules)
         self._kept = [_Kept() for _ in found]
         self._pending: list[list[tuple[Tensor, Tensor] | None]] = []  # of each step, a pair or none of each weight
         self.devices: set[torch.device] = set()
+
+    def trained(self) -> list[tuple[int, Tensor]]:
+        """A and B of every active adapter."""
+        return [(w.layer, p) for w, m in zip(self.weights, self._modules, strict=True) for p in _trained(m)]
 
     def read(self, inverse_scale: Tensor | None) -> Tensor:
         """Norms of this step's pairs; the pairs themselves are queued for `settle`."""
@@ -148,11 +153,25 @@ class LoraReader:
         """Nothing was changed in the model."""
 
 
+def _active(module: Any) -> list[str]:
+    """The names of the adapters of this linear that are in use."""
+    return [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+
+
+def _trained(module: Any) -> list[Tensor]:
+    """What trains of the adapters in use: A and B, no bias. AdaLoRA has bare parameters, and is refused later."""
+    factors = [factors[adapter] for adapter in _active(module) for factors in (module.lora_A, module.lora_B)]
+    return [p for p in (getattr(factor, "weight", factor) for factor in factors) if p.requires_grad]
+
+
+def _rank_and_scale(module: Any) -> str:
+    """What G has of the adapters besides the gradient: with another rank or scale it is larger or smaller for that."""
+    return ", ".join(f"r = {module.r[a]}, scale = {module.scaling[a]:.6g}" for a in _active(module))
+
+
 def _check_factors(module: Any, layer: int, weight: Weight) -> None:
     """Raises ProbeError unless the active adapters are pairs of factors (r, in) and (out, r) that both train."""
-    for adapter in module.active_adapters:
-        if adapter not in module.lora_A:
-            continue
+    for adapter in _active(module):
         pair: list[Any] = [getattr(factors[adapter], "weight", None) for factors in (module.lora_A, module.lora_B)]
         where = f"estimator 'lora': layer {layer} {weight.name}, adapter {adapter!r}"
         if pair[0] is None or pair[1] is None:
@@ -169,9 +188,7 @@ def _check_factors(module: Any, layer: int, weight: Weight) -> None:
 def _pair(module: Any, inverse_scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """This step's (gA, gB), several active adapters side by side along r; None without a gradient."""
     parts = []
-    for adapter in module.active_adapters:
-        if adapter not in module.lora_A:
-            continue
+    for adapter in _active(module):
         grads = gradient_of(module.lora_A[adapter].weight), gradient_of(module.lora_B[adapter].weight)
         if grads[0] is None or grads[1] is None:
             continue

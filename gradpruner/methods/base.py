@@ -62,6 +62,7 @@ class Method(abc.ABC):
     adapters: str = "discard"  # "keep": what the probe's steps trained stays in the model
     rank_factor: int = 1  # of the adapters that the cut model is trained with
     probed: ClassVar[bool] = False  # whether it asks what a probe saw
+    scored: ClassVar[bool] = False  # whether it goes by the scores that a probe gives the layers
 
     def settled(self, option: str) -> Any:
         """An option as it comes out, of this package's own method as its preset has it."""

@@ -62,6 +62,11 @@ class GradPruner(Method):
         """The settings, not the preset that they came from."""
         return {**vars(self.settings), "probe_steps": self.probe_steps, "rank": self.rank, "share": self.share}
 
+    @property
+    def scored(self) -> bool:  # type: ignore[override]
+        """Unless the gaps decide."""
+        return self.settings.kind not in KINDS
+
     def settled(self, option: str) -> Any:
         """As the preset has it, unless it is given."""
         return getattr(self.settings, option)

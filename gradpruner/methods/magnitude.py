@@ -26,7 +26,7 @@ class Magnitude(Dropping):
         """The Frobenius norm of all linear weights of a layer as one vector: no norms, biases, routers.
 
         Not divided by the number of weights: a layer with more of them counts as larger. Raises UnsupportedModel
-        if weights are packed by a quantiser.
+        if weights are packed by a quantiser, or a layer has no linear weight of its own.
         """
         with torch.no_grad():
             return [
@@ -36,11 +36,14 @@ class Magnitude(Dropping):
 
 
 def linear_parameters(decoder: Decoder) -> list[list[nn.Parameter]]:
-    """The linear weights of each layer. Raises UnsupportedModel if a quantiser packed one."""
+    """The linear weights of each layer. Raises UnsupportedModel if a quantiser packed one, or a layer has none."""
     layers: list[list[nn.Parameter]] = [[] for _ in decoder.layers]
     for weight in decoder.weights:
         parameter = decoder.parameter(weight)
         if is_packed(parameter):
             raise UnsupportedModel(f"layer {weight.layer} {weight.name} is quantised: its values cannot be read")
         layers[weight.layer].append(parameter)
+    bare = [layer for layer, weights in enumerate(layers) if not weights]
+    if bare:
+        raise UnsupportedModel(f"layers {bare} have no linear weight of their own: nothing there can be scored")
     return layers

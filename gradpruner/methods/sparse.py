@@ -57,6 +57,11 @@ class Sparse(Method):
         """As the method for layers is."""
         return self._layers.probed
 
+    @property
+    def scored(self) -> bool:  # type: ignore[override]
+        """As the method for layers is."""
+        return self._layers.scored
+
     def settled(self, option: str) -> Any:
         """As the method for layers has it."""
         return self._layers.settled(option)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gradpruner.decoder import Decoder
-from gradpruner.errors import InvalidArgument
+from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.logits import evaluating
 from gradpruner.methods.base import Clues, Dropping, register
 from gradpruner.methods.hidden import moved
@@ -28,7 +28,7 @@ class Taylor(Dropping):
         """The sum of |w g| over a layer's linear weights, g the gradient of the mean of the batches' losses.
 
         Needs the memory of one gradient of these weights, in their own dtype. Raises InvalidArgument without batches
-        or labels, UnsupportedModel if weights are packed by a quantiser.
+        or labels, UnsupportedModel if weights are packed by a quantiser, or a layer has none that gets a gradient.
         """
         decoder = Decoder(clues.model)
         layers = linear_parameters(decoder)
@@ -44,6 +44,9 @@ class Taylor(Dropping):
                     if loss is None:
                         raise InvalidArgument("batches: the model returned no loss; expected batches with labels")
                     (loss / len(clues.batches)).backward()
+            unseen = [j for j, weights in enumerate(layers) if all(weight.grad is None for weight in weights)]
+            if unseen:  # a sum of nothing would make them the first to go
+                raise UnsupportedModel(f"layers {unseen} got no gradient from any batch: they cannot be scored by it")
             return [sum(map(_importance, weights)) for weights in layers]
         finally:
             for parameter, flag, gradient in before:

@@ -24,7 +24,8 @@ class WeightSquares:
     total: float64 (), gets sum(g ** 2) of every squared call. igia: float32, the weight's shape, gets g ** 2;
     None to keep only the sum. micro_batches: backward calls that make one gradient of a trainable weight; it is
     squared on the last of them. A frozen weight's gradient is squared on every call, and never stored. power: 1 adds
-    abs(g) into igia in the place of g ** 2, for a frozen weight, and nothing into total.
+    abs(g) into igia in the place of g ** 2, for a frozen weight, and nothing into total. repeated: whether the weight
+    ran more than once in one backward pass: each run gives a part of the gradient, and what was squared is wrong.
     """
 
     total: Tensor
@@ -32,6 +33,8 @@ class WeightSquares:
     micro_batches: int = 1
     calls: int = 0
     power: int = 2
+    repeated: bool = False
+    last_pass: int = -1
 
 
 class _SquaredLinear(torch.autograd.Function):
@@ -49,6 +52,8 @@ class _SquaredLinear(torch.autograd.Function):
         entered, stored = _as_autocast_would(x), _as_autocast_would(weight)
         ctx.save_for_backward(entered, stored, weight)
         ctx.transposed, ctx.squares = transposed, squares
+        # not -1 in a recomputation by reentrant checkpointing, whose own backward pass is a part of that one
+        ctx.within = torch._C._current_graph_task_id()
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
         return functional.linear(
             entered, stored.t() if transposed else stored, None if bias is None else bias.to(stored.dtype)
@@ -75,6 +80,8 @@ class _SquaredLinear(torch.autograd.Function):
         # a transposed weight has the gradient x^T dy: the same op with the two exchanged
         first, second = (flat_dy, flat_x) if ctx.transposed else (flat_x, flat_dy)
         squares.calls += 1
+        this_pass = torch._C._current_graph_task_id() if ctx.within == -1 else ctx.within
+        squares.repeated, squares.last_pass = squares.repeated or this_pass == squares.last_pass, this_pass
         if squares.power == 1 and squares.igia is not None:
             wgrad_abs_accumulate_(squares.igia, first, second)
             return dx, None, dbias, None, None, None

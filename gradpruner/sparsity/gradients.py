@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.decoder import Decoder, linear_modules
-from gradpruner.errors import InvalidArgument
+from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.fused import fuse, is_replaced, unfuse
 from gradpruner.ops.linear import WeightSquares
 from gradpruner.sparsity.batches import Batch, need_full
@@ -23,7 +23,8 @@ def gradient_norms(model: nn.Module, batches: Sequence[Batch], p: int = 2) -> di
     model: plain. batches: with input_ids, and labels, or every token is one; each row is a sample. p: 1 or 2. The
     norms are float32 in the stored shape, on the weight's device. No gradient is stored, of any sample: 4 bytes an
     entry in all. A sample adds nothing to a weight whose gradient of it is not finite. Raises InvalidArgument, also
-    where a loss is not finite or a weight got no gradient from any sample, UnsupportedModel.
+    where a loss is not finite or a weight got no gradient from any sample, UnsupportedModel, also where a linear runs
+    more than once in a backward pass.
     Source: METHOD section 6 (GBLM-Pruner).
     """
     if p not in (1, 2) or isinstance(p, bool):
@@ -33,7 +34,7 @@ def gradient_norms(model: nn.Module, batches: Sequence[Batch], p: int = 2) -> di
     linears = {decoder.path_of(w): linear_modules(decoder, w.layer)[w.name] for w in prunable(decoder)}
     device = next(decoder.base.parameters()).device
     totals = {name: torch.zeros_like(module.weight, dtype=torch.float32) for name, module in linears.items()}  # type: ignore[arg-type]
-    with _folding(linears, totals, p), _frozen(decoder.base):
+    with _folding(linears, totals, p) as folded, _frozen(decoder.base):
         for batch in batches:
             for row in range(len(batch["input_ids"])):
                 sample = {name: t[row : row + 1].to(device) for name, t in batch.items()}
@@ -42,6 +43,7 @@ def gradient_norms(model: nn.Module, batches: Sequence[Batch], p: int = 2) -> di
                 if not math.isfinite(value):
                     raise InvalidArgument(f"batches: the loss of a sample is {value}; expected a finite one")
                 loss.backward()
+                _check_ran_once(folded)
     for name, total in totals.items():
         if not float(total.sum(dtype=torch.float64)) > 0:
             raise InvalidArgument(f"batches: the gradient of {name} is zero or not finite in every sample")
@@ -50,18 +52,30 @@ def gradient_norms(model: nn.Module, batches: Sequence[Batch], p: int = 2) -> di
     return totals
 
 
+def _check_ran_once(folded: Mapping[str, WeightSquares]) -> None:
+    for name, squares in folded.items():
+        if squares.repeated:
+            raise UnsupportedModel(
+                f"{name} runs more than once for one sample: the norm of a sample's gradient is not that of its parts; "
+                "expected a model that runs every linear once, or a criterion without gradients"
+            )
+
+
 @contextlib.contextmanager
-def _folding(linears: Mapping[str, nn.Module], totals: Mapping[str, Tensor], p: int) -> Iterator[None]:
+def _folding(
+    linears: Mapping[str, nn.Module], totals: Mapping[str, Tensor], p: int
+) -> Iterator[dict[str, WeightSquares]]:
     replaced = [name for name, module in linears.items() if is_replaced(module)]
     if replaced:
         raise InvalidArgument(f"something else has replaced the forward of {replaced[0]}; expected a plain model")
+    folded: dict[str, WeightSquares] = {}
     try:
         for name, module in linears.items():
             weight = module.weight
             assert isinstance(weight, Tensor)
-            squares = WeightSquares(weight.new_zeros((), dtype=torch.float64), totals[name], power=p)
-            fuse(module, squares)
-        yield
+            folded[name] = WeightSquares(weight.new_zeros((), dtype=torch.float64), totals[name], power=p)
+            fuse(module, folded[name])
+        yield folded
     finally:
         for module in linears.values():
             unfuse(module)
