@@ -342,12 +342,16 @@ def _demo(options: argparse.Namespace) -> dict[str, Any]:
 
 def _backends(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.ops import available_backends
+    from gradpruner.ops.backends import build_note
 
     found = available_backends()
     if found["cpp"] == "available":
         from gradpruner.ops.cpp import ISA
 
         found["cpp instruction set"] = ISA
+    note = build_note()
+    if note is not None:
+        found["cpp build"] = note
     return {"json": found, "line": "\n".join(f"{name}: {state}" for name, state in found.items())}
 
 
