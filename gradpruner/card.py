@@ -15,6 +15,7 @@ from gradpruner.checkpoint import PLAN_FILE
 from gradpruner.errors import InvalidArgument, ModelMismatch
 from gradpruner.files import atomic_path, read_json
 from gradpruner.igia import Igia
+from gradpruner.links import check_links
 from gradpruner.models import DEMO_MODEL
 from gradpruner.plan import Plan
 from gradpruner.shards import read_folder
@@ -52,6 +53,9 @@ def model_card(
     Raises InvalidArgument, ModelMismatch (the model does not have the layers that the plan keeps), CheckpointError.
     """
     folder = None if isinstance(source, nn.Module) else Path(source)
+    for place in (folder, base_model):  # what their files say goes into the card
+        if place is not None and Path(place).is_dir():
+            check_links(place)
     if plan is None:
         if folder is None or not (folder / PLAN_FILE).is_file():
             raise InvalidArgument(f"plan = None; expected a plan, or a checkpoint folder with {PLAN_FILE}")

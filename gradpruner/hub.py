@@ -16,6 +16,7 @@ from gradpruner.card import is_ours, model_card, write_card
 from gradpruner.checkpoint import free_memory, quiet, save
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 from gradpruner.igia import Igia
+from gradpruner.links import names_of, stays
 from gradpruner.logits import logits_of
 from gradpruner.plan import Plan
 from gradpruner.shards import INDEX, SINGLE, read_folder
@@ -117,12 +118,17 @@ def uploaded_files(folder: Path) -> list[str]:
     """What of a checkpoint folder may leave the machine, relative to it, sorted."""
     files = [file for file in folder.iterdir() if file.is_file()]
     files += [file for name in FOLDERS if (folder / name).is_dir() for file in (folder / name).iterdir()]
-    return sorted(str(file.relative_to(folder)) for file in files if _may_leave(file))
+    return sorted(str(file.relative_to(folder)) for file in files if _may_leave(file, folder))
 
 
-def _may_leave(file: Path) -> bool:
-    if not file.is_file() or file.name.startswith("."):
+def _may_leave(file: Path, folder: Path) -> bool:
+    return file.is_file() and stays(file, folder) and all(map(_may_be_called, names_of(file, folder)))
+
+
+def _may_be_called(name: str) -> bool:
+    if name.startswith("."):
         return False
-    if file.suffix in UPLOADED or file.name in SENTENCEPIECE:
+    suffix = Path(name).suffix
+    if suffix in UPLOADED or name in SENTENCEPIECE:
         return True
-    return not file.suffix and file.name.lower().startswith(LICENSES)
+    return not suffix and name.lower().startswith(LICENSES)

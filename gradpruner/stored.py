@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gradpruner.checkpoint import check_loaded, quiet
 from gradpruner.decoder import Decoder, Weight, sample_positions
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
+from gradpruner.links import check_links
 from gradpruner.models import refusing
 from gradpruner.shards import Stored, read_folder
 
@@ -38,13 +39,14 @@ class StoredModel:
     """The model of a folder of safetensors, built by the stock class on the meta device, and its tensors.
 
     tensors: the stored ones that the model uses, by the name they are stored under; roles: what becomes of each.
-    Raises InvalidArgument (no such folder or config), CheckpointError (damaged, or not all of the model is there),
-    UnsupportedModel (quantised, or holding adapters).
+    Raises InvalidArgument (no such folder or config), CheckpointError (damaged, not all of the model is there, or a
+    symbolic link leads out of the folder), UnsupportedModel (quantised, or holding adapters).
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         if not (folder / "config.json").is_file():
             raise InvalidArgument(f"source {str(folder)!r} is not a folder with a config.json")
+        check_links(folder)
         if (folder / "adapter_config.json").exists():
             raise UnsupportedModel(f"{folder} holds adapters: merge them into the model and save it first")
         self.config = config_of(folder, trust_remote_code)

@@ -17,6 +17,7 @@ from gradpruner.decoder import Decoder, Weight
 from gradpruner.errors import CheckpointError, UnsupportedModel
 from gradpruner.files import atomic_folder, write_json
 from gradpruner.igia import Igia
+from gradpruner.links import names_of, stays
 from gradpruner.logits import differ, logits_of
 from gradpruner.merge import check_fits, donors_of, merge_weight_, share_of, skipping_logits
 from gradpruner.plan import Plan
@@ -163,15 +164,18 @@ def _write_config(model: Any, folder: Path) -> None:
 
 
 def _copy_others(source: Path, folder: Path, *, code: bool) -> None:
-    for file in sorted(source.iterdir()):
-        if file.is_dir() and file.name in FOLDERS:
-            (folder / file.name).mkdir()
-            _copy_others(file, folder / file.name, code=code)
-        hidden, python = file.name.startswith("."), file.suffix == ".py"
-        if not file.is_file() or hidden or file.name.endswith(LEFT_BEHIND) or (python and not code):
+    files = [file for file in source.iterdir() if file.is_file()]
+    for name in FOLDERS:
+        if (source / name).is_dir():
+            (folder / name).mkdir()
+            files += [file for file in (source / name).iterdir() if file.is_file()]
+    left_behind = LEFT_BEHIND if code else (*LEFT_BEHIND, ".py")
+    for file in files:
+        names, copy = names_of(file, source), folder / file.relative_to(source)
+        if not stays(file, source) or any(name.startswith(".") or name.endswith(left_behind) for name in names):
             continue
-        if not (folder / file.name).exists():  # config.json is written already
-            shutil.copyfile(file, folder / file.name)
+        if not copy.exists():  # config.json is written already
+            shutil.copyfile(file, copy)
 
 
 def _check_bytes(written: dict[str, Stored], checksums: dict[str, int]) -> None:
