@@ -14,7 +14,7 @@ from torch import nn
 from gradpruner.checkpoint import PLAN_FILE
 from gradpruner.errors import InvalidArgument, ModelMismatch
 from gradpruner.files import atomic_path, read_json
-from gradpruner.igia import Igia
+from gradpruner.igia import SCORES, Igia
 from gradpruner.links import check_links
 from gradpruner.models import DEMO_MODEL
 from gradpruner.plan import Plan
@@ -38,7 +38,7 @@ def model_card(
     base_model: str | os.PathLike[str] | None = None,
     license: str | None = None,
     scores: Igia | Sequence[float] | None = None,
-    kind: str = "squared",
+    kind: str | None = None,
     results: Sequence[Mapping[str, Any]] = (),
     trust_remote_code: bool = False,
 ) -> str:
@@ -47,9 +47,9 @@ def model_card(
     source: the pruned model, or its checkpoint folder. plan: default the folder's gradpruner.json. name: hub id or
     path that the instructions for loading use. base_model: hub id or folder of the dense model; default where the
     model was loaded from. license: default that of the base model's card, in its folder, in the hub's cache, or left
-    in `source`; nothing is downloaded. scores: an igia, or one score a layer, of this kind. results: rows of a table
-    with one line a measure, as `pipeline.comparison` makes them. trust_remote_code: for a config class that comes with
-    the model.
+    in `source`; nothing is downloaded. scores: an igia, or one score a layer. kind: of the scores, by default the kind
+    that the plan was chosen by; an igia needs one, and no other is accepted. results: rows of a table with one line a
+    measure, as `pipeline.comparison` makes them. trust_remote_code: for a config class that comes with the model.
     Raises InvalidArgument, ModelMismatch (the model does not have the layers that the plan keeps), CheckpointError.
     """
     folder = None if isinstance(source, nn.Module) else Path(source)
@@ -66,6 +66,7 @@ def model_card(
     layers = config.get_text_config(decoder=True).num_hidden_layers
     if layers != len(plan.kept):
         raise ModelMismatch(f"the model has {layers} decoder layers; the plan keeps {len(plan.kept)}")
+    kind = _kind(scores, kind, plan)
     values = _scores(scores, kind, plan)
     base, carried = _base(base_model if base_model is not None else _loaded_from(source, config), folder)
     if license is not None:
@@ -107,10 +108,28 @@ def _cell(value: Any) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _scores(scores: Igia | Sequence[float] | None, kind: str, plan: Plan) -> list[float] | None:
+def _kind(scores: Igia | Sequence[float] | None, kind: str | None, plan: Plan) -> str | None:
+    """The kind of score that the card shows: the one that chose the layers, so that the table explains the cut."""
+    if kind is not None and plan.kind is not None and kind != plan.kind:
+        raise InvalidArgument(f"kind = {kind!r}; the plan was chosen by {plan.kind!r} scores: expected that, or None")
+    found = kind or plan.kind
+    if found is None and isinstance(scores, Igia):
+        raise InvalidArgument(
+            f"kind = None; the plan does not say which score chose it. Accepted are {', '.join(SCORES)}"
+        )
+    return found
+
+
+def _scores(scores: Igia | Sequence[float] | None, kind: str | None, plan: Plan) -> list[float] | None:
     if scores is None:
         return None
-    values = scores.layer_scores(kind).tolist() if isinstance(scores, Igia) else [float(score) for score in scores]
+    if isinstance(scores, Igia):
+        if plan.model is not None and scores.model != plan.model:
+            raise ModelMismatch("scores is an igia of another model than the plan was made for")
+        assert kind is not None
+        values = scores.layer_scores(kind).tolist()
+    else:
+        values = [float(score) for score in scores]
     if len(values) != plan.layers:
         raise InvalidArgument(f"scores has {len(values)} values; expected {plan.layers}, one for every layer")
     return values
@@ -223,7 +242,7 @@ def _ratios(plan: Plan, parameter_ratio: float | None, parameters: int) -> str:
     return "## Size\n\n" + markdown_table(rows)
 
 
-def _layers(plan: Plan, scores: Sequence[float] | None, kind: str) -> str:
+def _layers(plan: Plan, scores: Sequence[float] | None, kind: str | None) -> str:
     assert isinstance(plan.merge, Mapping)
     merged = ", ".join(f"{donors} into {target}" for target, donors in _merges(plan)) or "none"
     lists = (
@@ -236,7 +255,8 @@ def _layers(plan: Plan, scores: Sequence[float] | None, kind: str) -> str:
     rows = [
         {"layer": layer, "score": f"{score:.4g}", "": fates.get(layer, "kept")} for layer, score in enumerate(scores)
     ]
-    return f"## Layers\n\n{lists}\n\nScores (`{kind}`), the lowest go first:\n\n{markdown_table(rows)}"
+    named = f" (`{kind}`)" if kind else ""
+    return f"## Layers\n\n{lists}\n\nScores{named}, the lowest go first:\n\n{markdown_table(rows)}"
 
 
 def _merges(plan: Plan) -> list[tuple[int, str]]:

@@ -211,16 +211,19 @@ def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.pipeline import watch
+    from gradpruner.settings import Settings
 
     recipe = given.recipe(options)
     model, tokenizer, ordered = _training(options, recipe)
     _, igia = watch(model, tokenizer, ordered, recipe, of_steps=options.of_steps, quiet=options.json)
-    scores = igia.layer_scores()
+    kind = Settings.of().kind  # what `plan` goes by unless it is asked for another
+    scores = igia.layer_scores(kind)
     igia.save(options.out)
     return {
-        "json": {"igia": options.out, "steps": igia.steps, "skipped": igia.skipped, "layer_scores": scores.tolist()},
-        "line": f"{options.out}: {igia.steps} usable steps, {igia.skipped} skipped, weakest layers first: "
-                f"{scores.argsort().tolist()}",
+        "json": {"igia": options.out, "steps": igia.steps, "skipped": igia.skipped, "kind": kind,
+                 "layer_scores": scores.tolist()},
+        "line": f"{options.out}: {igia.steps} usable steps, {igia.skipped} skipped, weakest layers first by {kind!r} "
+                f"scores: {scores.argsort().tolist()}",
     }  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def plan_gaps(
         raise UnsupportedModel(f"kind = {kind!r} looks at decoder-only models; accepted are squared, norm, normalized")
     removed = cheapest(gap_costs(decoder, batches, kind), total, count, protected)
     parameters = sum(decoder.parameters_of(j) for j in removed)
-    return Plan(total, removed, (), decoder.fingerprint(), parameters / decoder.total_parameters())
+    return Plan(total, removed, (), decoder.fingerprint(), parameters / decoder.total_parameters(), kind)
 
 
 def cheapest(costs: Costs, layers: int, count: int, protect: Iterable[int] = (0,)) -> list[int]:

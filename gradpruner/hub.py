@@ -40,7 +40,7 @@ def push_to_hub(
     base_model: str | os.PathLike[str] | None = None,
     license: str | None = None,
     scores: Igia | Sequence[float] | None = None,
-    kind: str = "squared",
+    kind: str | None = None,
     results: Sequence[Mapping[str, Any]] = (),
     private: bool | None = None,
     token: str | bool | None = None,

@@ -144,7 +144,7 @@ class Igia:
         protect: Iterable[int] = (0,),
     ) -> Plan:
         """Decide which layers go (see `gradpruner.plan.select`). Raises InvalidArgument, ProbeError."""
-        return self._plan(self.layer_scores(kind), ratio, count, of, merge, protect)
+        return self._plan(self.layer_scores(kind), ratio, count, of, merge, protect, kind)
 
     def _plan(
         self,
@@ -154,6 +154,7 @@ class Igia:
         of: str,
         merge: str | int,
         protect: Iterable[int],
+        kind: str,
     ) -> Plan:
         return select(
             scores.tolist(),
@@ -166,10 +167,15 @@ class Igia:
             layer_parameters=self.layer_parameters,
             total_parameters=self.total_parameters,
             model=self.model,
+            kind=kind,
         )
 
-    def margin(self, plan: Plan, kind: str = "squared", *, protect: Iterable[int] = (0,)) -> float:
-        """How clear the cut is: 1 - (highest removed score / lowest kept score), 0 where they are equal (D)."""
+    def margin(self, plan: Plan, kind: str | None = None, *, protect: Iterable[int] = (0,)) -> float:
+        """How clear the cut is: 1 - (highest removed score / lowest kept score), 0 where they are equal (D).
+
+        kind: default the score that chose the plan; "squared" for a plan that names none.
+        """
+        kind = kind or plan.kind or "squared"
         scores = self.layer_scores(kind)
         kept = [float(scores[j]) for j in plan.kept if j not in set(protect)]
         removed = [float(scores[j]) for j in plan.removed]
@@ -177,15 +183,19 @@ class Igia:
             return 0.0
         return 1.0 - max(removed) / min(kept)
 
-    def stability(self, plan: Plan, kind: str = "squared", *, protect: Iterable[int] = (0,)) -> list[float]:
-        """Rank stability: after each step, the share of `plan.removed` that would already be removed (D)."""
+    def stability(self, plan: Plan, kind: str | None = None, *, protect: Iterable[int] = (0,)) -> list[float]:
+        """Rank stability: after each step, the share of `plan.removed` that would already be removed (D).
+
+        kind: as for `margin`.
+        """
+        kind = kind or plan.kind or "squared"
         final, shares = set(plan.removed), []
         protected = list(protect)
         for steps in range(1, self.steps + 1):
             if not final or not bool((self.square_norms[:steps] > 0).any()):
                 shares.append(0.0)
                 continue
-            early = self._plan(self.layer_scores(kind, steps=steps), None, len(final), "layers", 0, protected)
+            early = self._plan(self.layer_scores(kind, steps=steps), None, len(final), "layers", 0, protected, kind)
             shares.append(len(final & set(early.removed)) / len(final))
         return shares
 

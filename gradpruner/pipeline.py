@@ -191,7 +191,7 @@ class Run:
         plan = early or self.plan()
         self.cut(plan)
         rows.append(self.pruned(plan))
-        igia, kind = self.probe(), self.job.settings.kind
+        igia, kind = self.probe(), plan.kind or self.job.settings.kind
         results = {
             "rows": rows,
             "plan": plan.to_dict(),

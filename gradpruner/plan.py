@@ -27,7 +27,8 @@ class Plan:
     drop: layers removed outright. merge: layers removed after being folded into a kept layer before them:
     either a list (target: the nearest kept layer before) or a mapping from layer to target.
     model: fingerprint of the model the plan was made for, if known. parameter_ratio: share of all
-    parameters that the plan removes, if known. Raises InvalidArgument if the lists do not fit together.
+    parameters that the plan removes, if known. kind: the layer score that chose the layers ("norm", say), if one of
+    this package's did. Raises InvalidArgument if the lists do not fit together.
     """
 
     layers: int
@@ -35,12 +36,15 @@ class Plan:
     merge: Mapping[int, int] | Sequence[int] = field(default_factory=dict)
     model: str | None = None
     parameter_ratio: float | None = None
+    kind: str | None = field(default=None, compare=False)  # plans that do the same are equal
 
     def __post_init__(self) -> None:
         """Normalise to a sorted tuple and a sorted dict, then check everything."""
         if not _is_int(self.layers) or self.layers < 1:
             raise InvalidArgument(f"layers = {self.layers!r}; expected the number of decoder layers, 1 or more")
         drop, merged = _indices("drop", self.drop, self.layers), _indices("merge", self.merge, self.layers)
+        if self.kind is not None and not isinstance(self.kind, str):
+            raise InvalidArgument(f"kind = {self.kind!r}; expected the name of a layer score, or None")
         both = sorted(set(drop) & set(merged))
         if both:
             raise InvalidArgument(f"layers {both} are in both drop and merge; expected each in one")
@@ -105,6 +109,7 @@ class Plan:
             "layer_ratio": self.layer_ratio,
             "parameter_ratio": self.parameter_ratio,
             "model": self.model,
+            "kind": self.kind,
         }
 
     @classmethod
@@ -120,6 +125,7 @@ class Plan:
                 merge,
                 content.get("model"),
                 content.get("parameter_ratio"),
+                content.get("kind"),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, InvalidArgument):
@@ -151,6 +157,7 @@ def select(
     layer_parameters: Sequence[int] | None = None,
     total_parameters: int | None = None,
     model: str | None = None,
+    kind: str | None = None,
 ) -> Plan:
     """Turn layer scores into a plan: the lowest go first (source: P; ties: the lower index is kept, D).
 
@@ -158,7 +165,8 @@ def select(
     layers that reach it); or count: how many layers. merge: "auto" drops the lowest round(0.3 L) and folds the
     rest of the removed into the nearest kept layer of the same structure before (METHOD section 2); a number
     folds that many, the highest-scored of the removed; 0 none. protect: layers that stay whatever they score.
-    structures: one value a layer, equal where layers can be merged. Raises InvalidArgument.
+    structures: one value a layer, equal where layers can be merged. kind: what the scores are called, for the plan to
+    remember. Raises InvalidArgument.
     """
     total = len(scores)
     if total == 0 or not all(math.isfinite(s) for s in scores):
@@ -185,7 +193,7 @@ def select(
     parameter_ratio = None
     if layer_parameters is not None and total_parameters:
         parameter_ratio = sum(layer_parameters[j] for j in removed) / total_parameters
-    return Plan(total, sorted(set(removed) - set(targets)), targets, model, parameter_ratio)
+    return Plan(total, sorted(set(removed) - set(targets)), targets, model, parameter_ratio, kind)
 
 
 def how_many(layers: int, ratio: float) -> int:

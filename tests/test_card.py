@@ -79,7 +79,7 @@ def test_both_ratios_or_that_one_is_not_known(pruned):
     by_hand = gradpruner.Plan(plan.layers, plan.drop, plan.merge)
     assert "| 50.0% |" in gradpruner.model_card(model, by_hand)
     assert "not recorded" in gradpruner.model_card(model, by_hand)
-    assert f"{plan.parameter_ratio:.1%}" in gradpruner.model_card(model, by_hand, scores=igia)
+    assert f"{plan.parameter_ratio:.1%}" in gradpruner.model_card(model, by_hand, scores=igia, kind="squared")
 
 
 def test_the_license_of_the_base_model_is_carried_over(pruned, folder, tmp_path, monkeypatch):
@@ -306,7 +306,8 @@ def test_a_run_leaves_a_card(pruned, tmp_path, monkeypatch):
     run.everything()
     text = (run.folder / "model" / "README.md").read_text()
     assert ModelCard(text).data.base_model == "acme/dense-1B"
-    assert "| exact match | 0.500 | 0.500 | 100.0% |" in text and "Scores (`norm`)" in text
+    assert "| exact match | 0.500 | 0.500 | 100.0% |" in text
+    assert plan.kind == "squared" and "Scores (`squared`)" in text  # as this plan was chosen, whatever the job says
     labels = [line[""] for line in comparison(rows)]
     assert set(OF_THE_MACHINE) < set(labels) and not any(label in text for label in OF_THE_MACHINE)
 
