@@ -20,6 +20,8 @@ from gradpruner.links import names_of, stays
 from gradpruner.logits import logits_of
 from gradpruner.plan import Plan
 from gradpruner.shards import INDEX, SINGLE, read_folder
+from gradpruner.sparsity.masks import Masks
+from gradpruner.sparsity.saving import MASKS, check_stored
 from gradpruner.stored import StoredModel
 from gradpruner.streaming import FOLDERS
 
@@ -28,7 +30,9 @@ UPLOADED = (".safetensors", ".json", ".jinja", ".txt", ".md")
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 LICENSES = ("license", "notice", "use_policy")
 # of an earlier upload: vLLM and others read every *.safetensors they find, and transformers takes an adapter first
-REPLACED = (SINGLE, INDEX, "model-*-of-*.safetensors", "pytorch_model*.bin", "adapter_config.json", "adapter_model.*")
+REPLACED = (
+    SINGLE, INDEX, "model-*-of-*.safetensors", "pytorch_model*.bin", "adapter_config.json", "adapter_model.*", MASKS,
+)  # fmt: skip
 
 
 def push_to_hub(
@@ -98,12 +102,17 @@ def push_to_hub(
 
 
 def verify_folder(folder: Path) -> None:
-    """Raises CheckpointError (or InvalidArgument, UnsupportedModel) unless the folder is a whole, sound checkpoint."""
+    """Raises CheckpointError unless the folder is a whole, sound checkpoint.
+
+    Also raises InvalidArgument, ModelMismatch (the model does not keep to the masks in the folder), UnsupportedModel.
+    """
     stored = StoredModel(folder)
     tensors = read_folder(folder)
     strange = sorted(tensors.keys() - stored.tensors.keys())
     if strange:
         raise CheckpointError(f"{folder} holds tensors that its model has no place for: {strange[:3]}")
+    if (folder / MASKS).is_file():
+        check_stored(stored, Masks.load(folder / MASKS))
     if 2 * sum(tensor.size for tensor in tensors.values()) >= free_memory():
         return
     kind: Any = type(stored.model)
@@ -129,6 +138,6 @@ def _may_be_called(name: str) -> bool:
     if name.startswith("."):
         return False
     suffix = Path(name).suffix
-    if suffix in UPLOADED or name in SENTENCEPIECE:
+    if suffix in UPLOADED or name in SENTENCEPIECE or name == MASKS:
         return True
     return not suffix and name.lower().startswith(LICENSES)

@@ -31,6 +31,7 @@ from gradpruner.models import load_model
 from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import Plan
 from gradpruner.probed import IGIA, save_probed, with_probed
+from gradpruner.provenance import refuse_masks
 from gradpruner.report import html_report, plot_layer_scores
 from gradpruner.settings import Settings
 from gradpruner.sparsity.masks import HoldSparsity, Masks
@@ -350,8 +351,10 @@ class Run:
         return self._rows(tokenizer)[: self.job.probing * self.job.recipe.rows_a_step]
 
     def _load(self, source: str) -> tuple[Any, Any]:
-        return load_model(source, dtype=torch_dtype(self.job.dtype), attention=self.job.attention,
-                          trust_remote_code=self.job.trust_remote_code)  # fmt: skip
+        loaded = load_model(source, dtype=torch_dtype(self.job.dtype), attention=self.job.attention,
+                            trust_remote_code=self.job.trust_remote_code)  # fmt: skip
+        refuse_masks(source, "run")
+        return loaded
 
     def _rows(self, tokenizer: Any) -> list[Row]:
         tokens = tokenize(self._examples[0], tokenizer, max_length=self.job.max_length, train_on=self.job.train_on)  # type: ignore[arg-type]
@@ -366,14 +369,17 @@ def watch(
     *,
     of_steps: int | None = None,
     quiet: bool = False,
+    masks: Masks | None = None,
 ) -> tuple[Any, Igia]:
     """Train on `ordered`, on adapters unless rank is 0, with a probe watching every step: the trained model, the igia.
 
-    of_steps: steps of the run that the probe is the beginning of; its learning rate is that run's (P).
+    of_steps: steps of the run that the probe is the beginning of; its learning rate is that run's (P). masks: see
+    `tune`; a probe only looks, so adapters are left as they are.
     """
     watched = add_adapters(model, recipe) if recipe.rank else model
     probe = ProbeCallback(len(ordered) // recipe.rows_a_step)
-    train(watched, ordered, Collator(tokenizer), recipe, of_steps=of_steps, callbacks=[probe], quiet=quiet)
+    callbacks = [probe, *_holding(masks, recipe)]
+    train(watched, ordered, Collator(tokenizer), recipe, of_steps=of_steps, callbacks=callbacks, quiet=quiet)
     return watched, probe.igia
 
 
@@ -391,12 +397,15 @@ def tune(
     masks: kept to in every step where all weights train, and by what adapters have become.
     """
     trained = add_adapters(model, recipe) if recipe.rank else model
-    holding = [HoldSparsity(masks)] if masks is not None and not recipe.rank else []
-    training = train(trained, ordered, Collator(tokenizer), recipe, quiet=quiet, callbacks=holding)
+    training = train(trained, ordered, Collator(tokenizer), recipe, quiet=quiet, callbacks=_holding(masks, recipe))
     plain = finish(trained)
     if masks is not None:
         masks.apply_(plain)
     return plain, training
+
+
+def _holding(masks: Masks | None, recipe: Recipe) -> list[HoldSparsity]:
+    return [HoldSparsity(masks)] if masks is not None and not recipe.rank else []
 
 
 def measure(

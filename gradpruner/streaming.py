@@ -22,6 +22,8 @@ from gradpruner.logits import differ, logits_of
 from gradpruner.merge import check_fits, donors_of, merge_weight_, share_of, skipping_logits
 from gradpruner.plan import Plan
 from gradpruner.shards import Pending, Stored, bytes_of, checksum_of, read_folder, write_folder
+from gradpruner.sparsity.masks import Masks
+from gradpruner.sparsity.saving import MASKS, check_stored
 from gradpruner.stored import IN_MEMORY, StoredModel, config_of, load_empty
 from gradpruner.surgery import prepare
 
@@ -29,7 +31,7 @@ LARGEST_SHARD = 5 * 10**9  # bytes
 # of other weights, or able to hold code; they would describe the model as it was
 LEFT_BEHIND = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".gguf", ".onnx",
-    ".index.json",
+    ".index.json", MASKS,
 )  # fmt: skip
 FOLDERS = ("additional_chat_templates",)  # of a tokenizer
 
@@ -74,7 +76,8 @@ def apply_folder(
     at a time (in memory: that weight, its donors, their importance), and layers that are only dropped are never
     read. source: safetensors, in one file or shards. igia: `Igia.load(..., lazy=True)` leaves its importance in its
     file too. The other files of the folder come along, except other weights, pickles, and Python code unless
-    trust_remote_code. top, weight: see `apply`. Source: METHOD section 3.
+    trust_remote_code. Masks in the folder (`save_sparse`) come along for the layers that are kept. top, weight: see
+    `apply`. Source: METHOD section 3.
 
     The folder gets its name only after its files were read again: every checksum, and keys, shapes and dtypes by
     the stock class; where the dense model fits in memory twice, also the logits, against the dense model with the
@@ -83,6 +86,7 @@ def apply_folder(
     share, source = share_of(top), Path(source)
     stored = StoredModel(source, trust_remote_code=trust_remote_code)
     check_fits(stored.decoder, plan, igia, stored.samples)
+    masks = _kept_masks(stored, source, plan)
     surgery = prepare(stored.decoder, plan.kept)
     merges = _merges(stored, plan, igia, share, weight) if igia is not None else {}
     pending = _pending(stored, plan, merges)
@@ -93,6 +97,9 @@ def apply_folder(
         _write_config(stored.model, temporary)
         _copy_others(source, temporary, code=trust_remote_code)
         write_json(temporary / PLAN_FILE, plan.to_dict())
+        if masks is not None:
+            masks.save(temporary / MASKS)
+            check_stored(StoredModel(temporary, trust_remote_code=trust_remote_code), masks)
         written = read_folder(temporary)
         _check_bytes(written, checksums)
         kind = type(stored.model)
@@ -102,6 +109,15 @@ def apply_folder(
             replaced = {name: written[pending[merge.kept.name].name] for name, merge in merges.items()}
             _check_logits(kind, source, temporary, plan, replaced, trust_remote_code)
     return Path(out)
+
+
+def _kept_masks(stored: StoredModel, source: Path, plan: Plan) -> Masks | None:
+    """The masks of the folder for the layers that stay; checked first, so that no stale ones are carried along."""
+    if not (source / MASKS).is_file():
+        return None
+    masks = Masks.load(source / MASKS)
+    check_stored(stored, masks)
+    return masks.of_layers(stored.model, plan.kept)
 
 
 def _merges(stored: StoredModel, plan: Plan, igia: Igia, share: Fraction, scale: float) -> dict[str, Merge]:

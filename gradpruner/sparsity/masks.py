@@ -1,11 +1,12 @@
-"""Masks: which weights of a model stay, as bits in one safetensors file, and how training keeps to them."""
+"""Masks: which weights of a model stay, as bits in one file, and how training keeps to them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from gradpruner.files import atomic_path
 from gradpruner.shards import bytes_of, read_header
 from gradpruner.sparsity.bits import pack, unpack
 
-FORMAT = "gradpruner.masks/1"
+FORMAT = "gradpruner.masks/2"
+PREFIX = "mask of "  # before the names of tensors, so that no program can take a mask for a weight
 
 
 @dataclass(frozen=True)
@@ -65,29 +67,60 @@ class Masks:
 
     def check(self, model: nn.Module) -> None:
         """Raises ModelMismatch unless the model has these weights, and every masked entry of them is zero."""
-        for name, (weight, mask) in zip(self.bits, self._matched(model), strict=True):
-            if bool(weight.detach()[~unpack(mask.to(weight.device), weight.shape[1])].any()):
-                raise ModelMismatch(f"{name} has entries that its mask has taken out")
+        for name, (weight, _) in zip(self.bits, self._matched(model), strict=True):
+            self.check_weight(name, weight)
+
+    def check_weight(self, name: str, weight: Tensor) -> None:
+        """Raises ModelMismatch unless every masked entry of this weight, (out, in), is zero."""
+        mask = self._fitting(name, tuple(weight.shape))
+        if bool(weight.detach()[~unpack(mask.to(weight.device), weight.shape[1])].any()):
+            raise ModelMismatch(f"{name} has entries that its mask has taken out")
+
+    def of_layers(self, model: nn.Module, kept: Sequence[int]) -> Masks:
+        """Masks of the smaller model that only the decoder layers `kept` are left of, under their new numbers.
+
+        A merge keeps to the masks of the layer that it adds to: zero has no sign, so nothing is added to it. A patch
+        does not. model: the model before or after the layers were removed. Raises ModelMismatch.
+        """
+        new = {f"{Decoder(model).path}.{old}.": f"{Decoder(model).path}.{i}." for i, old in enumerate(kept)}
+        renamed = {}
+        for name in self.bits:
+            match = re.match(rf"{re.escape(Decoder(model).path)}\.\d+\.", name)
+            if match is None:
+                raise ModelMismatch(f"the model has no weight {name!r}; the masks are another model's")
+            if match[0] in new:
+                renamed[name] = new[match[0]] + name.removeprefix(match[0])
+        bits = {renamed[name]: mask for name, mask in self.bits.items() if name in renamed}
+        return Masks(bits, {renamed[name]: self.widths[name] for name in renamed}, self.about)
+
+    def _fitting(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The bits of a weight of this shape, (out, in). Raises ModelMismatch if they are not."""
+        mask = self.bits[name]
+        if mask.dtype != torch.uint8 or mask.ndim != 2 or mask.shape[1] != -(-self.widths[name] // 8):
+            raise ModelMismatch(f"{name}: its mask is {mask.dtype} of {tuple(mask.shape)}, not bits of its inputs")
+        if (len(mask), self.widths[name]) != shape:
+            raise ModelMismatch(f"{name} is {shape}; its mask {(len(mask), self.widths[name])}")
+        return mask
 
     def _matched(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         decoder, found = Decoder(model), list[tuple[Tensor, Tensor]]()
         weights = {decoder.path_of(weight): weight for weight in decoder.weights}
-        for name, mask in self.bits.items():
+        for name in self.bits:
             if name not in weights:
                 raise ModelMismatch(f"the model has no weight {name!r}; the masks are another model's")
             stored = decoder.parameter(weights[name]).data
             weight = stored.t() if weights[name].transposed else stored
             if is_packed(decoder.parameter(weights[name])) or is_sharded(decoder.parameter(weights[name])):
                 raise UnsupportedModel(f"{name} is quantised or sharded: masks apply to plain weights")
-            if mask.dtype != torch.uint8 or mask.ndim != 2 or mask.shape[1] != -(-self.widths[name] // 8):
-                raise ModelMismatch(f"{name}: its mask is {mask.dtype} of {tuple(mask.shape)}, not bits of its inputs")
-            if (len(mask), self.widths[name]) != tuple(weight.shape):
-                raise ModelMismatch(f"{name} is {tuple(weight.shape)}; its mask {(len(mask), self.widths[name])}")
-            found.append((weight, mask))
+            found.append((weight, self._fitting(name, tuple(weight.shape))))
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, whole or not at all, with checksums. Raises InvalidArgument, CheckpointError."""
+        """Write one file, whole or not at all, with checksums. Raises InvalidArgument, CheckpointError.
+
+        Its content is safetensors. Give it another ending where it lies beside weights: servers read every file that
+        ends in .safetensors.
+        """
         tensors = {name: mask.contiguous() for name, mask in self.bits.items()}
         header = {
             "format": FORMAT,
@@ -97,7 +130,8 @@ class Masks:
         }
         with atomic_path(path) as temporary:
             try:
-                save_file(tensors, temporary, metadata={"gradpruner": json.dumps(header)})
+                prefixed = {PREFIX + name: mask for name, mask in tensors.items()}
+                save_file(prefixed, temporary, metadata={"gradpruner": json.dumps(header)})
             except SafetensorError as error:
                 raise OSError(str(error)) from error
 
@@ -106,8 +140,9 @@ class Masks:
         """Read what `save` wrote. Raises InvalidArgument if there is no file, CheckpointError if it is damaged."""
         if not Path(path).is_file():
             raise InvalidArgument(f"masks file {str(path)!r} does not exist")
-        stored, metadata = read_header(Path(path))
+        prefixed, metadata = read_header(Path(path))
         try:
+            stored = {name.removeprefix(PREFIX): tensor for name, tensor in prefixed.items()}
             header = json.loads(metadata.get("gradpruner", "{}"))
             if header["format"] != FORMAT or not header["crc32"].keys() == header["widths"].keys() == stored.keys():
                 raise ValueError(f"expected format {FORMAT!r}, and a width and a checksum of each mask")

@@ -1,0 +1,78 @@
+"""What a checkpoint says of how it was made: the plan it was pruned by and the masks it keeps to.
+
+Both lie beside the weights, where loading the model does not see them. So whoever loads a model to train, cut or save
+it asks here, and carries them along or refuses.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gradpruner.checkpoint import PLAN_FILE
+from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
+from gradpruner.files import read_json
+from gradpruner.models import DEMO_MODEL
+from gradpruner.plan import Plan
+from gradpruner.sparsity.masks import Masks
+from gradpruner.sparsity.saving import MASKS
+
+
+def plan_of(source: str, model: Any) -> Plan | None:
+    """The plan that a loaded model was pruned by, None if there is none. source: what `load_model` loaded it from.
+
+    Raises ModelMismatch if the model has another number of layers than the plan leaves, CheckpointError.
+    """
+    path = _beside(source, PLAN_FILE)
+    if path is None:
+        return None
+    plan = Plan.from_dict(read_json(path, "plan"))
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if layers != len(plan.kept):
+        raise ModelMismatch(
+            f"{path} keeps {len(plan.kept)} decoder layers; the model beside it has {layers}. "
+            "Remove the file if it is another model's"
+        )
+    return plan
+
+
+def masks_of(source: str, model: Any) -> Masks | None:
+    """The masks that a loaded model keeps to, None if there are none. source: what `load_model` loaded it from.
+
+    Raises ModelMismatch if the model does not keep to them, CheckpointError.
+    """
+    path = _beside(source, MASKS)
+    if path is None:
+        return None
+    masks = Masks.load(path)
+    try:
+        masks.check(model)
+    except ModelMismatch as error:
+        raise ModelMismatch(f"{path}: {error}. Remove the file if the model need not keep to it") from None
+    return masks
+
+
+def refuse_masks(source: str, what: str) -> None:
+    """Raises InvalidArgument if the checkpoint `source` holds masks, which `what`, a command, would not keep to."""
+    if _beside(source, MASKS) is not None:
+        raise InvalidArgument(
+            f"{what}: source {source!r} holds {MASKS}, and {what} would not keep to these masks. The commands probe, "
+            "plan, apply and finetune do. Or remove the file, if the zeros need not stay"
+        )
+
+
+def _beside(source: str, name: str) -> Path | None:
+    """A file of a checkpoint folder or hub repository. Where the hub cannot be reached, its cache alone is asked."""
+    if source == DEMO_MODEL or Path(source).is_file():
+        return None  # one GGUF file
+    if Path(source).is_dir():
+        return path if (path := Path(source, name)).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(source, name))
+    except EntryNotFoundError:  # also raised offline, for a file that is not in the cache
+        return None
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"whether {source} holds {name} could not be looked up: {error}") from error
