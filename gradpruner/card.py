@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,20 @@ def write_card(folder: str | os.PathLike[str], text: str) -> Path:
 def is_ours(folder: str | os.PathLike[str]) -> bool:
     """Whether the folder's README.md is a card of a pruned model, not one that came along with the dense model."""
     return TAG in (_metadata_of(Path(folder) / CARD_FILE).get("tags") or ())
+
+
+def carry_card(source: Path, folder: Path) -> None:
+    """Write what the card of `source` says of its licence and base model into `folder`, with a model made from it.
+
+    The dense model's card comes along whole. A card of ours describes another state of the model, so only these
+    lines of it come along, for `model_card` to read.
+    """
+    card = _metadata_of(source / CARD_FILE)
+    if TAG not in (card.get("tags") or ()):
+        if (source / CARD_FILE).is_file():
+            shutil.copyfile(source / CARD_FILE, folder / CARD_FILE)
+    elif _named(card) or _carried(card):
+        write_card(folder, _metadata_block(base_model=_named(card), **_carried(card)) + "\n")
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -193,16 +208,19 @@ def _metadata_of(path: Path) -> dict[str, Any]:
 
 
 def _metadata(base: str | None, carried: Mapping[str, Any]) -> str:
-    from huggingface_hub import ModelCardData
-
-    data = ModelCardData(
+    return _metadata_block(
         base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[TAG, "pruned", "layer-pruning"],
         **carried,
     )
-    return f"---\n{data.to_yaml()}\n---"
+
+
+def _metadata_block(**known: Any) -> str:
+    from huggingface_hub import ModelCardData
+
+    return f"---\n{ModelCardData(**known).to_yaml()}\n---"
 
 
 def _introduction(name: str | None, base: str | None, plan: Plan) -> str:

@@ -250,9 +250,8 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.merge import apply
     from gradpruner.models import DEMO_MODEL
     from gradpruner.plan import Plan
-    from gradpruner.provenance import masks_of
+    from gradpruner.provenance import masks_of, save_from
     from gradpruner.shards import holds_safetensors
-    from gradpruner.sparsity.saving import save_with
     from gradpruner.streaming import apply_folder
 
     plan = Plan.load(options.plan)
@@ -267,7 +266,8 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
         masks = masks_of(options.model, model)
         smaller = apply(model, plan, igia, top=options.top)
         masks = None if masks is None else masks.of_layers(smaller, plan.kept)
-        folder = save_with(smaller, masks, options.out, tokenizer=tokenizer, plan=plan, overwrite=options.overwrite)
+        folder = save_from(options.model, smaller, options.out, tokenizer=tokenizer, plan=plan, masks=masks,
+                           overwrite=options.overwrite)  # fmt: skip
     return {
         "json": {"folder": str(folder), "plan": plan.to_dict()},
         "line": f"{folder}: verified; {plan.summary()}",
@@ -276,9 +276,8 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
 
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.pipeline import tune
-    from gradpruner.provenance import masks_of, plan_of
+    from gradpruner.provenance import masks_of, plan_of, save_from
     from gradpruner.sparsity import Masks
-    from gradpruner.sparsity.saving import save_with
 
     recipe = given.recipe(options)
     masks = Masks.load(options.masks) if options.masks else None
@@ -289,7 +288,8 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
         masks = masks_of(options.model, model)
     plan = plan_of(options.model, model)
     tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json, masks=masks)
-    save_with(tuned, masks, options.out, tokenizer=tokenizer, plan=plan, overwrite=options.overwrite)
+    save_from(options.model, tuned, options.out, tokenizer=tokenizer, plan=plan, masks=masks,
+              overwrite=options.overwrite)  # fmt: skip
     sparsity = None if masks is None else masks.sparsity()
     kept = "" if masks is None else f", {sparsity:.2%} of {len(masks.bits)} weights kept at zero"
     return {

@@ -36,9 +36,9 @@ def add_sparsify(commands: Any) -> None:
 def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.files import need_free
     from gradpruner.igia import Igia
-    from gradpruner.provenance import plan_of, refuse_masks
+    from gradpruner.provenance import plan_of, refuse_masks, save_from
     from gradpruner.sparsity.pruning import chosen, sparsify
-    from gradpruner.sparsity.saving import MASKS, save_sparse
+    from gradpruner.sparsity.saving import MASKS
     from gradpruner.windows import sampled, text_of, tokens_of
 
     need_free(options.out, options.overwrite)
@@ -53,7 +53,8 @@ def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
         model, batches, method=options.method, pattern=options.pattern, ratio=options.ratio,
         allocation=options.allocation, device=options.device, igia=Igia.load(options.igia) if options.igia else None,
     )  # fmt: skip
-    folder = save_sparse(model, masks, options.out, tokenizer=tokenizer, plan=plan, overwrite=options.overwrite)
+    folder = save_from(options.model, model, options.out, tokenizer=tokenizer, plan=plan, masks=masks,
+                       overwrite=options.overwrite)  # fmt: skip
     sparsity, file = masks.sparsity(), str(folder / MASKS)
     how = f"{masks.about['method']}, {masks.about['pattern']}"
     return {

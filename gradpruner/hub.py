@@ -137,7 +137,11 @@ def _may_leave(file: Path, folder: Path) -> bool:
 def _may_be_called(name: str) -> bool:
     if name.startswith("."):
         return False
-    suffix = Path(name).suffix
-    if suffix in UPLOADED or name in SENTENCEPIECE or name == MASKS:
+    if Path(name).suffix in UPLOADED or name in SENTENCEPIECE or name == MASKS:
         return True
-    return not suffix and name.lower().startswith(LICENSES)
+    return is_license(name)
+
+
+def is_license(name: str) -> bool:
+    """Whether a file of this name holds the terms of a model."""
+    return not Path(name).suffix and name.lower().startswith(LICENSES)

@@ -1,17 +1,21 @@
-"""What a checkpoint says of how it was made: the plan it was pruned by and the masks it keeps to.
+"""What a checkpoint says beside its weights: the plan it was pruned by, the masks it keeps to, its card and licence.
 
-Both lie beside the weights, where loading the model does not see them. So whoever loads a model to train, cut or save
-it asks here, and carries them along or refuses.
+Loading a model does not see any of it. So whoever loads a model to train, cut or save it asks here, and carries it
+along or refuses.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
-from gradpruner.checkpoint import PLAN_FILE
+from gradpruner.card import carry_card
+from gradpruner.checkpoint import PLAN_FILE, save
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.files import read_json
+from gradpruner.hub import is_license
+from gradpruner.links import names_of
 from gradpruner.models import DEMO_MODEL
 from gradpruner.plan import Plan
 from gradpruner.sparsity.masks import Masks
@@ -59,6 +63,36 @@ def refuse_masks(source: str, what: str) -> None:
             f"{what}: source {source!r} holds {MASKS}, and {what} would not keep to these masks. The commands probe, "
             "plan, apply and finetune do. Or remove the file, if the zeros need not stay"
         )
+
+
+def save_from(
+    source: str,
+    model: Any,
+    folder: str,
+    *,
+    tokenizer: Any,
+    plan: Plan | None,
+    masks: Masks | None,
+    overwrite: bool,
+) -> Path:
+    """`gradpruner.save` of a model that was made from `source`, with what must not be lost on the way.
+
+    That is the plan and the masks, which the model is checked to keep to, and out of a folder `source` the licence
+    files and what its card says of licence and base model. Raises as `save_sparse` does.
+    """
+    if masks is not None:
+        masks.check(model)
+
+    def beside(inside: Path) -> None:
+        if masks is not None:
+            masks.save(inside / MASKS)
+        if Path(source).is_dir():
+            carry_card(Path(source), inside)
+            for file in Path(source).iterdir():
+                if file.is_file() and all(map(is_license, names_of(file, source))):
+                    shutil.copyfile(file, inside / file.name)
+
+    return save(model, folder, tokenizer=tokenizer, plan=plan, overwrite=overwrite, beside=beside)
 
 
 def _beside(source: str, name: str) -> Path | None:

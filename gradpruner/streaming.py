@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from gradpruner.card import CARD_FILE, carry_card
 from gradpruner.checkpoint import PLAN_FILE, check_loaded, free_memory, quiet
 from gradpruner.decoder import Decoder, Weight
 from gradpruner.errors import CheckpointError, UnsupportedModel
@@ -31,7 +32,7 @@ LARGEST_SHARD = 5 * 10**9  # bytes
 # of other weights, or able to hold code; they would describe the model as it was
 LEFT_BEHIND = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".gguf", ".onnx",
-    ".index.json", MASKS,
+    ".index.json", MASKS, CARD_FILE,
 )  # fmt: skip
 FOLDERS = ("additional_chat_templates",)  # of a tokenizer
 
@@ -96,6 +97,7 @@ def apply_folder(
         checksums = write_folder(temporary, list(pending.values()), _largest_shard(stored), totals)
         _write_config(stored.model, temporary)
         _copy_others(source, temporary, code=trust_remote_code)
+        carry_card(source, temporary)
         write_json(temporary / PLAN_FILE, plan.to_dict())
         if masks is not None:
             masks.save(temporary / MASKS)

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import families
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from test_card import hub  # noqa: F401  the fixture
 from test_cli import home  # noqa: F401  the fixture
 from test_families import igia_of
 
 import gradpruner
+from gradpruner.card import is_ours
 from gradpruner.cli import main
 from gradpruner.igia import Igia
 from gradpruner.plan import Plan
@@ -49,6 +50,29 @@ def test_the_plan_goes_from_apply_through_every_command_to_the_hub(home, hub, tm
     assert main(["push", tuned, "me/small"]) == 0
     assert json.loads(hub.files["gradpruner.json"])["kept"] == list(plan.kept)
     assert f"kept: {list(plan.kept)}" in hub.files["README.md"].decode()
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_licence_and_base_model_go_along_and_results_of_another_state_do_not(home, tmp_path, ours):  # noqa: F811
+    model = shutil.copytree(home / "model", tmp_path / "model")
+    plan = Plan(7, drop=[6])
+    plan.save(model / "gradpruner.json")
+    (model / "LICENSE").write_text("terms")
+    text = "---\nlicense: mit\nbase_model: acme/dense\n---\n"
+    if ours:
+        text = gradpruner.model_card(model, base_model="acme/dense", license="mit", results=[{"": "score", "a": "0.9"}])
+    (model / "README.md").write_text(text)
+    cut, whole, tuned = (tmp_path / name for name in ("cut", "whole", "tuned"))
+    data = ["--data", str(home / "data.jsonl"), "--steps", "2", "--batch-size", "4"]
+    assert main(["finetune", "--model", str(model), *data, "--out", str(tuned)]) == 0
+    Plan(6, drop=[1]).save(tmp_path / "plan.json")
+    apply = ["apply", "--model", str(model), "--plan", str(tmp_path / "plan.json")]
+    assert main([*apply, "--out", str(cut)]) == 0 and main([*apply, "--dtype", "float32", "--out", str(whole)]) == 0
+    for folder in (tuned, cut, whole):
+        assert (folder / "LICENSE").read_text() == "terms"
+        assert "0.9" not in (folder / "README.md").read_text() and not is_ours(folder)
+        metadata = ModelCard(gradpruner.model_card(folder)).data
+        assert (metadata.license, metadata.base_model) == ("mit", "acme/dense"), folder
 
 
 def test_a_plan_of_another_model_stops_before_training(home, tmp_path, capsys):  # noqa: F811

@@ -42,21 +42,6 @@ def save_sparse(
     )
 
 
-def save_with(
-    model: nn.Module,
-    masks: Masks | None,
-    folder: str | os.PathLike[str],
-    *,
-    tokenizer: Any,
-    plan: Plan | None,
-    overwrite: bool,
-) -> Path:
-    """`save_sparse` where there are masks, else `gradpruner.save`."""
-    if masks is None:
-        return save(model, folder, tokenizer=tokenizer, plan=plan, overwrite=overwrite)
-    return save_sparse(model, masks, folder, tokenizer=tokenizer, plan=plan, overwrite=overwrite)
-
-
 def check_stored(stored: StoredModel, masks: Masks) -> None:
     """`Masks.check` of a checkpoint folder, with one weight in memory at a time.
 
