@@ -226,10 +226,15 @@ def _metadata_block(**known: Any) -> str:
 def _introduction(name: str | None, base: str | None, plan: Plan) -> str:
     title = Path(name or base or "model").name + ("" if name else ", pruned")
     of = f"[{base}](https://huggingface.co/{base})" if base else "a larger model"
+    again = "" if plan.before is None else (
+        f" It was pruned more than once: the last time from {plan.layers} to {len(plan.kept)} decoder layers, which is "
+        "what the tables and lists below describe."
+    )  # fmt: skip
+    gone = plan.dense_layers - len(plan.kept)
     return (
-        f"# {title}\n\nThis is {of} with {len(plan.removed)} of its {plan.layers} decoder layers removed: those "
-        "whose gradients in the first fine-tuning steps said that the task needs them least. An ordinary checkpoint: "
-        "nothing but stock `transformers` is needed to load it."
+        f"# {title}\n\nThis is {of} with {gone} of its {plan.dense_layers} decoder layers removed: those "
+        "whose gradients in the first fine-tuning steps said that the task needs them least."
+        f"{again} An ordinary checkpoint: nothing but stock `transformers` is needed to load it."
     )
 
 
@@ -248,11 +253,12 @@ def _parameter_ratio(plan: Plan, scores: Igia | Sequence[float] | None) -> float
 def _ratios(plan: Plan, parameter_ratio: float | None, parameters: int) -> str:
     dense = None if parameter_ratio is None else parameters / (1 - parameter_ratio)
     share = "not recorded" if parameter_ratio is None else f"{parameter_ratio:.1%}"
+    dense_name = "dense" if plan.before is None else "before"
     rows: list[dict[str, Any]] = [
-        {"": "decoder layers", "dense": plan.layers, "pruned": len(plan.kept), "removed": f"{plan.layer_ratio:.1%}"},
+        {"": "decoder layers", dense_name: plan.layers, "pruned": len(plan.kept), "removed": f"{plan.layer_ratio:.1%}"},
         {
             "": "all parameters (M)",
-            "dense": "" if dense is None else f"{dense / 1e6:.1f}",
+            dense_name: "" if dense is None else f"{dense / 1e6:.1f}",
             "pruned": f"{parameters / 1e6:.1f}",
             "removed": share,
         },
@@ -265,7 +271,7 @@ def _layers(plan: Plan, scores: Sequence[float] | None, kind: str | None) -> str
     merged = ", ".join(f"{donors} into {target}" for target, donors in _merges(plan)) or "none"
     lists = (
         f"* kept: {list(plan.kept)}\n* dropped: {list(plan.drop)}\n* merged, then removed: {merged}\n\n"
-        "Numbers are those of the dense model's layers, from 0."
+        f"Numbers are those of the layers of the {'dense model' if plan.before is None else 'model before'}, from 0."
     )
     if scores is None:
         return f"## Layers\n\n{lists}"

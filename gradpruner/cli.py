@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -250,7 +251,7 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.merge import apply
     from gradpruner.models import DEMO_MODEL
     from gradpruner.plan import Plan
-    from gradpruner.provenance import masks_of, save_from
+    from gradpruner.provenance import masks_of, plan_of, save_from
     from gradpruner.shards import holds_safetensors
     from gradpruner.streaming import apply_folder
 
@@ -263,11 +264,11 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
                               trust_remote_code=options.trust_remote_code)  # fmt: skip
     else:
         model, tokenizer = given.load(options)
-        masks = masks_of(options.model, model)
+        masks, earlier = masks_of(options.model, model), plan_of(options.model, model)
         smaller = apply(model, plan, igia, top=options.top)
         masks = None if masks is None else masks.of_layers(smaller, plan.kept)
-        folder = save_from(options.model, smaller, options.out, tokenizer=tokenizer, plan=plan, masks=masks,
-                           overwrite=options.overwrite)  # fmt: skip
+        folder = save_from(options.model, smaller, options.out, tokenizer=tokenizer, masks=masks,
+                           plan=dataclasses.replace(plan, before=earlier), overwrite=options.overwrite)  # fmt: skip
     return {
         "json": {"folder": str(folder), "plan": plan.to_dict()},
         "line": f"{folder}: verified; {plan.summary()}",

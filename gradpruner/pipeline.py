@@ -6,6 +6,7 @@ from the first stage whose file is missing.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import os
@@ -31,7 +32,7 @@ from gradpruner.models import load_model
 from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import Plan
 from gradpruner.probed import IGIA, save_probed, with_probed
-from gradpruner.provenance import refuse_masks
+from gradpruner.provenance import plan_of, refuse_masks
 from gradpruner.report import html_report, plot_layer_scores
 from gradpruner.settings import Settings
 from gradpruner.sparsity.masks import HoldSparsity, Masks
@@ -159,6 +160,7 @@ class Run:
         if not train_examples or not test_examples:
             raise InvalidArgument("no training or no test examples; expected at least one of each")
         self.job, self.folder, self.say, self.quiet = job, Path(folder), say, quiet
+        self._earlier: Plan | None = None  # that the source had been pruned by, known when it is loaded
         kept, self._held_out = train_examples, list[Example]()
         if job.ratio == AUTO:
             kept, self._held_out = hold_out(train_examples, job.check_rows, job.recipe.seed)
@@ -210,7 +212,7 @@ class Run:
         write_report(self.folder)
         # a card travels without the machine that it was made on
         of_the_model = [line for line in comparison(rows) if line[""] not in OF_THE_MACHINE]
-        card = model_card(self.folder / "model", plan, base_model=self.job.source, scores=igia, kind=kind,
+        card = model_card(self.folder / "model", base_model=self.job.source, scores=igia, kind=kind,
                           results=of_the_model, trust_remote_code=self.job.trust_remote_code)  # fmt: skip
         write_card(self.folder / "model", card)
         return results
@@ -244,7 +246,7 @@ class Run:
         path = self.folder / "cut"
         if not path.exists():
             smaller, tokenizer = self._smaller(plan)
-            save(smaller, path, tokenizer=tokenizer, plan=plan)
+            save(smaller, path, tokenizer=tokenizer, plan=dataclasses.replace(plan, before=self._earlier))
         return path
 
     def pruned(self, plan: Plan) -> dict[str, Any]:
@@ -260,6 +262,7 @@ class Run:
     def _before_the_cut(self) -> tuple[Any, Any]:
         """The dense model, inside the adapters that the probe trained where these are kept."""
         model, tokenizer = self._load(self.job.source)
+        self._earlier = plan_of(self.job.source, model)
         return with_probed(model, self._probed) if self.job.settings.adapters == "keep" else model, tokenizer
 
     def _smaller(self, plan: Plan) -> tuple[Any, Any]:
@@ -312,6 +315,7 @@ class Run:
     def _pruned(self, plan: Plan) -> dict[str, Any]:
         self.say(f"pruned: {self.job.steps - self.job.probing} steps")
         model, tokenizer = self._load(str(self.folder / "cut"))
+        plan = plan_of(str(self.folder / "cut"), model) or plan
         rows = self._rows(tokenizer)[self.job.probing * self.job.recipe.rows_a_step :]
         return self._train_and_measure("pruned", model, tokenizer, rows, "model", plan)
 

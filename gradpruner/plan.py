@@ -28,7 +28,8 @@ class Plan:
     either a list (target: the nearest kept layer before) or a mapping from layer to target.
     model: fingerprint of the model the plan was made for, if known. parameter_ratio: share of all
     parameters that the plan removes, if known. kind: the layer score that chose the layers ("norm", say), if one of
-    this package's did. Raises InvalidArgument if the lists do not fit together.
+    this package's did. before: the plan that the model had been pruned by already, if one had been; its kept layers
+    are the `layers` of this one. Raises InvalidArgument if the lists do not fit together.
     """
 
     layers: int
@@ -37,6 +38,7 @@ class Plan:
     model: str | None = None
     parameter_ratio: float | None = None
     kind: str | None = field(default=None, compare=False)  # plans that do the same are equal
+    before: Plan | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Normalise to a sorted tuple and a sorted dict, then check everything."""
@@ -45,6 +47,8 @@ class Plan:
         drop, merged = _indices("drop", self.drop, self.layers), _indices("merge", self.merge, self.layers)
         if self.kind is not None and not isinstance(self.kind, str):
             raise InvalidArgument(f"kind = {self.kind!r}; expected the name of a layer score, or None")
+        if self.before is not None and len(self.before.kept) != self.layers:
+            raise InvalidArgument(f"before keeps {len(self.before.kept)} layers; this plan expects {self.layers}")
         both = sorted(set(drop) & set(merged))
         if both:
             raise InvalidArgument(f"layers {both} are in both drop and merge; expected each in one")
@@ -73,6 +77,11 @@ class Plan:
     def kept(self) -> tuple[int, ...]:
         """Every layer that stays, ascending."""
         return tuple(sorted(set(range(self.layers)) - set(self.removed)))
+
+    @property
+    def dense_layers(self) -> int:
+        """Decoder layers of the model that had not been pruned yet."""
+        return self.layers if self.before is None else self.before.dense_layers
 
     @property
     def layer_ratio(self) -> float:
@@ -110,6 +119,7 @@ class Plan:
             "parameter_ratio": self.parameter_ratio,
             "model": self.model,
             "kind": self.kind,
+            "before": None if self.before is None else self.before.to_dict(),
         }
 
     @classmethod
@@ -126,6 +136,7 @@ class Plan:
                 content.get("model"),
                 content.get("parameter_ratio"),
                 content.get("kind"),
+                None if content.get("before") is None else cls.from_dict(content["before"]),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, InvalidArgument):

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.card import carry_card
-from gradpruner.checkpoint import PLAN_FILE, save
+from gradpruner.checkpoint import PLAN_FILE, plan_in, save
+from gradpruner.decoder import Decoder
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
-from gradpruner.files import read_json
 from gradpruner.hub import is_license
 from gradpruner.links import names_of
 from gradpruner.models import DEMO_MODEL
@@ -30,14 +30,7 @@ def plan_of(source: str, model: Any) -> Plan | None:
     path = _beside(source, PLAN_FILE)
     if path is None:
         return None
-    plan = Plan.from_dict(read_json(path, "plan"))
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    if layers != len(plan.kept):
-        raise ModelMismatch(
-            f"{path} keeps {len(plan.kept)} decoder layers; the model beside it has {layers}. "
-            "Remove the file if it is another model's"
-        )
-    return plan
+    return plan_in(path.parent, len(Decoder(model).layers))
 
 
 def masks_of(source: str, model: Any) -> Masks | None:

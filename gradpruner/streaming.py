@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from gradpruner.card import CARD_FILE, carry_card
-from gradpruner.checkpoint import PLAN_FILE, check_loaded, free_memory, quiet
+from gradpruner.checkpoint import PLAN_FILE, check_loaded, free_memory, plan_in, quiet
 from gradpruner.decoder import Decoder, Weight
 from gradpruner.errors import CheckpointError, UnsupportedModel
 from gradpruner.files import atomic_folder, write_json
@@ -87,7 +88,7 @@ def apply_folder(
     share, source = share_of(top), Path(source)
     stored = StoredModel(source, trust_remote_code=trust_remote_code)
     check_fits(stored.decoder, plan, igia, stored.samples)
-    masks = _kept_masks(stored, source, plan)
+    masks, earlier = _kept_masks(stored, source, plan), plan_in(source, len(stored.decoder.layers))
     surgery = prepare(stored.decoder, plan.kept)
     merges = _merges(stored, plan, igia, share, weight) if igia is not None else {}
     pending = _pending(stored, plan, merges)
@@ -98,7 +99,7 @@ def apply_folder(
         _write_config(stored.model, temporary)
         _copy_others(source, temporary, code=trust_remote_code)
         carry_card(source, temporary)
-        write_json(temporary / PLAN_FILE, plan.to_dict())
+        write_json(temporary / PLAN_FILE, dataclasses.replace(plan, before=earlier).to_dict())
         if masks is not None:
             masks.save(temporary / MASKS)
             check_stored(StoredModel(temporary, trust_remote_code=trust_remote_code), masks)

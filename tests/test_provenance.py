@@ -75,6 +75,30 @@ def test_licence_and_base_model_go_along_and_results_of_another_state_do_not(hom
         assert (metadata.license, metadata.base_model) == ("mit", "acme/dense"), folder
 
 
+def test_a_model_that_was_pruned_before_says_so(home, tmp_path):  # noqa: F811
+    once, again, whole = (str(tmp_path / name) for name in ("once", "again", "whole"))
+    first, second = Plan(6, drop=[1, 4]), Plan(4, drop=[2])
+    for name, plan in (("first", first), ("second", second)):
+        plan.save(tmp_path / f"{name}.json")
+    assert main(["apply", "--model", str(home / "model"), "--plan", str(tmp_path / "first.json"), "--out", once]) == 0
+    apply = ["apply", "--model", once, "--plan", str(tmp_path / "second.json")]
+    assert main([*apply, "--out", again]) == 0 and main([*apply, "--dtype", "float32", "--out", whole]) == 0
+    for folder in (again, whole):
+        plan = Plan.load(f"{folder}/gradpruner.json")
+        assert plan == second and plan.before == first
+        text = gradpruner.model_card(folder)
+        assert "with 3 of its 6 decoder layers removed" in text and "the last time from 4 to 3" in text
+    with pytest.raises(gradpruner.InvalidArgument, match="before keeps 4 layers"):
+        Plan(5, drop=[1], before=first)
+
+    out = tmp_path / "run"
+    assert main(["run", "--model", once, "--data", str(home / "data.jsonl"), "--steps", "4", "--probe-steps", "2",
+                 "--batch-size", "4", "--count", "1", "--no-dense", "--out", str(out)]) == 0  # fmt: skip
+    for folder in ("cut", "model"):
+        assert Plan.load(out / folder / "gradpruner.json").before == first
+    assert "with 3 of its 6 decoder layers removed" in (out / "model" / "README.md").read_text()
+
+
 def test_a_plan_of_another_model_stops_before_training(home, tmp_path, capsys):  # noqa: F811
     folder = shutil.copytree(home / "model", tmp_path / "model")
     Plan(6, drop=[1]).save(folder / "gradpruner.json")
