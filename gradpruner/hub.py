@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from gradpruner.igia import Igia
 from gradpruner.links import names_of, stays
 from gradpruner.logits import logits_of
 from gradpruner.plan import Plan
-from gradpruner.shards import INDEX, SINGLE, read_folder
+from gradpruner.shards import INDEX, SINGLE, holds_safetensors, read_folder
 from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.saving import MASKS, check_stored
 from gradpruner.stored import StoredModel
@@ -125,9 +125,17 @@ def verify_folder(folder: Path) -> None:
 
 def uploaded_files(folder: Path) -> list[str]:
     """What of a checkpoint folder may leave the machine, relative to it, sorted."""
-    files = [file for file in folder.iterdir() if file.is_file()]
+    weights = {tensor.file for tensor in read_folder(folder).values()} if holds_safetensors(folder) else set[Path]()
+    files = [file for file in folder.iterdir() if file.is_file() and not _is_stray(file, weights)]
     files += [file for name in FOLDERS if (folder / name).is_dir() for file in (folder / name).iterdir()]
     return sorted(str(file.relative_to(folder)) for file in files if _may_leave(file, folder))
+
+
+def _is_stray(file: Path, weights: Collection[Path]) -> bool:
+    """Whether a server would take a file for weights, or for their index, though the model is stored without it."""
+    if file.name == INDEX:
+        return (file.parent / SINGLE).is_file()
+    return file.suffix == ".safetensors" and file not in weights
 
 
 def _may_leave(file: Path, folder: Path) -> bool:

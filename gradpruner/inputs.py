@@ -20,7 +20,8 @@ from gradpruner.files import atomic_path
 from gradpruner.shards import bytes_of, read_header
 
 FORMAT = "gradpruner.inputs/1"
-FILES = "gradpruner_inputs-*.safetensors"  # one a process: each has seen batches of its own
+# one a process: each has seen batches of its own. Safetensors under another ending: these are no weights
+FILES = "gradpruner_inputs-*.state"
 TOKENS = 131_072  # at most, of each process; 2 MiB of token ids and mask
 
 

@@ -32,7 +32,7 @@ from gradpruner.surgery import prepare
 LARGEST_SHARD = 5 * 10**9  # bytes
 # of other weights, or able to hold code; they would describe the model as it was
 LEFT_BEHIND = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".gguf", ".onnx",
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".gguf", ".onnx", ".state",
     ".index.json", MASKS, CARD_FILE,
 )  # fmt: skip
 FOLDERS = ("additional_chat_templates",)  # of a tokenizer

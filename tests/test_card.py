@@ -192,6 +192,9 @@ def test_a_folder_is_uploaded_with_its_card_and_nothing_that_runs(folder, hub, t
     (folder / "checkpoint-5").mkdir()
     (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"x")
     (folder / "LICENSE").write_text("free")
+    for stray in ("igia.safetensors", "model-00001-of-00002.safetensors"):  # servers would take them for weights
+        save_file({"model.norm.weight": torch.zeros(2)}, folder / stray)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     hub.files = {"model-00002-of-00002.safetensors": b"old", "notes.md": b"kept"}
     url = gradpruner.push_to_hub(
         folder, "me/small", base_model=BASE, license="mit", private=True, token="hf_secret", api=HfApi(hub.url)

@@ -18,11 +18,13 @@ import gradpruner
 from gradpruner.cli import main
 from gradpruner.finetune import Recipe
 from gradpruner.igia import Igia
+from gradpruner.inputs import FILES
 from gradpruner.models import load_model
 from gradpruner.pipeline import watch
 from gradpruner.plan import Plan
 from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.saving import MASKS
+from gradpruner.training_files import SNAPSHOT
 
 # what vLLM, SGLang, TGI and the converters of llama.cpp look for in a folder
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.npz", "*.json")
@@ -163,3 +165,8 @@ def test_push_takes_the_masks_along_and_removes_those_of_an_earlier_upload(spars
     plan.save(dense / "gradpruner.json")
     gradpruner.push_to_hub(dense, "me/small", api=HfApi(hub.url))
     assert MASKS not in hub.files and json.loads(hub.files["gradpruner.json"])["layers"] == 7
+
+
+def test_what_a_probe_leaves_in_a_training_checkpoint_is_not_taken_for_weights_either():
+    for name in (SNAPSHOT, FILES.replace("*", "00000")):
+        assert not any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS)
