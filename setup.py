@@ -1,27 +1,33 @@
 """Builds the C++ extension `gradpruner._cpu` with ninja. Everything else is in pyproject.toml.
 
-The extension is optional: without a compiler, or with GRADPRUNER_NO_EXT=1, the package installs without it.
+The extension is optional: without a compiler, with one that fails, or with GRADPRUNER_NO_EXT=1, the package installs
+without it. Kernels of an instruction set that the compiler cannot build are left out. What is missing is printed, and
+kept in a file beside the extension for `gradpruner backends`.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 NAME = "gradpruner._cpu"
+NOTE = "_cpu_build.txt"  # in the package: what was left out of the extension, and why
 COMMON_FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
     # Results must not depend on the instruction set: a product is rounded before it is added.
@@ -35,9 +41,33 @@ if X86:
     VARIANTS["avx2"] = "-mavx2 -mfma"
     VARIANTS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
     VARIANTS["avx512bf16"] = VARIANTS["avx512"] + " -mavx512bf16"
-AMX_FLAGS = VARIANTS.get("avx512bf16", "") + " -mamx-tile -mamx-bf16"
-# What the variant `amx` needs beyond its flags: the intrinsics, an assembler that knows them, Linux's permission.
-AMX_PROBE = """
+    VARIANTS["amx"] = VARIANTS["avx512bf16"] + " -mamx-tile -mamx-bf16"
+# What a variant needs beyond its flags: intrinsics, an assembler that knows them, the question whether the machine has
+# the instructions, and for the tiles of AMX Linux's permission.
+PROBES = {
+    "avx2": """
+#include <immintrin.h>
+int main() {
+  _mm256_fmadd_ps(_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps());
+  return __builtin_cpu_supports("avx2") + __builtin_cpu_supports("fma");
+}
+""",
+    "avx512": """
+#include <immintrin.h>
+int main() {
+  _mm512_add_ps(_mm512_setzero_ps(), _mm512_setzero_ps());
+  return __builtin_cpu_supports("avx512f") + __builtin_cpu_supports("avx512bw") +
+         __builtin_cpu_supports("avx512dq") + __builtin_cpu_supports("avx512vl");
+}
+""",
+    "avx512bf16": """
+#include <immintrin.h>
+int main() {
+  _mm512_cvtneps_pbh(_mm512_setzero_ps());
+  return __builtin_cpu_supports("avx512bf16");
+}
+""",
+    "amx": """
 #include <immintrin.h>
 #include <sys/syscall.h>
 int main() {
@@ -45,36 +75,40 @@ int main() {
   _tile_dpbf16ps(0, 1, 2);
   return __builtin_cpu_supports("amx-bf16") + static_cast<int>(SYS_arch_prctl);
 }
-"""
+""",
+}
 
 
 def compiler() -> str | None:
     """The C++ compiler's command line: $CXX, else the first of the usual names that exists."""
     for command in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if command and shutil.which(shlex.split(command)[0]):
+        try:
+            words = shlex.split(command or "")
+        except ValueError:  # a quotation mark without its partner
+            continue
+        if words and shutil.which(words[0]):
             return command
     return None
 
 
 @cache
 def variants() -> dict[str, str]:
-    """The instruction sets that this compiler can build for, by name, with their flags."""
-    if not X86:
-        return VARIANTS
+    """The instruction sets that this compiler knows, by name, with their flags."""
+    return {name: flags for name, flags in VARIANTS.items() if name not in PROBES or _knows(name, flags)}
+
+
+def _knows(variant: str, flags: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
-        source.write_text(AMX_PROBE)
+        source.write_text(PROBES[variant])
         built = shlex.quote(str(source.with_suffix(".o")))
-        command = f"{compiler()} -std=c++17 {AMX_FLAGS} -c {shlex.quote(str(source))} -o {built}"
-        if subprocess.run(command, shell=True, capture_output=True).returncode != 0:
-            print("warning: no variant for AMX: the compiler or this system does not know it", file=sys.stderr)
-            return VARIANTS
-    return {**VARIANTS, "amx": AMX_FLAGS}
+        command = f"{compiler()} -std=c++17 {flags} -c {shlex.quote(str(source))} -o {built}"
+        return subprocess.run(command, shell=True, capture_output=True).returncode == 0
 
 
-def choice_flags() -> str:
+def choice_flags(chosen: Iterable[str]) -> str:
     """What tells variant.cpp which variants there are to choose from."""
-    return ("-DGRADPRUNER_X86" if X86 else "") + (" -DGRADPRUNER_AMX" if "amx" in variants() else "")
+    return " ".join(f"-DGRADPRUNER_{variant.upper()}" for variant in chosen if variant in PROBES)
 
 
 def ninja() -> str | None:
@@ -102,8 +136,8 @@ def escaped(path: Path | str) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def build_file(output: Path) -> str:
-    """The text of build.ninja, which makes `output` out of csrc/."""
+def build_file(output: Path, chosen: dict[str, str]) -> str:
+    """The text of build.ninja, which makes `output` out of csrc/. chosen: see `variants`."""
     import pybind11
 
     includes = (pybind11.get_include(), sysconfig.get_path("include"))
@@ -128,9 +162,9 @@ def build_file(output: Path) -> str:
         lines.extend([f"build {name}: compile {escaped(source)}", f"  extra = {extra}"])
 
     for source in sorted(CSRC.glob("*.cpp")):
-        flags = {"module.cpp": module_flags, "variant.cpp": choice_flags()}
+        flags = {"module.cpp": module_flags, "variant.cpp": choice_flags(chosen)}
         add(source, f"{source.stem}.o", flags.get(source.name, "-pthread"))
-    for variant, variant_flags in variants().items():
+    for variant, variant_flags in chosen.items():
         for source in sorted((CSRC / "variant").glob("*.cpp")):
             contract = "-ffp-contract=fast" if source.name in CONTRACTED else ""
             extra = f"-DGRADPRUNER_VARIANT={variant} {variant_flags} {contract}"
@@ -139,26 +173,92 @@ def build_file(output: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-class NinjaBuild(build_ext):
-    """Compiles in build/, in parallel, and only what has changed."""
+def failed_targets(said: str) -> list[str]:
+    """The targets that ninja says it could not make."""
+    return re.findall(r"^FAILED: (?:\[code=\d+\] )?(\S+)", said, re.MULTILINE)
 
-    def build_extension(self, ext: Extension) -> None:
-        program = ninja()
-        if program is None:
-            raise RuntimeError("ninja not found: install the `ninja` package, or set GRADPRUNER_NO_EXT=1")
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        folder.mkdir(parents=True, exist_ok=True)
-        built = folder / output.name
-        text = build_file(built)
-        script = folder / "build.ninja"
+
+def can_do_without(failed: Iterable[str]) -> set[str]:
+    """The variants to leave out so that nothing of `failed` is needed; none if that would not help."""
+    found = {target.partition("/")[0] for target in failed}
+    return found if found <= PROBES.keys() else set()
+
+
+def complaint(said: str) -> str:
+    """The line of a compiler's output that tells best why it failed, cut to what fits on a screen."""
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("ninja: ")]
+    telling = [line for line in lines if re.search(r"\berror\b|not found|cannot", line, re.IGNORECASE)]
+    return (telling or lines or ["no reason given"])[0][:200]
+
+
+def compile_with_ninja(built: Path) -> set[str]:
+    """Make `built` in its folder, in parallel, and only what has changed; the variants that had to be left out.
+
+    Raises CompileError.
+    """
+    program = ninja()
+    if program is None:
+        raise CompileError("ninja not found: install the `ninja` package")
+    built.parent.mkdir(parents=True, exist_ok=True)
+    chosen = dict(variants())
+    while True:
+        try:
+            text = build_file(built, chosen)
+        except ImportError as error:
+            raise CompileError(f"{error}: install the `pybind11` package") from error
+        script = built.with_name("build.ninja")
         if not script.is_file() or script.read_text() != text:
             script.write_text(text)
-        subprocess.run([program, "-C", str(folder)], check=True)
+        command = [program, "-C", str(built.parent), "-k", "0"]
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        print(result.stdout, flush=True)
+        if result.returncode == 0:
+            return VARIANTS.keys() - chosen.keys()
+        failed = failed_targets(result.stdout)
+        useless = can_do_without(failed)
+        if not useless:
+            after = result.stdout.partition("FAILED: ")[2].partition("\n")[2].partition("\n")[2]
+            what = f" at {failed[0]}" if failed else ""
+            raise CompileError(f"the compiler {compiler()!r} failed{what}: {complaint(after or result.stdout)}")
+        for variant in useless:
+            del chosen[variant]
+
+
+class NinjaBuild(build_ext):
+    """Compiles in build/, and leaves a note of what could not be compiled."""
+
+    note: str | None = None
+
+    def run(self) -> None:
+        super().run()
+        build_py = self.get_finalized_command("build_py")
+        package = Path(build_py.get_package_dir("gradpruner") if self.inplace else self.build_lib + "/gradpruner")
+        if self.note is None:
+            (package / NOTE).unlink(missing_ok=True)
+        else:
+            package.mkdir(parents=True, exist_ok=True)
+            (package / NOTE).write_text(self.note + "\n", encoding="utf-8")
+        built = Path(self.get_ext_fullpath(NAME))
+        if not (Path(self.build_lib) / self.get_ext_filename(NAME)).is_file():
+            built.unlink(missing_ok=True)  # an older one, of other sources
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        try:
+            left_out = compile_with_ninja(folder / output.name)
+        except (CompileError, OSError) as error:
+            output.unlink(missing_ok=True)
+            self.note = f"gradpruner is installed without its C++ extension: {error}"
+            raise CompileError(self.note) from error  # the extension is optional: setuptools makes a warning of it
+        if left_out:
+            names = ", ".join(name for name in VARIANTS if name in left_out)
+            self.note = f"the C++ extension has no kernels for {names}: the compiler {compiler()!r} cannot build them"
+            print(f"warning: {self.note}", file=sys.stderr)
         output.parent.mkdir(parents=True, exist_ok=True)
         # Replaced, not overwritten: a process that has the old one loaded keeps it.
         temporary = output.with_name(output.name + ".new")
-        shutil.copyfile(built, temporary)
+        shutil.copyfile(folder / output.name, temporary)
         temporary.replace(output)
 
 
@@ -167,6 +267,6 @@ if reason:
     print(f"warning: gradpruner is installed without its C++ extension: {reason}", file=sys.stderr)
 sources = [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*.cpp"))]
 setup(
-    ext_modules=[] if reason else [Extension(NAME, sources)],
+    ext_modules=[] if reason else [Extension(NAME, sources, optional=True)],
     cmdclass={"build_ext": NinjaBuild},
 )

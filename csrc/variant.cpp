@@ -15,13 +15,17 @@ namespace gradpruner {
 namespace portable {
 extern const Kernels table;
 }
-#ifdef GRADPRUNER_X86
+#ifdef GRADPRUNER_AVX2
 namespace avx2 {
 extern const Kernels table;
 }
+#endif
+#ifdef GRADPRUNER_AVX512
 namespace avx512 {
 extern const Kernels table;
 }
+#endif
+#ifdef GRADPRUNER_AVX512BF16
 namespace avx512bf16 {
 extern const Kernels table;
 }
@@ -39,11 +43,18 @@ struct Variant {
   bool (*supported)();
 };
 
-#ifdef GRADPRUNER_X86
+#ifdef GRADPRUNER_AVX2
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+
+// A compiler may lack a variant and know the better ones, which ask for the same and more.
+#if defined(GRADPRUNER_AVX512) || defined(GRADPRUNER_AVX512BF16) || defined(GRADPRUNER_AMX)
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
 }
+#endif
+#if defined(GRADPRUNER_AVX512BF16) || defined(GRADPRUNER_AMX)
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #endif
 
@@ -65,10 +76,14 @@ const Variant kVariants[] = {
 #ifdef GRADPRUNER_AMX
     {&amx::table, has_amx},
 #endif
-#ifdef GRADPRUNER_X86
+#ifdef GRADPRUNER_AVX512BF16
     {&avx512bf16::table, has_avx512bf16},
+#endif
+#ifdef GRADPRUNER_AVX512
     {&avx512::table, has_avx512},
-    {&avx2::table, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+#ifdef GRADPRUNER_AVX2
+    {&avx2::table, has_avx2},
 #endif
     {&portable::table, [] { return true; }},
 };

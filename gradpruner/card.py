@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import nn
 from gradpruner.checkpoint import PLAN_FILE
 from gradpruner.errors import InvalidArgument, ModelMismatch
 from gradpruner.files import atomic_path, read_json
-from gradpruner.igia import Igia
+from gradpruner.igia import SCORES, Igia
+from gradpruner.links import check_links
 from gradpruner.models import DEMO_MODEL
 from gradpruner.plan import Plan
 from gradpruner.shards import read_folder
@@ -37,7 +39,7 @@ def model_card(
     base_model: str | os.PathLike[str] | None = None,
     license: str | None = None,
     scores: Igia | Sequence[float] | None = None,
-    kind: str = "squared",
+    kind: str | None = None,
     results: Sequence[Mapping[str, Any]] = (),
     trust_remote_code: bool = False,
 ) -> str:
@@ -46,12 +48,15 @@ def model_card(
     source: the pruned model, or its checkpoint folder. plan: default the folder's gradpruner.json. name: hub id or
     path that the instructions for loading use. base_model: hub id or folder of the dense model; default where the
     model was loaded from. license: default that of the base model's card, in its folder, in the hub's cache, or left
-    in `source`; nothing is downloaded. scores: an igia, or one score a layer, of this kind. results: rows of a table
-    with one line a measure, as `pipeline.comparison` makes them. trust_remote_code: for a config class that comes with
-    the model.
+    in `source`; nothing is downloaded. scores: an igia, or one score a layer. kind: of the scores, by default the kind
+    that the plan was chosen by; an igia needs one, and no other is accepted. results: rows of a table with one line a
+    measure, as `pipeline.comparison` makes them. trust_remote_code: for a config class that comes with the model.
     Raises InvalidArgument, ModelMismatch (the model does not have the layers that the plan keeps), CheckpointError.
     """
     folder = None if isinstance(source, nn.Module) else Path(source)
+    for place in (folder, base_model):  # what their files say goes into the card
+        if place is not None and Path(place).is_dir():
+            check_links(place)
     if plan is None:
         if folder is None or not (folder / PLAN_FILE).is_file():
             raise InvalidArgument(f"plan = None; expected a plan, or a checkpoint folder with {PLAN_FILE}")
@@ -62,6 +67,7 @@ def model_card(
     layers = config.get_text_config(decoder=True).num_hidden_layers
     if layers != len(plan.kept):
         raise ModelMismatch(f"the model has {layers} decoder layers; the plan keeps {len(plan.kept)}")
+    kind = _kind(scores, kind, plan)
     values = _scores(scores, kind, plan)
     base, carried = _base(base_model if base_model is not None else _loaded_from(source, config), folder)
     if license is not None:
@@ -91,6 +97,20 @@ def is_ours(folder: str | os.PathLike[str]) -> bool:
     return TAG in (_metadata_of(Path(folder) / CARD_FILE).get("tags") or ())
 
 
+def carry_card(source: Path, folder: Path) -> None:
+    """Write what the card of `source` says of its licence and base model into `folder`, with a model made from it.
+
+    The dense model's card comes along whole. A card of ours describes another state of the model, so only these
+    lines of it come along, for `model_card` to read.
+    """
+    card = _metadata_of(source / CARD_FILE)
+    if TAG not in (card.get("tags") or ()):
+        if (source / CARD_FILE).is_file():
+            shutil.copyfile(source / CARD_FILE, folder / CARD_FILE)
+    elif _named(card) or _carried(card):
+        write_card(folder, _metadata_block(base_model=_named(card), **_carried(card)) + "\n")
+
+
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a Markdown table, its columns all keys in order of appearance."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -103,10 +123,28 @@ def _cell(value: Any) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _scores(scores: Igia | Sequence[float] | None, kind: str, plan: Plan) -> list[float] | None:
+def _kind(scores: Igia | Sequence[float] | None, kind: str | None, plan: Plan) -> str | None:
+    """The kind of score that the card shows: the one that chose the layers, so that the table explains the cut."""
+    if kind is not None and plan.kind is not None and kind != plan.kind:
+        raise InvalidArgument(f"kind = {kind!r}; the plan was chosen by {plan.kind!r} scores: expected that, or None")
+    found = kind or plan.kind
+    if found is None and isinstance(scores, Igia):
+        raise InvalidArgument(
+            f"kind = None; the plan does not say which score chose it. Accepted are {', '.join(SCORES)}"
+        )
+    return found
+
+
+def _scores(scores: Igia | Sequence[float] | None, kind: str | None, plan: Plan) -> list[float] | None:
     if scores is None:
         return None
-    values = scores.layer_scores(kind).tolist() if isinstance(scores, Igia) else [float(score) for score in scores]
+    if isinstance(scores, Igia):
+        if plan.model is not None and scores.model != plan.model:
+            raise ModelMismatch("scores is an igia of another model than the plan was made for")
+        assert kind is not None
+        values = scores.layer_scores(kind).tolist()
+    else:
+        values = [float(score) for score in scores]
     if len(values) != plan.layers:
         raise InvalidArgument(f"scores has {len(values)} values; expected {plan.layers}, one for every layer")
     return values
@@ -170,25 +208,33 @@ def _metadata_of(path: Path) -> dict[str, Any]:
 
 
 def _metadata(base: str | None, carried: Mapping[str, Any]) -> str:
-    from huggingface_hub import ModelCardData
-
-    data = ModelCardData(
+    return _metadata_block(
         base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[TAG, "pruned", "layer-pruning"],
         **carried,
     )
-    return f"---\n{data.to_yaml()}\n---"
+
+
+def _metadata_block(**known: Any) -> str:
+    from huggingface_hub import ModelCardData
+
+    return f"---\n{ModelCardData(**known).to_yaml()}\n---"
 
 
 def _introduction(name: str | None, base: str | None, plan: Plan) -> str:
     title = Path(name or base or "model").name + ("" if name else ", pruned")
     of = f"[{base}](https://huggingface.co/{base})" if base else "a larger model"
+    again = "" if plan.before is None else (
+        f" It was pruned more than once: the last time from {plan.layers} to {len(plan.kept)} decoder layers, which is "
+        "what the tables and lists below describe."
+    )  # fmt: skip
+    gone = plan.dense_layers - len(plan.kept)
     return (
-        f"# {title}\n\nThis is {of} with {len(plan.removed)} of its {plan.layers} decoder layers removed: those "
-        "whose gradients in the first fine-tuning steps said that the task needs them least. An ordinary checkpoint: "
-        "nothing but stock `transformers` is needed to load it."
+        f"# {title}\n\nThis is {of} with {gone} of its {plan.dense_layers} decoder layers removed: those "
+        "whose gradients in the first fine-tuning steps said that the task needs them least."
+        f"{again} An ordinary checkpoint: nothing but stock `transformers` is needed to load it."
     )
 
 
@@ -207,11 +253,12 @@ def _parameter_ratio(plan: Plan, scores: Igia | Sequence[float] | None) -> float
 def _ratios(plan: Plan, parameter_ratio: float | None, parameters: int) -> str:
     dense = None if parameter_ratio is None else parameters / (1 - parameter_ratio)
     share = "not recorded" if parameter_ratio is None else f"{parameter_ratio:.1%}"
+    dense_name = "dense" if plan.before is None else "before"
     rows: list[dict[str, Any]] = [
-        {"": "decoder layers", "dense": plan.layers, "pruned": len(plan.kept), "removed": f"{plan.layer_ratio:.1%}"},
+        {"": "decoder layers", dense_name: plan.layers, "pruned": len(plan.kept), "removed": f"{plan.layer_ratio:.1%}"},
         {
             "": "all parameters (M)",
-            "dense": "" if dense is None else f"{dense / 1e6:.1f}",
+            dense_name: "" if dense is None else f"{dense / 1e6:.1f}",
             "pruned": f"{parameters / 1e6:.1f}",
             "removed": share,
         },
@@ -219,12 +266,12 @@ def _ratios(plan: Plan, parameter_ratio: float | None, parameters: int) -> str:
     return "## Size\n\n" + markdown_table(rows)
 
 
-def _layers(plan: Plan, scores: Sequence[float] | None, kind: str) -> str:
+def _layers(plan: Plan, scores: Sequence[float] | None, kind: str | None) -> str:
     assert isinstance(plan.merge, Mapping)
     merged = ", ".join(f"{donors} into {target}" for target, donors in _merges(plan)) or "none"
     lists = (
         f"* kept: {list(plan.kept)}\n* dropped: {list(plan.drop)}\n* merged, then removed: {merged}\n\n"
-        "Numbers are those of the dense model's layers, from 0."
+        f"Numbers are those of the layers of the {'dense model' if plan.before is None else 'model before'}, from 0."
     )
     if scores is None:
         return f"## Layers\n\n{lists}"
@@ -232,7 +279,8 @@ def _layers(plan: Plan, scores: Sequence[float] | None, kind: str) -> str:
     rows = [
         {"layer": layer, "score": f"{score:.4g}", "": fates.get(layer, "kept")} for layer, score in enumerate(scores)
     ]
-    return f"## Layers\n\n{lists}\n\nScores (`{kind}`), the lowest go first:\n\n{markdown_table(rows)}"
+    named = f" (`{kind}`)" if kind else ""
+    return f"## Layers\n\n{lists}\n\nScores{named}, the lowest go first:\n\n{markdown_table(rows)}"
 
 
 def _merges(plan: Plan) -> list[tuple[int, str]]:

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from gradpruner.decoder import is_peft, unwrap
 from gradpruner.distributed import is_sharded, peers_of, together, whole
-from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
+from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, ModelMismatch
 from gradpruner.extra_layers import assign, say_what_is_gone
 from gradpruner.files import atomic_folder, read_json, write_json
 from gradpruner.logits import differ, logits_of
@@ -70,6 +70,23 @@ def save(
         if writes:
             _write(base, folder, state, tokenizer, plan, overwrite, beside)
     return Path(folder)
+
+
+def plan_in(folder: Path, layers: int) -> Plan | None:
+    """The plan in a checkpoint folder whose model has so many decoder layers, None if there is none.
+
+    Raises ModelMismatch if the plan leaves another number of layers, CheckpointError.
+    """
+    path = folder / PLAN_FILE
+    if not path.is_file():
+        return None
+    plan = Plan.load(path)
+    if layers != len(plan.kept):
+        raise ModelMismatch(
+            f"{path} keeps {len(plan.kept)} decoder layers; the model beside it has {layers}. "
+            "Remove the file if it is another model's"
+        )
+    return plan
 
 
 def _gathered(base: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -126,7 +127,7 @@ def _add_finetune(commands: Any) -> None:
     given.data_options(parser, testing=False)
     given.recipe_options(parser)
     parser.add_argument(
-        "--masks", metavar="FILE", help="gradpruner_masks.safetensors: what sparsify made zero stays zero"
+        "--masks", metavar="FILE", help="what sparsify made zero stays zero (default: gradpruner.masks of the --model)"
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
@@ -211,17 +212,22 @@ def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.pipeline import watch
+    from gradpruner.provenance import masks_of
+    from gradpruner.settings import Settings
 
     recipe = given.recipe(options)
     model, tokenizer, ordered = _training(options, recipe)
-    _, igia = watch(model, tokenizer, ordered, recipe, of_steps=options.of_steps, quiet=options.json)
-    scores = igia.layer_scores()
+    _, igia = watch(model, tokenizer, ordered, recipe, of_steps=options.of_steps, quiet=options.json,
+                    masks=masks_of(options.model, model))  # fmt: skip
+    kind = Settings.of().kind  # what `plan` goes by unless it is asked for another
+    scores = igia.layer_scores(kind)
     igia.save(options.out)
     return {
-        "json": {"igia": options.out, "steps": igia.steps, "skipped": igia.skipped, "layer_scores": scores.tolist(),
-                 "watched": list(igia.watched)},
+        "json": {"igia": options.out, "steps": igia.steps, "skipped": igia.skipped, "kind": kind,
+                 "layer_scores": scores.tolist(), "watched": list(igia.watched)},
         "line": f"{options.out}: {igia.steps} usable steps, {igia.skipped} skipped, {min(igia.watched):.1%} or more of "
-                f"each layer's parameters watched, weakest layers first: {scores.argsort().tolist()}",
+                f"each layer's parameters watched, weakest layers first by {kind!r} scores: "
+                f"{scores.argsort().tolist()}",
     }  # fmt: skip
 
 
@@ -242,11 +248,11 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _apply(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.checkpoint import save
     from gradpruner.igia import Igia
     from gradpruner.merge import apply
     from gradpruner.models import DEMO_MODEL
     from gradpruner.plan import Plan
+    from gradpruner.provenance import masks_of, plan_of, save_from
     from gradpruner.shards import holds_safetensors
     from gradpruner.streaming import apply_folder
 
@@ -259,8 +265,11 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
                               trust_remote_code=options.trust_remote_code)  # fmt: skip
     else:
         model, tokenizer = given.load(options)
-        folder = save(apply(model, plan, igia, top=options.top), options.out, tokenizer=tokenizer, plan=plan,
-                      overwrite=options.overwrite)  # fmt: skip
+        masks, earlier = masks_of(options.model, model), plan_of(options.model, model)
+        smaller = apply(model, plan, igia, top=options.top)
+        masks = None if masks is None else masks.of_layers(smaller, plan.kept)
+        folder = save_from(options.model, smaller, options.out, tokenizer=tokenizer, masks=masks,
+                           plan=dataclasses.replace(plan, before=earlier), overwrite=options.overwrite)  # fmt: skip
     return {
         "json": {"folder": str(folder), "plan": plan.to_dict()},
         "line": f"{folder}: verified; {plan.summary()}",
@@ -268,24 +277,27 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.checkpoint import save
     from gradpruner.pipeline import tune
-    from gradpruner.sparsity import Masks, save_sparse
+    from gradpruner.provenance import masks_of, plan_of, save_from
+    from gradpruner.sparsity import Masks
 
     recipe = given.recipe(options)
     masks = Masks.load(options.masks) if options.masks else None
     model, tokenizer, ordered = _training(options, recipe)
     if masks is not None:
         masks.apply_(model)
-    tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json, masks=masks)
-    if masks is None:
-        save(tuned, options.out, tokenizer=tokenizer, overwrite=options.overwrite)
     else:
-        save_sparse(tuned, masks, options.out, tokenizer=tokenizer, overwrite=options.overwrite)
+        masks = masks_of(options.model, model)
+    plan = plan_of(options.model, model)
+    tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json, masks=masks)
+    save_from(options.model, tuned, options.out, tokenizer=tokenizer, plan=plan, masks=masks,
+              overwrite=options.overwrite)  # fmt: skip
+    sparsity = None if masks is None else masks.sparsity()
+    kept = "" if masks is None else f", {sparsity:.2%} of {len(masks.bits)} weights kept at zero"
     return {
-        "json": {"folder": options.out, **training.to_dict()},
+        "json": {"folder": options.out, "sparsity": sparsity, **training.to_dict()},
         "line": f"{options.out}: {training.steps} steps of {training.step_seconds:.2f} s, "
-                f"loss {training.losses[0]:.3f} to {training.losses[-1]:.3f}",
+                f"loss {training.losses[0]:.3f} to {training.losses[-1]:.3f}{kept}",
     }  # fmt: skip
 
 
@@ -343,12 +355,16 @@ def _demo(options: argparse.Namespace) -> dict[str, Any]:
 
 def _backends(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.ops import available_backends
+    from gradpruner.ops.backends import build_note
 
     found = available_backends()
     if found["cpp"] == "available":
         from gradpruner.ops.cpp import ISA
 
         found["cpp instruction set"] = ISA
+    note = build_note()
+    if note is not None:
+        found["cpp build"] = note
     return {"json": found, "line": "\n".join(f"{name}: {state}" for name, state in found.items())}
 
 

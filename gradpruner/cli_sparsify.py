@@ -36,21 +36,25 @@ def add_sparsify(commands: Any) -> None:
 def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.files import need_free
     from gradpruner.igia import Igia
+    from gradpruner.provenance import plan_of, refuse_masks, save_from
     from gradpruner.sparsity.pruning import chosen, sparsify
-    from gradpruner.sparsity.saving import MASKS, save_sparse
+    from gradpruner.sparsity.saving import MASKS
     from gradpruner.windows import sampled, text_of, tokens_of
 
     need_free(options.out, options.overwrite)
     chosen(options.method, options.pattern, options.ratio, options.allocation)
     text = text_of(given.examples(options))
     model, tokenizer = given.load(options)
+    refuse_masks(options.model, "sparsify")
+    plan = plan_of(options.model, model)
     tokens = tokens_of(text, tokenizer, options.max_length)
     batches = sampled(tokens, options.max_length, options.samples, options.seed)
     masks = sparsify(
         model, batches, method=options.method, pattern=options.pattern, ratio=options.ratio,
         allocation=options.allocation, device=options.device, igia=Igia.load(options.igia) if options.igia else None,
     )  # fmt: skip
-    folder = save_sparse(model, masks, options.out, tokenizer=tokenizer, overwrite=options.overwrite)
+    folder = save_from(options.model, model, options.out, tokenizer=tokenizer, plan=plan, masks=masks,
+                       overwrite=options.overwrite)  # fmt: skip
     sparsity, file = masks.sparsity(), str(folder / MASKS)
     how = f"{masks.about['method']}, {masks.about['pattern']}"
     return {

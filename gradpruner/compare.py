@@ -36,6 +36,7 @@ from gradpruner.models import load_model
 from gradpruner.pipeline import Job, torch_dtype, tune, watch
 from gradpruner.plan import Plan, how_many
 from gradpruner.probed import IGIA, save_probed, with_probed
+from gradpruner.provenance import refuse_masks
 from gradpruner.sparsity.masks import Masks
 
 DENSE, OURS = "dense", spelled(GradPruner())
@@ -272,12 +273,14 @@ class Compare:
         return Plan.load(path)
 
     def _load(self) -> tuple[Any, Any]:
-        return load_model(
+        loaded = load_model(
             self.job.source,
             dtype=torch_dtype(self.job.dtype),
             attention=self.job.attention,
             trust_remote_code=self.job.trust_remote_code,
         )
+        refuse_masks(self.job.source, "compare")
+        return loaded
 
     def _tokens(self, examples: Sequence[Example], tokenizer: Any) -> list[dict[str, list[int]]]:
         return tokenize(examples, tokenizer, max_length=self.job.max_length, train_on=self.job.train_on)  # type: ignore[arg-type]

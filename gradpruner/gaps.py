@@ -58,7 +58,7 @@ def plan_gaps(
     removed = cheapest(gap_costs(decoder, batches, kind), total, count, protected)
     counts = count_parameters(decoder)
     gone = parameters_in(removed, counts["layer_parameters"], counts["shared_parameters"])
-    return Plan(total, removed, (), decoder.fingerprint(), gone / counts["total_parameters"])
+    return Plan(total, removed, (), decoder.fingerprint(), gone / counts["total_parameters"], kind=kind)
 
 
 def cheapest(costs: Costs, layers: int, count: int, protect: Iterable[int] = (0,)) -> list[int]:

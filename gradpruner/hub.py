@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from gradpruner.card import is_ours, model_card, write_card
 from gradpruner.checkpoint import free_memory, quiet, save
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 from gradpruner.igia import Igia
+from gradpruner.links import names_of, stays
 from gradpruner.logits import logits_of
 from gradpruner.plan import Plan
-from gradpruner.shards import INDEX, SINGLE, read_folder
+from gradpruner.shards import INDEX, SINGLE, holds_safetensors, read_folder
+from gradpruner.sparsity.masks import Masks
+from gradpruner.sparsity.saving import MASKS, check_stored
 from gradpruner.stored import StoredModel
 from gradpruner.streaming import FOLDERS
 
@@ -27,7 +30,9 @@ UPLOADED = (".safetensors", ".json", ".jinja", ".txt", ".md")
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 LICENSES = ("license", "notice", "use_policy")
 # of an earlier upload: vLLM and others read every *.safetensors they find, and transformers takes an adapter first
-REPLACED = (SINGLE, INDEX, "model-*-of-*.safetensors", "pytorch_model*.bin", "adapter_config.json", "adapter_model.*")
+REPLACED = (
+    SINGLE, INDEX, "model-*-of-*.safetensors", "pytorch_model*.bin", "adapter_config.json", "adapter_model.*", MASKS,
+)  # fmt: skip
 
 
 def push_to_hub(
@@ -39,7 +44,7 @@ def push_to_hub(
     base_model: str | os.PathLike[str] | None = None,
     license: str | None = None,
     scores: Igia | Sequence[float] | None = None,
-    kind: str = "squared",
+    kind: str | None = None,
     results: Sequence[Mapping[str, Any]] = (),
     private: bool | None = None,
     token: str | bool | None = None,
@@ -97,12 +102,17 @@ def push_to_hub(
 
 
 def verify_folder(folder: Path) -> None:
-    """Raises CheckpointError (or InvalidArgument, UnsupportedModel) unless the folder is a whole, sound checkpoint."""
+    """Raises CheckpointError unless the folder is a whole, sound checkpoint.
+
+    Also raises InvalidArgument, ModelMismatch (the model does not keep to the masks in the folder), UnsupportedModel.
+    """
     stored = StoredModel(folder)
     tensors = read_folder(folder)
     strange = sorted(tensors.keys() - stored.tensors.keys())
     if strange:
         raise CheckpointError(f"{folder} holds tensors that its model has no place for: {strange[:3]}")
+    if (folder / MASKS).is_file():
+        check_stored(stored, Masks.load(folder / MASKS))
     if 2 * sum(tensor.size for tensor in tensors.values()) >= free_memory():
         return
     kind: Any = type(stored.model)
@@ -115,14 +125,31 @@ def verify_folder(folder: Path) -> None:
 
 def uploaded_files(folder: Path) -> list[str]:
     """What of a checkpoint folder may leave the machine, relative to it, sorted."""
-    files = [file for file in folder.iterdir() if file.is_file()]
+    weights = {tensor.file for tensor in read_folder(folder).values()} if holds_safetensors(folder) else set[Path]()
+    files = [file for file in folder.iterdir() if file.is_file() and not _is_stray(file, weights)]
     files += [file for name in FOLDERS if (folder / name).is_dir() for file in (folder / name).iterdir()]
-    return sorted(str(file.relative_to(folder)) for file in files if _may_leave(file))
+    return sorted(str(file.relative_to(folder)) for file in files if _may_leave(file, folder))
 
 
-def _may_leave(file: Path) -> bool:
-    if not file.is_file() or file.name.startswith("."):
+def _is_stray(file: Path, weights: Collection[Path]) -> bool:
+    """Whether a server would take a file for weights, or for their index, though the model is stored without it."""
+    if file.name == INDEX:
+        return (file.parent / SINGLE).is_file()
+    return file.suffix == ".safetensors" and file not in weights
+
+
+def _may_leave(file: Path, folder: Path) -> bool:
+    return file.is_file() and stays(file, folder) and all(map(_may_be_called, names_of(file, folder)))
+
+
+def _may_be_called(name: str) -> bool:
+    if name.startswith("."):
         return False
-    if file.suffix in UPLOADED or file.name in SENTENCEPIECE:
+    if Path(name).suffix in UPLOADED or name in SENTENCEPIECE or name == MASKS:
         return True
-    return not file.suffix and file.name.lower().startswith(LICENSES)
+    return is_license(name)
+
+
+def is_license(name: str) -> bool:
+    """Whether a file of this name holds the terms of a model."""
+    return not Path(name).suffix and name.lower().startswith(LICENSES)

@@ -167,7 +167,7 @@ class Igia:
         """
         protected = tuple(protect)
         scores = self.layer_scores(kind)
-        plan = self._plan(scores, ratio, count, of, merge, protected)  # first: it refuses a wrong `protect`
+        plan = self._plan(scores, ratio, count, of, merge, protected, kind)  # first: it refuses a wrong `protect`
         self.check_comparable(protected)
         watched = min((share for layer, share in enumerate(self.watched) if layer not in protected), default=None)
         return dataclasses.replace(plan, watched=watched)
@@ -180,6 +180,7 @@ class Igia:
         of: str,
         merge: str | int,
         protect: Iterable[int],
+        kind: str,
     ) -> Plan:
         return select(
             scores.tolist(),
@@ -193,6 +194,7 @@ class Igia:
             shared_parameters=self.shared_parameters or (),
             total_parameters=self.total_parameters,
             model=self.model,
+            kind=kind,
         )
 
     def parameter_ratio(self, removed: Iterable[int]) -> float | None:
@@ -201,9 +203,12 @@ class Igia:
             return None
         return parameters_in(removed, self.layer_parameters, self.shared_parameters) / self.total_parameters
 
-    def margin(self, plan: Plan, kind: str = "squared", *, protect: Iterable[int] = (0,)) -> float:
-        """How clear a cut is: 1 - (highest removed score / lowest kept score), 0 if equal (D). Raises like `plan`."""
-        scores, protected = self.layer_scores(kind), set(protect)
+    def margin(self, plan: Plan, kind: str | None = None, *, protect: Iterable[int] = (0,)) -> float:
+        """How clear a cut is: 1 - (highest removed score / lowest kept score), 0 if equal (D). Raises like `plan`.
+
+        kind: default the score that chose the plan; "squared" for a plan that names none.
+        """
+        scores, protected = self.layer_scores(kind or plan.kind or "squared"), set(protect)
         self.check_comparable(protected)
         kept = [float(scores[j]) for j in plan.kept if j not in protected]
         removed = [float(scores[j]) for j in plan.removed]
@@ -211,8 +216,12 @@ class Igia:
             return 0.0
         return 1.0 - max(removed) / min(kept)
 
-    def stability(self, plan: Plan, kind: str = "squared", *, protect: Iterable[int] = (0,)) -> list[float]:
-        """Rank stability: by step, the share of `plan.removed` that would be gone by then (D). Raises like `plan`."""
+    def stability(self, plan: Plan, kind: str | None = None, *, protect: Iterable[int] = (0,)) -> list[float]:
+        """Rank stability: by step, the share of `plan.removed` that would be gone by then (D). Raises like `plan`.
+
+        kind: as for `margin`.
+        """
+        kind = kind or plan.kind or "squared"
         final, shares = set(plan.removed), []
         protected = list(protect)
         self.check_comparable(protected)
@@ -220,7 +229,7 @@ class Igia:
             if not final or not bool((self.square_norms[:steps] > 0).any()):
                 shares.append(0.0)
                 continue
-            early = self._plan(self.layer_scores(kind, steps=steps), None, len(final), "layers", 0, protected)
+            early = self._plan(self.layer_scores(kind, steps=steps), None, len(final), "layers", 0, protected, kind)
             shares.append(len(final & set(early.removed)) / len(final))
         return shares
 

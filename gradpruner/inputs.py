@@ -15,7 +15,8 @@ from gradpruner.errors import CheckpointError
 from gradpruner.tensor_files import read_checked, read_described, write_described
 
 FORMAT = "gradpruner.inputs/1"
-FILES = "gradpruner_inputs-*.safetensors"  # one a process: each has seen batches of its own
+# one a process: each has seen batches of its own. Safetensors under another ending: these are no weights
+FILES = "gradpruner_inputs-*.state"
 TOKENS = 131_072  # at most, of each process; 2 MiB of token ids and mask
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gradpruner.errors import InvalidArgument
+from gradpruner.links import check_links
 
 DEMO_MODEL = "smollm2"
 
@@ -33,6 +34,7 @@ def load_model(
 
     Raises:
         InvalidArgument: no such model, no safetensors, no tokenizer, or a package is missing.
+        CheckpointError: a symbolic link in the folder leads out of it.
     """
     path = _demo_gguf() if str(source) == DEMO_MODEL else Path(source)
     if path.suffix.lower() == ".gguf":
@@ -107,6 +109,7 @@ def _check_folder_or_id(source: str) -> None:
     if Path(source).is_dir():
         if not (Path(source) / "config.json").is_file():
             raise InvalidArgument(f"source {source!r} is a folder without config.json")
+        check_links(source)
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         raise InvalidArgument(
             f"source {source!r} does not exist; accepted: a folder, a .gguf file, {DEMO_MODEL!r}, "

@@ -6,6 +6,7 @@ from the first stage whose file is missing.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import os
@@ -32,6 +33,7 @@ from gradpruner.models import load_model
 from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import Plan
 from gradpruner.probed import IGIA, save_probed, with_probed
+from gradpruner.provenance import plan_of, refuse_masks
 from gradpruner.report import html_report, plot_layer_scores
 from gradpruner.settings import Settings
 from gradpruner.sparsity.masks import HoldSparsity, Masks
@@ -159,6 +161,7 @@ class Run:
         if not train_examples or not test_examples:
             raise InvalidArgument("no training or no test examples; expected at least one of each")
         self.job, self.folder, self.say, self.quiet = job, Path(folder), say, quiet
+        self._earlier: Plan | None = None  # that the source had been pruned by, known when it is loaded
         kept, self._held_out = train_examples, list[Example]()
         if job.ratio == AUTO:
             kept, self._held_out = hold_out(train_examples, job.check_rows, job.recipe.seed)
@@ -191,7 +194,7 @@ class Run:
         rows = [self.dense()] if dense else []
         self.cut(plan)
         rows.append(self.pruned(plan))
-        igia, kind = self.probe(), self.job.settings.kind
+        igia, kind = self.probe(), plan.kind or self.job.settings.kind
         results = {
             "rows": rows,
             "plan": plan.to_dict(),
@@ -210,7 +213,7 @@ class Run:
         write_report(self.folder)
         # a card travels without the machine that it was made on
         of_the_model = [line for line in comparison(rows) if line[""] not in OF_THE_MACHINE]
-        card = model_card(self.folder / "model", plan, base_model=self.job.source, scores=igia, kind=kind,
+        card = model_card(self.folder / "model", base_model=self.job.source, scores=igia, kind=kind,
                           results=of_the_model, trust_remote_code=self.job.trust_remote_code)  # fmt: skip
         write_card(self.folder / "model", card)
         return results
@@ -245,7 +248,7 @@ class Run:
         path = self.folder / "cut"
         if not path.exists():
             smaller, tokenizer = self._smaller(plan)
-            save(smaller, path, tokenizer=tokenizer, plan=plan)
+            save(smaller, path, tokenizer=tokenizer, plan=dataclasses.replace(plan, before=self._earlier))
         return path
 
     def pruned(self, plan: Plan) -> dict[str, Any]:
@@ -261,6 +264,7 @@ class Run:
     def _before_the_cut(self) -> tuple[Any, Any]:
         """The dense model, inside the adapters that the probe trained where these are kept."""
         model, tokenizer = self._load(self.job.source)
+        self._earlier = plan_of(self.job.source, model)
         return with_probed(model, self._probed) if self.job.settings.adapters == "keep" else model, tokenizer
 
     def _smaller(self, plan: Plan) -> tuple[Any, Any]:
@@ -314,6 +318,7 @@ class Run:
     def _pruned(self, plan: Plan) -> dict[str, Any]:
         self.say(f"pruned: {self.job.steps - self.job.probing} steps")
         model, tokenizer = self._load(str(self.folder / "cut"))
+        plan = plan_of(str(self.folder / "cut"), model) or plan
         rows = self._rows(tokenizer)[self.job.probing * self.job.recipe.rows_a_step :]
         return self._train_and_measure("pruned", model, tokenizer, rows, "model", plan)
 
@@ -353,8 +358,10 @@ class Run:
         return self._rows(tokenizer)[: self.job.probing * self.job.recipe.rows_a_step]
 
     def _load(self, source: str) -> tuple[Any, Any]:
-        return load_model(source, dtype=torch_dtype(self.job.dtype), attention=self.job.attention,
-                          trust_remote_code=self.job.trust_remote_code)  # fmt: skip
+        loaded = load_model(source, dtype=torch_dtype(self.job.dtype), attention=self.job.attention,
+                            trust_remote_code=self.job.trust_remote_code)  # fmt: skip
+        refuse_masks(source, "run")
+        return loaded
 
     def _rows(self, tokenizer: Any) -> list[Row]:
         tokens = tokenize(self._examples[0], tokenizer, max_length=self.job.max_length, train_on=self.job.train_on)  # type: ignore[arg-type]
@@ -369,14 +376,17 @@ def watch(
     *,
     of_steps: int | None = None,
     quiet: bool = False,
+    masks: Masks | None = None,
 ) -> tuple[Any, Igia]:
     """Train on `ordered`, on adapters unless rank is 0, with a probe watching every step: the trained model, the igia.
 
-    of_steps: steps of the run that the probe is the beginning of; its learning rate is that run's (P).
+    of_steps: steps of the run that the probe is the beginning of; its learning rate is that run's (P). masks: see
+    `tune`; a probe only looks, so adapters are left as they are.
     """
     watched = add_adapters(model, recipe) if recipe.rank else model
     probe = ProbeCallback(len(ordered) // recipe.rows_a_step)
-    train(watched, ordered, Collator(tokenizer), recipe, of_steps=of_steps, callbacks=[probe], quiet=quiet)
+    callbacks = [probe, *_holding(masks, recipe)]
+    train(watched, ordered, Collator(tokenizer), recipe, of_steps=of_steps, callbacks=callbacks, quiet=quiet)
     return watched, probe.igia
 
 
@@ -394,12 +404,15 @@ def tune(
     masks: kept to in every step where all weights train, and by what adapters have become.
     """
     trained = add_adapters(model, recipe) if recipe.rank else model
-    holding = [HoldSparsity(masks)] if masks is not None and not recipe.rank else []
-    training = train(trained, ordered, Collator(tokenizer), recipe, quiet=quiet, callbacks=holding)
+    training = train(trained, ordered, Collator(tokenizer), recipe, quiet=quiet, callbacks=_holding(masks, recipe))
     plain = finish(trained)
     if masks is not None:
         masks.apply_(plain)
     return plain, training
+
+
+def _holding(masks: Masks | None, recipe: Recipe) -> list[HoldSparsity]:
+    return [HoldSparsity(masks)] if masks is not None and not recipe.rank else []
 
 
 def measure(

@@ -29,8 +29,10 @@ class Plan:
     drop: layers removed outright. merge: layers removed after being folded into a kept layer before them:
     either a list (target: the nearest kept layer before) or a mapping from layer to target.
     model: fingerprint of the model the plan was made for, if known. parameter_ratio: share of all
-    parameters that the plan removes, if known. watched: the share of its parameters that the probe watched of the layer
-    that it watched least of those that could go, if known. Raises InvalidArgument if the lists do not fit together.
+    parameters that the plan removes, if known. kind: the layer score that chose the layers ("norm", say), if one of
+    this package's did. before: the plan that the model had been pruned by already, if one had been; its kept layers
+    are the `layers` of this one. watched: the share of its parameters that the probe watched of the layer that it
+    watched least of those that could go, if known. Raises InvalidArgument if the lists do not fit together.
     """
 
     layers: int
@@ -38,7 +40,9 @@ class Plan:
     merge: Mapping[int, int] | Sequence[int] = field(default_factory=dict)
     model: str | None = None
     parameter_ratio: float | None = None
-    watched: float | None = None
+    kind: str | None = field(default=None, compare=False)  # plans that do the same are equal
+    before: Plan | None = field(default=None, compare=False)
+    watched: float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Normalise to a sorted tuple and a sorted dict, then check everything."""
@@ -50,6 +54,10 @@ class Plan:
         if ratio is not None and (type(ratio) not in (int, float) or not 0 <= ratio <= 1):
             raise InvalidArgument(f"parameter_ratio = {ratio!r}; expected a share from 0 to 1, or None")
         drop, merged = _indices("drop", self.drop, self.layers), _indices("merge", self.merge, self.layers)
+        if self.kind is not None and not isinstance(self.kind, str):
+            raise InvalidArgument(f"kind = {self.kind!r}; expected the name of a layer score, or None")
+        if self.before is not None and len(self.before.kept) != self.layers:
+            raise InvalidArgument(f"before keeps {len(self.before.kept)} layers; this plan expects {self.layers}")
         both = sorted(set(drop) & set(merged))
         if both:
             raise InvalidArgument(f"layers {both} are in both drop and merge; expected each in one")
@@ -66,7 +74,7 @@ class Plan:
                     f"merge target {target!r} of layer {layer}: expected a kept layer before it, one of "
                     f"{[i for i in kept if i < layer]}"
                 )
-        if self.watched is not None and (isinstance(self.watched, bool) or not isinstance(self.watched, (int, float))):
+        if self.watched is not None and (type(self.watched) not in (int, float) or not 0 <= self.watched <= 1):
             raise InvalidArgument(f"watched = {self.watched!r}; expected a share from 0 to 1, or None")
         object.__setattr__(self, "drop", tuple(drop))
         object.__setattr__(self, "merge", targets)
@@ -80,6 +88,11 @@ class Plan:
     def kept(self) -> tuple[int, ...]:
         """Every layer that stays, ascending."""
         return tuple(sorted(set(range(self.layers)) - set(self.removed)))
+
+    @property
+    def dense_layers(self) -> int:
+        """Decoder layers of the model that had not been pruned yet."""
+        return self.layers if self.before is None else self.before.dense_layers
 
     @property
     def layer_ratio(self) -> float:
@@ -122,6 +135,8 @@ class Plan:
             "parameter_ratio": self.parameter_ratio,
             "watched": self.watched,
             "model": self.model,
+            "kind": self.kind,
+            "before": None if self.before is None else self.before.to_dict(),
         }
 
     @classmethod
@@ -139,9 +154,11 @@ class Plan:
                 merge,
                 content.get("model"),
                 content.get("parameter_ratio"),
+                content.get("kind"),
+                None if content.get("before") is None else cls.from_dict(content["before"]),
                 content.get("watched"),
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             if isinstance(error, InvalidArgument):
                 raise
             raise CheckpointError(f"not a plan: {error!r}") from None
@@ -172,6 +189,7 @@ def select(
     shared_parameters: Sequence[tuple[Sequence[int], int]] = (),
     total_parameters: int | None = None,
     model: str | None = None,
+    kind: str | None = None,
 ) -> Plan:
     """Turn layer scores into a plan: the lowest go first (source: P; ties: the lower index is kept, D).
 
@@ -180,7 +198,8 @@ def select(
     rest of the removed into the nearest kept layer of the same structure before (METHOD section 2); a number
     folds that many, the highest-scored of the removed; 0 none. protect: layers that stay whatever they score.
     structures: one value a layer, equal where layers can be merged. layer_parameters, shared_parameters,
-    total_parameters: as `gradpruner.parameter_counts.count_parameters` counts them. Raises InvalidArgument.
+    total_parameters: as `gradpruner.parameter_counts.count_parameters` counts them. kind: what the scores are called,
+    for the plan to remember. Raises InvalidArgument.
     """
     total = len(scores)
     if total == 0 or not all(math.isfinite(s) for s in scores):
@@ -207,7 +226,7 @@ def select(
     parameter_ratio = None
     if layer_parameters is not None and total_parameters:
         parameter_ratio = parameters_in(removed, layer_parameters, shared_parameters) / total_parameters
-    return Plan(total, sorted(set(removed) - set(targets)), targets, model, parameter_ratio)
+    return Plan(total, sorted(set(removed) - set(targets)), targets, model, parameter_ratio, kind)
 
 
 def parameters_in(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gradpruner.checkpoint import check_loaded, quiet
 from gradpruner.decoder import Decoder, Weight, layer_counts, sample_positions
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
+from gradpruner.links import check_links
 from gradpruner.models import refusing
 from gradpruner.shards import Stored, read_folder
 
@@ -40,13 +41,14 @@ class StoredModel:
 
     tensors: the stored ones that the model uses, by the name they are stored under; unused: the names of the others;
     roles: what becomes of each that is used.
-    Raises InvalidArgument (no such folder or config), CheckpointError (damaged, or not all of the model is there),
-    UnsupportedModel (quantised, or holding adapters).
+    Raises InvalidArgument (no such folder or config), CheckpointError (damaged, not all of the model is there, or a
+    symbolic link leads out of the folder), UnsupportedModel (quantised, or holding adapters).
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
         if not (folder / "config.json").is_file():
             raise InvalidArgument(f"source {str(folder)!r} is not a folder with a config.json")
+        check_links(folder)
         if (folder / "adapter_config.json").exists():
             raise UnsupportedModel(f"{folder} holds adapters: merge them into the model and save it first")
         self.config = config_of(folder, trust_remote_code)

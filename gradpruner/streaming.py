@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -14,16 +15,20 @@ from typing import Any
 
 import torch
 
-from gradpruner.checkpoint import PLAN_FILE, check_loaded, drop_missing_code, free_memory, quiet
+from gradpruner.card import CARD_FILE, carry_card
+from gradpruner.checkpoint import PLAN_FILE, check_loaded, drop_missing_code, free_memory, plan_in, quiet
 from gradpruner.decoder import Decoder, Weight
 from gradpruner.errors import CheckpointError, UnsupportedModel
 from gradpruner.extra_layers import generation_changes
 from gradpruner.files import atomic_folder, read_json, write_json
 from gradpruner.igia import Igia
+from gradpruner.links import names_of, stays
 from gradpruner.logits import differ, logits_of, say_what_is_not_passed
 from gradpruner.merge import check_fits, donors_of, merge_weight_, share_of, skipping_logits
 from gradpruner.plan import Plan
 from gradpruner.shards import Pending, Stored, bytes_of, checksum_of, read_folder, write_folder
+from gradpruner.sparsity.masks import Masks
+from gradpruner.sparsity.saving import MASKS, check_stored
 from gradpruner.stored import IN_MEMORY, StoredModel, config_of, load_empty
 from gradpruner.surgery import prepare
 
@@ -32,8 +37,8 @@ logger = logging.getLogger(__name__)
 LARGEST_SHARD = 5 * 10**9  # bytes
 # of other weights, or able to hold code; they would describe the model as it was
 LEFT_BEHIND = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".gguf", ".onnx",
-    ".index.json",
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".gguf", ".onnx", ".state",
+    ".index.json", MASKS, CARD_FILE,
 )  # fmt: skip
 FOLDERS = ("additional_chat_templates",)  # of a tokenizer
 
@@ -79,7 +84,8 @@ def apply_folder(
     at a time (in memory: that weight, its donors, their importance), and layers that are only dropped are never
     read. source: safetensors, in one file or shards. igia: `Igia.load(..., lazy=True)` leaves its importance in its
     file too. The other files of the folder come along, except other weights, pickles, and Python code unless
-    trust_remote_code. top, weight: see `apply`. Source: METHOD section 3.
+    trust_remote_code. Masks in the folder (`save_sparse`) come along for the layers that are kept. top, weight: see
+    `apply`. Source: METHOD section 3.
 
     The folder gets its name only after its files were read again: every checksum, and keys, shapes and dtypes by
     the stock class; where the dense model fits in memory twice, also the logits, against the dense model with the
@@ -88,6 +94,7 @@ def apply_folder(
     share, source = share_of(top), Path(source)
     stored = StoredModel(source, trust_remote_code=trust_remote_code)
     check_fits(stored.decoder, plan, igia, stored.samples)
+    masks, earlier = _kept_masks(stored, source, plan), plan_in(source, len(stored.decoder.layers))
     surgery = prepare(stored.decoder, plan.kept)
     merges = _merges(stored, plan, igia, share, weight) if igia is not None else {}
     pending = _pending(stored, plan, merges)
@@ -104,7 +111,11 @@ def apply_folder(
         _copy_others(source, temporary, code=trust_remote_code)
         drop_missing_code(temporary)
         _cut_generation(temporary, plan, extra_gone=bool(surgery.gone))
-        write_json(temporary / PLAN_FILE, plan.to_dict())
+        carry_card(source, temporary)
+        write_json(temporary / PLAN_FILE, dataclasses.replace(plan, before=earlier).to_dict())
+        if masks is not None:
+            masks.save(temporary / MASKS)
+            check_stored(StoredModel(temporary, trust_remote_code=trust_remote_code), masks)
         written = read_folder(temporary)
         _check_bytes(written, checksums)
         kind = type(stored.model)
@@ -114,6 +125,15 @@ def apply_folder(
             replaced = {name: written[pending[merge.kept.name].name] for name, merge in merges.items()}
             _check_logits(kind, source, temporary, plan, replaced, trust_remote_code)
     return Path(out)
+
+
+def _kept_masks(stored: StoredModel, source: Path, plan: Plan) -> Masks | None:
+    """The masks of the folder for the layers that stay; checked first, so that no stale ones are carried along."""
+    if not (source / MASKS).is_file():
+        return None
+    masks = Masks.load(source / MASKS)
+    check_stored(stored, masks)
+    return masks.of_layers(stored.model, plan.kept)
 
 
 def _merges(stored: StoredModel, plan: Plan, igia: Igia, share: Fraction, scale: float) -> dict[str, Merge]:
@@ -177,15 +197,18 @@ def _write_config(model: Any, folder: Path) -> None:
 
 
 def _copy_others(source: Path, folder: Path, *, code: bool) -> None:
-    for file in sorted(source.iterdir()):
-        if file.is_dir() and file.name in FOLDERS:
-            (folder / file.name).mkdir()
-            _copy_others(file, folder / file.name, code=code)
-        hidden, python = file.name.startswith("."), file.suffix == ".py"
-        if not file.is_file() or hidden or file.name.endswith(LEFT_BEHIND) or (python and not code):
+    files = [file for file in source.iterdir() if file.is_file()]
+    for name in FOLDERS:
+        if (source / name).is_dir():
+            (folder / name).mkdir()
+            files += [file for file in (source / name).iterdir() if file.is_file()]
+    left_behind = LEFT_BEHIND if code else (*LEFT_BEHIND, ".py")
+    for file in files:
+        names, copy = names_of(file, source), folder / file.relative_to(source)
+        if not stays(file, source) or any(name.startswith(".") or name.endswith(left_behind) for name in names):
             continue
-        if not (folder / file.name).exists():  # config.json is written already
-            shutil.copyfile(file, folder / file.name)
+        if not copy.exists():  # config.json is written already
+            shutil.copyfile(file, copy)
 
 
 def _cut_generation(folder: Path, plan: Plan, *, extra_gone: bool) -> None:

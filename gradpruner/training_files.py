@@ -24,7 +24,8 @@ from gradpruner.shards import bytes_of
 from gradpruner.stored import StoredModel
 
 FOLDER = "gradpruner"  # in the Trainer's output_dir: plan, scores, and the cut base model of adapters
-SNAPSHOT = "gradpruner_probe.safetensors"  # in a checkpoint made while the probe watches
+# in a checkpoint made while the probe watches; safetensors under another ending, or servers would load it as weights
+SNAPSHOT = "gradpruner_probe.state"
 TRAINER_STATE = "trainer_state.json"  # the Trainer writes it last
 
 

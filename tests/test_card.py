@@ -79,7 +79,7 @@ def test_both_ratios_or_that_one_is_not_known(pruned):
     by_hand = gradpruner.Plan(plan.layers, plan.drop, plan.merge)
     assert "| 50.0% |" in gradpruner.model_card(model, by_hand)
     assert "not recorded" in gradpruner.model_card(model, by_hand)
-    assert f"{plan.parameter_ratio:.1%}" in gradpruner.model_card(model, by_hand, scores=igia)
+    assert f"{plan.parameter_ratio:.1%}" in gradpruner.model_card(model, by_hand, scores=igia, kind="squared")
 
 
 def test_the_license_of_the_base_model_is_carried_over(pruned, folder, tmp_path, monkeypatch):
@@ -192,6 +192,9 @@ def test_a_folder_is_uploaded_with_its_card_and_nothing_that_runs(folder, hub, t
     (folder / "checkpoint-5").mkdir()
     (folder / "checkpoint-5" / "model.safetensors").write_bytes(b"x")
     (folder / "LICENSE").write_text("free")
+    for stray in ("igia.safetensors", "model-00001-of-00002.safetensors"):  # servers would take them for weights
+        save_file({"model.norm.weight": torch.zeros(2)}, folder / stray)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     hub.files = {"model-00002-of-00002.safetensors": b"old", "notes.md": b"kept"}
     url = gradpruner.push_to_hub(
         folder, "me/small", base_model=BASE, license="mit", private=True, token="hf_secret", api=HfApi(hub.url)
@@ -306,7 +309,8 @@ def test_a_run_leaves_a_card(pruned, tmp_path, monkeypatch):
     run.everything()
     text = (run.folder / "model" / "README.md").read_text()
     assert ModelCard(text).data.base_model == "acme/dense-1B"
-    assert "| exact match | 0.500 | 0.500 | 100.0% |" in text and "Scores (`norm`)" in text
+    assert "| exact match | 0.500 | 0.500 | 100.0% |" in text
+    assert plan.kind == "squared" and "Scores (`squared`)" in text  # as this plan was chosen, whatever the job says
     labels = [line[""] for line in comparison(rows)]
     assert set(OF_THE_MACHINE) < set(labels) and not any(label in text for label in OF_THE_MACHINE)
 

@@ -136,7 +136,7 @@ def build_file(build: dict[str, Any], flags: str) -> str:
 
     for source in sorted(CSRC.glob("*.cpp")):
         if source.name != "module.cpp":
-            objects.append(compiled(source, f"{source.stem}.o", build["choice_flags"]()))
+            objects.append(compiled(source, f"{source.stem}.o", build["choice_flags"](build["variants"]())))
     for variant, variant_flags in build["variants"]().items():
         for source in sorted((CSRC / "variant").glob("*.cpp")):
             contract = "-ffp-contract=fast" if source.name in build["CONTRACTED"] else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from gradpruner.errors import InvalidArgument
 
 BACKENDS = ("reference", "triton", "cpp")
+BUILD_NOTE = "_cpu_build.txt"  # in the package; setup.py writes it
 _MODULES = {
     "reference": "gradpruner.ops.reference",
     "triton": "gradpruner.kernels.launch",
@@ -33,6 +35,12 @@ def available_backends() -> dict[str, str]:
         name: "available" if isinstance(_load(name), ModuleType) else f"not available: {_load(name)}"
         for name in BACKENDS
     }
+
+
+def build_note() -> str | None:
+    """What installing tried to build for the C++ extension and had to leave out, and why; None if it was nothing."""
+    note = Path(__file__).parent.parent / BUILD_NOTE
+    return note.read_text(encoding="utf-8").strip() if note.is_file() else None
 
 
 def backend_for(device: torch.device) -> ModuleType:

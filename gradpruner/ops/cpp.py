@@ -18,8 +18,8 @@ try:
     import gradpruner._cpu as _cpu
 except ImportError as error:
     raise ImportError(
-        f"the C++ extension is not there ({error}); installing builds it where a C++ compiler is found and "
-        "GRADPRUNER_NO_EXT is not set"
+        f"the C++ extension is not there ({error}); installing builds it where a C++ compiler and Python.h are found "
+        "and GRADPRUNER_NO_EXT is not set"
     ) from error
 
 try:

@@ -9,13 +9,23 @@ from typing import Any
 from torch import nn
 
 from gradpruner.checkpoint import save
+from gradpruner.errors import ModelMismatch, UnsupportedModel
+from gradpruner.plan import Plan
 from gradpruner.sparsity.masks import Masks
+from gradpruner.stored import StoredModel
 
-MASKS = "gradpruner_masks.safetensors"
+# its content is safetensors, but its name is not: servers take every *.safetensors, *.bin and *.pt for weights
+MASKS = "gradpruner.masks"
 
 
 def save_sparse(
-    model: nn.Module, masks: Masks, folder: str | os.PathLike[str], *, tokenizer: Any = None, overwrite: bool = False
+    model: nn.Module,
+    masks: Masks,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    plan: Plan | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """`gradpruner.save`, and the masks in the folder; first that the model keeps to them.
 
@@ -23,5 +33,25 @@ def save_sparse(
     """
     masks.check(model)
     return save(
-        model, folder, tokenizer=tokenizer, overwrite=overwrite, beside=lambda inside: masks.save(inside / MASKS)
+        model,
+        folder,
+        tokenizer=tokenizer,
+        plan=plan,
+        overwrite=overwrite,
+        beside=lambda inside: masks.save(inside / MASKS),
     )
+
+
+def check_stored(stored: StoredModel, masks: Masks) -> None:
+    """`Masks.check` of a checkpoint folder, with one weight in memory at a time.
+
+    Raises ModelMismatch, UnsupportedModel (a masked weight is stored in several tensors).
+    """
+    weights = {stored.decoder.path_of(weight): weight for weight in stored.decoder.weights}
+    for name in masks.bits:
+        if name not in weights:
+            raise ModelMismatch(f"the model has no weight {name!r}; the masks are another model's")
+        tensor = stored.whole.get(stored.parameter_name(weights[name]))
+        if tensor is None:
+            raise UnsupportedModel(f"{name!r} has a mask, and is stored in another form than the model has it")
+        masks.check_weight(name, tensor.read().t() if weights[name].transposed else tensor.read())
