@@ -126,9 +126,10 @@ class Masks:
             raise InvalidArgument(f"masks file {str(path)!r} does not exist")
         prefixed, header = read_described(Path(path), "masks", FORMAT)
         stored = {name.removeprefix(PREFIX): mask for name, mask in prefixed.items() if name.startswith(PREFIX)}
-        widths, about = header.get("widths"), header.get("about")
-        whole = len(stored) == len(prefixed) and isinstance(about, dict)
-        if not whole or not isinstance(widths, dict) or widths.keys() != stored.keys():
+        widths: Any = header.get("widths")
+        about: Any = header.get("about")
+        described = isinstance(widths, dict) and isinstance(about, dict)
+        if not described or len(stored) != len(prefixed) or widths.keys() != stored.keys():
             raise CheckpointError(f"{path} is corrupted: expected a width of each mask, and how they were made")
         for name, mask in stored.items():
             width = widths[name]
