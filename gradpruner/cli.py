@@ -61,6 +61,7 @@ def _add_run(commands: Any) -> None:
     given.data_options(parser, testing=True)
     given.plan_options(parser, auto=True)
     given.recipe_options(parser)
+    given.checkpoint_options(parser)
     parser.add_argument("--max-lost", type=float, metavar="P", help="with --ratio auto: share of the dense model's "
                         "score that may be lost (default 0.01)")  # fmt: skip
     parser.add_argument("--check-steps", type=int, metavar="N", help="with --ratio auto: extra steps that each model "
@@ -125,6 +126,7 @@ def _add_finetune(commands: Any) -> None:
     given.model_options(parser)
     given.data_options(parser, testing=False)
     given.recipe_options(parser)
+    given.checkpoint_options(parser)
     parser.add_argument(
         "--masks", metavar="FILE", help="gradpruner_masks.safetensors: what sparsify made zero stays zero"
     )
@@ -177,12 +179,12 @@ def _add_backends(commands: Any) -> None:
     given.command(commands, "backends", _backends, "Which kernels this installation can run.", "gradpruner backends")
 
 
-def _training(options: argparse.Namespace, recipe: Any) -> tuple[Any, Any, list[Any]]:
+def _training(options: argparse.Namespace, recipe: Any, revision: str | None = None) -> tuple[Any, Any, list[Any]]:
     from gradpruner.data import tokenize
     from gradpruner.finetune import schedule
 
     examples = given.examples(options)
-    model, tokenizer = given.load(options)
+    model, tokenizer = given.load(options, revision)
     rows = tokenize(examples, tokenizer, max_length=options.max_length, train_on=options.train_on)
     return model, tokenizer, schedule(rows, options.steps, recipe)
 
@@ -268,19 +270,30 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
 
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint import save
+    from gradpruner.checkpoints import Checkpoints
+    from gradpruner.identity import identify, sha256_of
     from gradpruner.pipeline import tune
+    from gradpruner.provenance import digest
     from gradpruner.sparsity import Masks, save_sparse
 
     recipe = given.recipe(options)
     masks = Masks.load(options.masks) if options.masks else None
-    model, tokenizer, ordered = _training(options, recipe)
+    identity = identify(options.model, trust_remote_code=options.trust_remote_code, say=given.say(options))
+    made_from = {
+        "model": digest(identity.to_dict()),
+        "dtype or attention": digest([options.dtype, options.attention]),
+        "masks": sha256_of(Path(options.masks)) if options.masks else "none",
+    }
+    checkpoints = Checkpoints(Path(f"{Path(options.out)}-checkpoints"), options.save_steps, made_from)
+    model, tokenizer, ordered = _training(options, recipe, identity.revision)
     if masks is not None:
         masks.apply_(model)
-    tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json, masks=masks)
+    tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json, masks=masks, checkpoints=checkpoints)
     if masks is None:
         save(tuned, options.out, tokenizer=tokenizer, overwrite=options.overwrite)
     else:
         save_sparse(tuned, masks, options.out, tokenizer=tokenizer, overwrite=options.overwrite)
+    checkpoints.discard()
     return {
         "json": {"folder": options.out, **training.to_dict()},
         "line": f"{options.out}: {training.steps} steps of {training.step_seconds:.2f} s, "
