@@ -133,10 +133,7 @@ def save_trained(model: nn.Module, folder: Path) -> None:
         name: tensor.detach().cpu().clone() if name in buffers else tensor.detach().cpu().contiguous()
         for name, tensor in _state(model).items()
     }
-    try:
-        save_file(state, folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"could not write {folder}: {error}; earlier checkpoints are kept") from error
+    save_file(state, folder / WEIGHTS)
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:

@@ -40,7 +40,7 @@ from gradpruner.pipeline import Job, torch_dtype, tune, watch
 from gradpruner.plan import Plan, how_many
 from gradpruner.probed import IGIA, save_probed, with_probed
 from gradpruner.provenance import MADE_FROM, digest, is_made
-from gradpruner.run_folder import MODEL, named, recorded
+from gradpruner.run_folder import MODEL, known_model, named, recorded
 from gradpruner.sparsity.masks import Masks
 
 DENSE, OURS = "dense", spelled(GradPruner())
@@ -129,7 +129,7 @@ class Compare:
         self.terms["recipe"] = {**self.terms["recipe"], "seed": None}
         before = recorded(self.folder, SETTINGS)
         self._identity = identify(job.source, trust_remote_code=job.trust_remote_code, say=say,
-                                  known=(before or {}).get(MODEL))  # fmt: skip
+                                  known=known_model(before, job.source))  # fmt: skip
         self.terms[MODEL] = self._identity.to_dict()
         if before is not None:
             changed = sorted(name for name in self.terms if before.get(name) != self.terms[name])

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -24,7 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from gradpruner.checkpoints import Checkpoints, Completing, load_trained, save_trained, watched
 from gradpruner.data import IGNORED
 from gradpruner.decoder import Decoder, is_linear, is_peft, linear_modules
-from gradpruner.errors import GradPrunerError, InvalidArgument
+from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 from gradpruner.logits import evaluating
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.provenance import digest
@@ -247,6 +248,13 @@ class _InOrder(Trainer):
             self._answers_only = self.args.n_gpu < 2 and can_skip_logits(self.accelerator.unwrap_model(model), inputs)
         inputs = answers_only(inputs) if self._answers_only else inputs
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (SafetensorError, RuntimeError, OSError) as error:  # a full disk: torch has a RuntimeError for it
+            place = str(self.args.output_dir)
+            raise CheckpointError(f"could not write a checkpoint in {place}: {error}; earlier ones are kept") from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what trains, bit for bit. The Trainer's own way renames weights and leaves out what it shares."""

@@ -114,9 +114,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         old, new = before.get(kind, {}), now[kind]
         for name in sorted(old.keys() | new.keys()):
             was, is_now = old.get(name, "none"), new.get(name, "none")
-            if was != is_now:
-                shown = f" ({was}, now {is_now})" if kind == "versions" or name == COMMIT else ""
-                found.append(f"{what}{name}{shown}")
+            if was == is_now:
+                continue
+            if kind == "versions" or name == COMMIT or name.startswith(CODE_OF):  # short enough to be shown
+                found.append(f"{what if kind == 'versions' else ''}{name} ({was}, now {is_now})")
+            else:
+                found.append(f"{what}{name}")
     return found
 
 

@@ -36,7 +36,7 @@ from gradpruner.plan import Plan
 from gradpruner.probed import IGIA, save_probed, with_probed
 from gradpruner.provenance import MADE_FROM, RECORD, digest, need_same
 from gradpruner.report import html_report, plot_layer_scores
-from gradpruner.run_folder import MODEL, SETTINGS, RunFolder, recorded
+from gradpruner.run_folder import SETTINGS, RunFolder, known_model, recorded
 from gradpruner.settings import Settings
 from gradpruner.sparsity.masks import HoldSparsity, Masks
 from gradpruner.trainer import ProbeCallback
@@ -175,8 +175,8 @@ class Run:
         if job.ratio == AUTO:
             kept, self._held_out = hold_out(train_examples, job.check_rows, job.recipe.seed)
         self._examples = kept, test_examples
-        before = recorded(self.folder, SETTINGS) or {}
-        self._identity = identify(job.source, trust_remote_code=job.trust_remote_code, known=before.get(MODEL), say=say)
+        known = known_model(recorded(self.folder, SETTINGS), job.source)
+        self._identity = identify(job.source, trust_remote_code=job.trust_remote_code, known=known, say=say)
         settings = {
             **job.to_dict(),
             "train_examples": len(train_examples),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,9 @@ from gradpruner.files import read_json, write_json
 from gradpruner.identity import Identity, differences
 from gradpruner.provenance import MADE_FROM, digest, is_made
 
-SETTINGS, MODEL = "run.json", "model"
+SETTINGS, MODEL, CHECKPOINTS = "run.json", "model", "checkpoints"
 # stages in their order, and the checkpoints of the last one
-STAGES = ("dense.json", "probe", "auto.json", "plan.json", "cut", "checkpoints/pruned", "model", "pruned.json")
+STAGES = ("dense.json", "probe", "auto.json", "plan.json", "cut", f"{CHECKPOINTS}/pruned", "model", "pruned.json")
 BY_HAND = ("plan.json",)  # may be there before the run begins
 
 
@@ -67,7 +68,7 @@ class RunFolder:
 
     def checkpoints(self, name: str, made_from: Mapping[str, str]) -> Checkpoints:
         """Return where a stage keeps its checkpoints."""
-        return Checkpoints(self._path / "checkpoints" / name, self._save_steps, made_from)
+        return Checkpoints(self._path / CHECKPOINTS / name, self._save_steps, made_from)
 
     def result(self, name: str, made_from: Mapping[str, str], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the result of a stage that trains; do its work if it is not finished."""
@@ -76,12 +77,19 @@ class RunFolder:
             write_json(self._path / file, {**work(), MADE_FROM: dict(made_from)})
             gc.collect()
         self.checkpoints(name, made_from).discard()
+        with contextlib.suppress(OSError):  # another stage has checkpoints, or none were made
+            (self._path / CHECKPOINTS).rmdir()
         return {key: value for key, value in read_json(self._path / file, "results").items() if key != MADE_FROM}
 
 
 def recorded(folder: Path, settings: str) -> dict[str, Any] | None:
     """Return the settings that a folder holds, or None if it holds none."""
     return read_json(folder / settings, "settings") if (folder / settings).exists() else None
+
+
+def known_model(before: Mapping[str, Any] | None, source: str) -> dict[str, Any] | None:
+    """Return the identity that a folder has recorded for `source`, or None."""
+    return before.get(MODEL) if before is not None and before.get("source") == source else None
 
 
 def named(changed: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -136,6 +136,23 @@ def test_a_disk_without_room_is_told_before_training(tmp_path, monkeypatch):
     assert steps == []
 
 
+def test_a_full_disk_in_the_middle_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    real = torch.save
+
+    def full(state, path, *args, **options):
+        if "checkpoint-4" in str(path):
+            raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+        real(state, path, *args, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        CheckpointError, match=r"could not write a checkpoint in .*No space left.*earlier ones are kept"
+    ):
+        trained(RECIPE, checkpoints=every(tmp_path / "kept"))
+    newest = every(tmp_path / "kept").folder / "checkpoint-2"
+    assert (newest / "made_from.json").is_file() and (newest / "trained.safetensors").is_file()
+
+
 @pytest.mark.parametrize("save_steps", [0, 1.5, True])
 def test_wrong_intervals_are_refused(save_steps, source, tmp_path):
     with pytest.raises(InvalidArgument, match="save_steps = "):

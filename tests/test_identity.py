@@ -198,6 +198,15 @@ def test_a_comparison_keeps_the_commit_that_it_began_with(hub, tmp_path):
     assert again.revision == OLD and weight_of(again._load) == weight(OLD)
 
 
+def test_another_hub_id_is_told_as_such(hub, tmp_path):
+    run("acme/tiny", tmp_path / "out")
+    shutil.copytree(hub, hub.parent / "models--acme--other")
+    (hub.parent / "models--acme--other" / "refs" / "main").write_text(NEW)
+    shutil.rmtree(hub.parent / "models--acme--other" / "snapshots" / OLD)
+    with pytest.raises(InvalidArgument, match=rf"another commit \({OLD}, now {NEW}\), source;"):
+        run("acme/other", tmp_path / "out")
+
+
 def test_a_commit_that_cannot_be_had_is_told_before_anything_is_trained(hub, tmp_path, steps):
     run("acme/tiny", tmp_path / "out")
     (hub / "refs" / "main").write_text(NEW)
@@ -223,5 +232,7 @@ def test_code_of_another_repository_counts(hub, original, tmp_path):
     (source / "config.json").write_text(json.dumps(content))
     before = identify(source, trust_remote_code=True).to_dict()
     (code / "refs" / "main").write_text(NEW)
-    assert differences(before, identify(source, trust_remote_code=True).to_dict()) == ["content of code of acme/code"]
+    assert differences(before, identify(source, trust_remote_code=True).to_dict()) == [
+        f"code of acme/code ({OLD}, now {NEW})"
+    ]
     assert "code of acme/code" not in identify(source).content
