@@ -57,10 +57,15 @@ def test_a_resumed_training_equals_an_uninterrupted_one(kind, tmp_path, monkeypa
     expected, whole = trained(recipe, dtype)
     stopped(monkeypatch, 5, lambda: trained(recipe, dtype, every(tmp_path / "kept")))
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["checkpoint-4"]  # the newest alone
+    record = tmp_path / "kept" / "checkpoint-4" / "made_from.json"
+    content = json.loads(record.read_text())
+    content["watched"] |= {"wall": 1000.0, "peak_bytes": 10**15, "seconds": [50.0] * len(content["watched"]["seconds"])}
+    record.write_text(json.dumps(content))
     with monkeypatch.context() as patch:
         steps = interrupting(patch)
         found, resumed = trained(recipe, dtype, every(tmp_path / "kept"))
     assert steps == [5, 6]
+    assert resumed.seconds > 1000 and resumed.peak_bytes == 10**15 and resumed.step_seconds == 50  # of both parts
     assert resumed.losses == whole.losses and resumed.steps == len(resumed.losses) == 6
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     again, same = trained(recipe, dtype, every(tmp_path / "kept"))  # nothing is left to train
@@ -69,19 +74,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(kind, tmp_path, monkeypa
     assert not (tmp_path / "kept").exists()
 
 
-def test_time_and_memory_of_both_parts_count(tmp_path, monkeypatch):
-    stopped(monkeypatch, 5, lambda: trained(RECIPE, checkpoints=every(tmp_path / "kept")))
-    record = tmp_path / "kept" / "checkpoint-4" / "made_from.json"
-    content = json.loads(record.read_text())
-    assert len(content["watched"]["seconds"]) == 4
-    content["watched"] |= {"wall": 1000.0, "peak_bytes": 10**15, "seconds": [50.0] * 4}
-    record.write_text(json.dumps(content))
-    _, resumed = trained(RECIPE, checkpoints=every(tmp_path / "kept"))
-    assert resumed.seconds > 1000 and resumed.peak_bytes == 10**15 and resumed.step_seconds > 25
-
-
 def test_a_checkpoint_that_was_not_completed_is_passed_over(tmp_path, monkeypatch):
-    expected, whole = trained(RECIPE)
     real = checkpoints.write_json
 
     def dying(path, content):
@@ -95,9 +88,8 @@ def test_a_checkpoint_that_was_not_completed_is_passed_over(tmp_path, monkeypatc
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["checkpoint-2", "checkpoint-4"]
     with monkeypatch.context() as patch:
         steps = interrupting(patch)
-        found, resumed = trained(RECIPE, checkpoints=every(tmp_path / "kept"))
-    assert steps[0] == 3 and resumed.losses == whole.losses
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+        trained(RECIPE, checkpoints=every(tmp_path / "kept"))
+    assert steps[0] == 3
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path, monkeypatch):
