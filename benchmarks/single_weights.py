@@ -29,11 +29,14 @@ from benchmarks import records
 from gradpruner.data import Collator
 from gradpruner.demo_data import paragraphs
 from gradpruner.evaluate import perplexity
+from gradpruner.files import write_json
 from gradpruner.finetune import Recipe, schedule
+from gradpruner.identity import identify, sha256_of
 from gradpruner.igia import Igia
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.models import load_model
 from gradpruner.pipeline import watch
+from gradpruner.provenance import RECORD, digest, is_made
 from gradpruner.report import table as text_table
 from gradpruner.sparsity import gradient_norms, sparsify
 from gradpruner.windows import consecutive, sampled, tokens_of
@@ -202,6 +205,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         cache = options.cache or Path(temporary)
         cache.mkdir(parents=True, exist_ok=True)
+        made_from = {
+            "model": digest(identify(options.model).to_dict()),
+            "train.jsonl": sha256_of(options.pubmedqa / "train.jsonl"),
+            "samples": str(options.samples),
+        }
+        if not is_made(cache, made_from):
+            write_json(cache / RECORD, made_from)
         with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
             for stage in stages(options.seeds):
                 jobs = [job for job in stage if job not in {judged.job for judged in found}]

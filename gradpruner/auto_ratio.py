@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.evaluate import Evaluation
 from gradpruner.files import read_json, reading, write_json
+from gradpruner.provenance import MADE_FROM, is_made
 
 AUTO = "auto"
 MAX_LOST = 0.01
@@ -147,19 +148,25 @@ def choose(
     steps: int,
     protect: Iterable[int] = (0,),
     least: int = 1,
+    made_from: Mapping[str, str] | None = None,
 ) -> Choice:
     """Try cuts and choose; `file` (JSON) keeps every check from when it is made, and none is made twice.
 
+    made_from: digests of what the checks are made from (see `gradpruner.provenance`). Default: not recorded.
+
     check: what the model with so many layers less (0: the dense one) scores on held-out examples after `steps` steps.
-    Raises InvalidArgument if no cut is within the bound, GradPrunerError if the dense model has no score.
+    Raises InvalidArgument if no cut is within the bound, or if the file was made from something else, GradPrunerError
+    if the dense model has no score.
     """
     path, protected = Path(file), set(protect)
-    found = _known(path) if path.exists() else {}
+    there = path.exists() if made_from is None else is_made(path, made_from)
+    found = _known(path) if there else {}
+    record = {} if made_from is None else {MADE_FROM: dict(made_from)}
 
     def checked(count: int) -> dict[str, Any]:
         if str(count) not in found:
             found[str(count)] = check(count).to_dict()
-            write_json(path, {"checked": found})
+            write_json(path, {**record, "checked": found})
         return found[str(count)]
 
     counts = candidates(scores, protected, least=least)
@@ -178,7 +185,7 @@ def choose(
     best, trials = search(counts, trial_of, bound)
     choice = Choice(best.count, len(scores), tuple(counts), bound, measure, checked(0), trials, steps,
                     steps * len(found))  # fmt: skip
-    write_json(path, {"checked": found, **choice.to_dict()})
+    write_json(path, {**record, "checked": found, **choice.to_dict()})
     return choice
 
 

@@ -62,6 +62,7 @@ def _add_run(commands: Any) -> None:
     given.data_options(parser, testing=True)
     given.plan_options(parser, auto=True)
     given.recipe_options(parser)
+    given.checkpoint_options(parser)
     parser.add_argument("--max-lost", type=float, metavar="P", help="with --ratio auto: share of the dense model's "
                         "score that may be lost (default 0.01)")  # fmt: skip
     parser.add_argument("--check-steps", type=int, metavar="N", help="with --ratio auto: extra steps that each model "
@@ -126,6 +127,7 @@ def _add_finetune(commands: Any) -> None:
     given.model_options(parser)
     given.data_options(parser, testing=False)
     given.recipe_options(parser)
+    given.checkpoint_options(parser)
     parser.add_argument(
         "--masks", metavar="FILE", help="what sparsify made zero stays zero (default: gradpruner.masks of the --model)"
     )
@@ -178,12 +180,12 @@ def _add_backends(commands: Any) -> None:
     given.command(commands, "backends", _backends, "Which kernels this installation can run.", "gradpruner backends")
 
 
-def _training(options: argparse.Namespace, recipe: Any) -> tuple[Any, Any, list[Any]]:
+def _training(options: argparse.Namespace, recipe: Any, revision: str | None = None) -> tuple[Any, Any, list[Any]]:
     from gradpruner.data import tokenize
     from gradpruner.finetune import schedule
 
     examples = given.examples(options)
-    model, tokenizer = given.load(options)
+    model, tokenizer = given.load(options, revision)
     rows = tokenize(examples, tokenizer, max_length=options.max_length, train_on=options.train_on)
     return model, tokenizer, schedule(rows, options.steps, recipe)
 
@@ -211,8 +213,8 @@ def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.companions import masks_of
     from gradpruner.pipeline import watch
-    from gradpruner.provenance import masks_of
     from gradpruner.settings import Settings
 
     recipe = given.recipe(options)
@@ -248,11 +250,11 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _apply(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.companions import masks_of, plan_of, save_from
     from gradpruner.igia import Igia
     from gradpruner.merge import apply
     from gradpruner.models import DEMO_MODEL
     from gradpruner.plan import Plan
-    from gradpruner.provenance import masks_of, plan_of, save_from
     from gradpruner.shards import holds_safetensors
     from gradpruner.streaming import apply_folder
 
@@ -277,21 +279,32 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.checkpoints import Checkpoints
+    from gradpruner.companions import masks_of, plan_of, save_from
+    from gradpruner.identity import identify, sha256_of
     from gradpruner.pipeline import tune
-    from gradpruner.provenance import masks_of, plan_of, save_from
+    from gradpruner.provenance import digest
     from gradpruner.sparsity import Masks
 
     recipe = given.recipe(options)
     masks = Masks.load(options.masks) if options.masks else None
-    model, tokenizer, ordered = _training(options, recipe)
+    identity = identify(options.model, trust_remote_code=options.trust_remote_code, say=given.say(options))
+    made_from = {
+        "model": digest(identity.to_dict()),
+        "dtype or attention": digest([options.dtype, options.attention]),
+        "masks": sha256_of(Path(options.masks)) if options.masks else "none",
+    }
+    checkpoints = Checkpoints(Path(f"{Path(options.out)}-checkpoints"), options.save_steps, made_from)
+    model, tokenizer, ordered = _training(options, recipe, identity.revision)
     if masks is not None:
         masks.apply_(model)
     else:
-        masks = masks_of(options.model, model)
-    plan = plan_of(options.model, model)
-    tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json, masks=masks)
+        masks = masks_of(options.model, model, identity.revision)
+    plan = plan_of(options.model, model, identity.revision)
+    tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json, masks=masks, checkpoints=checkpoints)
     save_from(options.model, tuned, options.out, tokenizer=tokenizer, plan=plan, masks=masks,
               overwrite=options.overwrite)  # fmt: skip
+    checkpoints.discard()
     sparsity = None if masks is None else masks.sparsity()
     kept = "" if masks is None else f", {sparsity:.2%} of {len(masks.bits)} weights kept at zero"
     return {

@@ -93,6 +93,12 @@ def recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="order of the data, adapters (default 0)")
 
 
+def checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """How often a training is saved while it runs."""
+    parser.add_argument("--save-steps", type=int, metavar="N", help="optimizer steps between two checkpoints, from "
+                        "which an interrupted training goes on (default: a tenth of all, 10 at least)")  # fmt: skip
+
+
 def recipe(options: argparse.Namespace) -> Any:
     """What `recipe_options` say."""
     from gradpruner.finetune import Recipe
@@ -113,16 +119,17 @@ def job(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": options.dtype,
         "attention": options.attention,
         "trust_remote_code": options.trust_remote_code,
+        "save_steps": options.save_steps,
     }
 
 
-def load(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and its tokenizer."""
+def load(options: argparse.Namespace, revision: str | None = None) -> tuple[Any, Any]:
+    """The model and its tokenizer. revision: see `load_model`."""
     from gradpruner.models import load_model
     from gradpruner.pipeline import torch_dtype
 
     return load_model(options.model, dtype=torch_dtype(options.dtype), attention=options.attention,
-                      trust_remote_code=options.trust_remote_code)  # fmt: skip
+                      trust_remote_code=options.trust_remote_code, revision=revision)  # fmt: skip
 
 
 def examples(options: argparse.Namespace) -> list[Any]:

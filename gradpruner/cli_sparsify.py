@@ -34,9 +34,9 @@ def add_sparsify(commands: Any) -> None:
 
 
 def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.companions import plan_of, refuse_masks, save_from
     from gradpruner.files import need_free
     from gradpruner.igia import Igia
-    from gradpruner.provenance import plan_of, refuse_masks, save_from
     from gradpruner.sparsity.pruning import chosen, sparsify
     from gradpruner.sparsity.saving import MASKS
     from gradpruner.windows import sampled, text_of, tokens_of

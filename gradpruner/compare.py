@@ -1,7 +1,8 @@
 """Methods against each other on one budget: the same rows in the same order, the same number of optimizer steps.
 
 Everything is kept in one folder under what it was made from: a probe, a plan, a trained model's figures are computed
-once, whoever asks for them, and a comparison that was stopped, or is asked for more, goes on from what is there.
+once, whoever asks for them, and a comparison that was stopped, or is asked for more, goes on from what is there. The
+folder belongs to one content of the model and to one set of package versions: with others it is not continued.
 """
 
 from __future__ import annotations
@@ -24,25 +25,30 @@ import filelock
 import torch
 from torch import nn
 
+from gradpruner.checkpoints import Checkpoints
+from gradpruner.companions import refuse_masks
 from gradpruner.data import IGNORED, Collator, Example, tokenize
 from gradpruner.decoder import Decoder
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.evaluate import answers, macro_f1, perplexity
 from gradpruner.files import read_json, reading, write_json
 from gradpruner.finetune import Recipe, Row, check_comparable, schedule
+from gradpruner.identity import identify
 from gradpruner.igia import Igia
 from gradpruner.methods import METHODS, Clues, GradPruner, Method, parse_method, spelled
 from gradpruner.models import load_model
 from gradpruner.pipeline import Job, torch_dtype, tune, watch
 from gradpruner.plan import Plan, how_many
 from gradpruner.probed import IGIA, save_probed, with_probed
-from gradpruner.provenance import refuse_masks
+from gradpruner.provenance import MADE_FROM, digest, is_made
+from gradpruner.run_folder import MODEL, known_model, named, recorded
 from gradpruner.sparsity.masks import Masks
 
 DENSE, OURS = "dense", spelled(GradPruner())
 FEW = 10  # classes: with more of them, macro-F1 is not what people look at
 EVALUATED_AT_ONCE = 32
 SETTINGS = "comparison.json"
+KEPT = ("model.json", "cells", "trained", "probes", "plans")
 TERMS = ("source", "steps", "recipe", "probe_steps", "max_length", "train_on", "dtype", "attention")  # of a job
 
 
@@ -122,18 +128,28 @@ class Compare:
             "held_out": held_out,
         }
         self.terms["recipe"] = {**self.terms["recipe"], "seed": None}
-        known = self.folder / SETTINGS
-        if known.exists():
-            before = read_json(known, "comparison")
+        before = recorded(self.folder, SETTINGS)
+        self._identity = identify(job.source, trust_remote_code=job.trust_remote_code, say=say,
+                                  known=known_model(before, job.source))  # fmt: skip
+        self.terms[MODEL] = self._identity.to_dict()
+        if before is not None:
             changed = sorted(name for name in self.terms if before.get(name) != self.terms[name])
             if changed:
                 raise InvalidArgument(
-                    f"folder {str(self.folder)!r} holds a comparison with another {', '.join(changed)}; "
-                    "expected a new folder, or the same terms to go on or to add methods, ratios and seeds"
+                    f"folder {str(self.folder)!r} holds a comparison with another "
+                    f"{', '.join(named(changed, before, self.terms))}; expected a new folder, or the same terms, model "
+                    "and package versions to go on or to add methods, ratios and seeds"
                 )
         else:
+            there = [name for name in KEPT if (self.folder / name).exists()]
+            if there:
+                raise InvalidArgument(
+                    f"folder {str(self.folder)!r} holds {', '.join(there)} of a comparison, but not its {SETTINGS}; "
+                    f"expected a new folder, or the {SETTINGS} that belongs to them"
+                )
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(known, self.terms)
+            write_json(self.folder / SETTINGS, self.terms)
+        self._made_from = {"terms": digest(self.terms)}
 
     def cells(self, layers: int) -> list[Cell]:
         """All models, dense ones first."""
@@ -144,7 +160,7 @@ class Compare:
     def work(self) -> None:
         """Make every model that is not there yet and that no other process is making."""
         for cell in self.cells(self.layers()):
-            if self._cell(cell).exists():
+            if is_made(self._cell(cell), self._made_from):
                 continue
             with _claim(self.folder / "locks" / cell.name) as mine:
                 if mine and not self._cell(cell).exists():
@@ -163,6 +179,11 @@ class Compare:
                 write_json(path, {"layers": len(decoder.layers), "parameters": decoder.total_parameters()})
         with reading(str(path)):
             return int(read_json(path, "model")["layers"])
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a hub id that every model of the comparison is made from; None for files on this machine."""
+        return self._identity.revision
 
     def finished(self) -> list[dict[str, Any]]:
         """Every model in the folder that is done."""
@@ -205,27 +226,28 @@ class Compare:
         key = _digest(content if masks is None else [*content, "masked"])
         with _lock(self.folder / "locks" / key):
             path = self.folder / "trained" / f"{key}.json"
-            if not path.exists():
+            checkpoints = Checkpoints(self.folder / "checkpoints" / key, self.job.save_steps, {"trained": key})
+            if not is_made(path, self._made_from):
                 self.say(f"{cell.title}: {len(rows) // recipe.rows_a_step} steps")
                 path.parent.mkdir(exist_ok=True)
-                write_json(path, self._train_and_test(model, tokenizer, rows, recipe, masks))
+                done = self._train_and_test(model, tokenizer, rows, recipe, masks, checkpoints)
+                write_json(path, {**done, MADE_FROM: self._made_from})
+            checkpoints.discard()
         self._cell(cell).parent.mkdir(exist_ok=True)
-        write_json(self._cell(cell), {**about, "trained": key})
+        write_json(self._cell(cell), {**about, "trained": key, MADE_FROM: self._made_from})
         self.say(f"{cell.title}: exact match {read_json(path, 'training')['exact_match']}")
 
     def _train_and_test(
-        self, model: Any, tokenizer: Any, rows: list[Row], recipe: Recipe, masks: Masks | None
+        self, model: Any, tokenizer: Any, rows: list[Row], recipe: Recipe, masks: Masks | None, checkpoints: Checkpoints
     ) -> dict[str, Any]:
-        began = time.perf_counter()
-        model, training = tune(model, tokenizer, rows, recipe, quiet=True, masks=masks)
-        seconds = time.perf_counter() - began
+        model, training = tune(model, tokenizer, rows, recipe, quiet=True, masks=masks, checkpoints=checkpoints)
         found = tested(model, tokenizer, self._test, self.job)
         decoder = Decoder(model)
         return {
             **found,
             "layers": len(decoder.layers),
             "parameters": decoder.total_parameters(),
-            "training_seconds": seconds,
+            "training_seconds": training.seconds,
             "training": training.to_dict(),
         }
 
@@ -249,16 +271,16 @@ class Compare:
         recipe = self._probe_recipe(method, seed)
         examples = self._train[: max(1, round(method.share * len(self._train)))] if method.share else self._train
         rows = self._rows(examples, tokenizer, recipe)[: steps * recipe.rows_a_step]
-        path = self.folder / "probes" / _digest([rows, recipe.to_dict(), self.job.source])
+        path = self.folder / "probes" / _digest([rows, recipe.to_dict(), self._identity.to_dict()])
         with _lock(self.folder / "locks" / path.name):
-            if not path.exists():
+            if not is_made(path, self._made_from):
                 path.parent.mkdir(exist_ok=True)
                 self.say(f"seed {seed}: probing {steps} steps")
                 model = self._load()[0]
                 if method.scored:
                     check_comparable(model, recipe)
                 watched, igia = watch(model, tokenizer, rows, recipe, of_steps=self.job.steps, quiet=True)
-                save_probed(path, igia, watched)
+                save_probed(path, igia, watched, made_from=self._made_from)
         return path
 
     def _probe_recipe(self, method: Method, seed: int) -> Recipe:
@@ -269,17 +291,23 @@ class Compare:
         path = self.folder / "plans" / f"{cell.name}.json"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            method.plan(clues, cell.count).save(path)
-        return Plan.load(path)
+            made = method.plan(clues, cell.count).to_dict()
+            write_json(path, {**made, MADE_FROM: {**self._made_from, "plan": digest(made)}})
+        plan = Plan.load(path)
+        # a plan that somebody edited is not what the method chose
+        is_made(path, {**self._made_from, "plan": digest(plan.to_dict())})
+        return plan
 
     def _load(self) -> tuple[Any, Any]:
+        self._identity.check_unchanged()
         loaded = load_model(
             self.job.source,
             dtype=torch_dtype(self.job.dtype),
             attention=self.job.attention,
             trust_remote_code=self.job.trust_remote_code,
+            revision=self._identity.revision,
         )
-        refuse_masks(self.job.source, "compare")
+        refuse_masks(self.job.source, "compare", self._identity.revision)
         return loaded
 
     def _tokens(self, examples: Sequence[Example], tokenizer: Any) -> list[dict[str, list[int]]]:

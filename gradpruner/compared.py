@@ -131,7 +131,7 @@ def _measure(comparison: Compare) -> None:
     job, layers = comparison.job, comparison.layers()
     plans = {c["count"]: Plan(layers, c["removed"]) if c["count"] else None for c in finished(comparison.folder)}
     loading = {"source": job.source, "dtype": job.dtype, "attention": job.attention,
-               "trust_remote_code": job.trust_remote_code}  # fmt: skip
+               "trust_remote_code": job.trust_remote_code, "revision": comparison.revision}  # fmt: skip
     costs = measure(loading, list(plans.values()), comparison.rows_of_dense(), job.recipe,
                     rank_factor=GradPruner().settings.rank_factor)  # fmt: skip
     write_costs(comparison.folder / "costs.csv", costs)

@@ -11,23 +11,27 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gradpruner.adapter_removal import merged
+from gradpruner.checkpoints import Checkpoints, Completing, load_trained, save_trained, watched
 from gradpruner.coverage import Coverage
 from gradpruner.data import IGNORED
 from gradpruner.decoder import Decoder, is_peft
-from gradpruner.errors import GradPrunerError, InvalidArgument
+from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 from gradpruner.logits import evaluating
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.parameter_counts import count_parameters
+from gradpruner.provenance import digest
 from gradpruner.targets import adapted_weights, as_named, check_adapted
 from gradpruner.whole import need_whole
 
@@ -85,12 +89,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Training:
-    """What a run did. losses: one a step. step_seconds: median. peak_bytes: host memory, or the GPU's."""
+    """What a run did. losses: one a step. step_seconds: median. peak_bytes: host memory, or the GPU's.
+
+    seconds: wall time. After an interruption, the time up to the checkpoint that was resumed is added.
+    """
 
     steps: int
     losses: tuple[float, ...]
     step_seconds: float
     peak_bytes: int
+    seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -165,14 +173,18 @@ def train(
     of_steps: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     prepare: Callable[[Trainer], object] | None = None,
+    checkpoints: Checkpoints | None = None,
     quiet: bool = False,
 ) -> Training:
     """Train `model` in place on rows already in order (see `schedule`), one pass.
 
     of_steps: steps of the run whose beginning this is: the learning rate goes as it would in that run. prepare: called
-    with the Trainer before it trains: `attach`, say. Adapters in float32 on a bfloat16 model are multiplied in
+    with the Trainer before it trains: `attach`, say. checkpoints: where the training is saved while it runs. If a
+    complete checkpoint is there, the training goes on from it and ends as if it had not been interrupted. The caller
+    discards them once the result is on disk. Adapters in float32 on a bfloat16 model are multiplied in
     bfloat16 (autocast), as on a GPU with bf16=True.
-    Raises InvalidArgument where the rows do not fill the last step, GradPrunerError if the loss is not finite.
+    Raises InvalidArgument where the rows do not fill the last step, or where the checkpoints belong to another
+    training or do not fit on the disk; GradPrunerError if the loss is not finite.
     """
     steps, rest = divmod(len(ordered), recipe.rows_a_step)
     if not steps or rest:
@@ -180,13 +192,18 @@ def train(
     of_steps = steps if of_steps is None else of_steps
     if of_steps < steps:
         raise InvalidArgument(f"of_steps = {of_steps}; expected {steps} or more, the steps of the rows")
-    watch = _Watch(steps)
+    watch, resumed = _Watch(steps), None
+    if checkpoints is not None:
+        checkpoints = checkpoints.also_from(rows=digest(list(ordered)), recipe=digest([recipe.to_dict(), of_steps]))
+        resumed = checkpoints.newest()
+        checkpoints.need_room(model)
+        callbacks = [*callbacks, Completing(checkpoints, watch.state)]
     mixed = any(p.dtype == torch.bfloat16 for p in model.parameters()) and all(
         p.dtype == torch.float32 for p in model.parameters() if p.requires_grad
     )
     with tempfile.TemporaryDirectory() as scratch, _input_as_it_is(model) if mixed else contextlib.nullcontext():
         arguments = TrainingArguments(
-            output_dir=scratch,
+            output_dir=scratch if checkpoints is None else str(checkpoints.folder),
             max_steps=of_steps,
             bf16=mixed,
             use_cpu=not torch.accelerator.is_available(),  # else transformers takes bf16 for a GPU's
@@ -200,7 +217,8 @@ def train(
             logging_steps=1,
             logging_nan_inf_filter=False,
             logging_strategy="steps",
-            save_strategy="no",
+            save_strategy="no" if checkpoints is None else "steps",
+            save_steps=1 if checkpoints is None else checkpoints.interval(steps),
             report_to=[],
             remove_unused_columns=False,
             disable_tqdm=quiet,
@@ -215,8 +233,10 @@ def train(
         if prepare is not None:
             prepare(trainer)
         reset_peak_memory()
-        trainer.train()
-    return Training(steps, tuple(watch.losses), statistics.median(watch.seconds), peak_memory())
+        if resumed is not None:
+            watch.restore(watched(resumed))
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    return Training(steps, tuple(watch.losses), statistics.median(watch.seconds), watch.peak, watch.wall)
 
 
 def _input_as_it_is(model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -243,6 +263,20 @@ class _InOrder(Trainer):
             self._answers_only = self.args.n_gpu < 2 and can_skip_logits(self.accelerator.unwrap_model(model), inputs)
         inputs = answers_only(inputs) if self._answers_only else inputs
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (SafetensorError, RuntimeError, OSError) as error:  # a full disk: torch has a RuntimeError for it
+            place = str(self.args.output_dir)
+            raise CheckpointError(f"could not write a checkpoint in {place}: {error}; earlier ones are kept") from error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what trains, bit for bit. The Trainer's own way renames weights and leaves out what it shares."""
+        save_trained(self.accelerator.unwrap_model(self.model), Path(output_dir or str(self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         ordered: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -276,7 +310,27 @@ class _Watch(TrainerCallback):
         self.steps = steps
         self.losses: list[float] = []
         self.seconds: list[float] = []
-        self._began = 0.0
+        self._began, self._peak = 0.0, 0
+        self._started, self._before = time.perf_counter(), 0.0
+
+    @property
+    def wall(self) -> float:
+        """Seconds, over all parts of a training that was interrupted."""
+        return self._before + time.perf_counter() - self._started
+
+    @property
+    def peak(self) -> int:
+        """Bytes, over all parts of a training that was interrupted."""
+        return max(self._peak, peak_memory())
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold."""
+        return {"losses": self.losses, "seconds": self.seconds, "peak_bytes": self.peak, "wall": self.wall}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.losses, self.seconds = list(state["losses"]), list(state["seconds"])
+        self._peak, self._before = state["peak_bytes"], state["wall"]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._began = time.perf_counter()

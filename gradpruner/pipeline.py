@@ -1,7 +1,8 @@
 """The main job, stage by stage: dense run, probe, plan, cut, fine-tune, evaluate, report.
 
 Every stage reads the files of those before it and writes its own last, so a run that was stopped goes on
-from the first stage whose file is missing.
+from the first stage whose file is missing. Every stage's file records what it was made from, and a file that was made
+from something else is refused. A stage that trains goes on from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -19,25 +20,30 @@ import torch
 
 from gradpruner.auto_ratio import AUTO, MAX_LOST, Choice, choose, hold_out, trial_rows
 from gradpruner.card import model_card, write_card
-from gradpruner.checkpoint import save
+from gradpruner.checkpoint import PLAN_FILE, save
+from gradpruner.checkpoints import Checkpoints
+from gradpruner.companions import plan_of, refuse_masks
 from gradpruner.coverage import share_range
 from gradpruner.data import Collator, Example, tokenize
 from gradpruner.decoder import Decoder
-from gradpruner.errors import InvalidArgument
+from gradpruner.errors import InvalidArgument, ModelMismatch
 from gradpruner.evaluate import Evaluation, exact_match, generation_speed, perplexity, rouge_l
 from gradpruner.files import read_json, reading, write_json
 from gradpruner.finetune import Recipe, Row, Training, add_adapters, check_comparable, finish, schedule, train
-from gradpruner.igia import Igia
+from gradpruner.identity import identify
+from gradpruner.igia import SCORES, Igia
 from gradpruner.merge import apply
 from gradpruner.models import load_model
 from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import Plan
 from gradpruner.probed import IGIA, save_probed, with_probed
-from gradpruner.provenance import plan_of, refuse_masks
+from gradpruner.provenance import MADE_FROM, RECORD, digest, need_same
 from gradpruner.report import html_report, plot_layer_scores
+from gradpruner.run_folder import SETTINGS, RunFolder, known_model, recorded
 from gradpruner.settings import Settings
 from gradpruner.sparsity.masks import HoldSparsity, Masks
 from gradpruner.trainer import ProbeCallback
+from gradpruner.whole import need_whole
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OF_THE_MACHINE = (
@@ -58,6 +64,7 @@ class Job:
     ratio: "auto" tries cuts (see `gradpruner.auto_ratio`) and loses at most max_lost, 0 to 1, of the dense score
     (default 0.01) on check_rows training examples (default 10 %, at most 200) that nothing is trained on; every cut
     that is tried, and the dense model, is trained for check_steps extra steps (default: as many as the probe).
+    save_steps: optimizer steps between two checkpoints of a stage that trains; default: see `Checkpoints`.
     Raises InvalidArgument.
     """
 
@@ -84,6 +91,7 @@ class Job:
     max_lost: float | None = None
     check_steps: int | None = None
     check_rows: int | None = None
+    save_steps: int | None = None
 
     def __post_init__(self) -> None:
         """Check what no later stage checks before time is spent."""
@@ -92,6 +100,8 @@ class Job:
         if not 1 <= self.probing < self.steps:
             raise InvalidArgument(f"probe_steps = {self.probe_steps!r}; accepted are 1 to {self.steps - 1}")
         self._check_auto()
+        if self.save_steps is not None:
+            need_whole("save_steps", self.save_steps, 1, "a number of optimizer steps")
         _ = self.settings
 
     def _check_auto(self) -> None:
@@ -140,6 +150,7 @@ class Job:
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; what a resumed run must agree with."""
         content = {**vars(self), **vars(self.settings), "recipe": self.recipe.to_dict(), "probe_steps": self.probing}
+        del content["save_steps"]  # the result is the same
         if self.ratio == AUTO:
             return {**content, "max_lost": self.bound, "check_steps": self.checking}
         return {name: value for name, value in content.items() if name not in OF_AUTO}
@@ -162,35 +173,26 @@ class Run:
             raise InvalidArgument("no training or no test examples; expected at least one of each")
         self.job, self.folder, self.say, self.quiet = job, Path(folder), say, quiet
         self._earlier: Plan | None = None  # that the source had been pruned by, known when it is loaded
+        self._by_hand = False  # the plan
+        self._scores: str | None = None  # a digest of the probe's scores
         kept, self._held_out = train_examples, list[Example]()
         if job.ratio == AUTO:
             kept, self._held_out = hold_out(train_examples, job.check_rows, job.recipe.seed)
         self._examples = kept, test_examples
+        known = known_model(recorded(self.folder, SETTINGS), job.source)
+        self._identity = identify(job.source, trust_remote_code=job.trust_remote_code, known=known, say=say)
         settings = {
             **job.to_dict(),
             "train_examples": len(train_examples),
             "test_examples": len(test_examples),
             "data": hashlib.sha256(repr([*train_examples, *test_examples]).encode()).hexdigest()[:16],
         }
-        known = self.folder / "run.json"
-        if known.exists():
-            before = read_json(known, "run")
-            changed = sorted(name for name in settings if before.get(name) != settings[name])
-            if changed == ["max_lost"] and not (self.folder / "plan.json").exists():
-                write_json(known, settings)  # nothing was chosen by the old bound, and no check depends on it
-            elif changed:
-                raise InvalidArgument(
-                    f"folder {str(self.folder)!r} holds a run with another {', '.join(changed)}; "
-                    "expected a new folder, or the same settings to resume it"
-                )
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(known, settings)
+        self._kept = RunFolder(self.folder, settings, self._identity, job.save_steps)
 
     def everything(self, *, dense: bool = True) -> dict[str, Any]:
         """All stages; the results as `results.json` holds them. dense: train the uncut model too, to compare."""
         # before the dense run is paid for: no cut may be within the bound, or the layers may not be comparable
-        plan = self.plan()
+        plan = self._checked()
         rows = [self.dense()] if dense else []
         self.cut(plan)
         rows.append(self.pruned(plan))
@@ -207,7 +209,7 @@ class Run:
                 "watched": list(igia.watched),
             },
         }
-        if self.job.ratio == AUTO:
+        if self.job.ratio == AUTO and not self._by_hand:
             results["auto"] = read_json(self.folder / "auto.json", "auto")
         write_json(self.folder / "results.json", results)
         write_report(self.folder)
@@ -220,40 +222,87 @@ class Run:
 
     def dense(self) -> dict[str, Any]:
         """Fine-tune and evaluate the model as it is, with all the steps."""
-        return self._stage("dense.json", self._dense)
+        return self._kept.result("dense", self._kept.settings, self._dense)
 
     def probe(self) -> Igia:
         """Train for the first steps and write `probe/`: igia.safetensors, and the adapters that were trained."""
-        if not self._probed.exists():
+        if not self._kept.is_made("probe", self._kept.settings):
             self.say(f"probe: {self.job.probing} steps")
-            model, tokenizer = self._load(self.job.source)
+            model, tokenizer = self._load_dense()
             check_comparable(model, self.job.recipe)
             watched, igia = watch(model, tokenizer, self._probe_rows(tokenizer), self.job.recipe,
                                   of_steps=self.job.steps, quiet=self.quiet)  # fmt: skip
-            save_probed(self._probed, igia, watched)
+            save_probed(self._probed, igia, watched, made_from=self._kept.settings)
         return Igia.load(self._probed / IGIA)
 
     def plan(self) -> Plan:
-        """Score the layers and write plan.json; with ratio = "auto", try cuts before and write auto.json."""
+        """Score the layers and write plan.json; with ratio = "auto", try cuts before and write auto.json.
+
+        plan.json may be edited, or put there by hand, until `cut` has used it.
+        """
         path = self.folder / "plan.json"
         if not path.exists():
-            count = self._choose().count if self.job.ratio == AUTO else self.job.count
-            self._planned(count).save(path)
-        plan = Plan.load(path)
+            planned = self._planned(self._choose().count if self.job.ratio == AUTO else self.job.count).to_dict()
+            write_json(path, {**planned, MADE_FROM: {**self._from_probe(), "plan": digest(planned)}})
+        plan, record = Plan.load(path), read_json(path, "plan").get(MADE_FROM)
+        if record is not None:
+            need_same(path, {**record, "plan": ""}, {**self._from_probe(), "plan": ""},
+                      delete=[path, *self._kept.after("plan.json")])  # fmt: skip
+        self._by_hand = record is None or record.get("plan") != digest(plan.to_dict())
+        if self._by_hand:
+            plan = self._completed(plan)
+            self.say("plan: plan.json was written or edited by hand; its layers are removed, not those of the scores")
         self.say(f"plan: {plan.summary()}")
         return plan
 
     def cut(self, plan: Plan) -> Path:
         """Fold and remove the layers; the smaller, not yet fine-tuned checkpoint is `cut/`."""
-        path = self.folder / "cut"
-        if not path.exists():
+        path, made_from = self.folder / "cut", self._from_plan(plan)
+        if not self._kept.is_made("cut", made_from):
             smaller, tokenizer = self._smaller(plan)
-            save(smaller, path, tokenizer=tokenizer, plan=dataclasses.replace(plan, before=self._earlier))
+            save(smaller, path, tokenizer=tokenizer, plan=dataclasses.replace(plan, before=self._earlier),
+                 beside=lambda inside: write_json(inside / RECORD, made_from))  # fmt: skip
         return path
 
     def pruned(self, plan: Plan) -> dict[str, Any]:
         """Fine-tune the smaller model with the steps that the probe left, evaluate it, write `model/`."""
-        return self._stage("pruned.json", lambda: self._pruned(plan))
+        found = self._kept.result("pruned", self._from_plan(plan), lambda: self._pruned(plan))
+        model = self.folder / "model"
+        if not (model / PLAN_FILE).is_file() or Plan.load(model / PLAN_FILE) != plan:
+            raise InvalidArgument(
+                f"{str(model)!r} is not the model that pruned.json belongs to; expected the folder that the run wrote. "
+                f"To train it again, delete {str(self.folder / 'pruned.json')!r}"
+            )
+        return found
+
+    def _checked(self) -> Plan:
+        """Return the plan, after what is there already and is not of this run was refused."""
+        self._kept.is_made("dense.json", self._kept.settings)
+        plan = self.plan()
+        for stage in ("cut", "pruned.json"):
+            self._kept.is_made(stage, self._from_plan(plan))
+        return plan
+
+    def _completed(self, plan: Plan) -> Plan:
+        """Return a plan that was edited by hand, with the share of parameters that its layers really have."""
+        self.probe()
+        igia = Igia.load(self._probed / IGIA, lazy=True)
+        if plan.layers != igia.layers:
+            raise ModelMismatch(f"plan.json is for {plan.layers} decoder layers; the model has {igia.layers}")
+        return dataclasses.replace(plan, parameter_ratio=igia.parameter_ratio(plan.removed))
+
+    def _from_probe(self) -> dict[str, str]:
+        """Return the digests of what a plan is made from."""
+        if self._scores is None:
+            if not self._kept.is_made("probe", self._kept.settings):
+                self.probe()
+            igia = Igia.load(self._probed / IGIA, lazy=True)
+            self._scores = digest([igia.model, igia.skipped, *(igia.layer_scores(kind).tolist() for kind in SCORES)])
+        return {**self._kept.settings, "probe": self._scores}
+
+    def _from_plan(self, plan: Plan) -> dict[str, str]:
+        """Return the digests of what the cut model is made from."""
+        return {**self._from_probe(), "plan": digest(plan.to_dict())}
 
     def _planned(self, count: int | None) -> Plan:
         ratio = self.job.ratio if count is None else None
@@ -263,8 +312,8 @@ class Run:
 
     def _before_the_cut(self) -> tuple[Any, Any]:
         """The dense model, inside the adapters that the probe trained where these are kept."""
-        model, tokenizer = self._load(self.job.source)
-        self._earlier = plan_of(self.job.source, model)
+        model, tokenizer = self._load_dense()
+        self._earlier = plan_of(self.job.source, model, self._identity.revision)
         return with_probed(model, self._probed) if self.job.settings.adapters == "keep" else model, tokenizer
 
     def _smaller(self, plan: Plan) -> tuple[Any, Any]:
@@ -284,7 +333,7 @@ class Run:
         chosen, igia = self.job.settings, self.probe()
         igia.check_comparable()
         choice = choose(igia.layer_scores(chosen.kind).tolist(), self._check, self.folder / "auto.json",
-                        bound=self.job.bound, steps=self.job.checking,
+                        bound=self.job.bound, steps=self.job.checking, made_from=self._from_probe(),
                         least=chosen.merge if isinstance(chosen.merge, int) else 1)  # fmt: skip
         self.say(f"auto: {choice.reason}")
         return choice
@@ -300,8 +349,10 @@ class Run:
         size = self.job.recipe.rows_a_step
         rows = self._rows(tokenizer)[self.job.probing * size : (self.job.probing + self.job.checking) * size]
         recipe = self.job.recipe.widened(self.job.settings.rank_factor if count else 1)
-        model, _ = tune(model, tokenizer, rows, recipe, quiet=self.quiet)
+        checkpoints = self._kept.checkpoints(f"check-{count}", self._from_probe())
+        model, _ = tune(model, tokenizer, rows, recipe, quiet=self.quiet, checkpoints=checkpoints)
         evaluation = self._measured(model, tokenizer, self._held_out)
+        checkpoints.discard()
         del model
         gc.collect()
         return evaluation
@@ -312,21 +363,23 @@ class Run:
 
     def _dense(self) -> dict[str, Any]:
         self.say(f"dense: {self.job.steps} steps")
-        model, tokenizer = self._load(self.job.source)
-        return self._train_and_measure("dense", model, tokenizer, self._rows(tokenizer), "dense")
+        model, tokenizer = self._load_dense()
+        return self._train_and_measure("dense", model, tokenizer, self._rows(tokenizer), "dense", self._kept.settings)
 
     def _pruned(self, plan: Plan) -> dict[str, Any]:
         self.say(f"pruned: {self.job.steps - self.job.probing} steps")
         model, tokenizer = self._load(str(self.folder / "cut"))
         plan = plan_of(str(self.folder / "cut"), model) or plan
         rows = self._rows(tokenizer)[self.job.probing * self.job.recipe.rows_a_step :]
-        return self._train_and_measure("pruned", model, tokenizer, rows, "model", plan)
+        return self._train_and_measure("pruned", model, tokenizer, rows, "model", self._from_plan(plan), plan)
 
     def _train_and_measure(
-        self, name: str, model: Any, tokenizer: Any, rows: list[Row], folder: str, plan: Plan | None = None
-    ) -> dict[str, Any]:
+        self, name: str, model: Any, tokenizer: Any, rows: list[Row], folder: str, made_from: Mapping[str, str],
+        plan: Plan | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         recipe = self.job.recipe.widened(1 if plan is None else self.job.settings.rank_factor)
-        model, training = tune(model, tokenizer, rows, recipe, quiet=self.quiet)
+        model, training = tune(model, tokenizer, rows, recipe, quiet=self.quiet,
+                               checkpoints=self._kept.checkpoints(name, made_from))  # fmt: skip
         self.say(f"{name}: evaluating {len(self._examples[1])} examples")
         saved = save(model, self.folder / folder, tokenizer=tokenizer, plan=plan, overwrite=True)
         evaluation = self._measured(model, tokenizer, self._examples[1])
@@ -343,13 +396,6 @@ class Run:
             "training": training.to_dict(),
         }
 
-    def _stage(self, file: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        path = self.folder / file
-        if not path.exists():
-            write_json(path, work())
-            gc.collect()
-        return read_json(path, "results")
-
     @property
     def _probed(self) -> Path:
         return self.folder / "probe"
@@ -357,11 +403,15 @@ class Run:
     def _probe_rows(self, tokenizer: Any) -> list[Row]:
         return self._rows(tokenizer)[: self.job.probing * self.job.recipe.rows_a_step]
 
-    def _load(self, source: str) -> tuple[Any, Any]:
-        loaded = load_model(source, dtype=torch_dtype(self.job.dtype), attention=self.job.attention,
-                            trust_remote_code=self.job.trust_remote_code)  # fmt: skip
-        refuse_masks(source, "run")
+    def _load_dense(self) -> tuple[Any, Any]:
+        self._identity.check_unchanged()
+        loaded = self._load(self.job.source, self._identity.revision)
+        refuse_masks(self.job.source, "run", self._identity.revision)
         return loaded
+
+    def _load(self, source: str, revision: str | None = None) -> tuple[Any, Any]:
+        return load_model(source, dtype=torch_dtype(self.job.dtype), attention=self.job.attention,
+                          trust_remote_code=self.job.trust_remote_code, revision=revision)  # fmt: skip
 
     def _rows(self, tokenizer: Any) -> list[Row]:
         tokens = tokenize(self._examples[0], tokenizer, max_length=self.job.max_length, train_on=self.job.train_on)  # type: ignore[arg-type]
@@ -398,13 +448,15 @@ def tune(
     *,
     quiet: bool = False,
     masks: Masks | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[Any, Training]:
     """Fine-tune on `ordered`; the plain model, adapters folded in, and what the run did.
 
-    masks: kept to in every step where all weights train, and by what adapters have become.
+    masks: kept to in every step where all weights train, and by what adapters have become. checkpoints: see `train`.
     """
     trained = add_adapters(model, recipe) if recipe.rank else model
-    training = train(trained, ordered, Collator(tokenizer), recipe, quiet=quiet, callbacks=_holding(masks, recipe))
+    training = train(trained, ordered, Collator(tokenizer), recipe, quiet=quiet, callbacks=_holding(masks, recipe),
+                     checkpoints=checkpoints)  # fmt: skip
     plain = finish(trained)
     if masks is not None:
         masks.apply_(plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,21 +12,29 @@ from torch import nn
 from gradpruner.checkpoint import save
 from gradpruner.decoder import is_peft
 from gradpruner.errors import CheckpointError
-from gradpruner.files import atomic_folder
+from gradpruner.files import atomic_folder, write_json
 from gradpruner.igia import Igia
+from gradpruner.provenance import RECORD
 from gradpruner.targets import as_named
 
 IGIA, ADAPTERS, MODEL = "igia.safetensors", "adapters", "model"
 
 
-def save_probed(folder: str | os.PathLike[str], igia: Igia, model: nn.Module) -> None:
-    """Write igia.safetensors and the adapters, or the whole model where that was trained; all or nothing."""
+def save_probed(
+    folder: str | os.PathLike[str], igia: Igia, model: nn.Module, *, made_from: Mapping[str, str] | None = None
+) -> None:
+    """Write igia.safetensors and the adapters, or the whole model where that was trained; all or nothing.
+
+    made_from: kept in a record beside them (see `gradpruner.provenance`).
+    """
     with atomic_folder(folder) as inside:
         igia.save(inside / IGIA)
         if is_peft(model):
             model.save_pretrained(inside / ADAPTERS)  # type: ignore[operator]
         else:
             save(model, inside / MODEL)
+        if made_from is not None:
+            write_json(inside / RECORD, dict(made_from))
 
 
 def with_probed(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:

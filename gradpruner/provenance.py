@@ -1,105 +1,65 @@
-"""What a checkpoint says beside its weights: the plan it was pruned by, the masks it keeps to, its card and licence.
-
-Loading a model does not see any of it. So whoever loads a model to train, cut or save it asks here, and carries it
-along or refuses.
-"""
+"""Record what a file or folder was made from, and refuse to reuse one that was made from something else."""
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradpruner.card import carry_card
-from gradpruner.checkpoint import PLAN_FILE, plan_in, save
-from gradpruner.decoder import Decoder
-from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
-from gradpruner.hub import is_license
-from gradpruner.links import names_of
-from gradpruner.models import DEMO_MODEL
-from gradpruner.plan import Plan
-from gradpruner.sparsity.masks import Masks
-from gradpruner.sparsity.saving import MASKS
+from gradpruner.errors import InvalidArgument
+from gradpruner.files import read_json
+
+MADE_FROM = "made_from"  # the key in a JSON file
+RECORD = "made_from.json"  # the file in a folder
 
 
-def plan_of(source: str, model: Any) -> Plan | None:
-    """The plan that a loaded model was pruned by, None if there is none. source: what `load_model` loaded it from.
+def digest(content: Any) -> str:
+    """Return 16 hexadecimal digits that identify JSON-like content. The order of dictionary keys does not matter."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-    Raises ModelMismatch if the model has another number of layers than the plan leaves, CheckpointError.
+
+def is_made(path: Path, made_from: Mapping[str, str], *, stale: Iterable[Path] = ()) -> bool:
+    """Return whether `path` was finished earlier, from the same inputs.
+
+    A JSON file is finished if it exists. A folder is finished if it holds its record. An empty folder is not finished.
+
+    Args:
+        path: a JSON file or a folder.
+        made_from: the digest of every input, by the input's name.
+        stale: files and folders that were made from `path`. The error names those that exist.
+
+    Raises:
+        InvalidArgument: `path` was made from other inputs, or does not record its inputs.
+        CheckpointError: the record cannot be read.
     """
-    path = _beside(source, PLAN_FILE)
-    if path is None:
-        return None
-    return plan_in(path.parent, len(Decoder(model).layers))
+    if path.is_dir():
+        if not any(path.iterdir()):
+            return False
+        before = read_json(path / RECORD, "record") if (path / RECORD).is_file() else None
+    elif path.exists():
+        before = read_json(path, "stage").get(MADE_FROM)
+    else:
+        return False
+    need_same(path, before, made_from, delete=[path, *stale])
+    return True
 
 
-def masks_of(source: str, model: Any) -> Masks | None:
-    """The masks that a loaded model keeps to, None if there are none. source: what `load_model` loaded it from.
+def need_same(path: Path, before: Any, made_from: Mapping[str, str], *, delete: Iterable[Path]) -> None:
+    """Raise InvalidArgument unless `before`, the record that `path` has, equals `made_from`.
 
-    Raises ModelMismatch if the model does not keep to them, CheckpointError.
+    delete: what must be deleted to make `path` again. The error names what exists of it.
     """
-    path = _beside(source, MASKS)
-    if path is None:
-        return None
-    masks = Masks.load(path)
-    try:
-        masks.check(model)
-    except ModelMismatch as error:
-        raise ModelMismatch(f"{path}: {error}. Remove the file if the model need not keep to it") from None
-    return masks
-
-
-def refuse_masks(source: str, what: str) -> None:
-    """Raises InvalidArgument if the checkpoint `source` holds masks, which `what`, a command, would not keep to."""
-    if _beside(source, MASKS) is not None:
-        raise InvalidArgument(
-            f"{what}: source {source!r} holds {MASKS}, and {what} would not keep to these masks. The commands probe, "
-            "plan, apply and finetune do. Or remove the file, if the zeros need not stay"
-        )
-
-
-def save_from(
-    source: str,
-    model: Any,
-    folder: str,
-    *,
-    tokenizer: Any,
-    plan: Plan | None,
-    masks: Masks | None,
-    overwrite: bool,
-) -> Path:
-    """`gradpruner.save` of a model that was made from `source`, with what must not be lost on the way.
-
-    That is the plan and the masks, which the model is checked to keep to, and out of a folder `source` the licence
-    files and what its card says of licence and base model. Raises as `save_sparse` does.
-    """
-    if masks is not None:
-        masks.check(model)
-
-    def beside(inside: Path) -> None:
-        if masks is not None:
-            masks.save(inside / MASKS)
-        if Path(source).is_dir():
-            carry_card(Path(source), inside)
-            for file in Path(source).iterdir():
-                if file.is_file() and all(map(is_license, names_of(file, source))):
-                    shutil.copyfile(file, inside / file.name)
-
-    return save(model, folder, tokenizer=tokenizer, plan=plan, overwrite=overwrite, beside=beside)
-
-
-def _beside(source: str, name: str) -> Path | None:
-    """A file of a checkpoint folder or hub repository. Where the hub cannot be reached, its cache alone is asked."""
-    if source == DEMO_MODEL or Path(source).is_file():
-        return None  # one GGUF file
-    if Path(source).is_dir():
-        return path if (path := Path(source, name)).is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-
-    try:
-        return Path(hf_hub_download(source, name))
-    except EntryNotFoundError:  # also raised offline, for a file that is not in the cache
-        return None
-    except HfHubHTTPError as error:
-        raise CheckpointError(f"whether {source} holds {name} could not be looked up: {error}") from error
+    if before == made_from:
+        return
+    if isinstance(before, Mapping):
+        changed = [name for name in made_from if before.get(name) != made_from[name]]
+        names = ", ".join(changed or sorted(before.keys() - made_from.keys()))
+        reason = f"{str(path)!r} was made from another {names}"
+    else:
+        reason = f"{str(path)!r} does not record what it was made from, so it may belong to another run"
+    there = list(dict.fromkeys(str(each) for each in delete if each.exists()))
+    raise InvalidArgument(
+        f"{reason}; expected the same inputs as before. To make it again, delete {', '.join(map(repr, there))}"
+    )

@@ -289,14 +289,18 @@ def test_help_of_push_teaches_it(capsys):
 
 
 def test_a_run_leaves_a_card(pruned, tmp_path, monkeypatch):
+    from gradpruner import pipeline
     from gradpruner.finetune import Recipe
+    from gradpruner.identity import Identity
     from gradpruner.pipeline import OF_THE_MACHINE, Job, Run, comparison
 
     model, plan, igia = pruned
+    monkeypatch.setattr(pipeline, "identify", lambda source, **options: Identity(source, {"commit": "a" * 40}, {}))
     run = Run(Job("acme/dense-1B", 4, Recipe()), [("a", "b")], [("a", "b")], tmp_path / "out")
     gradpruner.save(model, run.folder / "model", plan=plan)
     (run.folder / "probe").mkdir()
     igia.save(run.folder / "probe" / "igia.safetensors")
+    (run.folder / "probe" / "made_from.json").write_text(json.dumps(run._kept.settings))
     row = dict.fromkeys(("exact_match", "perplexity", "step_seconds", "tokens_per_second", "peak_bytes"), 0.5)
     rows = [
         {**row, "name": name, "layers": layers, "parameters": 10**7, "checkpoint_bytes": 10**7}

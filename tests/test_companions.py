@@ -16,9 +16,9 @@ from test_families import igia_of
 import gradpruner
 from gradpruner.card import is_ours
 from gradpruner.cli import main
+from gradpruner.companions import plan_of
 from gradpruner.igia import Igia
 from gradpruner.plan import Plan
-from gradpruner.provenance import plan_of
 
 
 @pytest.fixture

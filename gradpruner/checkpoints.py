@@ -1,0 +1,172 @@
+"""Save a training while it runs, and go on from the newest complete checkpoint after an interruption."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
+from gradpruner.files import read_json, write_json
+from gradpruner.provenance import MADE_FROM, RECORD, need_same
+from gradpruner.whole import need_whole
+
+SHARE, LEAST = 0.1, 10  # default interval: a tenth of the steps, so that an interruption costs at most that much
+WEIGHTS = "trained.safetensors"
+COPIES = 3  # a weight that trains, and the two moments that AdamW keeps of it
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where one training saves its checkpoints, and how often.
+
+    The Trainer writes optimizer, schedule and random states in its own format. It reads them with torch's
+    weights-only loader, which runs no code. The trained weights are safetensors. The newest complete checkpoint is
+    kept, and it is deleted only after the next one is complete on disk.
+
+    Args:
+        folder: a folder for this training alone. `discard` deletes it.
+        every: optimizer steps between two checkpoints. Default: a tenth of the steps, and at least 10.
+        made_from: digests of what the training starts from, by name. See `gradpruner.provenance`.
+
+    Raises:
+        InvalidArgument: `every` is not a whole number of 1 or more.
+    """
+
+    folder: Path
+    every: int | None
+    made_from: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        """Check the interval."""
+        if self.every is not None:
+            need_whole("save_steps", self.every, 1, "a number of optimizer steps")
+
+    def also_from(self, **digests: str) -> Checkpoints:
+        """Return the same, with more digests."""
+        return replace(self, made_from={**self.made_from, **digests})
+
+    def interval(self, steps: int) -> int:
+        """Return the optimizer steps between two checkpoints of a training of `steps` steps."""
+        return max(LEAST, math.ceil(SHARE * steps)) if self.every is None else self.every
+
+    def newest(self) -> Path | None:
+        """Return the newest complete checkpoint, or None. Delete all others.
+
+        Raises InvalidArgument if the newest one belongs to another training.
+        """
+        found = sorted(self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step)
+        complete = [path for path in found if (path / RECORD).is_file()]
+        newest = complete[-1] if complete else None
+        if newest is not None:
+            before = read_json(newest / RECORD, "checkpoint").get(MADE_FROM)
+            need_same(newest, before, self.made_from, delete=[self.folder])
+        for path in found:
+            if path != newest:
+                _delete(path)
+        return newest
+
+    def need_room(self, model: nn.Module) -> None:
+        """Raise InvalidArgument if the disk cannot hold two checkpoints of `model`."""
+        size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed, free = 2 * COPIES * size, shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise InvalidArgument(
+                f"checkpoints in {str(self.folder)!r} need {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB "
+                "left; expected more room, or a folder on another disk"
+            )
+
+    def discard(self) -> None:
+        """Delete the folder, once the result of the training is on disk."""
+        for path in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            _delete(path)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Completing(TrainerCallback):
+    """Complete every checkpoint that the Trainer saves: sync its files, write its record, delete older checkpoints.
+
+    Args:
+        checkpoints: where they are.
+        watched: returns what else the training must remember, as JSON.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, watched: Callable[[], dict[str, Any]]) -> None:
+        self._checkpoints, self._watched = checkpoints, watched
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the record last."""
+        folder = self._checkpoints.folder
+        newest = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        for file in newest.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        write_json(newest / RECORD, {MADE_FROM: dict(self._checkpoints.made_from), "watched": self._watched()})
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            if path != newest:
+                _delete(path)
+
+
+def watched(checkpoint: Path) -> dict[str, Any]:
+    """Return what `Completing` wrote of the training besides the Trainer's files."""
+    found: dict[str, Any] = read_json(checkpoint / RECORD, "checkpoint")["watched"]
+    return found
+
+
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Write the parameters that train, and all buffers, under the names that the model has for them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    buffers = {name for name, _ in model.named_buffers()}  # some share memory, which safetensors does not take
+    state = {
+        name: tensor.detach().cpu().clone() if name in buffers else tensor.detach().cpu().contiguous()
+        for name, tensor in _state(model).items()
+    }
+    save_file(state, folder / WEIGHTS)
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Read what `save_trained` wrote into the same model.
+
+    Raises ModelMismatch if the names, shapes or dtypes differ, CheckpointError if the file is damaged.
+    """
+    try:
+        stored = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+    state = _state(model)
+    for name in sorted(state.keys() | stored.keys()):
+        mine, theirs = state.get(name), stored.get(name)
+        if mine is None or theirs is None or (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+            raise ModelMismatch(f"{folder} is a checkpoint of another model: {name} differs")
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(stored[name])
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters that train and the buffers."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {**trained, **dict(model.named_buffers())}
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint, its record first: what an interruption leaves of it is then not complete."""
+    (checkpoint / RECORD).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)

@@ -1,0 +1,109 @@
+"""What a checkpoint says beside its weights: the plan it was pruned by, the masks it keeps to, its card and licence.
+
+Loading a model does not see any of it. So whoever loads a model to train, cut or save it asks here, and carries it
+along or refuses.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gradpruner.card import carry_card
+from gradpruner.checkpoint import PLAN_FILE, plan_in, save
+from gradpruner.decoder import Decoder
+from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
+from gradpruner.hub import is_license
+from gradpruner.links import names_of
+from gradpruner.models import DEMO_MODEL
+from gradpruner.plan import Plan
+from gradpruner.sparsity.masks import Masks
+from gradpruner.sparsity.saving import MASKS
+
+
+def plan_of(source: str, model: Any, revision: str | None = None) -> Plan | None:
+    """The plan that a loaded model was pruned by, None if there is none.
+
+    source, revision: what `load_model` loaded it from.
+
+    Raises ModelMismatch if the model has another number of layers than the plan leaves, CheckpointError.
+    """
+    path = _beside(source, PLAN_FILE, revision)
+    if path is None:
+        return None
+    return plan_in(path.parent, len(Decoder(model).layers))
+
+
+def masks_of(source: str, model: Any, revision: str | None = None) -> Masks | None:
+    """The masks that a loaded model keeps to, None if there are none.
+
+    source, revision: what `load_model` loaded it from.
+
+    Raises ModelMismatch if the model does not keep to them, CheckpointError.
+    """
+    path = _beside(source, MASKS, revision)
+    if path is None:
+        return None
+    masks = Masks.load(path)
+    try:
+        masks.check(model)
+    except ModelMismatch as error:
+        raise ModelMismatch(f"{path}: {error}. Remove the file if the model need not keep to it") from None
+    return masks
+
+
+def refuse_masks(source: str, what: str, revision: str | None = None) -> None:
+    """Raises InvalidArgument if the checkpoint `source` holds masks, which `what`, a command, would not keep to."""
+    if _beside(source, MASKS, revision) is not None:
+        raise InvalidArgument(
+            f"{what}: source {source!r} holds {MASKS}, and {what} would not keep to these masks. The commands probe, "
+            "plan, apply and finetune do. Or remove the file, if the zeros need not stay"
+        )
+
+
+def save_from(
+    source: str,
+    model: Any,
+    folder: str,
+    *,
+    tokenizer: Any,
+    plan: Plan | None,
+    masks: Masks | None,
+    overwrite: bool,
+) -> Path:
+    """`gradpruner.save` of a model that was made from `source`, with what must not be lost on the way.
+
+    That is the plan and the masks, which the model is checked to keep to, and out of a folder `source` the licence
+    files and what its card says of licence and base model. Raises as `save_sparse` does.
+    """
+    if masks is not None:
+        masks.check(model)
+
+    def beside(inside: Path) -> None:
+        if masks is not None:
+            masks.save(inside / MASKS)
+        if Path(source).is_dir():
+            carry_card(Path(source), inside)
+            for file in Path(source).iterdir():
+                if file.is_file() and all(map(is_license, names_of(file, source))):
+                    shutil.copyfile(file, inside / file.name)
+
+    return save(model, folder, tokenizer=tokenizer, plan=plan, overwrite=overwrite, beside=beside)
+
+
+def _beside(source: str, name: str, revision: str | None) -> Path | None:
+    """A file of a checkpoint folder or hub repository. Where the hub cannot be reached, its cache alone is asked."""
+    if source == DEMO_MODEL or Path(source).is_file():
+        return None  # one GGUF file
+    if Path(source).is_dir():
+        return path if (path := Path(source, name)).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(source, name, revision=revision))
+    except EntryNotFoundError:  # also raised offline, for a file that is not in the cache
+        return None
+    except HfHubHTTPError as error:
+        raise CheckpointError(f"whether {source} holds {name} could not be looked up: {error}") from error

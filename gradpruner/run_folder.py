@@ -1,0 +1,100 @@
+"""The folder of one run: the settings it belongs to, its stages, and what each stage was made from."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gradpruner.checkpoints import Checkpoints
+from gradpruner.errors import InvalidArgument
+from gradpruner.files import read_json, write_json
+from gradpruner.identity import Identity, differences
+from gradpruner.provenance import MADE_FROM, digest, is_made
+
+SETTINGS, MODEL, CHECKPOINTS = "run.json", "model", "checkpoints"
+# stages in their order, and the checkpoints of the last one
+STAGES = ("dense.json", "probe", "auto.json", "plan.json", "cut", f"{CHECKPOINTS}/pruned", "model", "pruned.json")
+BY_HAND = ("plan.json",)  # may be there before the run begins
+
+
+class RunFolder:
+    """A folder whose `run.json` holds exactly these settings; it is made if it does not exist.
+
+    Args:
+        path: the folder.
+        settings: what a resumed run must agree with, as JSON holds it.
+        identity: the model behind the settings' source.
+        save_steps: see `Checkpoints`.
+
+    Raises:
+        InvalidArgument: the folder holds a run with other settings, or stages of a run without its settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], identity: Identity, save_steps: int | None) -> None:
+        self._path, self._save_steps = path, save_steps
+        now = {**settings, MODEL: identity.to_dict()}
+        before = recorded(path, SETTINGS)
+        if before is not None:
+            changed = sorted(name for name in now if before.get(name) != now[name])
+            if changed == ["max_lost"] and not (path / "plan.json").exists():
+                write_json(path / SETTINGS, now)  # nothing was chosen by the old bound, and no check depends on it
+            elif changed:
+                raise InvalidArgument(
+                    f"folder {str(path)!r} holds a run with another {', '.join(named(changed, before, now))}; expected "
+                    "a new folder, or the same settings, model and package versions to resume it"
+                )
+        else:
+            there = [name for name in STAGES if name not in BY_HAND and (path / name).exists()]
+            if there:
+                raise InvalidArgument(
+                    f"folder {str(path)!r} holds {', '.join(there)} of a run, but not its {SETTINGS}; expected a new "
+                    f"folder, or the {SETTINGS} that belongs to them"
+                )
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / SETTINGS, now)
+        # max_lost may be raised as long as nothing was chosen by it
+        self.settings = {"settings": digest({name: now[name] for name in now if name != "max_lost"})}
+
+    def is_made(self, stage: str, made_from: Mapping[str, str]) -> bool:
+        """Return whether a stage is finished. Raises InvalidArgument if it was made from something else."""
+        return is_made(self._path / stage, made_from, stale=self.after(stage))
+
+    def after(self, stage: str) -> list[Path]:
+        """Return what is made from the result of a stage. Nothing is made from the dense run."""
+        return [] if stage == STAGES[0] else [self._path / name for name in STAGES[STAGES.index(stage) + 1 :]]
+
+    def checkpoints(self, name: str, made_from: Mapping[str, str]) -> Checkpoints:
+        """Return where a stage keeps its checkpoints."""
+        return Checkpoints(self._path / CHECKPOINTS / name, self._save_steps, made_from)
+
+    def result(self, name: str, made_from: Mapping[str, str], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the result of a stage that trains; do its work if it is not finished."""
+        file = f"{name}.json"
+        if not self.is_made(file, made_from):
+            write_json(self._path / file, {**work(), MADE_FROM: dict(made_from)})
+            gc.collect()
+        self.checkpoints(name, made_from).discard()
+        with contextlib.suppress(OSError):  # another stage has checkpoints, or none were made
+            (self._path / CHECKPOINTS).rmdir()
+        return {key: value for key, value in read_json(self._path / file, "results").items() if key != MADE_FROM}
+
+
+def recorded(folder: Path, settings: str) -> dict[str, Any] | None:
+    """Return the settings that a folder holds, or None if it holds none."""
+    return read_json(folder / settings, "settings") if (folder / settings).exists() else None
+
+
+def known_model(before: Mapping[str, Any] | None, source: str) -> dict[str, Any] | None:
+    """Return the identity that a folder has recorded for `source`, or None."""
+    return before.get(MODEL) if before is not None and before.get("source") == source else None
+
+
+def named(changed: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name the settings that differ. Of the model, name each file and each package version."""
+    names: list[str] = []
+    for name in changed:
+        names += differences(before.get(name, {}), now[name]) if name == MODEL else [name]
+    return names
