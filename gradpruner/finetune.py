@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import logging
 import random
 import statistics
 import tempfile
@@ -22,10 +23,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gradpruner.data import IGNORED
 from gradpruner.decoder import Decoder, is_linear, is_peft, linear_modules
+from gradpruner.divergence import has_diverged
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.logits import evaluating
+from gradpruner.master_weights import float32_masters, trains_in_half
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.whole import need_whole
+
+logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 GROUPED = 50  # batches whose rows are sorted together: as transformers groups by length
@@ -88,9 +93,14 @@ class Training:
     step_seconds: float
     peak_bytes: int
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss rose, see `has_diverged`: such a run is not a success."""
+        return has_diverged(self.losses)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {**asdict(self), "losses": [round(loss, 4) for loss in self.losses]}
+        return {**asdict(self), "losses": [round(loss, 4) for loss in self.losses], "diverged": self.diverged}
 
 
 def schedule(rows: Sequence[Row], steps: int, recipe: Recipe) -> list[Row]:
@@ -156,8 +166,10 @@ def train(
 
     of_steps: steps of the run whose beginning this is: the learning rate goes as it would in that run. prepare: called
     with the Trainer before it trains: `attach`, say. Adapters in float32 on a bfloat16 model are multiplied in
-    bfloat16 (autocast), as on a GPU with bf16=True.
-    Raises InvalidArgument where the rows do not fill the last step, GradPrunerError if the loss is not finite.
+    bfloat16 (autocast), as on a GPU with bf16=True. Weights that train in bfloat16 or float16 are float32 meanwhile,
+    and are multiplied in bfloat16. One device is used, also where several are visible.
+    Raises InvalidArgument where the rows do not fill the last step or in several processes, GradPrunerError if the loss
+    is not finite.
     """
     steps, rest = divmod(len(ordered), recipe.rows_a_step)
     if not steps or rest:
@@ -166,10 +178,15 @@ def train(
     if of_steps < steps:
         raise InvalidArgument(f"of_steps = {of_steps}; expected {steps} or more, the steps of the rows")
     watch = _Watch(steps)
-    mixed = any(p.dtype == torch.bfloat16 for p in model.parameters()) and all(
-        p.dtype == torch.float32 for p in model.parameters() if p.requires_grad
+    mixed = trains_in_half(model) or (
+        any(p.dtype == torch.bfloat16 for p in model.parameters())
+        and all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     )
-    with tempfile.TemporaryDirectory() as scratch, _input_as_it_is(model) if mixed else contextlib.nullcontext():
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        float32_masters(model),
+        _input_as_it_is(model) if mixed else contextlib.nullcontext(),
+    ):
         arguments = TrainingArguments(
             output_dir=scratch,
             max_steps=of_steps,
@@ -191,6 +208,7 @@ def train(
             disable_tqdm=quiet,
             seed=recipe.seed,
         )
+        _use_one_device(arguments)
         trainer = _InOrder(
             model=model, args=arguments, train_dataset=list(ordered), data_collator=collate,
             callbacks=[watch, *callbacks],
@@ -202,6 +220,21 @@ def train(
         reset_peak_memory()
         trainer.train()
     return Training(steps, tuple(watch.losses), statistics.median(watch.seconds), peak_memory())
+
+
+def _use_one_device(arguments: TrainingArguments) -> None:
+    """A step sees `rows_a_step` rows, each once. Raises InvalidArgument in several processes, which would share them.
+
+    In one process with several GPUs, transformers would give every one of them a batch.
+    """
+    if arguments.world_size > 1:
+        raise InvalidArgument(
+            f"training was launched in {arguments.world_size} processes; accepted is one: gradpruner's own runs train "
+            "on one device. For several, use gradpruner.attach in a training script of your own"
+        )
+    if arguments.n_gpu > 1:
+        logger.warning(f"{arguments.n_gpu} GPUs are visible; this run trains on one of them, {arguments.device}")
+        arguments._n_gpu = 1  # as the Trainer itself sets it where it must not use DataParallel
 
 
 def _input_as_it_is(model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -224,8 +257,7 @@ class _InOrder(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self._answers_only is None:
-            # DataParallel would deal out positions like rows
-            self._answers_only = self.args.n_gpu < 2 and can_skip_logits(self.accelerator.unwrap_model(model), inputs)
+            self._answers_only = can_skip_logits(self.accelerator.unwrap_model(model), inputs)
         inputs = answers_only(inputs) if self._answers_only else inputs
         return super().compute_loss(model, inputs, *args, **kwargs)
 
