@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -26,11 +25,11 @@ from gradpruner.igia import SCORES, Igia
 from gradpruner.inputs import FILES, Inputs, load_inputs, save_inputs
 from gradpruner.merge import share_of
 from gradpruner.patch import Patch, fit_patches, gaps
-from gradpruner.plan import Plan, select
+from gradpruner.plan import Plan
+from gradpruner.preflight import check_plan, check_save
 from gradpruner.probe import Probe
 from gradpruner.settings import Settings
 from gradpruner.streaming import apply_folder
-from gradpruner.surgery import prepare
 from gradpruner.training_files import (
     FOLDER,
     SNAPSHOT,
@@ -168,6 +167,8 @@ class PruneCallback(TrainerCallback):
                     "ProbeCallback and merge into the full-precision checkpoint with apply_folder)"
                 )
             full_precision(decoder)
+        elif peft is not None:  # the cut base is written beside the adapters
+            check_save(decoder.base, getattr(trainer, "processing_class", None), Path(str(trainer.args.output_dir)))
         self._check_patch(decoder)
 
     def _check_patch(self, decoder: Decoder) -> None:
@@ -186,19 +187,7 @@ class PruneCallback(TrainerCallback):
 
     def _check_plans(self, decoder: Decoder) -> None:
         """That such a plan is possible, and that layers can be removed at all: better told now than after the probe."""
-        count = len(decoder.layers)
-        sizes = [decoder.parameters_of(j) for j in range(count)]
-        accepted = {**self._wanted, "layer_parameters": sizes, "total_parameters": decoder.total_parameters()}
-        rising = [float(j) for j in range(count)]
-        falling = [*rising[:0:-1], float(count)]  # but for the last: that no layer needs another number proves nothing
-        early, late = (select(scores, **accepted).kept for scores in (rising, falling))
-        try:
-            prepare(decoder, early)
-        except UnsupportedModel:
-            with contextlib.suppress(UnsupportedModel):  # where a vision tower feeds the first layers, say
-                prepare(decoder, late)
-                return
-            raise
+        check_plan(decoder, **self._wanted)
 
     # the Trainer's events
 

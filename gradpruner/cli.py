@@ -29,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; what is finished is kept, and the same command goes on from there", 1)
     print(json.dumps(result["json"], indent=2) if options.json else result["line"])
-    return 0
+    failed = result.get("failed")  # what is there is written, and is not what was wanted
+    return _fail(failed, 1) if failed else 0
 
 
 def _fail(error: object, code: int) -> int:
@@ -200,19 +201,24 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
     from gradpruner.auto_ratio import trial_rows
-    from gradpruner.pipeline import comparison
     from gradpruner.report import table
+    from gradpruner.run_table import comparison, notes
 
     auto = results.get("auto")
+    rows = results["rows"]
+    failed = " ".join(row["failed"] for row in rows if row.get("failed"))
     why = f"{auto['reason']}\n\n{table(trial_rows(auto))}\n\n" if auto else ""
-    line = f"{why}{table(comparison(results['rows']))}\n\ncheckpoint: {folder}/model    report: {folder}/report.html"
-    return {"json": results, "line": line}
+    beside = f"\n\n{notes(rows)}" if notes(rows) else ""
+    line = f"{why}{table(comparison(rows))}{beside}\n\ncheckpoint: {folder}/model    report: {folder}/report.html"
+    return {"json": results, "line": line, "failed": failed}
 
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.files import need_writable
     from gradpruner.pipeline import watch
 
     recipe = given.recipe(options)
+    need_writable(options.out)
     model, tokenizer, ordered = _training(options, recipe)
     _, igia = watch(model, tokenizer, ordered, recipe, of_steps=options.of_steps, quiet=options.json)
     scores = igia.layer_scores()
@@ -242,10 +248,12 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
 
 def _apply(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint import save
+    from gradpruner.files import need_free
     from gradpruner.igia import Igia
     from gradpruner.merge import apply
     from gradpruner.models import DEMO_MODEL
     from gradpruner.plan import Plan
+    from gradpruner.preflight import check_save
     from gradpruner.shards import holds_safetensors
     from gradpruner.streaming import apply_folder
 
@@ -257,7 +265,9 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
         folder = apply_folder(options.model, options.out, plan, igia, top=options.top, overwrite=options.overwrite,
                               trust_remote_code=options.trust_remote_code)  # fmt: skip
     else:
+        need_free(options.out, options.overwrite)
         model, tokenizer = given.load(options)
+        check_save(model, tokenizer, Path(options.out))
         folder = save(apply(model, plan, igia, top=options.top), options.out, tokenizer=tokenizer, plan=plan,
                       overwrite=options.overwrite)  # fmt: skip
     return {
@@ -268,12 +278,17 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
 
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint import save
+    from gradpruner.divergence import explained
+    from gradpruner.files import need_free
     from gradpruner.pipeline import tune
+    from gradpruner.preflight import check_save
     from gradpruner.sparsity import Masks, save_sparse
 
     recipe = given.recipe(options)
+    need_free(options.out, options.overwrite)
     masks = Masks.load(options.masks) if options.masks else None
     model, tokenizer, ordered = _training(options, recipe)
+    check_save(model, tokenizer, Path(options.out))
     if masks is not None:
         masks.apply_(model)
     tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json, masks=masks)
@@ -285,6 +300,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
         "json": {"folder": options.out, **training.to_dict()},
         "line": f"{options.out}: {training.steps} steps of {training.step_seconds:.2f} s, "
                 f"loss {training.losses[0]:.3f} to {training.losses[-1]:.3f}",
+        "failed": explained(options.out, training.losses) if training.diverged else None,
     }  # fmt: skip
 
 
@@ -321,7 +337,7 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
 
     folder = Path(options.folder)
     if (folder / SETTINGS).exists():
-        return rewrite(folder)
+        return {**rewrite(folder), "failed": None}  # the report is written; what it says is no failure of this command
     path = write_report(folder)
     return {"json": {"report": str(path)}, "line": str(path)}
 

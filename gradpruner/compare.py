@@ -35,6 +35,7 @@ from gradpruner.methods import METHODS, Clues, GradPruner, Method, parse_method,
 from gradpruner.models import load_model
 from gradpruner.pipeline import Job, torch_dtype, tune, watch
 from gradpruner.plan import Plan, how_many
+from gradpruner.preflight import check_comparison
 from gradpruner.probed import IGIA, save_probed, with_probed
 from gradpruner.sparsity.masks import Masks
 
@@ -42,6 +43,7 @@ DENSE, OURS = "dense", spelled(GradPruner())
 FEW = 10  # classes: with more of them, macro-F1 is not what people look at
 EVALUATED_AT_ONCE = 32
 SETTINGS = "comparison.json"
+MODEL = "model.json"  # about the dense model; written when all that can be told beforehand was checked
 TERMS = ("source", "steps", "recipe", "probe_steps", "max_length", "train_on", "dtype", "attention")  # of a job
 
 
@@ -125,7 +127,9 @@ class Compare:
         if known.exists():
             before = read_json(known, "comparison")
             changed = sorted(name for name in self.terms if before.get(name) != self.terms[name])
-            if changed:
+            if changed and not (self.folder / MODEL).exists():
+                write_json(known, self.terms)  # nothing is there that was made on the old terms
+            elif changed:
                 raise InvalidArgument(
                     f"folder {str(self.folder)!r} holds a comparison with another {', '.join(changed)}; "
                     "expected a new folder, or the same terms to go on or to add methods, ratios and seeds"
@@ -151,11 +155,14 @@ class Compare:
                     gc.collect()
 
     def layers(self) -> int:
-        """Decoder layers of the dense model."""
-        path = self.folder / "model.json"
+        """Decoder layers of the dense model. Raises what `check_comparison` does, the first time."""
+        path = self.folder / MODEL
         with _lock(self.folder / "locks" / "model"):
             if not path.exists():
-                decoder = Decoder(self._load()[0])
+                model, tokenizer = self._load()
+                of_it = {"held-out": self._held_out, "training": self._train, "test": self._test}
+                check_comparison(self.job, model, tokenizer, of_it)
+                decoder = Decoder(model)
                 write_json(path, {"layers": len(decoder.layers), "parameters": decoder.total_parameters()})
         return int(read_json(path, "model")["layers"])
 

@@ -16,6 +16,7 @@ from gradpruner.checkpoint import PLAN_FILE, check_loaded, free_memory, quiet
 from gradpruner.decoder import Decoder, Weight
 from gradpruner.errors import CheckpointError, UnsupportedModel
 from gradpruner.files import atomic_folder, write_json
+from gradpruner.generation_config import rewrite
 from gradpruner.igia import Igia
 from gradpruner.logits import differ, logits_of
 from gradpruner.merge import check_fits, donors_of, merge_weight_, share_of, skipping_logits
@@ -73,7 +74,8 @@ def apply_folder(
     at a time (in memory: that weight, its donors, their importance), and layers that are only dropped are never
     read. source: safetensors, in one file or shards. igia: `Igia.load(..., lazy=True)` leaves its importance in its
     file too. The other files of the folder come along, except other weights, pickles, and Python code unless
-    trust_remote_code. top, weight: see `apply`. Source: METHOD section 3.
+    trust_remote_code. A field of the generation config that transformers would not write is left out, and logged.
+    top, weight: see `apply`. Source: METHOD section 3.
 
     The folder gets its name only after its files were read again: every checksum, and keys, shapes and dtypes by
     the stock class; where the dense model fits in memory twice, also the logits, against the dense model with the
@@ -91,6 +93,7 @@ def apply_folder(
         checksums = write_folder(temporary, list(pending.values()), _largest_shard(stored), totals)
         _write_config(stored.model, temporary)
         _copy_others(source, temporary, code=trust_remote_code)
+        rewrite(temporary)
         write_json(temporary / PLAN_FILE, plan.to_dict())
         written = read_folder(temporary)
         _check_bytes(written, checksums)
