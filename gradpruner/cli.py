@@ -320,9 +320,11 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: list[Any]) -> dict[str, Any]:
     from gradpruner.data import Collator
     from gradpruner.evaluate import perplexity
+    from gradpruner.preflight import check_rows
     from gradpruner.windows import consecutive, text_of, tokens_of
 
     rows = consecutive(tokens_of(text_of(examples), tokenizer, options.window), options.window)
+    check_rows(model, tokenizer, rows)
     found = perplexity(model, rows, collate=Collator(tokenizer), batch_size=options.batch_size)
     return {
         "json": {"perplexity": found, "windows": len(rows), "tokens": options.window},

@@ -69,7 +69,8 @@ def test_run_and_resume(home, tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "exact match" in text and "pruned / dense" in text
     for name in ("run.json", "dense.json", "speeds.json", "probe/igia.safetensors", "plan.json", "pruned.json",
-                 "results.json", "report.html", "layer_scores.png", "cut/config.json", "model/config.json"):  # fmt: skip
+                 "results.json", "report.html", "layer_scores.png", "cut/config.json",
+                 "model/config.json"):  # fmt: skip
         assert (out / name).is_file(), name
     results = json.loads((out / "results.json").read_text())
     dense, pruned = results["rows"]

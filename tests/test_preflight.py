@@ -178,6 +178,7 @@ def test_tokens_that_the_model_has_no_embedding_of(home, tmp_path, trained):
         ["probe", "--steps", "2", "--out", str(tmp_path / "igia")],
         ["finetune", "--steps", "2", "--out", str(tmp_path / "tuned")],
         ["evaluate"],
+        ["evaluate", "--window", "16"],
         ["sparsify", "--max-length", "16", "--samples", "2", "--out", str(tmp_path / "sparse")],
     ):
         assert main([command[0], "--model", str(source), "--data", str(data), *command[1:]]) == 2, command
