@@ -34,7 +34,7 @@ def quantisation_of(config: Any) -> str | None:
 
 def check_full_precision(model: nn.Module, name: str | None = None) -> None:
     """Raises InvalidArgument where a quantiser has packed the model's weights. name: of the model, for the message."""
-    if not any(is_packed(parameter) for parameter in model.parameters()):
+    if not any(is_packed(p) or p.element_size() < 2 for p in model.parameters()):  # below 2 bytes: float8
         return
     how = quantisation_of(getattr(model, "config", None)) or "quantised form"
     raise InvalidArgument(f"model{'' if name is None else f' {name!r}'} is quantised, stored in {how}: {WANTED}")

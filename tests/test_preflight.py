@@ -20,6 +20,7 @@ from gradpruner.data import Example, tokenize
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
 from gradpruner.files import need_writable
 from gradpruner.finetune import Recipe
+from gradpruner.full_precision import check_full_precision, quantisation_of
 from gradpruner.generation_config import savable
 from gradpruner.pipeline import Job, Run
 
@@ -274,6 +275,32 @@ def test_a_base_in_4_bits_is_refused_with_the_way_out(packed, home, tmp_path, tr
     with pytest.raises(UnsupportedModel, match="a full-precision base is wanted"):
         gradpruner.apply_folder(packed, tmp_path / "saved", gradpruner.Plan(4, drop=[1]))
     assert not (tmp_path / "saved").exists()
+
+
+def test_weights_in_float8_are_quantised_too(home, tmp_path):
+    model, _ = gradpruner.models.load_model(home / "model")
+    check_full_precision(model)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+    with pytest.raises(InvalidArgument, match=r"model 'tiny' is quantised, .*a full-precision base is wanted"):
+        check_full_precision(model, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "4 bits (bitsandbytes)"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8 bits (bitsandbytes)"),
+        ({"quant_method": "gptq", "bits": 3}, "3 bits (gptq)"),
+        ({"quant_method": "fp8"}, "quantised form (fp8)"),
+        (None, None),
+    ],
+)
+def test_how_a_config_says_that_weights_are_packed(known, said):
+    config = LlamaConfig()
+    if known is not None:
+        config.quantization_config = known
+    assert quantisation_of(config) == said
 
 
 # what is in use, or not there
