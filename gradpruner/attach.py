@@ -148,6 +148,12 @@ class PruneCallback(TrainerCallback):
             raise InvalidArgument(
                 "save_on_each_node = True: one process writes; expected a folder that all nodes share"
             )
+        if self._options["estimator"] == "exact" and arguments.n_gpu > 1:
+            raise InvalidArgument(
+                "estimator = 'exact' reads what one backward pass computes, but the Trainer deals a batch out to "
+                f"{arguments.n_gpu} GPUs (DataParallel); accepted are auto, lora, gradient and adam, or exact with one "
+                "GPU visible (CUDA_VISIBLE_DEVICES)"
+            )
         if arguments.push_to_hub and peft is not None:
             raise InvalidArgument(
                 "push_to_hub = True: checkpoints of adapters name the cut base model, a folder on this machine; merge "
