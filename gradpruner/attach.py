@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -25,13 +24,12 @@ from gradpruner.files import read_json, reading, write_json
 from gradpruner.igia import SCORES, Igia
 from gradpruner.inputs import FILES, Inputs, load_inputs, save_inputs
 from gradpruner.merge import share_of
-from gradpruner.parameter_counts import count_parameters
 from gradpruner.patch import Patch, fit_patches, gaps
-from gradpruner.plan import Plan, select
+from gradpruner.plan import Plan
+from gradpruner.preflight import check_plan, check_save
 from gradpruner.probe import Probe
 from gradpruner.settings import Settings
 from gradpruner.streaming import apply_folder
-from gradpruner.surgery import prepare
 from gradpruner.training_files import (
     FOLDER,
     SNAPSHOT,
@@ -151,6 +149,12 @@ class PruneCallback(TrainerCallback):
             raise InvalidArgument(
                 "save_on_each_node = True: one process writes; expected a folder that all nodes share"
             )
+        if self._options["estimator"] == "exact" and arguments.n_gpu > 1:
+            raise InvalidArgument(
+                "estimator = 'exact' reads what one backward pass computes, but the Trainer deals a batch out to "
+                f"{arguments.n_gpu} GPUs (DataParallel); accepted are auto, lora, gradient and adam, or exact with one "
+                "GPU visible (CUDA_VISIBLE_DEVICES)"
+            )
         if arguments.push_to_hub and peft is not None:
             raise InvalidArgument(
                 "push_to_hub = True: checkpoints of adapters name the cut base model, a folder on this machine; merge "
@@ -171,6 +175,8 @@ class PruneCallback(TrainerCallback):
                     "ProbeCallback and merge into the full-precision checkpoint with apply_folder)"
                 )
             full_precision(decoder)
+        elif peft is not None:  # the cut base is written beside the adapters
+            check_save(decoder.base, getattr(trainer, "processing_class", None), Path(str(trainer.args.output_dir)))
         self._check_patch(decoder)
 
     def _check_scores(self, model: Any) -> None:
@@ -197,18 +203,7 @@ class PruneCallback(TrainerCallback):
 
     def _check_plans(self, decoder: Decoder) -> None:
         """That such a plan is possible, and that layers can be removed at all: better told now than after the probe."""
-        count = len(decoder.layers)
-        accepted = {**self._wanted, **count_parameters(decoder)}
-        rising = [float(j) for j in range(count)]
-        falling = [*rising[:0:-1], float(count)]  # but for the last: that no layer needs another number proves nothing
-        early, late = (select(scores, **accepted).kept for scores in (rising, falling))
-        try:
-            prepare(decoder, early)
-        except UnsupportedModel:
-            with contextlib.suppress(UnsupportedModel):  # where a vision tower feeds the first layers, say
-                prepare(decoder, late)
-                return
-            raise
+        check_plan(decoder, **self._wanted)
 
     # the Trainer's events
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -20,6 +19,8 @@ from gradpruner.distributed import is_sharded, peers_of, together, whole
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, ModelMismatch
 from gradpruner.extra_layers import assign, say_what_is_gone
 from gradpruner.files import atomic_folder, read_json, write_json
+from gradpruner.full_precision import check_full_precision
+from gradpruner.generation_config import saved_as_far_as_possible
 from gradpruner.logits import differ, logits_of
 from gradpruner.plan import Plan
 from gradpruner.surgery import absent_counts
@@ -48,8 +49,9 @@ def save(
     In several processes all of them call it: the first one writes, the others wait for it. A model sharded by FSDP2
     is gathered one tensor at a time into its host memory. group: False where the process of rank 0 saves alone. beside:
     writes what else belongs into the folder that it is given, before that gets its name.
-    Raises InvalidArgument (adapters not merged, folder in use) or CheckpointError, in every process; the folder is
-    then as it was.
+    A field of the generation config that transformers reads and will not write is left out, and logged.
+    Raises InvalidArgument (adapters not merged, quantised weights, folder in use) or CheckpointError, in every process;
+    the folder is then as it was.
     """
     base: Any = unwrap(model)
     if group not in (None, False):
@@ -58,6 +60,7 @@ def save(
         raise InvalidArgument("model still has adapters; expected a plain model (merge_and_unload first)")
     if not hasattr(base, "save_pretrained"):
         raise InvalidArgument(f"model is a {type(base).__name__}; expected a transformers model")
+    check_full_precision(base)
     sharded = any(map(is_sharded, base.parameters()))
     if sharded and group is False:
         raise InvalidArgument("group = False; expected None: the model is sharded, all processes save it together")
@@ -113,7 +116,7 @@ def _write(
 ) -> None:
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         try:
-            with quiet(), _counting_what_is_there(base):
+            with quiet(), _counting_what_is_there(base), saved_as_far_as_possible(base):
                 # a copy of it: saving takes the tensors out one by one
                 base.save_pretrained(temporary, **({} if state is None else {"state_dict": dict(state)}))
                 if tokenizer is not None:
@@ -123,8 +126,11 @@ def _write(
                 write_json(temporary / PLAN_FILE, plan.to_dict())
             if beside is not None:
                 beside(temporary)
-        except (SafetensorError, RuntimeError) as error:
-            raise CheckpointError(f"could not write {folder}: {error}; nothing was written") from error
+        except (OSError, GradPrunerError):
+            raise
+        except Exception as error:  # safetensors', torch's, a config's or a tokenizer's
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"could not write {folder}: {reason}; nothing was written") from error
         verify(base, temporary, state)
 
 

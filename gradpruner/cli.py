@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted; what is finished is kept, and the same command goes on from there", 1)
     print(json.dumps(result["json"], indent=2) if options.json else result["line"])
-    return 0
+    failed = result.get("failed")  # what is there is written, and is not what was wanted
+    return _fail(failed, 1) if failed else 0
 
 
 def _fail(error: object, code: int) -> int:
@@ -203,21 +204,26 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
     from gradpruner.auto_ratio import trial_rows
-    from gradpruner.pipeline import comparison
     from gradpruner.report import table
+    from gradpruner.run_table import comparison, notes
 
     auto = results.get("auto")
+    rows = results["rows"]
+    failed = " ".join(row["failed"] for row in rows if row.get("failed"))
     why = f"{auto['reason']}\n\n{table(trial_rows(auto))}\n\n" if auto else ""
-    line = f"{why}{table(comparison(results['rows']))}\n\ncheckpoint: {folder}/model    report: {folder}/report.html"
-    return {"json": results, "line": line}
+    beside = f"\n\n{notes(rows)}" if notes(rows) else ""
+    line = f"{why}{table(comparison(rows))}{beside}\n\ncheckpoint: {folder}/model    report: {folder}/report.html"
+    return {"json": results, "line": line, "failed": failed}
 
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.companions import masks_of
+    from gradpruner.files import need_writable
     from gradpruner.pipeline import watch
     from gradpruner.settings import Settings
 
     recipe = given.recipe(options)
+    need_writable(options.out)
     model, tokenizer, ordered = _training(options, recipe)
     _, igia = watch(model, tokenizer, ordered, recipe, of_steps=options.of_steps, quiet=options.json,
                     masks=masks_of(options.model, model))  # fmt: skip
@@ -251,10 +257,12 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
 
 def _apply(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.companions import masks_of, plan_of, save_from
+    from gradpruner.files import need_free
     from gradpruner.igia import Igia
     from gradpruner.merge import apply
     from gradpruner.models import DEMO_MODEL
     from gradpruner.plan import Plan
+    from gradpruner.preflight import check_save
     from gradpruner.shards import holds_safetensors
     from gradpruner.streaming import apply_folder
 
@@ -266,8 +274,10 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
         folder = apply_folder(options.model, options.out, plan, igia, top=options.top, overwrite=options.overwrite,
                               trust_remote_code=options.trust_remote_code)  # fmt: skip
     else:
+        need_free(options.out, options.overwrite)
         model, tokenizer = given.load(options)
         masks, earlier = masks_of(options.model, model), plan_of(options.model, model)
+        check_save(model, tokenizer, Path(options.out))
         smaller = apply(model, plan, igia, top=options.top)
         masks = None if masks is None else masks.of_layers(smaller, plan.kept)
         folder = save_from(options.model, smaller, options.out, tokenizer=tokenizer, masks=masks,
@@ -281,12 +291,16 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoints import Checkpoints
     from gradpruner.companions import masks_of, plan_of, save_from
+    from gradpruner.divergence import explained
+    from gradpruner.files import need_free
     from gradpruner.identity import identify, sha256_of
     from gradpruner.pipeline import tune
+    from gradpruner.preflight import check_save
     from gradpruner.provenance import digest
     from gradpruner.sparsity import Masks
 
     recipe = given.recipe(options)
+    need_free(options.out, options.overwrite)
     masks = Masks.load(options.masks) if options.masks else None
     identity = identify(options.model, trust_remote_code=options.trust_remote_code, say=given.say(options))
     made_from = {
@@ -296,6 +310,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     }
     checkpoints = Checkpoints(Path(f"{Path(options.out)}-checkpoints"), options.save_steps, made_from)
     model, tokenizer, ordered = _training(options, recipe, identity.revision)
+    check_save(model, tokenizer, Path(options.out))
     if masks is not None:
         masks.apply_(model)
     else:
@@ -311,6 +326,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
         "json": {"folder": options.out, "sparsity": sparsity, **training.to_dict()},
         "line": f"{options.out}: {training.steps} steps of {training.step_seconds:.2f} s, "
                 f"loss {training.losses[0]:.3f} to {training.losses[-1]:.3f}{kept}",
+        "failed": explained(options.out, training.losses) if training.diverged else None,
     }  # fmt: skip
 
 
@@ -330,9 +346,11 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: list[Any]) -> dict[str, Any]:
     from gradpruner.data import Collator
     from gradpruner.evaluate import perplexity
+    from gradpruner.preflight import check_rows
     from gradpruner.windows import consecutive, text_of, tokens_of
 
     rows = consecutive(tokens_of(text_of(examples), tokenizer, options.window), options.window)
+    check_rows(model, tokenizer, rows)
     found = perplexity(model, rows, collate=Collator(tokenizer), batch_size=options.batch_size)
     return {
         "json": {"perplexity": found, "windows": len(rows), "tokens": options.window},
@@ -347,7 +365,7 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
 
     folder = Path(options.folder)
     if (folder / SETTINGS).exists():
-        return rewrite(folder)
+        return {**rewrite(folder), "failed": None}  # the report is written; what it says is no failure of this command
     path = write_report(folder)
     return {"json": {"report": str(path)}, "line": str(path)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from gradpruner import cli_options as given
@@ -37,9 +38,10 @@ def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.companions import plan_of, refuse_masks, save_from
     from gradpruner.files import need_free
     from gradpruner.igia import Igia
+    from gradpruner.preflight import check_rows, check_save
     from gradpruner.sparsity.pruning import chosen, sparsify
     from gradpruner.sparsity.saving import MASKS
-    from gradpruner.windows import sampled, text_of, tokens_of
+    from gradpruner.windows import consecutive, sampled, text_of, tokens_of
 
     need_free(options.out, options.overwrite)
     chosen(options.method, options.pattern, options.ratio, options.allocation)
@@ -48,6 +50,8 @@ def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
     refuse_masks(options.model, "sparsify")
     plan = plan_of(options.model, model)
     tokens = tokens_of(text, tokenizer, options.max_length)
+    check_rows(model, tokenizer, consecutive(tokens, options.max_length))
+    check_save(model, tokenizer, Path(options.out))
     batches = sampled(tokens, options.max_length, options.samples, options.seed)
     masks = sparsify(
         model, batches, method=options.method, pattern=options.pattern, ratio=options.ratio,

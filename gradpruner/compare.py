@@ -39,6 +39,7 @@ from gradpruner.methods import METHODS, Clues, GradPruner, Method, parse_method,
 from gradpruner.models import load_model
 from gradpruner.pipeline import Job, torch_dtype, tune, watch
 from gradpruner.plan import Plan, how_many
+from gradpruner.preflight import check_comparison
 from gradpruner.probed import IGIA, save_probed, with_probed
 from gradpruner.provenance import MADE_FROM, digest, is_made
 from gradpruner.run_folder import MODEL, known_model, named, recorded
@@ -49,6 +50,7 @@ FEW = 10  # classes: with more of them, macro-F1 is not what people look at
 EVALUATED_AT_ONCE = 32
 SETTINGS = "comparison.json"
 KEPT = ("model.json", "cells", "trained", "probes", "plans")
+LAYERS = "model.json"  # of the dense model; written once all that can be told beforehand was checked
 TERMS = ("source", "steps", "recipe", "probe_steps", "max_length", "train_on", "dtype", "attention")  # of a job
 
 
@@ -134,7 +136,9 @@ class Compare:
         self.terms[MODEL] = self._identity.to_dict()
         if before is not None:
             changed = sorted(name for name in self.terms if before.get(name) != self.terms[name])
-            if changed:
+            if changed and not (self.folder / LAYERS).exists():
+                write_json(self.folder / SETTINGS, self.terms)  # nothing is there that was made on the old terms
+            elif changed:
                 raise InvalidArgument(
                     f"folder {str(self.folder)!r} holds a comparison with another "
                     f"{', '.join(named(changed, before, self.terms))}; expected a new folder, or the same terms, model "
@@ -168,11 +172,15 @@ class Compare:
                     gc.collect()
 
     def layers(self) -> int:
-        """Decoder layers of the dense model. The first time, raises ProbeError where a method could not score them."""
-        path = self.folder / "model.json"
+        """Decoder layers of the dense model. The first time, raises what `check_comparison` does, and ProbeError where
+        a method could not score them."""
+        path = self.folder / LAYERS
         with _lock(self.folder / "locks" / "model"):
             if not path.exists():
-                decoder = Decoder(self._load()[0])
+                model, tokenizer = self._load()
+                of_it = {"held-out": self._held_out, "training": self._train, "test": self._test}
+                check_comparison(self.job, model, tokenizer, of_it)
+                decoder = Decoder(model)
                 for method in map(parse_method, self.methods):
                     if method.scored:
                         check_comparable(decoder.base, self._probe_recipe(method, self.seeds[0]))

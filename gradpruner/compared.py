@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.bootstrap import paired_difference
-from gradpruner.compare import DENSE, OURS, SETTINGS, Compare, finished
+from gradpruner.compare import DENSE, OURS, SETTINGS, Cell, Compare, finished
 from gradpruner.comparison_report import write_comparison
 from gradpruner.costs import measure
+from gradpruner.divergence import why_failed
 from gradpruner.errors import InvalidArgument
 from gradpruner.files import atomic_path, read_json, reading, write_json
 from gradpruner.igia import SCORES, Igia
@@ -35,6 +36,7 @@ def write(comparison: Compare, *, costs: bool, sensitivity: Sequence[Mapping[str
         tried = {"rows": list(sensitivity), "count": count, "seeds": list(comparison.seeds)}
         write_json(comparison.folder / "sensitivity.json", tried)
     if costs:
+        rewrite(comparison.folder)  # costs that cannot be measured do not keep the results from being written
         _measure(comparison)
     return rewrite(comparison.folder)
 
@@ -63,7 +65,7 @@ def _rewritten(folder: Path) -> dict[str, Any]:
                 [tuple(row.values()) for row in differences])  # fmt: skip
     costs, tried = folder / "costs.csv", folder / "sensitivity.json"
     sensitivity = scored(read_json(tried, "sensitivity"), results) if tried.exists() else []
-    apart = _apart(results, sensitivity)
+    apart, failed = _apart(results, sensitivity), _failed(found)
     page = write_comparison(
         folder,
         title="Which layers can go",
@@ -74,10 +76,17 @@ def _rewritten(folder: Path) -> dict[str, Any]:
         differences=[row for row in differences if row["method"] not in apart],
         probe=_probe(folder, found),
         sensitivity=sensitivity,
-        notes=_notes(terms),
+        notes=[*failed, *_notes(terms)],
     )
     rows = _rows(results, differences)
-    return {"json": {"rows": rows, "report": str(page)}, "line": f"{table(rows)}\n\nreport: {page}"}
+    line = "\n\n".join([table(rows), *failed, f"report: {page}"])
+    return {"json": {"rows": rows, "failed": failed, "report": str(page)}, "line": line, "failed": " ".join(failed)}
+
+
+def _failed(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence on every model whose training was no success."""
+    about = [(Cell(c["method"], c["count"], c["seed"]).title, c["training"]["losses"], c["perplexity"]) for c in cells]
+    return [why for title, losses, score in about if (why := why_failed(f"the run of {title},", losses, score))]
 
 
 def _apart(results: Sequence[Result], sensitivity: Sequence[Mapping[str, Any]]) -> set[str]:
@@ -132,7 +141,7 @@ def _measure(comparison: Compare) -> None:
     plans = {c["count"]: Plan(layers, c["removed"]) if c["count"] else None for c in finished(comparison.folder)}
     loading = {"source": job.source, "dtype": job.dtype, "attention": job.attention,
                "trust_remote_code": job.trust_remote_code, "revision": comparison.revision}  # fmt: skip
-    costs = measure(loading, list(plans.values()), comparison.rows_of_dense(), job.recipe,
+    costs = measure(loading, list(plans.values()), comparison.rows_of_dense(), job.recipe, beside=comparison.folder,
                     rank_factor=GradPruner().settings.rank_factor)  # fmt: skip
     write_costs(comparison.folder / "costs.csv", costs)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from gradpruner.checkpoint import save
 from gradpruner.data import Collator
 from gradpruner.decoder import Decoder
 from gradpruner.evaluate import generation_speed
@@ -18,28 +21,43 @@ from gradpruner.finetune import Recipe, Row, add_adapters, answers_only, can_ski
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.merge import apply
 from gradpruner.models import load_model
+from gradpruner.operations import training_operations
 from gradpruner.plan import Plan
+from gradpruner.preflight import check_save
 from gradpruner.results import Cost
 
 STEPS, NEW_TOKENS = 8, 64
 
 
 def measure(loading: dict[str, Any], plans: Sequence[Plan | None], rows: Sequence[Row], recipe: Recipe, *,
-            rank_factor: int = 1, rounds: int = 3) -> list[Cost]:  # fmt: skip
+            beside: str | os.PathLike[str], rank_factor: int = 1, rounds: int = 3) -> list[Cost]:  # fmt: skip
     """Costs of the model cut by each plan (None: dense), every one in processes of its own, in turns.
 
+    Each model, the dense one too, is first written as a checkpoint into a temporary folder in `beside`, by a process of
+    its own; those that measure load that and nothing else, so a pruned model's memory holds no page of the dense one.
+    All of these checkpoints are on the disk together until the end.
+
     Seconds are medians; peaks are what was held beyond the process before the model came; generation is of 64 tokens,
-    greedily, one sequence; operations are those that torch counts in one training step.
+    greedily, one sequence; operations: see `training_operations`, of one training step.
     rank_factor: of the adapters of what is cut, see `Settings`. loading: arguments of `load_model`. rows: in order,
     those of at least 8 steps. A plan's merging is left out: it changes values, which cost nothing.
+    Raises InvalidArgument where the disk has no room for a checkpoint.
     """
     found: list[list[Cost]] = [[] for _ in plans]
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+    dropped = [None if plan is None else Plan(plan.layers, plan.removed) for plan in plans]
+    with (
+        tempfile.TemporaryDirectory(prefix=".gradpruner-costs-", dir=beside) as scratch,
+        multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool,
+    ):
+        folders = [str(Path(scratch, str(number))) for number in range(len(plans))]
+        for plan, folder in zip(dropped, folders, strict=True):
+            pool.apply(_write, (loading, plan, folder))
         for _ in range(rounds):
-            for each, plan in zip(found, plans, strict=True):
-                dropped = None if plan is None else Plan(plan.layers, plan.removed)
+            for each, plan, folder in zip(found, dropped, folders, strict=True):
+                count = 0 if plan is None else len(plan.removed)
                 width = recipe if plan is None else recipe.widened(rank_factor)
-                each.append(pool.apply(_measured, (loading, dropped, rows[: STEPS * recipe.rows_a_step], width)))
+                of_it = {**loading, "source": folder}
+                each.append(pool.apply(_measured, (of_it, count, rows[: STEPS * recipe.rows_a_step], width)))
     return [_median(each) for each in found]
 
 
@@ -48,13 +66,20 @@ def _median(costs: Sequence[Cost]) -> Cost:
     return Cost(**{name: type(values[0])(statistics.median(values)) for name, values in columns.items()})
 
 
-def _measured(loading: dict[str, Any], plan: Plan | None, rows: Sequence[Row], recipe: Recipe) -> Cost:
+def _write(loading: dict[str, Any], plan: Plan | None, folder: str) -> None:
+    """Write the model of `loading`, cut by `plan`, as a checkpoint."""
+    model, tokenizer = load_model(**loading)
+    if plan is not None:
+        model = apply(model, plan)
+    check_save(model, tokenizer, Path(folder))
+    save(model, folder, tokenizer=tokenizer)
+
+
+def _measured(loading: dict[str, Any], count: int, rows: Sequence[Row], recipe: Recipe) -> Cost:
+    """Costs of a model as it is; count: the layers that it has lost."""
     reset_peak_memory()
     before = 0 if torch.cuda.is_available() else peak_memory()
     model, tokenizer = load_model(**loading)
-    count = 0 if plan is None else len(plan.removed)
-    if plan is not None:
-        model = apply(model, plan)
     layers, parameters = len(Decoder(model).layers), {id(p): p for p in model.parameters()}
     stored = sum(p.numel() * p.element_size() for p in parameters.values())
     if torch.cuda.is_available():
@@ -66,8 +91,7 @@ def _measured(loading: dict[str, Any], plan: Plan | None, rows: Sequence[Row], r
     training = train(trained, rows, Collator(tokenizer), recipe, quiet=True)
     batch = {k: v.to(model.device) for k, v in Collator(tokenizer)(rows[: recipe.batch_size]).items()}
     batch = answers_only(batch) if can_skip_logits(trained, batch) else batch
-    with FlopCounterMode(display=False) as counter:
-        trained(**batch).loss.backward()
+    operations = training_operations(trained, batch)
     finish(trained)
     return Cost(
         layers=layers,
@@ -77,5 +101,5 @@ def _measured(loading: dict[str, Any], plan: Plan | None, rows: Sequence[Row], r
         generate_seconds=NEW_TOKENS / speed,
         generate_peak_bytes=generating,
         checkpoint_bytes=stored,
-        train_flops=float(counter.get_total_flops() * recipe.accumulation),
+        train_flops=float(operations * recipe.accumulation),
     )

@@ -105,7 +105,8 @@ def tokenize(
     -100 on the prompt, unless `train_on` is "all" or the answer is empty (plain text).
 
     Raises:
-        InvalidArgument: an answer does not fit, `train_on` is unknown, or the tokenizer has no end token.
+        InvalidArgument: an answer does not fit or has no tokens, `train_on` is unknown, or the tokenizer has no end
+            token.
     """
     if train_on not in ("answer", "all"):
         raise InvalidArgument(f"train_on is {train_on!r}; accepted: 'answer', 'all'")
@@ -118,6 +119,11 @@ def tokenize(
     answers = _encode(tokenizer, [_answer_text(example, adds_space) for example in examples])
     rows = []
     for number, (example, prompt_ids, answer_ids) in enumerate(zip(examples, prompts, answers, strict=True), 1):
+        if example.answer and not answer_ids:
+            raise InvalidArgument(
+                f"the answer of example {number} ({example.answer[:40]!r}) has no tokens: there is nothing to learn; "
+                "expected text that the tokenizer knows"
+            )
         tail = [*answer_ids, tokenizer.eos_token_id]
         # The first answer token is predicted from something: BOS, or at least one token of the prompt.
         needed = len(tail) + min(1, len(bos) + len(prompt_ids))

@@ -22,6 +22,7 @@ from gradpruner.logits import evaluating
 
 Rows = Sequence[Mapping[str, list[int]]]
 Collate = Callable[[Any], Mapping[str, torch.Tensor]]
+WARM_UP = 8  # tokens generated before any are timed
 LOGITS_AT_ONCE = 2**24  # entries widened to float32 at a time: 64 MiB
 
 
@@ -126,12 +127,8 @@ def rouge_l(model: Any, rows: Rows, tokenizer: Any, *, max_new_tokens: int, batc
     Raises:
         InvalidArgument: the rouge-score package is missing, or a row has no prompt or no answer.
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise InvalidArgument("rouge_l needs the rouge-score package: pip install gradpruner[rouge]") from None
+    scorer = rouge_scorer()
     _check(rows, batch_size)
-    scorer = RougeScorer(["rougeL"])
     scores = []
     for indices in _batches(rows, batch_size):
         prompts = [_prompt(rows[index], index) for index in indices]
@@ -143,8 +140,17 @@ def rouge_l(model: Any, rows: Rows, tokenizer: Any, *, max_new_tokens: int, batc
     return statistics.fmean(scores)
 
 
-def generation_speed(model: Any, tokenizer: Any, *, new_tokens: int = 64) -> float:
-    """Tokens per second of greedy generation with a cache, one sequence: median of three after a warm-up.
+def rouge_scorer() -> Any:
+    """What `rouge_l` scores with. Raises InvalidArgument if the rouge-score package is missing."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise InvalidArgument("rouge_l needs the rouge-score package: pip install gradpruner[rouge]") from None
+    return RougeScorer(["rougeL"])
+
+
+def generation_speed(model: Any, tokenizer: Any, *, new_tokens: int = 64, runs: int = 3) -> float:
+    """Tokens per second of greedy generation with a cache, one sequence: median of `runs` after a warm-up.
 
     Raises:
         InvalidArgument: `new_tokens` is not positive.
@@ -153,13 +159,13 @@ def generation_speed(model: Any, tokenizer: Any, *, new_tokens: int = 64) -> flo
         raise InvalidArgument(f"new_tokens is {new_tokens}; accepted: 1 or more")
     prompts = [tokenizer("Once upon a time")["input_ids"]]
 
-    def run() -> float:
+    def run(tokens: int = new_tokens) -> float:
         start = time.perf_counter()
-        _generate(model, tokenizer, prompts, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+        _generate(model, tokenizer, prompts, max_new_tokens=tokens, min_new_tokens=tokens)
         return time.perf_counter() - start  # the tokens are on the host, so the device has finished
 
-    run()
-    return new_tokens / statistics.median(run() for _ in range(3))
+    run(min(WARM_UP, new_tokens))
+    return new_tokens / statistics.median(run() for _ in range(runs))
 
 
 def _answer_logits(
@@ -231,6 +237,11 @@ def _check(rows: Rows, batch_size: int) -> None:
         raise InvalidArgument(f"batch_size is {batch_size}; accepted: 1 or more")
     if not rows:
         raise InvalidArgument("rows is empty: there is nothing to evaluate")
+    check_labels(rows)
+
+
+def check_labels(rows: Rows) -> None:
+    """Raises InvalidArgument if a row has no answer: no token with a label that another one stands before."""
     for index, row in enumerate(rows):
         if all(label == IGNORED for label in row["labels"][1:]):
             raise InvalidArgument(f"row {index} has no label after its first token: there is nothing to predict")

@@ -59,6 +59,16 @@ def need_free(path: str | os.PathLike[str], overwrite: bool) -> None:
         raise InvalidArgument(f"folder {str(target)!r} exists and is not empty; expected a new name, or overwrite")
 
 
+def need_writable(path: str | os.PathLike[str]) -> None:
+    """Raises what `atomic_path` would raise where no file can be written to `path`; asked before long work."""
+    with contextlib.suppress(_Tried), atomic_path(path):
+        raise _Tried
+
+
+class _Tried(Exception):
+    """Leaves `atomic_path` before it gives a file its name."""
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder to fill; on leaving without an error it becomes `path`.

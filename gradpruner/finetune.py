@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import logging
 import random
 import statistics
 import tempfile
@@ -27,13 +28,17 @@ from gradpruner.checkpoints import Checkpoints, Completing, load_trained, save_t
 from gradpruner.coverage import Coverage
 from gradpruner.data import IGNORED
 from gradpruner.decoder import Decoder, is_peft
+from gradpruner.divergence import has_diverged
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 from gradpruner.logits import evaluating
+from gradpruner.master_weights import float32_masters, trains_in_half
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.parameter_counts import count_parameters
 from gradpruner.provenance import digest
 from gradpruner.targets import adapted_weights, as_named, check_adapted
 from gradpruner.whole import need_whole
+
+logger = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 GROUPED = 50  # batches whose rows are sorted together: as transformers groups by length
@@ -100,9 +105,14 @@ class Training:
     peak_bytes: int
     seconds: float
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss rose, see `has_diverged`: such a run is not a success."""
+        return has_diverged(self.losses)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {**asdict(self), "losses": [round(loss, 4) for loss in self.losses]}
+        return {**asdict(self), "losses": [round(loss, 4) for loss in self.losses], "diverged": self.diverged}
 
 
 def schedule(rows: Sequence[Row], steps: int, recipe: Recipe) -> list[Row]:
@@ -181,10 +191,11 @@ def train(
     of_steps: steps of the run whose beginning this is: the learning rate goes as it would in that run. prepare: called
     with the Trainer before it trains: `attach`, say. checkpoints: where the training is saved while it runs. If a
     complete checkpoint is there, the training goes on from it and ends as if it had not been interrupted. The caller
-    discards them once the result is on disk. Adapters in float32 on a bfloat16 model are multiplied in
-    bfloat16 (autocast), as on a GPU with bf16=True.
-    Raises InvalidArgument where the rows do not fill the last step, or where the checkpoints belong to another
-    training or do not fit on the disk; GradPrunerError if the loss is not finite.
+    discards them once the result is on disk. Adapters in float32 on a bfloat16 model are multiplied in bfloat16
+    (autocast), as on a GPU with bf16=True. Weights that train in bfloat16 or float16 are float32 meanwhile, and are
+    multiplied in bfloat16. One device is used, also where several are visible.
+    Raises InvalidArgument where the rows do not fill the last step, in several processes, or where the checkpoints
+    belong to another training or do not fit on the disk; GradPrunerError if the loss is not finite.
     """
     steps, rest = divmod(len(ordered), recipe.rows_a_step)
     if not steps or rest:
@@ -196,12 +207,18 @@ def train(
     if checkpoints is not None:
         checkpoints = checkpoints.also_from(rows=digest(list(ordered)), recipe=digest([recipe.to_dict(), of_steps]))
         resumed = checkpoints.newest()
-        checkpoints.need_room(model)
         callbacks = [*callbacks, Completing(checkpoints, watch.state)]
-    mixed = any(p.dtype == torch.bfloat16 for p in model.parameters()) and all(
-        p.dtype == torch.float32 for p in model.parameters() if p.requires_grad
+    mixed = trains_in_half(model) or (
+        any(p.dtype == torch.bfloat16 for p in model.parameters())
+        and all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     )
-    with tempfile.TemporaryDirectory() as scratch, _input_as_it_is(model) if mixed else contextlib.nullcontext():
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        float32_masters(model),
+        _input_as_it_is(model) if mixed else contextlib.nullcontext(),
+    ):
+        if checkpoints is not None:
+            checkpoints.need_room(model)
         arguments = TrainingArguments(
             output_dir=scratch if checkpoints is None else str(checkpoints.folder),
             max_steps=of_steps,
@@ -224,6 +241,7 @@ def train(
             disable_tqdm=quiet,
             seed=recipe.seed,
         )
+        _use_one_device(arguments)
         trainer = _InOrder(
             model=model, args=arguments, train_dataset=list(ordered), data_collator=collate,
             callbacks=[watch, *callbacks],
@@ -237,6 +255,21 @@ def train(
             watch.restore(watched(resumed))
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     return Training(steps, tuple(watch.losses), statistics.median(watch.seconds), watch.peak, watch.wall)
+
+
+def _use_one_device(arguments: TrainingArguments) -> None:
+    """A step sees `rows_a_step` rows, each once. Raises InvalidArgument in several processes, which would share them.
+
+    In one process with several GPUs, transformers would give every one of them a batch.
+    """
+    if arguments.world_size > 1:
+        raise InvalidArgument(
+            f"training was launched in {arguments.world_size} processes; accepted is one: gradpruner's own runs train "
+            "on one device. For several, use gradpruner.attach in a training script of your own"
+        )
+    if arguments.n_gpu > 1:
+        logger.warning(f"{arguments.n_gpu} GPUs are visible; this run trains on one of them, {arguments.device}")
+        arguments._n_gpu = 1  # as the Trainer itself sets it where it must not use DataParallel
 
 
 def _input_as_it_is(model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -259,8 +292,7 @@ class _InOrder(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self._answers_only is None:
-            # DataParallel would deal out positions like rows
-            self._answers_only = self.args.n_gpu < 2 and can_skip_logits(self.accelerator.unwrap_model(model), inputs)
+            self._answers_only = can_skip_logits(self.accelerator.unwrap_model(model), inputs)
         inputs = answers_only(inputs) if self._answers_only else inputs
         return super().compute_loss(model, inputs, *args, **kwargs)
 

@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import hashlib
 import os
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,9 @@ from gradpruner.companions import plan_of, refuse_masks
 from gradpruner.coverage import share_range
 from gradpruner.data import Collator, Example, tokenize
 from gradpruner.decoder import Decoder
-from gradpruner.errors import InvalidArgument, ModelMismatch
-from gradpruner.evaluate import Evaluation, exact_match, generation_speed, perplexity, rouge_l
+from gradpruner.divergence import explained, why_failed
+from gradpruner.errors import GradPrunerError, InvalidArgument, ModelMismatch
+from gradpruner.evaluate import Evaluation, exact_match, perplexity, rouge_l, rouge_scorer
 from gradpruner.files import read_json, reading, write_json
 from gradpruner.finetune import Recipe, Row, Training, add_adapters, check_comparable, finish, schedule, train
 from gradpruner.identity import identify
@@ -36,22 +38,21 @@ from gradpruner.merge import apply
 from gradpruner.models import load_model
 from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import Plan
+from gradpruner.preflight import check_rows, check_run
 from gradpruner.probed import IGIA, save_probed, with_probed
 from gradpruner.provenance import MADE_FROM, RECORD, digest, need_same
 from gradpruner.report import html_report, plot_layer_scores
 from gradpruner.run_folder import SETTINGS, RunFolder, known_model, recorded
+from gradpruner.run_table import OF_THE_MACHINE, TURNS, comparison, notes
 from gradpruner.settings import Settings
 from gradpruner.sparsity.masks import HoldSparsity, Masks
+from gradpruner.speeds import speeds_in_turns
 from gradpruner.trainer import ProbeCallback
 from gradpruner.whole import need_whole
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-OF_THE_MACHINE = (
-    "training step (s)",
-    "generation (tokens/s)",
-    "peak memory, training (GB)",
-)  # as `comparison` has them
 OF_AUTO = ("max_lost", "check_steps", "check_rows")
+SPEEDS = "speeds.json"
 PROBE_SHARE, PROBE_LEAST = 0.01, 20  # P: the first 1 % of the steps; below 20 the ranking has not settled (D)
 
 
@@ -196,6 +197,7 @@ class Run:
         rows = [self.dense()] if dense else []
         self.cut(plan)
         rows.append(self.pruned(plan))
+        rows = self.with_speeds(rows)
         igia, kind = self.probe(), plan.kind or self.job.settings.kind
         results = {
             "rows": rows,
@@ -304,6 +306,25 @@ class Run:
         """Return the digests of what the cut model is made from."""
         return {**self._from_probe(), "plan": digest(plan.to_dict())}
 
+    def with_speeds(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of dense and pruned, with how fast their models generate; measured in turns, and kept.
+
+        Where the folder of a model is gone, what was not measured before is None.
+        """
+        folders = {"dense": self.folder / "dense", "pruned": self.folder / "model"}
+        folders = {row["name"]: folders[row["name"]] for row in rows}
+        path = self.folder / SPEEDS
+        if not path.exists() or read_json(path, "speeds").keys() != folders.keys():
+            if not all(folder.is_dir() for folder in folders.values()):
+                return [{"tokens_per_second": None, **row} for row in rows]
+            self.say(f"generation: {' and '.join(folders)} in turns")
+            write_json(path, speeds_in_turns(folders, self._load))
+        found = read_json(path, "speeds")
+        return [
+            {**row, "tokens_per_second": statistics.median(found[row["name"]]), TURNS: found[row["name"]]}
+            for row in rows
+        ]
+
     def _planned(self, count: int | None) -> Plan:
         ratio = self.job.ratio if count is None else None
         assert not isinstance(ratio, str)
@@ -377,6 +398,7 @@ class Run:
         self, name: str, model: Any, tokenizer: Any, rows: list[Row], folder: str, made_from: Mapping[str, str],
         plan: Plan | None = None,
     ) -> dict[str, Any]:  # fmt: skip
+        (self.folder / SPEEDS).unlink(missing_ok=True)  # of an earlier model
         recipe = self.job.recipe.widened(1 if plan is None else self.job.settings.rank_factor)
         model, training = tune(model, tokenizer, rows, recipe, quiet=self.quiet,
                                checkpoints=self._kept.checkpoints(name, made_from))  # fmt: skip
@@ -391,8 +413,8 @@ class Run:
             **evaluation.to_dict(),
             "step_seconds": training.step_seconds,
             "peak_bytes": training.peak_bytes,
-            "tokens_per_second": generation_speed(model, tokenizer),
             "checkpoint_bytes": sum(f.stat().st_size for f in saved.glob("*.safetensors")),
+            "failed": why_failed(f"the {name} run", training.losses, evaluation.perplexity),
             "training": training.to_dict(),
         }
 
@@ -405,9 +427,12 @@ class Run:
 
     def _load_dense(self) -> tuple[Any, Any]:
         self._identity.check_unchanged()
-        loaded = self._load(self.job.source, self._identity.revision)
+        model, tokenizer = self._load(self.job.source, self._identity.revision)
         refuse_masks(self.job.source, "run", self._identity.revision)
-        return loaded
+        if not self._kept.is_made("probe", self._kept.settings):  # nothing has been paid for yet
+            of_run = {"training": [*self._examples[0], *self._held_out], "test": self._examples[1]}
+            check_run(self.job, model, tokenizer, self.folder, of_run)
+        return model, tokenizer
 
     def _load(self, source: str, revision: str | None = None) -> tuple[Any, Any]:
         return load_model(source, dtype=torch_dtype(self.job.dtype), attention=self.job.attention,
@@ -432,11 +457,16 @@ def watch(
 
     of_steps: steps of the run that the probe is the beginning of; its learning rate is that run's (P). masks: see
     `tune`; a probe only looks, so adapters are left as they are.
+    Raises InvalidArgument (tokens that the model has no embedding of), GradPrunerError if the loss rose, see
+    `has_diverged`.
     """
+    check_rows(model, tokenizer, ordered)
     watched = add_adapters(model, recipe) if recipe.rank else model
     probe = ProbeCallback(len(ordered) // recipe.rows_a_step)
     callbacks = [probe, *_holding(masks, recipe)]
-    train(watched, ordered, Collator(tokenizer), recipe, of_steps=of_steps, callbacks=callbacks, quiet=quiet)
+    training = train(watched, ordered, Collator(tokenizer), recipe, of_steps=of_steps, callbacks=callbacks, quiet=quiet)
+    if training.diverged:  # its gradients say nothing of the layers
+        raise GradPrunerError(explained("the probe", training.losses))
     return watched, probe.igia
 
 
@@ -454,6 +484,7 @@ def tune(
 
     masks: kept to in every step where all weights train, and by what adapters have become. checkpoints: see `train`.
     """
+    check_rows(model, tokenizer, ordered)
     trained = add_adapters(model, recipe) if recipe.rank else model
     training = train(trained, ordered, Collator(tokenizer), recipe, quiet=quiet, callbacks=_holding(masks, recipe),
                      checkpoints=checkpoints)  # fmt: skip
@@ -478,9 +509,12 @@ def measure(
     rouge_tokens: int | None = None,
 ) -> Evaluation:
     """Exact match and ROUGE-L of the answers (None for text without), perplexity of the tokens trained on."""
+    if rouge_tokens is not None:
+        rouge_scorer()  # what is missing is told before anything is measured
     collate = Collator(tokenizer)
     answered = tokenize([e for e in examples if e.answer], tokenizer, max_length=max_length)
     rows = tokenize(examples, tokenizer, max_length=max_length, train_on=train_on)  # type: ignore[arg-type]
+    check_rows(model, tokenizer, rows)
     exact = rouge = None
     if answered:
         exact = exact_match(model, answered, collate=collate, batch_size=batch_size)
@@ -518,30 +552,10 @@ def _report_of(folder: Path) -> Path:
         **({"watched of each layer's parameters": share_range(probe["watched"])} if "watched" in probe else {}),
         "removed layers settled after half of the probe": f"{stability[(len(stability) - 1) // 2]:.0%}",
     }
-    auto = results.get("auto")
-    html_report(folder / "report.html", title="gradpruner", summary=summary, rows=comparison(results["rows"]),
-                plots=[picture], explained={auto["reason"]: trial_rows(auto)} if auto else None)  # fmt: skip
+    auto, rows = results.get("auto"), results["rows"]
+    beside = {text: list[dict[str, Any]]() for text in (notes(rows), *(row.get("failed") for row in rows)) if text}
+    if auto:
+        beside[auto["reason"]] = trial_rows(auto)
+    html_report(folder / "report.html", title="gradpruner", summary=summary, rows=comparison(rows), plots=[picture],
+                explained=beside)  # fmt: skip
     return folder / "report.html"
-
-
-def comparison(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Results as a table a person can read: one line a measure, one column a model, and pruned over dense."""
-    shown = {
-        "layers": ("layers", 1, "{:.0f}"),
-        "parameters (M)": ("parameters", 1e6, "{:.1f}"),
-        "exact match": ("exact_match", 1, "{:.3f}"),
-        "perplexity": ("perplexity", 1, "{:.3f}"),
-        "training step (s)": ("step_seconds", 1, "{:.2f}"),
-        "generation (tokens/s)": ("tokens_per_second", 1, "{:.1f}"),
-        "peak memory, training (GB)": ("peak_bytes", 1e9, "{:.2f}"),
-        "checkpoint (MB)": ("checkpoint_bytes", 1e6, "{:.1f}"),
-    }
-    table = []
-    for label, (key, unit, style) in shown.items():
-        if any(row[key] is None for row in rows):
-            continue
-        line: dict[str, Any] = {"": label, **{row["name"]: style.format(row[key] / unit) for row in rows}}
-        if len(rows) == 2:
-            line["pruned / dense"] = f"{rows[1][key] / rows[0][key]:.1%}" if rows[0][key] else "-"
-        table.append(line)
-    return table

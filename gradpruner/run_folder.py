@@ -41,6 +41,8 @@ class RunFolder:
             changed = sorted(name for name in now if before.get(name) != now[name])
             if changed == ["max_lost"] and not (path / "plan.json").exists():
                 write_json(path / SETTINGS, now)  # nothing was chosen by the old bound, and no check depends on it
+            elif changed and not self._begun:
+                write_json(path / SETTINGS, now)  # nothing is there that was made with the old settings
             elif changed:
                 raise InvalidArgument(
                     f"folder {str(path)!r} holds a run with another {', '.join(named(changed, before, now))}; expected "
@@ -57,6 +59,11 @@ class RunFolder:
             write_json(path / SETTINGS, now)
         # max_lost may be raised as long as nothing was chosen by it
         self.settings = {"settings": digest({name: now[name] for name in now if name != "max_lost"})}
+
+    @property
+    def _begun(self) -> bool:
+        """Whether the folder holds what a stage has made, or is making."""
+        return any((self._path / name).exists() for name in (*STAGES, CHECKPOINTS) if name not in BY_HAND)
 
     def is_made(self, stage: str, made_from: Mapping[str, str]) -> bool:
         """Return whether a stage is finished. Raises InvalidArgument if it was made from something else."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gradpruner.checkpoint import check_loaded, quiet
 from gradpruner.decoder import Decoder, Weight, layer_counts, sample_positions
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
+from gradpruner.full_precision import WANTED, quantisation_of
 from gradpruner.links import check_links
 from gradpruner.models import refusing
 from gradpruner.shards import Stored, read_folder
@@ -52,8 +53,9 @@ class StoredModel:
         if (folder / "adapter_config.json").exists():
             raise UnsupportedModel(f"{folder} holds adapters: merge them into the model and save it first")
         self.config = config_of(folder, trust_remote_code)
-        if getattr(self.config, "quantization_config", None) is not None:
-            raise UnsupportedModel(f"{folder} is quantised: {IN_MEMORY}")
+        quantised = quantisation_of(self.config)
+        if quantised is not None:
+            raise UnsupportedModel(f"{folder} is quantised, stored in {quantised}: {WANTED}")
         stored = read_folder(folder)
         count = max((count for _, count in layer_counts(self.config)), default=0)
         if count > max(len(stored), MOST_WITHOUT_TENSORS):  # before so many are built

@@ -21,6 +21,7 @@ from gradpruner.decoder import Decoder, Weight
 from gradpruner.errors import CheckpointError, UnsupportedModel
 from gradpruner.extra_layers import generation_changes
 from gradpruner.files import atomic_folder, read_json, write_json
+from gradpruner.generation_config import rewrite
 from gradpruner.igia import Igia
 from gradpruner.links import names_of, stays
 from gradpruner.logits import differ, logits_of, say_what_is_not_passed
@@ -84,8 +85,9 @@ def apply_folder(
     at a time (in memory: that weight, its donors, their importance), and layers that are only dropped are never
     read. source: safetensors, in one file or shards. igia: `Igia.load(..., lazy=True)` leaves its importance in its
     file too. The other files of the folder come along, except other weights, pickles, and Python code unless
-    trust_remote_code. Masks in the folder (`save_sparse`) come along for the layers that are kept. top, weight: see
-    `apply`. Source: METHOD section 3.
+    trust_remote_code. Masks in the folder (`save_sparse`) come along for the layers that are kept. A field of the
+    generation config that transformers would not write is left out, and logged. top, weight: see `apply`.
+    Source: METHOD section 3.
 
     The folder gets its name only after its files were read again: every checksum, and keys, shapes and dtypes by
     the stock class; where the dense model fits in memory twice, also the logits, against the dense model with the
@@ -111,6 +113,7 @@ def apply_folder(
         _copy_others(source, temporary, code=trust_remote_code)
         drop_missing_code(temporary)
         _cut_generation(temporary, plan, extra_gone=bool(surgery.gone))
+        rewrite(temporary)
         carry_card(source, temporary)
         write_json(temporary / PLAN_FILE, dataclasses.replace(plan, before=earlier).to_dict())
         if masks is not None:

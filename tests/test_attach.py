@@ -492,6 +492,23 @@ def test_an_architecture_that_cannot_be_cut_is_refused_before_training(tmp_path,
         trainer(tmp_path, "full")
 
 
+def test_the_exact_estimator_is_refused_where_a_batch_is_dealt_out(tmp_path):
+    made, _ = trainer(tmp_path, "full", attached=False)
+    made.args._n_gpu = 2  # what transformers finds on a machine with two GPUs: DataParallel
+    with pytest.raises(gradpruner.InvalidArgument, match="deals a batch out to 2 GPUs"):
+        gradpruner.attach(made, steps=PROBE, estimator="exact")
+    gradpruner.attach(made, steps=PROBE)
+
+
+def test_a_base_that_cannot_be_written_is_found_before_training(tmp_path, monkeypatch):
+    from gradpruner import preflight
+
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    made, _ = trainer(tmp_path, "lora", attached=False)
+    with pytest.raises(gradpruner.InvalidArgument, match="GB are free on its disk"):
+        gradpruner.attach(made, steps=PROBE)
+
+
 @pytest.fixture
 def packed(tmp_path, monkeypatch):
     """Runs of kind "lora" get a 4-bit base, loaded from tmp_path/dense."""

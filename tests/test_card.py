@@ -310,6 +310,7 @@ def test_a_run_leaves_a_card(pruned, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "plan", lambda: plan)
     monkeypatch.setattr(run, "cut", lambda plan: None)
     monkeypatch.setattr(run, "pruned", lambda plan: rows[1])
+    monkeypatch.setattr(run, "with_speeds", lambda rows: rows)
     run.everything()
     text = (run.folder / "model" / "README.md").read_text()
     assert ModelCard(text).data.base_model == "acme/dense-1B"

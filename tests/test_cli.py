@@ -68,8 +68,9 @@ def test_run_and_resume(home, tmp_path, capsys, monkeypatch):
     assert main(command) == 0
     text = capsys.readouterr().out
     assert "exact match" in text and "pruned / dense" in text
-    for name in ("run.json", "dense.json", "probe/igia.safetensors", "plan.json", "pruned.json", "results.json",
-                 "report.html", "layer_scores.png", "cut/config.json", "model/config.json"):  # fmt: skip
+    for name in ("run.json", "dense.json", "speeds.json", "probe/igia.safetensors", "plan.json", "pruned.json",
+                 "results.json", "report.html", "layer_scores.png", "cut/config.json",
+                 "model/config.json"):  # fmt: skip
         assert (out / name).is_file(), name
     results = json.loads((out / "results.json").read_text())
     dense, pruned = results["rows"]
@@ -222,6 +223,34 @@ def test_a_loss_that_is_not_a_number_stops_the_run(home, tmp_path, capsys):
     error = capsys.readouterr().err
     assert code == 1 and "gradpruner: the loss of step 1 is nan" in error
     assert not (tmp_path / "igia.safetensors").exists()
+
+
+def test_a_loss_that_rises_is_no_success(home, tmp_path, capsys):
+    call = ["finetune", "--model", str(home / "model"), "--data", str(home / "data.jsonl"), "--steps", "6", "--rank",
+            "0", "--batch-size", "4", "--lr", "1", "--out", str(tmp_path / "tuned"), "--json"]  # fmt: skip
+    assert main(call) == 1
+    said = capsys.readouterr()
+    result = json.loads(said.out[said.out.index("{\n") :])
+    assert result["diverged"] is True and result["losses"][-1] > 2 * result["losses"][0]
+    assert "has diverged: its loss rose from" in said.err and "a lower learning rate (--lr)" in said.err
+    assert (tmp_path / "tuned" / "config.json").is_file()  # what was trained is there to be looked at
+
+
+def test_a_run_that_diverged_says_so_everywhere(home, tmp_path, capsys, monkeypatch):
+    from gradpruner import divergence, pipeline
+
+    monkeypatch.setattr(divergence, "has_diverged", lambda losses: True)
+    monkeypatch.setattr(pipeline, "speeds_in_turns", lambda *args: {"pruned": [3.0, 2.0, 4.0]})
+    out = tmp_path / "out"
+    call = ["run", "--model", str(home / "model"), "--data", str(home / "data.jsonl"), "--steps", "4", "--probe-steps",
+            "2", "--batch-size", "4", "--ratio", "0.5", "--no-dense", "--out", str(out)]  # fmt: skip
+    assert main(call) == 1
+    said = capsys.readouterr()
+    assert "gradpruner: the pruned run has diverged" in said.err and "3.0 (2.0 to 4.0)" in said.out
+    (row,) = json.loads((out / "results.json").read_text())["rows"]
+    assert row["failed"] in said.err and row["tokens_per_second"] == 3.0
+    assert "the pruned run has diverged" in (out / "report.html").read_text()
+    assert main(call) == 1  # nothing is trained again, and it is still no success
 
 
 def test_a_model_that_is_no_decoder(home, tmp_path, capsys):

@@ -31,6 +31,7 @@ from gradpruner.evaluate import exact_matches, perplexity
 from gradpruner.factors import FACTORS
 from gradpruner.finetune import Recipe, schedule
 from gradpruner.methods import METHODS, GradPruner, parse_method
+from gradpruner.operations import training_operations
 from gradpruner.pipeline import Job
 from gradpruner.plan import Plan
 from gradpruner.results import Cost, Result, read_results
@@ -466,27 +467,30 @@ def loading(home, attention="eager"):
     return {"source": str(home / "model"), "dtype": "float32", "attention": attention, "trust_remote_code": False}
 
 
-def cost_of(home, plan, recipe):
-    tokenizer = make_tokenizer()
+def cost_of(home, plan, recipe, folder, attention="eager"):
+    tokenizer, given = make_tokenizer(), loading(home, attention)
     rows = schedule(tokenize(TRAIN, tokenizer, max_length=64), 8, recipe)
-    cost = costs._measured(loading(home), plan, rows, recipe)
+    costs._write(given, plan, str(folder))
+    cost = costs._measured({**given, "source": str(folder)}, len(plan.removed) if plan else 0, rows, recipe)
     labels = Collator(tokenizer)(rows[: recipe.batch_size])["labels"]
     return cost, (*labels.shape, int((labels[:, 1:] != IGNORED).any(0).sum()))
 
 
-def test_operations_bytes_and_layers(home, tmp_path, monkeypatch):
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_operations_bytes_and_layers(home, tmp_path, monkeypatch, attention):
     monkeypatch.setattr(costs, "generation_speed", lambda model, tokenizer, new_tokens: 32.0)
     recipe = Recipe(batch_size=2, accumulation=2, learning_rate=1e-3, rank=0)
     hidden, inner, vocabulary, flops = 16, 24, 259, {}
     for plan in (None, Plan(LAYERS, drop=[1, 3], merge=[5])):
-        cost, (rows, width, judged) = cost_of(home, None if plan is None else Plan(LAYERS, plan.removed), recipe)
+        cut = None if plan is None else Plan(LAYERS, plan.removed)
+        cost, (rows, width, judged) = cost_of(home, cut, recipe, tmp_path / f"cut-{len(flops)}", attention)
         left = LAYERS - cost.count
         assert (cost.layers, cost.count) == (left, 0 if plan is None else 3)
         linear = left * (2 * hidden * hidden + 2 * hidden * hidden // 2 + 3 * hidden * inner)
         head = judged * hidden * vocabulary  # no logits of a prompt's tokens
-        attention = left * 2 * rows * width * width * hidden * 2  # q k' and its product with v, all heads
+        products = left * 2 * rows * width * width * hidden * 2  # q k' and its product with v, all heads
         expected = (
-            3 * (2 * rows * (width * linear + head) + attention) * recipe.accumulation
+            3 * (2 * rows * (width * linear + head) + products) * recipe.accumulation
         )  # backward: twice the forward
         assert cost.train_flops == pytest.approx(expected, rel=0.01)
         flops[left] = cost.train_flops
@@ -501,23 +505,30 @@ def test_operations_bytes_and_layers(home, tmp_path, monkeypatch):
     assert head > 0 and flops[3] == pytest.approx((flops[6] - head) / 2 + head)
 
 
-def test_adapters_cost_less_than_all_weights(home, monkeypatch):
+def test_adapters_cost_less_than_all_weights(home, tmp_path, monkeypatch):
     monkeypatch.setattr(costs, "generation_speed", lambda model, tokenizer, new_tokens: 32.0)
-    full, _ = cost_of(home, None, Recipe(batch_size=2, rank=0))
-    lora, _ = cost_of(home, None, Recipe(batch_size=2, rank=1))
+    full, _ = cost_of(home, None, Recipe(batch_size=2, rank=0), tmp_path / "full")
+    lora, _ = cost_of(home, None, Recipe(batch_size=2, rank=1), tmp_path / "lora")
     assert full.train_flops * 0.6 < lora.train_flops < full.train_flops  # no gradients of most weights
     assert full.checkpoint_bytes == lora.checkpoint_bytes
 
 
-def test_measured_in_turns_and_without_merging(monkeypatch):
-    seen, ranks = [], []
+def test_measured_in_turns_without_merging_and_away_from_the_dense_model(home, tmp_path, monkeypatch):
+    seen, ranks, written = [], [], []
+    write = costs._write
 
-    def measured(loading, plan, rows, recipe):
-        seen.append(plan)
+    def writing(loading, plan, folder):
+        written.append((loading["source"], plan))
+        write(loading, plan, folder)
+
+    def measured(loading, count, rows, recipe):
+        config = json.loads(Path(loading["source"], "config.json").read_text())
+        seen.append((config["num_hidden_layers"], count))
+        assert loading["source"] != str(home / "model") and Path(loading["source"]).parent.parent == tmp_path
         ranks.append(recipe.rank)
         assert len(rows) == costs.STEPS * BATCH
         n = (7, 1, 3)[(len(seen) - 1) // 2]
-        return Cost(4 if plan else 6, 2 if plan else 0, n / 2, n, float(n), n, 100, 1e9)
+        return Cost(config["num_hidden_layers"], count, n / 2, n, float(n), n, 100, 1e9)
 
     class Pool:
         def __init__(self, processes, maxtasksperchild):
@@ -533,29 +544,47 @@ def test_measured_in_turns_and_without_merging(monkeypatch):
             return function(*arguments)
 
     monkeypatch.setattr(costs, "_measured", measured)
+    monkeypatch.setattr(costs, "_write", writing)
     monkeypatch.setattr(costs.multiprocessing, "get_context", lambda kind: type(kind, (), {"Pool": Pool}))
     plan = Plan(LAYERS, drop=[1], merge=[3])
-    dense, pruned = costs.measure({}, [None, plan], [{"input_ids": [1]}] * 100, Recipe(batch_size=BATCH),
-                                 rank_factor=4)  # fmt: skip
+    dense, pruned = costs.measure(loading(home), [None, plan], [{"input_ids": [1]}] * 100, Recipe(batch_size=BATCH),
+                                 rank_factor=4, beside=tmp_path)  # fmt: skip
     assert ranks == [8, 32] * 3
-    assert seen == [None, Plan(LAYERS, drop=[1, 3])] * 3
+    assert seen == [(6, 0), (4, 2)] * 3
+    # by another process, once
+    assert written == [(str(home / "model"), None), (str(home / "model"), Plan(LAYERS, drop=[1, 3]))]
     assert dense == Cost(6, 0, 1.5, 3, 3.0, 3, 100, 1e9) and pruned.layers == 4
     assert isinstance(dense.train_peak_bytes, int) and isinstance(dense.train_step_seconds, float)
+    assert not list(tmp_path.iterdir())  # all that was written is gone
 
 
 @pytest.mark.slow
-def test_measured_in_a_process_of_its_own(home):
+def test_measured_in_a_process_of_its_own(tmp_path):
+    """A model of 100 MB, and half of it: nothing of what was cut off is in the memory of what is left."""
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
     recipe = Recipe(batch_size=BATCH, rank=4)
     rows = schedule(tokenize(TRAIN, make_tokenizer(), max_length=64), 8, recipe)
-    (cost,) = costs.measure(loading(home, None), [Plan(LAYERS, drop=[4, 5])], rows, recipe, rounds=1)
-    assert (cost.layers, cost.count) == (4, 2)
-    assert all(value > 0 for value in dataclasses.asdict(cost).values())
+    given = {"source": str(tmp_path / "model")}
+    dense, pruned = costs.measure(given, [None, Plan(4, drop=[2, 3])], rows, recipe, rounds=1, beside=tmp_path)
+    assert (dense.layers, pruned.layers, pruned.count) == (4, 2, 2)
+    assert all(value > 0 for value in dataclasses.asdict(pruned).values())
+    assert dense.checkpoint_bytes > 1e8 and pruned.checkpoint_bytes < 0.52 * dense.checkpoint_bytes
+    gone = dense.checkpoint_bytes - pruned.checkpoint_bytes
+    assert dense.generate_peak_bytes - pruned.generate_peak_bytes > 0.8 * gone
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_costs_are_measured_once_a_size(base, copied, home, monkeypatch):
     seen = {}
 
-    def measure(loading, plans, rows, recipe, rank_factor):
+    def measure(loading, plans, rows, recipe, rank_factor, beside):
+        assert beside == copied and (copied / "report.html").is_file()  # what is there already is not lost by a failure
         assert rank_factor == GradPruner().settings.rank_factor
         seen.update(loading=loading, plans=plans, rows=rows, recipe=recipe)
         return [Cost(6 - (len(p.removed) if p else 0), len(p.removed) if p else 0, 1.0, 2, 3.0, 4, 5, 6.0)
@@ -571,6 +600,57 @@ def test_costs_are_measured_once_a_size(base, copied, home, monkeypatch):
     before = (copied / "costs.csv").read_bytes()
     compared.write(made, costs=False)  # what was measured before is shown again
     assert (copied / "costs.csv").read_bytes() == before and "costs" in (copied / "report.html").read_text().lower()
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm", "eager"])
+def test_operations_of_experts_are_counted(experts):
+    from transformers import MixtralConfig
+
+    torch.manual_seed(0)
+    hidden, inner, vocabulary, rows, tokens, top = 16, 24, 61, 2, 8, 2
+    config = MixtralConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=top, experts_implementation=experts,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    ids = torch.randint(0, vocabulary, (rows, tokens))
+    found = training_operations(model, {"input_ids": ids, "labels": ids})
+    matrices = 4 * hidden * hidden + hidden * 4 + top * 3 * hidden * inner + hidden * vocabulary
+    attention = 2 * rows * tokens * tokens * hidden * 2
+    assert found == pytest.approx(3 * (2 * rows * tokens * matrices + attention), rel=0.01)
+    assert model.config._experts_implementation == experts
+
+
+def test_operations_of_attention_that_torch_does_not_see(home):
+    """A kernel of somebody else's is replaced while the step is counted."""
+    from transformers import AttentionInterface
+
+    def unseen(*args, **options):
+        pytest.fail("an attention that is not counted")
+
+    AttentionInterface.register("unseen", unseen)
+    model = AutoModelForCausalLM.from_pretrained(home / "model")
+    ids = torch.arange(20).reshape(2, 10)
+    wanted = training_operations(model, {"input_ids": ids, "labels": ids})
+    model.set_attn_implementation("unseen")
+    assert training_operations(model, {"input_ids": ids, "labels": ids}) == wanted
+    assert model.config._attn_implementation == "unseen"
+
+
+def test_a_comparison_with_a_run_that_diverged_says_so(copied, home, capsys):
+    (path,) = [p for p in (copied / "trained").glob("*.json") if p.stem == finished_of(copied, "drop-last")]
+    trained = json.loads(path.read_text())
+    trained["training"]["losses"] = [2.0] * 3 + [90.0] * 2
+    path.write_text(json.dumps(trained))
+    found = compared.write(comparison(home, copied), costs=False)
+    assert "the run of drop-last, 2 layers less, seed 0, has diverged: its loss rose from 2 to 90" in found["failed"]
+    assert found["json"]["failed"] == [found["failed"]] and found["failed"] in found["line"]
+    assert "has diverged" in (copied / "report.html").read_text()
+    assert main(["report", str(copied)]) == 0 and "has diverged" in capsys.readouterr().out
+
+
+def finished_of(folder, method):
+    return next(c["trained"] for c in compare.finished(folder) if c["method"] == method and c["seed"] == 0)
 
 
 # commands

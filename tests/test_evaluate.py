@@ -313,7 +313,9 @@ def test_generation_speed_counts_the_tokens_it_generates(model, tokenizer, monke
     monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(ticks))
     monkeypatch.setattr(model, "generate", counting)
     assert generation_speed(model, tokenizer, new_tokens=12) == 12
-    assert lengths == [12] * 4  # one run to warm up, three that count
+    assert lengths == [8, 12, 12, 12]  # one run to warm up, three that count
+    lengths.clear()
+    assert generation_speed(model, tokenizer, new_tokens=4, runs=1) == 4 and lengths == [4, 4]
 
 
 def test_evaluation_is_plain_data():

@@ -16,8 +16,10 @@ from transformers import TrainerCallback
 
 from gradpruner import finetune
 from gradpruner.data import IGNORED, Collator
+from gradpruner.divergence import explained, has_diverged, why_failed
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.finetune import GROUPED, Recipe, add_adapters, finish, schedule, train
+from gradpruner.master_weights import float32_masters
 from gradpruner.pipeline import watch
 
 RECIPE = Recipe(batch_size=2, learning_rate=1e-2, warmup=0.25, rank=4)
@@ -219,15 +221,124 @@ def test_casts_are_restored_after_a_run_that_failed():
     assert casts(model) == {True} and not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_autocast_where_all_is_of_one_precision(dtype):
+def test_no_autocast_where_all_is_of_float32():
     recipe = Recipe(batch_size=2, learning_rate=1e-2, rank=4)
-    model = add_adapters(llama(dtype), recipe)
-    if dtype == torch.bfloat16:
-        model.to(dtype)
+    model = add_adapters(llama(), recipe)
     spy = Spy(model)
     train(model, plain(schedule(rows(), 2, recipe)), Collator(make_tokenizer()), recipe, callbacks=[spy], quiet=True)
     assert {on for on, _ in spy.autocast} == {False} and spy.casts == {True}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_trains_in_half_precision_is_float32_meanwhile(dtype, rank):
+    recipe = Recipe(batch_size=2, learning_rate=1e-5, rank=rank, warmup=0, weight_decay=0.0)
+    model = add_adapters(llama(), recipe) if rank else llama()
+    model.to(dtype)
+    trains = [p for p in model.parameters() if p.requires_grad]
+    before, held = [p.detach().clone() for p in trains], set()
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            held.update((p.dtype, bool((p - b).abs().sum() > 0)) for p, b in zip(trains, before, strict=True))
+
+    spy = Spy(model)
+    ordered = plain(schedule(rows(), 2, recipe))
+    done = train(model, ordered, Collator(make_tokenizer()), recipe, callbacks=[spy, Look()], quiet=True)
+    # a step of 1e-5 is below what bfloat16 can add to most weights, and is there all the same
+    assert (torch.float32, True) in held and {kind for kind, _ in held} == {torch.float32}
+    assert spy.autocast == {(True, torch.bfloat16)} and all(map(math.isfinite, done.losses))
+    now = [p for p in model.parameters() if p.requires_grad]
+    assert all(a is b for a, b in zip(now, trains, strict=True)) and {p.dtype for p in now} == {dtype}
+
+
+def test_float16_weights_learn_as_float32_weights_do():
+    """All weights train: in float16 itself the loss of such a run went from 4 to some hundreds."""
+    recipe = Recipe(batch_size=2, learning_rate=1e-2, rank=0, warmup=0)
+    ordered = plain(schedule(rows(4), 12, recipe))
+    losses = {}
+    for dtype in (torch.float16, torch.float32):
+        model = llama(dtype)
+        losses[dtype] = train(model, ordered, Collator(make_tokenizer()), recipe, quiet=True).losses
+        assert {p.dtype for p in model.parameters()} == {dtype}
+    assert losses[torch.float16] == pytest.approx(losses[torch.float32], rel=0.1)
+
+
+def test_weights_beyond_the_range_of_their_dtype_are_told(monkeypatch):
+    model = llama(torch.float16)
+    with pytest.raises(GradPrunerError, match=r"lm_head.weight was trained beyond the range of torch.float16"), \
+            float32_masters(model):  # fmt: skip
+        model.lm_head.weight.data.fill_(1e6)
+
+
+def test_one_device_where_several_are_visible(monkeypatch, caplog):
+    """On two GPUs, transformers would train on two batches a step."""
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(output_dir="unused", use_cpu=True, per_device_train_batch_size=3)
+    arguments._n_gpu = 2  # what a machine with two GPUs gives one process
+    assert arguments.train_batch_size == 6
+    finetune._use_one_device(arguments)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == 3 and "2 GPUs are visible" in caplog.text
+    monkeypatch.setattr(type(arguments), "world_size", 2)
+    with pytest.raises(InvalidArgument, match="launched in 2 processes; accepted is one"):
+        finetune._use_one_device(arguments)
+
+
+def test_training_asks_for_one_device(monkeypatch):
+    class TwoGpus(finetune.TrainingArguments):
+        """What transformers makes of a machine with two GPUs and one process."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2
+
+    seen = []
+
+    class Looking(finetune._InOrder):
+        def __init__(self, *args, **kwargs):
+            seen.append((kwargs["args"].n_gpu, kwargs["args"].train_batch_size))
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(finetune, "TrainingArguments", TwoGpus)
+    monkeypatch.setattr(finetune, "_InOrder", Looking)
+    train(llama(), plain(schedule(rows(), 1, RECIPE)), Collator(make_tokenizer()), RECIPE, quiet=True)
+    assert seen == [(1, RECIPE.batch_size)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "diverged"),
+    [
+        ([5.5, 9.0, 40.0, 300.0, 900.0, 1711.0], True),
+        ([5.5, 5.4, 5.6, 5.3, 5.2, 5.0], False),
+        ([0.02, 0.05, 0.01, 0.3], False),  # ten times, and still next to nothing
+        ([3.0, 2.0, 3.0, 6.1], True),
+        ([3.0, 2.0, 3.0, 5.9], False),
+        ([2.0] * 19 + [9.0], False),  # one bad batch at the end: means of four steps
+        ([2.0] * 19 + [9.0] * 1 + [2.0] * 20, False),
+        ([1.0] * 100 + [5.0] * 100, True),
+        ([4.0], False),
+        ([], False),
+    ],
+)
+def test_a_loss_that_rose_is_no_success(losses, diverged):
+    assert has_diverged(losses) is diverged
+    done = finetune.Training(len(losses), tuple(losses), 0.1, 1)
+    assert done.diverged is diverged and done.to_dict()["diverged"] is diverged
+    assert bool(why_failed("the run", losses, 2.0)) is diverged
+    if diverged:
+        assert "its loss rose from" in explained("the run", losses) and "--lr" in explained("the run", losses)
+
+
+def test_a_model_that_answers_with_no_numbers_is_no_success():
+    assert "perplexity is nan" in why_failed("the run", [3.0, 2.0], float("nan"))
+    assert why_failed("the run", [3.0, 2.0], None) is None and why_failed("the run", [3.0, 2.0], 7.0) is None
+
+
+def test_a_probe_whose_loss_rose_is_refused(monkeypatch):
+    monkeypatch.setattr(finetune.Training, "diverged", property(lambda self: True))
+    with pytest.raises(GradPrunerError, match="the probe has diverged"):
+        watch(llama(), make_tokenizer(), plain(schedule(rows(), 2, RECIPE)), RECIPE, quiet=True)
 
 
 def test_a_wider_recipe():

@@ -1,0 +1,42 @@
+"""When a training run counts as failed although every loss was finite: its loss rose."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+RISE, NATS = 2.0, 0.5  # both must be exceeded: near zero, twice the loss is noise
+MOST = 20  # steps at either end
+
+
+def ends(losses: Sequence[float]) -> tuple[float, float]:
+    """Mean losses of the first and of the last fifth of the steps, 1 to 20 steps each."""
+    steps = max(1, min(MOST, len(losses) // 5))
+    return statistics.fmean(losses[:steps]), statistics.fmean(losses[-steps:])
+
+
+def has_diverged(losses: Sequence[float]) -> bool:
+    """Whether the loss at the end is more than twice the loss at the start, and more than 0.5 nats above it."""
+    if not losses:
+        return False
+    start, end = ends(losses)
+    return end > RISE * start and end > start + NATS
+
+
+def explained(what: str, losses: Sequence[float]) -> str:
+    """One sentence on a run that has diverged, and what to try."""
+    start, end = ends(losses)
+    return (
+        f"{what} has diverged: its loss rose from {start:.3g} to {end:.3g}, more than {RISE:g} times. Its model is not "
+        "usable; try a lower learning rate (--lr), a larger batch, or dtype float32"
+    )
+
+
+def why_failed(what: str, losses: Sequence[float], perplexity: float | None) -> str | None:
+    """Why a run is no success, None where it is: its loss rose, or what it made does not answer with numbers."""
+    if has_diverged(losses):
+        return explained(what, losses)
+    if perplexity is not None and not math.isfinite(perplexity):
+        return f"{what} has failed: its model's perplexity is {perplexity}. Try a lower learning rate, or dtype float32"
+    return None

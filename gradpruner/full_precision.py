@@ -1,0 +1,40 @@
+"""Whether a model's weights are stored as numbers that layers can be cut from, merged into, and saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from gradpruner.decoder import is_packed
+from gradpruner.errors import InvalidArgument
+
+WANTED = (
+    "a full-precision base is wanted (float32, bfloat16 or float16): the checkpoint that this one was quantised from. "
+    "Quantised weights can be probed (gradpruner probe, gradpruner.ProbeCallback) and evaluated; the plan is then "
+    "applied to that checkpoint"
+)
+
+
+def quantisation_of(config: Any) -> str | None:
+    """How a config says that the weights are packed ("4 bits (bitsandbytes)", say), None where it does not."""
+    known = getattr(config, "quantization_config", None)
+    if known is None:
+        return None
+    content = known if isinstance(known, dict) else known.to_dict()
+    method = getattr(content.get("quant_method"), "value", content.get("quant_method")) or "an unknown method"
+    if content.get("load_in_4bit") or content.get("_load_in_4bit"):
+        bits = "4 bits"
+    elif content.get("load_in_8bit") or content.get("_load_in_8bit"):
+        bits = "8 bits"
+    else:
+        bits = f"{content['bits']} bits" if isinstance(content.get("bits"), int) else "quantised form"
+    return f"{bits} ({method})"
+
+
+def check_full_precision(model: nn.Module, name: str | None = None) -> None:
+    """Raises InvalidArgument where a quantiser has packed the model's weights. name: of the model, for the message."""
+    if not any(is_packed(p) or p.element_size() < 2 for p in model.parameters()):  # below 2 bytes: float8
+        return
+    how = quantisation_of(getattr(model, "config", None)) or "quantised form"
+    raise InvalidArgument(f"model{'' if name is None else f' {name!r}'} is quantised, stored in {how}: {WANTED}")

@@ -1,0 +1,172 @@
+"""What could only fail at the end of a run, tried before its first step."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gradpruner.auto_ratio import AUTO
+from gradpruner.checkpoint import quiet
+from gradpruner.data import Collator, Example, tokenize
+from gradpruner.decoder import Decoder
+from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, UnsupportedModel
+from gradpruner.evaluate import check_labels
+from gradpruner.full_precision import check_full_precision
+from gradpruner.generation_config import saved_as_far_as_possible
+from gradpruner.igia import SCORES
+from gradpruner.logits import evaluating
+from gradpruner.merge import share_of
+from gradpruner.parameter_counts import count_parameters
+from gradpruner.plan import select
+from gradpruner.report import new_figure
+from gradpruner.surgery import prepare
+
+if TYPE_CHECKING:
+    from gradpruner.pipeline import Job
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def check_run(job: Job, model: Any, tokenizer: Any, folder: Path, examples: Mapping[str, Sequence[Example]]) -> None:
+    """Check a whole run: its settings on this model, its data, and what it writes.
+
+    model, tokenizer: as loaded from job.source; the model is left as it is. folder: where everything goes. examples: by
+    what they are for, "training" or "test". Raises InvalidArgument, UnsupportedModel, CheckpointError.
+    """
+    check_full_precision(model, job.source)
+    settings, decoder = job.settings, Decoder(model)
+    share_of(settings.top)
+    if settings.kind not in SCORES:
+        raise InvalidArgument(f"kind = {settings.kind!r}; accepted are {', '.join(SCORES)}")
+    if job.ratio == AUTO:
+        check_plan(decoder, count=1, merge=0)
+    else:
+        check_plan(decoder, ratio=None if job.count is not None else job.ratio, count=job.count, of=job.of,
+                   merge=settings.merge)  # fmt: skip
+    check_examples(job, model, tokenizer, examples)
+    check_save(model, tokenizer, folder)
+    new_figure(1, 1)  # the report has plots
+
+
+def check_comparison(job: Job, model: Any, tokenizer: Any, examples: Mapping[str, Sequence[Example]]) -> None:
+    """The same for a comparison, which writes figures and no checkpoint; its ratios and methods are checked by it."""
+    check_full_precision(model, job.source)
+    check_plan(Decoder(model), count=1, merge=0)
+    check_examples(job, model, tokenizer, examples)
+    new_figure(1, 1)
+
+
+def check_examples(job: Job, model: Any, tokenizer: Any, examples: Mapping[str, Sequence[Example]]) -> None:
+    """Tokenise all examples as a run does, and check their rows. Raises InvalidArgument that says which example."""
+    for what, of_it in examples.items():
+        try:
+            rows = tokenize(of_it, tokenizer, max_length=job.max_length, train_on=job.train_on)  # type: ignore[arg-type]
+            check_labels(rows)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{what} examples: {error}") from None
+        check_rows(model, tokenizer, rows)
+
+
+def check_rows(model: Any, tokenizer: Any, rows: Rows) -> None:
+    """Raises InvalidArgument where a token of the rows, or the padding, is outside the model's tables."""
+    size = _embeddings(model)
+    if size is not None:
+        padding = Collator(tokenizer).pad_id
+        if padding >= size:
+            raise InvalidArgument(
+                f"tokenizer pads with token {padding}, but the model has embeddings for {size} tokens, 0 to "
+                f"{size - 1}; expected a padding token that the model knows (tokenizer.pad_token = "
+                "tokenizer.eos_token, say), or a model with more embeddings (model.resize_token_embeddings)"
+            )
+        highest = max((max(row["input_ids"], default=0) for row in rows), default=0)
+        if highest >= size:
+            token = tokenizer.convert_ids_to_tokens(highest)
+            raise InvalidArgument(
+                f"data has the token {token!r} ({highest}), but the model has embeddings for {size} tokens, 0 to "
+                f"{size - 1}; expected the tokenizer that the model was trained with"
+            )
+    _check_positions(model, rows)
+
+
+def check_plan(decoder: Decoder, **wanted: Any) -> None:
+    """Raises InvalidArgument or UnsupportedModel where no such plan is possible, or no layer can be removed.
+
+    wanted: ratio or count, of, merge, protect; see `select`.
+    """
+    count = len(decoder.layers)
+    accepted = {**wanted, **count_parameters(decoder)}
+    rising = [float(j) for j in range(count)]
+    falling = [*rising[:0:-1], float(count)]  # but for the last: that no layer needs another number proves nothing
+    early, late = (select(scores, **accepted).kept for scores in (rising, falling))
+    try:
+        prepare(decoder, early)
+    except UnsupportedModel:
+        with contextlib.suppress(UnsupportedModel):  # where a vision tower feeds the first layers, say
+            prepare(decoder, late)
+            return
+        raise
+
+
+def check_save(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write config, generation config and tokenizer beside `folder`, and remove them; and look for room on the disk.
+
+    Raises InvalidArgument (quantised weights, too little room for one checkpoint), CheckpointError.
+    """
+    check_full_precision(model)
+    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise InvalidArgument(
+            f"folder {str(folder)!r}: {free / 1e9:.2f} GB are free on its disk; expected {size / 1e9:.2f} GB or more, "
+            "for one checkpoint of this model"
+        )
+    try:
+        with tempfile.TemporaryDirectory(prefix=".gradpruner-trial-", dir=place) as trial, quiet():
+            model.config.save_pretrained(trial)
+            with saved_as_far_as_possible(model):
+                if model.can_generate():
+                    model.generation_config.save_pretrained(trial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(trial)
+    except GradPrunerError:
+        raise
+    except Exception as error:  # the disk's, or of one of the three
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"could not write a checkpoint to {folder}: {reason}; nothing was written") from error
+
+
+def _embeddings(model: nn.Module) -> int | None:
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    weight = getattr(table, "weight", None)
+    return len(weight) if isinstance(weight, torch.Tensor) else None
+
+
+def _check_positions(model: nn.Module, rows: Rows) -> None:
+    """A table of positions has an end; what turns with the position, as RoPE does, has none: one row tells."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    known = getattr(text, "max_position_embeddings", None)
+    multiple = Collator.multiple
+    longest = -(-max((len(row["input_ids"]) for row in rows), default=0) // multiple) * multiple
+    first = next(model.parameters())
+    if not isinstance(known, int) or longest <= known or first.device.type != "cpu":
+        return
+    try:
+        with evaluating(model):
+            model(input_ids=torch.zeros(1, longest, dtype=torch.int64), use_cache=False)
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise InvalidArgument(
+            f"max_length: the longest row has {longest} tokens with its padding to a multiple of {multiple}, but the "
+            f"model has positions for {known}; expected {known // multiple * multiple} or less"
+        ) from error
