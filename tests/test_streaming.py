@@ -251,8 +251,9 @@ def test_other_files_come_along_but_no_pickles_and_no_code(tmp_path):
     assert content(tmp_path / "code").keys() == expected | {"modeling_x.py"}
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("said", ["float32", "bfloat16", "float64", None])
+@pytest.mark.parametrize(
+    ("said", "sharded"), [("float32", False), ("bfloat16", True), ("float64", False), (None, False), (None, True)]
+)
 def test_every_tensor_is_written_in_the_dtype_that_it_is_loaded_in(said, sharded, tmp_path):
     """As config.json says; without it as the first tensor has it that transformers reads."""
     source = dense("qwen2", tmp_path / "dense", torch.float32, **({"max_shard_size": "30KB"} if sharded else {}))
