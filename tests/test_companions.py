@@ -116,7 +116,7 @@ def test_a_model_of_the_hub_has_its_plan_there(tmp_path, monkeypatch):
     config = families.CONFIGS["llama"]()
     config.num_hidden_layers = 3
     model = families.build(config)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda source, name: str(tmp_path / name))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda source, name, revision: str(tmp_path / name))
     assert plan_of("me/small", model) == plan
 
     def missing(source, name):

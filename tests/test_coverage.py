@@ -24,6 +24,7 @@ from gradpruner.decoder import Decoder
 from gradpruner.finetune import Recipe, add_adapters, check_comparable
 from gradpruner.igia import Igia
 from gradpruner.methods import METHODS, Clues
+from gradpruner.parameter_counts import count_parameters
 from gradpruner.plan import Plan
 from gradpruner.probed import save_probed, with_probed
 
@@ -181,7 +182,7 @@ def test_fused_experts_are_said_to_be_hardly_watched(tmp_path, caplog):
     assert "watches 11.0% of the parameters of layers [0, 1, 2, 3, 4, 5]" in caplog.text
     decoder = Decoder(model)
     linears = sum(w.shape[0] * w.shape[1] for w in decoder.weights if w.layer == 3 and len(w.shape) == 2)
-    assert probe.igia.watched[3] == linears / decoder.parameters_of(3)
+    assert probe.igia.watched[3] == linears / count_parameters(decoder)["layer_parameters"][3]
     plan = probe.igia.plan(count=2)
     assert plan.watched == probe.igia.watched[3] and "scored on 11.0% of a layer's parameters" in plan.summary()
     plan.save(tmp_path / "plan.json")

@@ -80,7 +80,7 @@ def use_masks(path):
 
 def inputs(folder):
     save_inputs([{"input_ids": torch.ones(2, 3, dtype=torch.int64)}, {"x": torch.ones(2)}], folder, None)
-    return folder / "gradpruner_inputs-00000.safetensors"
+    return folder / "gradpruner_inputs-00000.state"
 
 
 def tensors(folder):

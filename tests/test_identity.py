@@ -74,6 +74,7 @@ CHANGES = {
 def test_a_run_of_another_model_is_refused_by_what_differs(changed, source, tmp_path, monkeypatch, steps):
     run(source, tmp_path / "out")
     run(source, tmp_path / "out")  # the same is taken
+    (tmp_path / "out" / "dense.json").touch()  # something was made of it
     CHANGES[changed](source, monkeypatch)
     with pytest.raises(InvalidArgument, match=f"holds a run with another {changed}; expected a new folder"):
         run(source, tmp_path / "out")
@@ -84,6 +85,7 @@ def test_a_run_of_another_model_is_refused_by_what_differs(changed, source, tmp_
 def test_a_comparison_with_another_model_is_refused_by_what_differs(changed, source, tmp_path, monkeypatch):
     comparison(source, tmp_path)
     comparison(source, tmp_path)
+    (tmp_path / "compared" / "model.json").touch()  # something was made of it
     CHANGES[changed](source, monkeypatch)
     with pytest.raises(InvalidArgument, match=f"holds a comparison with another {changed}; expected a new folder"):
         comparison(source, tmp_path)
@@ -200,6 +202,7 @@ def test_a_comparison_keeps_the_commit_that_it_began_with(hub, tmp_path):
 
 def test_another_hub_id_is_told_as_such(hub, tmp_path):
     run("acme/tiny", tmp_path / "out")
+    (tmp_path / "out" / "dense.json").touch()
     shutil.copytree(hub, hub.parent / "models--acme--other")
     (hub.parent / "models--acme--other" / "refs" / "main").write_text(NEW)
     shutil.rmtree(hub.parent / "models--acme--other" / "snapshots" / OLD)
