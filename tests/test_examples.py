@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_data import make_tokenizer
 from training_runs import LAYERS
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import gradpruner
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+README = EXAMPLES.parent / "README.md"
 NEEDS = {"sft_trainer": "trl", "qlora": "bitsandbytes"}
 
 
@@ -72,3 +74,22 @@ def test_the_trainer_example_resumes(inputs, tmp_path, monkeypatch):
 
 def test_examples_are_short():
     assert all(len(file.read_text().splitlines()) < 60 for file in EXAMPLES.glob("*.py"))
+
+
+def test_the_loop_of_the_readme(inputs, tmp_path, monkeypatch):
+    """The block under "In your own loop", word for word: its scheduler goes on after the cut."""
+    section = README.read_text().partition("\n## In your own loop\n")[2]
+    block = section.partition("```python\n")[2].partition("```")[0]
+    tokenizer = AutoTokenizer.from_pretrained(inputs[0])
+    dense = AutoModelForCausalLM.from_pretrained(inputs[0])
+    model = get_peft_model(dense, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 100)
+    batch = dict(tokenizer("row 1 says that 1 and 1 are 2", return_tensors="pt"))
+    batch["labels"] = batch["input_ids"]
+    monkeypatch.chdir(tmp_path)
+    known = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "tokenizer": tokenizer,
+             "loader": [batch] * 45, "batches": [batch] * 5}  # fmt: skip
+    exec(block, known)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (1 - 90 / 100))
+    checked("smaller")
