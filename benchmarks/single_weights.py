@@ -35,10 +35,10 @@ from gradpruner.identity import identify, sha256_of
 from gradpruner.igia import Igia
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.models import load_model
-from gradpruner.pipeline import watch
 from gradpruner.provenance import RECORD, digest, is_made
 from gradpruner.report import table as text_table
 from gradpruner.sparsity import gradient_norms, sparsify
+from gradpruner.stages import watch
 from gradpruner.windows import consecutive, sampled, tokens_of
 
 FOLDER = Path(__file__).parent / "results"

@@ -29,9 +29,9 @@ from gradpruner.files import atomic_path
 from gradpruner.finetune import Recipe, add_adapters, schedule, train
 from gradpruner.methods import Clues, parse_method
 from gradpruner.models import load_model
-from gradpruner.pipeline import watch
 from gradpruner.plan import how_many
 from gradpruner.report import table as text_table
+from gradpruner.stages import watch
 
 FOLDER = Path(__file__).parent / "results"
 DENSE, COLOURS = "dense", ("#1b1f24", "#0072B2", "#E69F00", "#009E73", "#CC79A7")

@@ -192,7 +192,8 @@ def _training(options: argparse.Namespace, recipe: Any, revision: str | None = N
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.pipeline import Job, Run
+    from gradpruner.job import Job
+    from gradpruner.pipeline import Run
 
     job = Job(**given.job(options), **given.amount(options), **given.choice(options), top=options.top,
               patch=options.patch, adapters=options.adapters, rank_factor=options.rank_factor,
@@ -219,8 +220,8 @@ def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.companions import masks_of
     from gradpruner.files import need_writable
-    from gradpruner.pipeline import watch
     from gradpruner.settings import Settings
+    from gradpruner.stages import watch
 
     recipe = given.recipe(options)
     need_writable(options.out)
@@ -294,10 +295,10 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.divergence import explained
     from gradpruner.files import need_free
     from gradpruner.identity import identify, sha256_of
-    from gradpruner.pipeline import tune
     from gradpruner.preflight import check_save
     from gradpruner.provenance import digest
     from gradpruner.sparsity import Masks
+    from gradpruner.stages import tune
 
     recipe = given.recipe(options)
     need_free(options.out, options.overwrite)
@@ -331,7 +332,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.pipeline import measure
+    from gradpruner.stages import measure
 
     examples = given.examples(options)
     model, tokenizer = given.load(options)

@@ -125,8 +125,8 @@ def job(options: argparse.Namespace) -> dict[str, Any]:
 
 def load(options: argparse.Namespace, revision: str | None = None) -> tuple[Any, Any]:
     """The model and its tokenizer. revision: see `load_model`."""
+    from gradpruner.job import torch_dtype
     from gradpruner.models import load_model
-    from gradpruner.pipeline import torch_dtype
 
     return load_model(options.model, dtype=torch_dtype(options.dtype), attention=options.attention,
                       trust_remote_code=options.trust_remote_code, revision=revision)  # fmt: skip

@@ -7,7 +7,6 @@ folder belongs to one content of the model and to one set of package versions: w
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -16,12 +15,11 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 from torch import nn
 
@@ -35,15 +33,17 @@ from gradpruner.files import read_json, reading, write_json
 from gradpruner.finetune import Recipe, Row, check_comparable, schedule
 from gradpruner.identity import identify
 from gradpruner.igia import Igia
+from gradpruner.job import Job, torch_dtype
+from gradpruner.locks import claim, lock
 from gradpruner.methods import METHODS, Clues, GradPruner, Method, parse_method, spelled
 from gradpruner.models import load_model
-from gradpruner.pipeline import Job, torch_dtype, tune, watch
 from gradpruner.plan import Plan, how_many
 from gradpruner.preflight import check_comparison
 from gradpruner.probed import IGIA, save_probed, with_probed
 from gradpruner.provenance import MADE_FROM, digest, is_made
 from gradpruner.run_folder import MODEL, known_model, named, recorded
 from gradpruner.sparsity.masks import Masks
+from gradpruner.stages import tune, watch
 
 DENSE, OURS = "dense", spelled(GradPruner())
 FEW = 10  # classes: with more of them, macro-F1 is not what people look at
@@ -166,7 +166,7 @@ class Compare:
         for cell in self.cells(self.layers()):
             if is_made(self._cell(cell), self._made_from):
                 continue
-            with _claim(self.folder / "locks" / cell.name) as mine:
+            with claim(self.folder / "locks" / cell.name) as mine:
                 if mine and not self._cell(cell).exists():
                     self._make(cell)
                     gc.collect()
@@ -175,7 +175,7 @@ class Compare:
         """Decoder layers of the dense model. The first time, raises what `check_comparison` does, and ProbeError where
         a method could not score them."""
         path = self.folder / LAYERS
-        with _lock(self.folder / "locks" / "model"):
+        with lock(self.folder / "locks" / "model"):
             if not path.exists():
                 model, tokenizer = self._load()
                 of_it = {"held-out": self._held_out, "training": self._train, "test": self._test}
@@ -232,7 +232,7 @@ class Compare:
         about["seconds_to_cut"] = time.perf_counter() - began
         content = [_content(model), rows, recipe.to_dict(), self.terms["data"]]
         key = _digest(content if masks is None else [*content, "masked"])
-        with _lock(self.folder / "locks" / key):
+        with lock(self.folder / "locks" / key):
             path = self.folder / "trained" / f"{key}.json"
             checkpoints = Checkpoints(self.folder / "checkpoints" / key, self.job.save_steps, {"trained": key})
             if not is_made(path, self._made_from):
@@ -280,7 +280,7 @@ class Compare:
         examples = self._train[: max(1, round(method.share * len(self._train)))] if method.share else self._train
         rows = self._rows(examples, tokenizer, recipe)[: steps * recipe.rows_a_step]
         path = self.folder / "probes" / _digest([rows, recipe.to_dict(), self._identity.to_dict()])
-        with _lock(self.folder / "locks" / path.name):
+        with lock(self.folder / "locks" / path.name):
             if not is_made(path, self._made_from):
                 path.parent.mkdir(exist_ok=True)
                 self.say(f"seed {seed}: probing {steps} steps")
@@ -395,27 +395,3 @@ def _content(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _claim(path: Path) -> Iterator[bool]:
-    """Whether nobody else is at it; if so, nobody else will be until the block ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(f"{path}.lock")
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One process at a time; the others wait, and find what it made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{path}.lock"):
-        yield

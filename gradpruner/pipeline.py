@@ -13,148 +13,38 @@ import hashlib
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gradpruner.auto_ratio import AUTO, MAX_LOST, Choice, choose, hold_out, trial_rows
+from gradpruner.auto_ratio import AUTO, Choice, choose, hold_out, trial_rows
 from gradpruner.card import model_card, write_card
 from gradpruner.checkpoint import PLAN_FILE, save
-from gradpruner.checkpoints import Checkpoints
 from gradpruner.companions import plan_of, refuse_masks
 from gradpruner.coverage import share_range
 from gradpruner.data import Collator, Example, tokenize
 from gradpruner.decoder import Decoder
-from gradpruner.divergence import explained, why_failed
-from gradpruner.errors import GradPrunerError, InvalidArgument, ModelMismatch
-from gradpruner.evaluate import Evaluation, exact_match, perplexity, rouge_l, rouge_scorer
+from gradpruner.divergence import why_failed
+from gradpruner.errors import InvalidArgument, ModelMismatch
+from gradpruner.evaluate import Evaluation
 from gradpruner.files import read_json, reading, write_json
-from gradpruner.finetune import Recipe, Row, Training, add_adapters, check_comparable, finish, schedule, train
+from gradpruner.finetune import Row, check_comparable, finish, schedule
 from gradpruner.identity import identify
 from gradpruner.igia import SCORES, Igia
+from gradpruner.job import Job, torch_dtype
 from gradpruner.merge import apply
 from gradpruner.models import load_model
 from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import Plan
-from gradpruner.preflight import check_rows, check_run
+from gradpruner.preflight import check_run
 from gradpruner.probed import IGIA, save_probed, with_probed
 from gradpruner.provenance import MADE_FROM, RECORD, digest, need_same
 from gradpruner.report import html_report, plot_layer_scores
 from gradpruner.run_folder import SETTINGS, RunFolder, known_model, recorded
 from gradpruner.run_table import OF_THE_MACHINE, TURNS, comparison, notes
-from gradpruner.settings import Settings
-from gradpruner.sparsity.masks import HoldSparsity, Masks
 from gradpruner.speeds import speeds_in_turns
-from gradpruner.trainer import ProbeCallback
-from gradpruner.whole import need_whole
+from gradpruner.stages import measure, tune, watch
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-OF_AUTO = ("max_lost", "check_steps", "check_rows")
 SPEEDS = "speeds.json"
-PROBE_SHARE, PROBE_LEAST = 0.01, 20  # P: the first 1 % of the steps; below 20 the ranking has not settled (D)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run. source: what `load_model` takes. steps: optimizer steps in all, the probe's included.
-
-    preset, and what differs from it: see `Settings`. train_on: "answer" or "all" tokens. probe_steps: default
-    1 % of the steps, at least 20 and at most half.
-    ratio: "auto" tries cuts (see `gradpruner.auto_ratio`) and loses at most max_lost, 0 to 1, of the dense score
-    (default 0.01) on check_rows training examples (default 10 %, at most 200) that nothing is trained on; every cut
-    that is tried, and the dense model, is trained for check_steps extra steps (default: as many as the probe).
-    save_steps: optimizer steps between two checkpoints of a stage that trains; default: see `Checkpoints`.
-    Raises InvalidArgument.
-    """
-
-    source: str
-    steps: int
-    recipe: Recipe = field(default_factory=Recipe)
-    ratio: float | str | None = 0.4
-    count: int | None = None
-    of: str = "layers"
-    preset: str = "default"
-    kind: str | None = None
-    merge: str | int | None = None
-    top: float | None = None
-    weight: float | None = None
-    patch: bool | None = None
-    adapters: str | None = None
-    rank_factor: int | None = None
-    probe_steps: int | None = None
-    max_length: int = 512
-    train_on: str = "answer"
-    dtype: str = "auto"
-    attention: str | None = None
-    trust_remote_code: bool = False
-    max_lost: float | None = None
-    check_steps: int | None = None
-    check_rows: int | None = None
-    save_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check what no later stage checks before time is spent."""
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 2:
-            raise InvalidArgument(f"steps = {self.steps!r}; expected 2 or more: some to probe, the rest to train")
-        if not 1 <= self.probing < self.steps:
-            raise InvalidArgument(f"probe_steps = {self.probe_steps!r}; accepted are 1 to {self.steps - 1}")
-        self._check_auto()
-        if self.save_steps is not None:
-            need_whole("save_steps", self.save_steps, 1, "a number of optimizer steps")
-        _ = self.settings
-
-    def _check_auto(self) -> None:
-        if self.ratio != AUTO:
-            if isinstance(self.ratio, str):
-                raise InvalidArgument(f"ratio = {self.ratio!r}; accepted are a share and 'auto'")
-            for name in OF_AUTO:
-                if getattr(self, name) is not None:  # a bound that nobody checks would be worse than none
-                    raise InvalidArgument(f"{name} = {getattr(self, name)!r} belongs to ratio = 'auto'")
-            return
-        if self.count is not None or self.of != "layers":
-            name = "of" if self.count is None else "count"
-            raise InvalidArgument(f"ratio = 'auto' counts layers itself; {name} = {getattr(self, name)!r} is too much")
-        if isinstance(self.bound, bool) or not isinstance(self.bound, (int, float)) or not 0 <= self.bound <= 1:
-            raise InvalidArgument(f"max_lost = {self.max_lost!r}; accepted is a share from 0 to 1")
-        for name, most in (("check_steps", self.steps - self.probing), ("check_rows", None)):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if value is not None and not (whole and (most is None or value <= most)):
-                accepted = "a whole number, 1 or more" if most is None else f"1 to {most}, the steps after the probe"
-                raise InvalidArgument(f"{name} = {value!r}; accepted: {accepted}")
-
-    @property
-    def bound(self) -> float:
-        """Share of the dense score that ratio = "auto" may lose."""
-        return MAX_LOST if self.max_lost is None else self.max_lost
-
-    @property
-    def checking(self) -> int:
-        """Extra steps that ratio = "auto" trains every model for."""
-        return min(self.probing, self.steps - self.probing) if self.check_steps is None else self.check_steps
-
-    @property
-    def settings(self) -> Settings:
-        """What preset and options come to."""
-        return Settings.of(self.preset, kind=self.kind, merge=self.merge, top=self.top, weight=self.weight,
-                           patch=self.patch, adapters=self.adapters, rank_factor=self.rank_factor)  # fmt: skip
-
-    @property
-    def probing(self) -> int:
-        """Steps of the probe."""
-        if self.probe_steps is not None:
-            return self.probe_steps
-        return max(1, min(self.steps // 2, max(PROBE_LEAST, round(PROBE_SHARE * self.steps))))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; what a resumed run must agree with."""
-        content = {**vars(self), **vars(self.settings), "recipe": self.recipe.to_dict(), "probe_steps": self.probing}
-        del content["save_steps"]  # the result is the same
-        if self.ratio == AUTO:
-            return {**content, "max_lost": self.bound, "check_steps": self.checking}
-        return {name: value for name, value in content.items() if name not in OF_AUTO}
 
 
 class Run:
@@ -441,93 +331,6 @@ class Run:
     def _rows(self, tokenizer: Any) -> list[Row]:
         tokens = tokenize(self._examples[0], tokenizer, max_length=self.job.max_length, train_on=self.job.train_on)  # type: ignore[arg-type]
         return schedule(tokens, self.job.steps, self.job.recipe)
-
-
-def watch(
-    model: Any,
-    tokenizer: Any,
-    ordered: Sequence[Row],
-    recipe: Recipe,
-    *,
-    of_steps: int | None = None,
-    quiet: bool = False,
-    masks: Masks | None = None,
-) -> tuple[Any, Igia]:
-    """Train on `ordered`, on adapters unless rank is 0, with a probe watching every step: the trained model, the igia.
-
-    of_steps: steps of the run that the probe is the beginning of; its learning rate is that run's (P). masks: see
-    `tune`; a probe only looks, so adapters are left as they are.
-    Raises InvalidArgument (tokens that the model has no embedding of), GradPrunerError if the loss rose, see
-    `has_diverged`.
-    """
-    check_rows(model, tokenizer, ordered)
-    watched = add_adapters(model, recipe) if recipe.rank else model
-    probe = ProbeCallback(len(ordered) // recipe.rows_a_step)
-    callbacks = [probe, *_holding(masks, recipe)]
-    training = train(watched, ordered, Collator(tokenizer), recipe, of_steps=of_steps, callbacks=callbacks, quiet=quiet)
-    if training.diverged:  # its gradients say nothing of the layers
-        raise GradPrunerError(explained("the probe", training.losses))
-    return watched, probe.igia
-
-
-def tune(
-    model: Any,
-    tokenizer: Any,
-    ordered: Sequence[Row],
-    recipe: Recipe,
-    *,
-    quiet: bool = False,
-    masks: Masks | None = None,
-    checkpoints: Checkpoints | None = None,
-) -> tuple[Any, Training]:
-    """Fine-tune on `ordered`; the plain model, adapters folded in, and what the run did.
-
-    masks: kept to in every step where all weights train, and by what adapters have become. checkpoints: see `train`.
-    """
-    check_rows(model, tokenizer, ordered)
-    trained = add_adapters(model, recipe) if recipe.rank else model
-    training = train(trained, ordered, Collator(tokenizer), recipe, quiet=quiet, callbacks=_holding(masks, recipe),
-                     checkpoints=checkpoints)  # fmt: skip
-    plain = finish(trained)
-    if masks is not None:
-        masks.apply_(plain)
-    return plain, training
-
-
-def _holding(masks: Masks | None, recipe: Recipe) -> list[HoldSparsity]:
-    return [HoldSparsity(masks)] if masks is not None and not recipe.rank else []
-
-
-def measure(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    *,
-    max_length: int,
-    train_on: str,
-    batch_size: int,
-    rouge_tokens: int | None = None,
-) -> Evaluation:
-    """Exact match and ROUGE-L of the answers (None for text without), perplexity of the tokens trained on."""
-    if rouge_tokens is not None:
-        rouge_scorer()  # what is missing is told before anything is measured
-    collate = Collator(tokenizer)
-    answered = tokenize([e for e in examples if e.answer], tokenizer, max_length=max_length)
-    rows = tokenize(examples, tokenizer, max_length=max_length, train_on=train_on)  # type: ignore[arg-type]
-    check_rows(model, tokenizer, rows)
-    exact = rouge = None
-    if answered:
-        exact = exact_match(model, answered, collate=collate, batch_size=batch_size)
-    if answered and rouge_tokens is not None:
-        rouge = rouge_l(model, answered, tokenizer, max_new_tokens=rouge_tokens, batch_size=batch_size)
-    return Evaluation(exact, perplexity(model, rows, collate=collate, batch_size=batch_size), rouge, len(examples))
-
-
-def torch_dtype(name: str) -> Any:
-    """Dtype of a name, "auto" as it is. Raises InvalidArgument."""
-    if name not in DTYPES:
-        raise InvalidArgument(f"dtype = {name!r}; accepted are {', '.join(DTYPES)}")
-    return name if name == "auto" else getattr(torch, name)
 
 
 def write_report(folder: Path) -> Path:

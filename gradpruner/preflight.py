@@ -29,7 +29,7 @@ from gradpruner.report import new_figure
 from gradpruner.surgery import prepare
 
 if TYPE_CHECKING:
-    from gradpruner.pipeline import Job
+    from gradpruner.job import Job
 
 Rows = Sequence[Mapping[str, Any]]
 

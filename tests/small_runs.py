@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from gradpruner import finetune
 from gradpruner.data import Example
 from gradpruner.finetune import Recipe
-from gradpruner.pipeline import Job, Run
+from gradpruner.job import Job
+from gradpruner.pipeline import Run
 
 gc.freeze()  # every training collects garbage, and would look at all that the imports above have left
 atexit.register(gc.unfreeze)  # else native libraries report leaks at the end

@@ -11,7 +11,7 @@ import torch
 from test_data import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gradpruner import pipeline
+from gradpruner import pipeline, stages
 from gradpruner.auto_ratio import Trial, candidates, choose, gap, hold_out, search
 from gradpruner.cli import main
 from gradpruner.data import Example
@@ -19,7 +19,8 @@ from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.evaluate import Evaluation
 from gradpruner.finetune import Recipe
 from gradpruner.igia import Igia
-from gradpruner.pipeline import Job, Run
+from gradpruner.job import Job
+from gradpruner.pipeline import Run
 
 # twelve layers, the first one protected; in order 1, 2, 3, 30, 31, 32, 33, 330, 331, 332, 333
 SCORES = [9e9, 333.0, 1.0, 30.0, 331.0, 2.0, 31.0, 332.0, 3.0, 32.0, 330.0, 33.0]
@@ -197,7 +198,7 @@ class Watched:
 
     def __init__(self, monkeypatch, exact=None):
         self.trained, self.scored, self.stop_at = [], [], None
-        train, measure = pipeline.train, pipeline.measure
+        train, measure = stages.train, pipeline.measure
 
         def watched_train(model, ordered, *args, **options):
             if len(self.trained) == self.stop_at:
@@ -212,7 +213,7 @@ class Watched:
                 return measure(model, tokenizer, examples, **options)
             return Evaluation(exact[layers], 2.0, None, len(examples))
 
-        monkeypatch.setattr(pipeline, "train", watched_train)
+        monkeypatch.setattr(stages, "train", watched_train)
         monkeypatch.setattr(pipeline, "measure", watched_measure)
 
     @property

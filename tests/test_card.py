@@ -292,7 +292,9 @@ def test_a_run_leaves_a_card(pruned, tmp_path, monkeypatch):
     from gradpruner import pipeline
     from gradpruner.finetune import Recipe
     from gradpruner.identity import Identity
-    from gradpruner.pipeline import OF_THE_MACHINE, Job, Run, comparison
+    from gradpruner.job import Job
+    from gradpruner.pipeline import Run
+    from gradpruner.run_table import OF_THE_MACHINE, comparison
 
     model, plan, igia = pruned
     monkeypatch.setattr(pipeline, "identify", lambda source, **options: Identity(source, {"commit": "a" * 40}, {}))

@@ -82,11 +82,11 @@ def test_run_and_resume(home, tmp_path, capsys, monkeypatch):
     (out / "pruned.json").unlink()
     shutil.rmtree(out / "cut")
     before = contents(out)
-    from gradpruner import pipeline
+    from gradpruner import stages
 
     trained = []
-    real = pipeline.train
-    monkeypatch.setattr(pipeline, "train", lambda model, *a, **k: trained.append(model) or real(model, *a, **k))
+    real = stages.train
+    monkeypatch.setattr(stages, "train", lambda model, *a, **k: trained.append(model) or real(model, *a, **k))
     assert main([*command, "--json"]) == 0
     assert len(trained) == 1
     again = json.loads((out / "results.json").read_text())["rows"][1]

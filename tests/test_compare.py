@@ -30,9 +30,10 @@ from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.evaluate import exact_matches, perplexity
 from gradpruner.factors import FACTORS
 from gradpruner.finetune import Recipe, schedule
+from gradpruner.job import Job
+from gradpruner.locks import claim
 from gradpruner.methods import METHODS, GradPruner, parse_method
 from gradpruner.operations import training_operations
-from gradpruner.pipeline import Job
 from gradpruner.plan import Plan
 from gradpruner.results import Cost, Result, read_results
 
@@ -343,7 +344,7 @@ def test_killed_and_resumed(base, home, tmp_path):
     assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
     assert len(list((out / "cells").iterdir())) == 3
     unfinished = comparison(home, out).cells(LAYERS)[3]
-    with compare._claim(out / "locks" / unfinished.name) as mine:
+    with claim(out / "locks" / unfinished.name) as mine:
         assert mine  # the dead hold nothing
     with counting() as calls:
         made = comparison(home, out)
@@ -359,7 +360,7 @@ def test_what_another_is_making_is_left_to_it(copied, home):
     made = comparison(home, copied)
     lost = made.cells(LAYERS)[4]
     (copied / "cells" / f"{lost.name}.json").unlink()
-    with compare._claim(copied / "locks" / lost.name) as mine:
+    with claim(copied / "locks" / lost.name) as mine:
         assert mine
         made.work()
         assert not (copied / "cells" / f"{lost.name}.json").exists() and len(made.finished()) == 7

@@ -243,7 +243,7 @@ def test_run_and_compare_refuse_before_anything_is_trained(home, source, tmp_pat
     def called(*args, **kwargs):
         raise AssertionError("something was trained")
 
-    monkeypatch.setattr("gradpruner.pipeline.train", called)
+    monkeypatch.setattr("gradpruner.stages.train", called)
     refused = pytest.raises(gradpruner.ProbeError, match=r"layers \[1, 3, 5\] cannot be compared")
     experts = experts_in_the_place_of(source, tmp_path / "experts")
     for name, options in (("auto", {}), ("fixed", {"ratio": 0.4, "check_steps": None, "check_rows": None})):

@@ -22,7 +22,8 @@ from gradpruner.files import need_writable
 from gradpruner.finetune import Recipe
 from gradpruner.full_precision import check_full_precision, quantisation_of
 from gradpruner.generation_config import savable
-from gradpruner.pipeline import Job, Run
+from gradpruner.job import Job
+from gradpruner.pipeline import Run
 
 TRAIN = [Example(f"word {i % 7}:", "abc"[i % 3]) for i in range(30)]
 TEST = [Example("word 9:", "b"), Example("word 8:", "c")]

@@ -16,7 +16,7 @@ import gradpruner
 from gradpruner import probed
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, UnsupportedModel
 from gradpruner.igia import Igia
-from gradpruner.pipeline import Job
+from gradpruner.job import Job
 from gradpruner.probed import save_probed, with_probed
 from gradpruner.settings import PRESETS, Settings
 

@@ -14,7 +14,7 @@ from benchmarks.gpu.session import Session
 from gradpruner.compare import DENSE, OURS, Compare, work_in_processes
 from gradpruner.data import Example, load_examples
 from gradpruner.finetune import Recipe
-from gradpruner.pipeline import Job
+from gradpruner.job import Job
 
 PROMPT, ANSWER = "Question: {text}\nIntent:", "{category}"  # banking77
 EPOCHS, RATIO, HELD_OUT = 3, 0.4, 16

@@ -20,10 +20,10 @@ from gradpruner.finetune import Recipe
 from gradpruner.igia import Igia
 from gradpruner.inputs import FILES
 from gradpruner.models import load_model
-from gradpruner.pipeline import watch
 from gradpruner.plan import Plan
 from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.saving import MASKS
+from gradpruner.stages import watch
 from gradpruner.training_files import SNAPSHOT
 
 # what vLLM, SGLang, TGI and the converters of llama.cpp look for in a folder
