@@ -106,7 +106,8 @@ def candidates(scores: Sequence[float], protect: Iterable[int] = (0,), *, least:
     counts = range(first, last + 1)
     if not counts:
         raise InvalidArgument(
-            f"ratio = 'auto' of {len(scores)} layers: no count is from {first} to {last}; give a ratio or a count"
+            f"ratio = 'auto' of {len(scores)} layers: no count is from {first} to {last}"
+            f"{f' (merge = {least} needs at least {least})' if least > 1 else ''}; give a ratio or a count"
         )
     parts = min(HANDFUL, len(counts))
     edges = [len(counts) * part // parts for part in range(parts + 1)]

@@ -24,6 +24,7 @@ from gradpruner.whole import need_whole
 
 SHARE, LEAST = 0.1, 10  # default interval: a tenth of the steps, so that an interruption costs at most that much
 WEIGHTS = "trained.safetensors"
+MARK = ".gradpruner-checkpoints"  # in a folder that holds nothing else, and may be deleted
 COPIES = 3  # a weight that trains, and the two moments that AdamW keeps of it
 
 
@@ -64,8 +65,13 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint, or None. Delete all others.
 
-        Raises InvalidArgument if the newest one belongs to another training.
+        Raises InvalidArgument if the newest one belongs to another training, or the folder to somebody else.
         """
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / MARK).is_file():
+            raise InvalidArgument(
+                f"folder {str(self.folder)!r} is for checkpoints of this training, but other files are in it; expected "
+                "no such folder, or an empty one: move it away, or write the model to another folder"
+            )
         found = sorted(self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step)
         complete = [path for path in found if (path / RECORD).is_file()]
         newest = complete[-1] if complete else None
@@ -77,22 +83,26 @@ class Checkpoints:
                 _delete(path)
         return newest
 
-    def need_room(self, model: nn.Module) -> None:
-        """Raise InvalidArgument if the disk cannot hold two checkpoints of `model`."""
+    def make_folder(self, model: nn.Module) -> None:
+        """Make the folder. Raise InvalidArgument if the disk cannot hold two checkpoints of `model` in it."""
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        needed, free = 2 * COPIES * size, shutil.disk_usage(self.folder).free
+        there = any(self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))  # the newest one: only one more is to come
+        place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
+        needed, free = (1 if there else 2) * COPIES * size, shutil.disk_usage(place).free
         if free < needed:
             raise InvalidArgument(
-                f"checkpoints in {str(self.folder)!r} need {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB "
+                f"checkpoints in {str(self.folder)!r} need {needed / 1e9:.3g} GB, and the disk has {free / 1e9:.3g} GB "
                 "left; expected more room, or a folder on another disk"
             )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / MARK).touch()
 
     def discard(self) -> None:
         """Delete the folder, once the result of the training is on disk."""
-        for path in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            _delete(path)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if (self.folder / MARK).is_file():
+            for path in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                _delete(path)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Completing(TrainerCallback):

@@ -305,7 +305,8 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     masks = Masks.load(options.masks) if options.masks else None
     identity = identify(options.model, trust_remote_code=options.trust_remote_code, say=given.say(options))
     made_from = {
-        "model": digest(identity.to_dict()),
+        "model": digest(identity.content),
+        "package versions": digest(identity.versions),
         "dtype or attention": digest([options.dtype, options.attention]),
         "masks": sha256_of(Path(options.masks)) if options.masks else "none",
     }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
-import math
 import multiprocessing
 import os
 import random
@@ -28,7 +27,7 @@ from gradpruner.companions import refuse_masks
 from gradpruner.data import IGNORED, Collator, Example, tokenize
 from gradpruner.decoder import Decoder
 from gradpruner.errors import GradPrunerError, InvalidArgument
-from gradpruner.evaluate import answers, macro_f1, perplexity
+from gradpruner.evaluate import answers, macro_f1, perplexity, perplexity_of
 from gradpruner.files import read_json, reading, write_json
 from gradpruner.finetune import Recipe, Row, check_comparable, schedule
 from gradpruner.identity import identify
@@ -377,7 +376,7 @@ def tested(model: Any, tokenizer: Any, examples: Sequence[Example], job: Job) ->
         if len(set(truth)) <= FEW:
             found["macro_f1"] = macro_f1([answer.said for answer in judged], truth)
     if job.train_on == "answer" and len(answered) == len(examples):
-        found["perplexity"] = math.exp(min(700.0, sum(a.loss for a in judged) / sum(a.tokens for a in judged)))
+        found["perplexity"] = perplexity_of(sum(a.loss for a in judged) / sum(a.tokens for a in judged))
     else:
         every = tokenize(examples, tokenizer, max_length=job.max_length, train_on=job.train_on)  # type: ignore[arg-type]
         found["perplexity"] = perplexity(model, every, collate=collate, batch_size=EVALUATED_AT_ONCE)

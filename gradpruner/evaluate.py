@@ -105,6 +105,14 @@ def exact_matches(model: Any, rows: Rows, *, collate: Collate, batch_size: int) 
     return result
 
 
+def perplexity_of(loss: float) -> float:
+    """Perplexity of a mean loss per token, in nats; infinite where it is too large for a float, NaN of a NaN."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 def perplexity(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> float:
     """Exponential of the mean cross entropy of all labelled tokens of all rows, summed in float64.
 
@@ -115,10 +123,7 @@ def perplexity(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> 
     for _, logits, labels in _answer_logits(model, rows, collate, batch_size):
         total += _cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
         tokens += int((labels != IGNORED).sum())
-    try:
-        return math.exp(total / tokens)
-    except OverflowError:
-        return math.inf
+    return perplexity_of(total / tokens)
 
 
 def rouge_l(model: Any, rows: Rows, tokenizer: Any, *, max_new_tokens: int, batch_size: int) -> float:

@@ -218,7 +218,7 @@ def train(
         _input_as_it_is(model) if mixed else contextlib.nullcontext(),
     ):
         if checkpoints is not None:
-            checkpoints.need_room(model)
+            checkpoints.make_folder(model)
         arguments = TrainingArguments(
             output_dir=scratch if checkpoints is None else str(checkpoints.folder),
             max_steps=of_steps,

@@ -19,6 +19,7 @@ from gradpruner.igia import Igia
 from gradpruner.links import names_of, stays
 from gradpruner.logits import logits_of
 from gradpruner.plan import Plan
+from gradpruner.provenance import RECORD
 from gradpruner.shards import INDEX, SINGLE, holds_safetensors, read_folder
 from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.saving import MASKS, check_stored
@@ -144,6 +145,8 @@ def _may_leave(file: Path, folder: Path) -> bool:
 
 def _may_be_called(name: str) -> bool:
     if name.startswith("."):
+        return False
+    if name == RECORD:  # of the run that wrote the folder
         return False
     if Path(name).suffix in UPLOADED or name in SENTENCEPIECE or name == MASKS:
         return True

@@ -88,7 +88,8 @@ class Run:
         self.cut(plan)
         rows.append(self.pruned(plan))
         rows = self.with_speeds(rows)
-        igia, kind = self.probe(), plan.kind or self.job.settings.kind
+        igia = self.probe()
+        kind = plan.kind if plan.kind in SCORES else self.job.settings.kind  # a plan by hand may name any other
         results = {
             "rows": rows,
             "plan": plan.to_dict(),
@@ -107,8 +108,9 @@ class Run:
         write_report(self.folder)
         # a card travels without the machine that it was made on
         of_the_model = [line for line in comparison(rows) if line[""] not in OF_THE_MACHINE]
-        card = model_card(self.folder / "model", base_model=self.job.source, scores=igia, kind=kind,
-                          results=of_the_model, trust_remote_code=self.job.trust_remote_code)  # fmt: skip
+        scored = {} if self._by_hand else {"scores": igia, "kind": kind}  # no score has chosen a plan by hand
+        card = model_card(self.folder / "model", base_model=self.job.source, results=of_the_model,
+                          trust_remote_code=self.job.trust_remote_code, **scored)  # type: ignore[arg-type] # fmt: skip
         write_card(self.folder / "model", card)
         return results
 
@@ -138,19 +140,31 @@ class Run:
             write_json(path, {**planned, MADE_FROM: {**self._from_probe(), "plan": digest(planned)}})
         plan, record = Plan.load(path), read_json(path, "plan").get(MADE_FROM)
         if record is not None:
-            need_same(path, {**record, "plan": ""}, {**self._from_probe(), "plan": ""},
-                      delete=[path, *self._kept.after("plan.json")])  # fmt: skip
+            self._check_ours(path, record)
         self._by_hand = record is None or record.get("plan") != digest(plan.to_dict())
+        if self.job.ratio == AUTO and not self._by_hand and not (self.folder / "auto.json").exists():
+            raise InvalidArgument(f"auto.json, by which {str(path)!r} was chosen, is gone; put it back, or delete both")
         if self._by_hand:
             plan = self._completed(plan)
             self.say("plan: plan.json was written or edited by hand; its layers are removed, not those of the scores")
         self.say(f"plan: {plan.summary()}")
         return plan
 
+    def _check_ours(self, path: Path, record: Any) -> None:
+        """Raise InvalidArgument unless plan.json was made from this run's settings and probe."""
+        if not isinstance(record, Mapping) or record.get("settings") != self._kept.settings["settings"]:
+            raise InvalidArgument(
+                f"{str(path)!r} was made by another run, or with other settings; expected a plan of this run. Delete "
+                f"it, or remove its {MADE_FROM!r} to use it as a plan by hand"
+            )
+        need_same(path, {**record, "plan": ""}, {**self._from_probe(), "plan": ""},
+                  delete=[path, *self._kept.after("plan.json")])  # fmt: skip
+
     def cut(self, plan: Plan) -> Path:
         """Fold and remove the layers; the smaller, not yet fine-tuned checkpoint is `cut/`."""
         path, made_from = self.folder / "cut", self._from_plan(plan)
         if not self._kept.is_made("cut", made_from):
+            self._kept.forget_results()
             smaller, tokenizer = self._smaller(plan)
             save(smaller, path, tokenizer=tokenizer, plan=dataclasses.replace(plan, before=self._earlier),
                  beside=lambda inside: write_json(inside / RECORD, made_from))  # fmt: skip
@@ -159,20 +173,26 @@ class Run:
     def pruned(self, plan: Plan) -> dict[str, Any]:
         """Fine-tune the smaller model with the steps that the probe left, evaluate it, write `model/`."""
         found = self._kept.result("pruned", self._from_plan(plan), lambda: self._pruned(plan))
+        self._check_model(plan)
+        return found
+
+    def _check_model(self, plan: Plan) -> None:
+        """Raise InvalidArgument unless `model/` is there, with the layers of the plan."""
         model = self.folder / "model"
         if not (model / PLAN_FILE).is_file() or Plan.load(model / PLAN_FILE) != plan:
             raise InvalidArgument(
                 f"{str(model)!r} is not the model that pruned.json belongs to; expected the folder that the run wrote. "
                 f"To train it again, delete {str(self.folder / 'pruned.json')!r}"
             )
-        return found
 
     def _checked(self) -> Plan:
         """Return the plan, after what is there already and is not of this run was refused."""
         self._kept.is_made("dense.json", self._kept.settings)
         plan = self.plan()
-        for stage in ("cut", "pruned.json"):
-            self._kept.is_made(stage, self._from_plan(plan))
+        made_from = self._from_plan(plan)
+        self._kept.is_made("cut", made_from)
+        if self._kept.is_made("pruned.json", made_from):
+            self._check_model(plan)
         return plan
 
     def _completed(self, plan: Plan) -> Plan:
@@ -181,6 +201,11 @@ class Run:
         igia = Igia.load(self._probed / IGIA, lazy=True)
         if plan.layers != igia.layers:
             raise ModelMismatch(f"plan.json is for {plan.layers} decoder layers; the model has {igia.layers}")
+        if plan.model not in (None, igia.model):
+            raise ModelMismatch(
+                "plan.json was made for another model than the run's; expected a plan for this one, or none of its "
+                "fingerprint: set its 'model' to null if it is meant for this one all the same"
+            )
         return dataclasses.replace(plan, parameter_ratio=igia.parameter_ratio(plan.removed))
 
     def _from_probe(self) -> dict[str, str]:
@@ -288,7 +313,6 @@ class Run:
         self, name: str, model: Any, tokenizer: Any, rows: list[Row], folder: str, made_from: Mapping[str, str],
         plan: Plan | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        (self.folder / SPEEDS).unlink(missing_ok=True)  # of an earlier model
         recipe = self.job.recipe.widened(1 if plan is None else self.job.settings.rank_factor)
         model, training = tune(model, tokenizer, rows, recipe, quiet=self.quiet,
                                checkpoints=self._kept.checkpoints(name, made_from))  # fmt: skip

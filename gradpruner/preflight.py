@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gradpruner.auto_ratio import AUTO
+from gradpruner.auto_ratio import AUTO, candidates
 from gradpruner.checkpoint import quiet
 from gradpruner.data import Collator, Example, tokenize
 from gradpruner.decoder import Decoder
@@ -47,6 +47,7 @@ def check_run(job: Job, model: Any, tokenizer: Any, folder: Path, examples: Mapp
         raise InvalidArgument(f"kind = {settings.kind!r}; accepted are {', '.join(SCORES)}")
     if job.ratio == AUTO:
         check_plan(decoder, count=1, merge=0)
+        candidates([0.0] * len(decoder.layers), least=settings.merge if isinstance(settings.merge, int) else 1)
     else:
         check_plan(decoder, ratio=None if job.count is not None else job.ratio, count=job.count, of=job.of,
                    merge=settings.merge)  # fmt: skip

@@ -18,6 +18,8 @@ SETTINGS, MODEL, CHECKPOINTS = "run.json", "model", "checkpoints"
 # stages in their order, and the checkpoints of the last one
 STAGES = ("dense.json", "probe", "auto.json", "plan.json", "cut", f"{CHECKPOINTS}/pruned", "model", "pruned.json")
 BY_HAND = ("plan.json",)  # may be there before the run begins
+RESULTS = ("results.json", "speeds.json", "report.html", "layer_scores.png")  # made from all stages
+OURS = (*(name for name in STAGES if name not in BY_HAND), "dense", CHECKPOINTS, *RESULTS)
 
 
 class RunFolder:
@@ -42,6 +44,7 @@ class RunFolder:
             if changed == ["max_lost"] and not (path / "plan.json").exists():
                 write_json(path / SETTINGS, now)  # nothing was chosen by the old bound, and no check depends on it
             elif changed and not self._begun:
+                self.forget_results()
                 write_json(path / SETTINGS, now)  # nothing is there that was made with the old settings
             elif changed:
                 raise InvalidArgument(
@@ -49,7 +52,7 @@ class RunFolder:
                     "a new folder, or the same settings, model and package versions to resume it"
                 )
         else:
-            there = [name for name in STAGES if name not in BY_HAND and (path / name).exists()]
+            there = [name for name in OURS if (path / name).exists()]
             if there:
                 raise InvalidArgument(
                     f"folder {str(path)!r} holds {', '.join(there)} of a run, but not its {SETTINGS}; expected a new "
@@ -63,7 +66,12 @@ class RunFolder:
     @property
     def _begun(self) -> bool:
         """Whether the folder holds what a stage has made, or is making."""
-        return any((self._path / name).exists() for name in (*STAGES, CHECKPOINTS) if name not in BY_HAND)
+        return any((self._path / name).exists() for name in OURS if name not in RESULTS)
+
+    def forget_results(self) -> None:
+        """Delete what is made from all stages, because one of them is made again."""
+        for name in RESULTS:
+            (self._path / name).unlink(missing_ok=True)
 
     def is_made(self, stage: str, made_from: Mapping[str, str]) -> bool:
         """Return whether a stage is finished. Raises InvalidArgument if it was made from something else."""
@@ -81,6 +89,7 @@ class RunFolder:
         """Return the result of a stage that trains; do its work if it is not finished."""
         file = f"{name}.json"
         if not self.is_made(file, made_from):
+            self.forget_results()
             write_json(self._path / file, {**work(), MADE_FROM: dict(made_from)})
             gc.collect()
         self.checkpoints(name, made_from).discard()

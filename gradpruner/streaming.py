@@ -27,6 +27,7 @@ from gradpruner.links import names_of, stays
 from gradpruner.logits import differ, logits_of, say_what_is_not_passed
 from gradpruner.merge import check_fits, donors_of, merge_weight_, share_of, skipping_logits
 from gradpruner.plan import Plan
+from gradpruner.provenance import RECORD
 from gradpruner.shards import Pending, Stored, bytes_of, checksum_of, read_folder, write_folder
 from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.saving import MASKS, check_stored
@@ -39,7 +40,7 @@ LARGEST_SHARD = 5 * 10**9  # bytes
 # of other weights, or able to hold code; they would describe the model as it was
 LEFT_BEHIND = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".gguf", ".onnx", ".state",
-    ".index.json", MASKS, CARD_FILE,
+    ".index.json", MASKS, CARD_FILE, RECORD,
 )  # fmt: skip
 FOLDERS = ("additional_chat_templates",)  # of a tokenizer
 

@@ -1,6 +1,18 @@
-"""Before torch is imported: of several workers, each computes on one thread."""
+"""What every test run has in common."""
 
+from __future__ import annotations
+
+import atexit
+import gc
 import os
+from typing import Any
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: of several workers, each computes on one thread
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish(session: Any) -> None:
+    """Every training collects garbage, and would look at all that the imports have left each time."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else native libraries report leaks at the end

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,6 @@ from gradpruner.finetune import Recipe
 from gradpruner.job import Job
 from gradpruner.pipeline import Run
 
-gc.freeze()  # every training collects garbage, and would look at all that the imports above have left
-atexit.register(gc.unfreeze)  # else native libraries report leaks at the end
 LAYERS, STEPS, PROBE = 4, 16, 4
 TRAIN = [Example(f"word {i % 7}:", "abc"[i % 3]) for i in range(30)]
 TEST = [Example(f"word {i % 5}:", "abc"[i % 3]) for i in range(6)]

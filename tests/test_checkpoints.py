@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,3 +156,25 @@ def test_wrong_intervals_are_refused(save_steps, source, tmp_path):
 def test_how_often():
     assert [Checkpoints(Path(), None, {}).interval(steps) for steps in (8, 100, 101, 5000)] == [10, 10, 11, 500]
     assert Checkpoints(Path(), 7, {}).interval(5000) == 7
+
+
+def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path):
+    mine = tmp_path / "out-checkpoints" / "checkpoint-500"
+    mine.mkdir(parents=True)
+    (mine.parent / "notes.txt").write_text("mine")
+    checkpoints = Checkpoints(mine.parent, None, {})
+    with pytest.raises(InvalidArgument, match=r"is for checkpoints of this training, but other files are in it"):
+        checkpoints.newest()
+    checkpoints.discard()
+    assert mine.is_dir() and (mine.parent / "notes.txt").is_file()
+
+
+def test_going_on_needs_room_for_one_more_checkpoint(tmp_path, monkeypatch):
+    model = torch.nn.Linear(8, 8, bias=False)  # a checkpoint: three times 256 bytes
+    checkpoints = Checkpoints(tmp_path / "checkpoints", None, {})
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
+    with pytest.raises(InvalidArgument, match=r"need 1.54e-06 GB, and the disk has 1e-06 GB left"):
+        checkpoints.make_folder(model)
+    assert not checkpoints.folder.exists()
+    (checkpoints.folder / "checkpoint-3").mkdir(parents=True)
+    checkpoints.make_folder(model)

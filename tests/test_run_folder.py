@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from small_runs import LAYERS, TEST, TRAIN, interrupting, job_of, run, write_model
+from small_runs import LAYERS, PROBE, TEST, TRAIN, interrupting, job_of, run, write_model
 
 from gradpruner.auto_ratio import choose
 from gradpruner.compare import Compare
@@ -14,6 +14,7 @@ from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.evaluate import Evaluation
 from gradpruner.igia import Igia
 from gradpruner.plan import Plan
+from gradpruner.provenance import digest
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +221,66 @@ def test_an_empty_folder_is_no_probe(source, compared, tmp_path, steps):
     probe.mkdir()
     comparison(source, tmp_path).work()
     assert (probe / "igia.safetensors").is_file() and len(steps) == 4 + 12
+
+
+def test_a_plan_by_hand_for_another_model_is_refused_before_the_dense_run(source, tmp_path, steps):
+    plan = Plan(LAYERS, [1], model="another")
+    (tmp_path / "out").mkdir()
+    plan.save(tmp_path / "out" / "plan.json")
+    with pytest.raises(ModelMismatch, match=r"plan.json was made for another model than the run's"):
+        run(source, tmp_path / "out").everything()
+    assert len(steps) == PROBE
+    for record in ({"settings": "of another run"}, "no record"):
+        edit(tmp_path / "out" / "plan.json", made_from=record)
+        with pytest.raises(InvalidArgument, match=r"plan.json' was made by another run, .* remove its 'made_from'"):
+            run(source, tmp_path / "out").everything()
+    assert len(steps) == PROBE
+
+
+def test_the_card_shows_no_scores_for_a_plan_by_hand(source, out, finished):
+    assert "Scores (`norm`)" in (finished / "model" / "README.md").read_text()
+    for name in ("cut", "model"):
+        shutil.rmtree(out / name)
+    (out / "pruned.json").unlink()
+    other_layers(out / "plan.json")
+    edit(out / "plan.json", kind="by guess")
+    run(source, out).everything()
+    assert "Scores" not in (out / "model" / "README.md").read_text()
+
+
+def test_results_do_not_outlive_the_stages_that_they_are_made_from(source, out):
+    for name in ("cut", "model"):
+        shutil.rmtree(out / name)
+    (out / "pruned.json").unlink()
+    made = run(source, out)
+    made.cut(made.plan())
+    assert not any((out / name).exists() for name in ("results.json", "speeds.json", "report.html"))
+
+
+def test_folders_of_somebody_else_are_left_alone(source, tmp_path, steps):
+    for name in ("dense", "checkpoints", "results.json"):
+        mine = tmp_path / name.partition(".")[0] / name
+        mine.mkdir(parents=True)
+        with pytest.raises(InvalidArgument, match=rf"holds {name} of a run, but not its run.json"):
+            run(source, mine.parent)
+        assert mine.exists() and steps == []
+
+
+def test_a_model_that_is_gone_is_told_before_the_dense_run(source, out, steps):
+    (out / "dense.json").unlink()
+    shutil.move(out / "model", out.parent / "elsewhere")
+    with pytest.raises(InvalidArgument, match=r"model' is not the model that pruned.json belongs to"):
+        run(source, out).everything()
+    assert steps == []
+
+
+def test_the_checks_behind_a_plan_must_be_there(source, tmp_path, steps):
+    (tmp_path / "out").mkdir()
+    made = run(source, tmp_path / "out", ratio="auto")
+    planned = made.probe().plan(count=2, kind="norm", merge=0).to_dict()
+    record = {**made._from_probe(), "plan": digest(planned)}
+    (tmp_path / "out" / "plan.json").write_text(json.dumps({**planned, "made_from": record}))
+    del steps[:]
+    with pytest.raises(InvalidArgument, match=r"auto.json, by which .*plan.json' was chosen, is gone"):
+        run(source, tmp_path / "out", ratio="auto").everything()
+    assert steps == []
