@@ -30,7 +30,9 @@ def check_mergeable(decoder: Decoder, peft: Any) -> None:
     if not hasattr(peft.base_model, "merge_and_unload"):
         raise UnsupportedModel(f"adapters of {type(peft.base_model).__name__} cannot be added to the weights")
     if any("original_module" in module._modules for module in base.modules()):
-        raise UnsupportedModel(f"modules_to_save: their trained copies cannot be kept yet; {DISCARD}")
+        raise UnsupportedModel(
+            f"modules_to_save, trainable_token_indices: what they trained beside a module cannot be kept yet; {DISCARD}"
+        )
     if any(is_packed(decoder.parameter(weight)) for weight in decoder.weights) or root_of(decoder.given) is not None:
         raise UnsupportedModel(
             f"adapters of a quantised or sharded model cannot be added to its weights; {DISCARD}, "
@@ -100,7 +102,7 @@ def _try(name: str, module: Any) -> None:
     """Merge one module by peft, and put it back."""
     if any(parameter.is_meta for parameter in module.parameters()):
         raise UnsupportedModel(f"{name} is on the meta device or offloaded: adapters cannot be added to it; {DISCARD}")
-    restore = restorer(module, module.parameters())
+    restore = restorer(module, module.parameters(), aside=None)  # one module at a time: there is room beside it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said again when it is done for good

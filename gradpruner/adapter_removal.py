@@ -47,10 +47,10 @@ def check_unaltered(decoder: Decoder) -> None:
         )
 
 
-def take_off(decoder: Decoder, adapters: str, expected: Tensor | None) -> None:
+def take_off(decoder: Decoder, adapters: str, expected: Tensor | None, tokens: int) -> None:
     """Leave the base model without adapters, trainable, and with the logits `expected`; or leave all as it was.
 
-    Raises UnsupportedModel.
+    tokens: see `logits_of`. Raises UnsupportedModel.
     """
     peft: Any = peft_of(decoder.given)
     base = decoder.base
@@ -61,7 +61,7 @@ def take_off(decoder: Decoder, adapters: str, expected: Tensor | None) -> None:
     try:
         _unload(peft, base, keep=keep)
         # peft's merge rounds each weight once more
-        gap = _gap(decoder, expected, MERGED if keep else 1.0)
+        gap = _gap(decoder, expected, tokens, MERGED if keep else 1.0)
         if gap is not None:
             raise UnsupportedModel(
                 f"the model without its adapters does not have the logits that it should have (by {gap:.3g}); nothing "
@@ -75,11 +75,12 @@ def take_off(decoder: Decoder, adapters: str, expected: Tensor | None) -> None:
             parameter.requires_grad_(True)
 
 
-def _gap(decoder: Decoder, expected: Tensor | None, rounding: float) -> float | None:
+def _gap(decoder: Decoder, expected: Tensor | None, tokens: int, rounding: float) -> float | None:
     root = root_of(decoder.given)
     if root is not None:  # of FSDP2: gone with the adapters, or not to be asked without them
         return None
-    return differ(expected, logits_of(decoder.base), next(decoder.base.parameters()).dtype, rounding=rounding)
+    actual, dtype = logits_of(decoder.base, tokens), next(decoder.base.parameters()).dtype
+    return differ(expected, actual, dtype, rounding=rounding)
 
 
 def _is_in_layers(peft: Any, base: nn.Module) -> bool:

@@ -27,12 +27,12 @@ Finding = tuple[list[int], str, str]  # the layers, the reason, and what to do a
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a probe watches. structures, sizes: one entry a layer (see `layer_sizes`). adapters: see `Igia`."""
+    """What a probe watches. structures, layer_parameters: one entry a layer. adapters: see `Igia`."""
 
     estimator: str
     weights: Sequence[Weight]
     structures: Sequence[str]
-    sizes: Sequence[int]
+    layer_parameters: Sequence[int]
     adapters: Sequence[str] = ()
 
     @classmethod
@@ -47,8 +47,7 @@ class Coverage:
     ) -> Coverage:
         """Of a model whose layers no step has been taken with yet. counts: of that model."""
         structures = [decoder.structure(layer) for layer in range(len(decoder.layers))]
-        sizes = layer_sizes(counts["layer_parameters"], counts["shared_parameters"])
-        return cls(estimator, weights, structures, sizes, adapters)
+        return cls(estimator, weights, structures, counts["layer_parameters"], adapters)
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -56,7 +55,8 @@ class Coverage:
         entries = [0] * len(self.structures)
         for weight in self.weights:
             entries[weight.layer] += math.prod(weight.shape)
-        return tuple(n / max(1, total) for n, total in zip(entries, self.sizes, strict=True))
+        # a watched weight may be used outside the layer too, and does not go with it then
+        return tuple(min(1.0, n / max(1, total)) for n, total in zip(entries, self.layer_parameters, strict=True))
 
     def check_comparable(self, protect: Iterable[int], square_norms: Tensor | None = None) -> None:
         """Raises ProbeError, with the layers' numbers and the ways out, if their scores say nothing of each other.
@@ -77,8 +77,8 @@ class Coverage:
         if found is not None:
             odd, reason, ways = found
             raise ProbeError(
-                f"layers {odd} cannot be compared with the other layers by their scores: {reason}. {ways}; or protect "
-                f"them: with protect={sorted(protected | set(odd))} they stay, whatever they score"
+                f"layers {odd} cannot be compared with the other layers by their scores: {reason}. {ways}; or, "
+                f"in Python, protect them: with protect={sorted(protected | set(odd))} they stay, whatever they score"
             )
 
     def _unwatched(self, candidates: Sequence[int]) -> Finding | None:
@@ -118,30 +118,21 @@ class Coverage:
     def _by_other_shares(self, candidates: Sequence[int]) -> Finding | None:
         shares = self.shares
         most = max((shares[layer] for layer in candidates), default=0.0)
-        odd = [layer for layer in candidates if shares[layer] < ALIKE * most]
-        if not odd:
+        low = [layer for layer in candidates if shares[layer] < ALIKE * most]
+        if not low:
             return None
+        high = [layer for layer in candidates if layer not in low]
+        odd, usual = (low, high) if len(low) <= len(high) else (high, low)  # the fewer are easier to protect
         reason = (
-            f"the probe watches at most {max(shares[layer] for layer in odd):.1%} of their parameters, and up to "
-            f"{most:.1%} of those of others (adapters and estimator='exact' do not reach fused experts)"
+            f"the probe watches {share_range([shares[layer] for layer in odd])} of their parameters, and "
+            f"{share_range([shares[layer] for layer in usual])} of those of others (adapters and estimator='exact' do "
+            "not reach fused experts)"
         )
         return odd, reason, "Train all weights in the probe's steps, without adapters"
 
     def _ways(self) -> str:
         exact = "" if self.estimator == "exact" else f"; {EXACT}"
         return f"Train the same weights of every layer, or put the same adapters on them{exact}"
-
-
-def layer_sizes(own: Sequence[int], shared: Iterable[tuple[tuple[int, ...], int]]) -> tuple[int, ...]:
-    """How many parameters each layer computes with: its own, and all of those that it shares with other layers.
-
-    own, shared: see `gradpruner.parameter_counts`.
-    """
-    sizes = list(own)
-    for layers, count in shared:
-        for layer in layers:
-            sizes[layer] += count
-    return tuple(sizes)
 
 
 def share_range(shares: Sequence[float]) -> str:

@@ -280,10 +280,15 @@ def linear_modules(decoder: Decoder, index: int) -> dict[str, nn.Module]:
 def _owner(layer: nn.Module, path: str) -> nn.Module:
     module: Any = layer
     for part in path.split(".") if path else []:
-        if not hasattr(module, part):
-            module = getattr(module, "base_layer", None) or getattr(module, "original_module", module)
+        while not hasattr(module, part):  # adapters may be nested
+            wrapped = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+            if wrapped is None:
+                break
+            module = wrapped
         module = getattr(module, part)
-    return getattr(module, "base_layer", module)
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
 
 def _full_shape(parameter: Tensor, owner: Any = None) -> torch.Size:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradpruner import ops
-from gradpruner.coverage import Coverage, layer_sizes
+from gradpruner.coverage import Coverage
 from gradpruner.decoder import Weight
 from gradpruner.distributed import Peers, together
 from gradpruner.errors import InvalidArgument, ProbeError
@@ -108,8 +108,7 @@ class Igia:
 
     @property
     def _coverage(self) -> Coverage:
-        sizes = layer_sizes(self.layer_parameters, self.shared_parameters or ())
-        return Coverage(self.estimator, self.weights, self.structures, sizes, self.adapters)
+        return Coverage(self.estimator, self.weights, self.structures, self.layer_parameters, self.adapters)
 
     @property
     def watched(self) -> tuple[float, ...]:

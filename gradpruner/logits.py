@@ -24,16 +24,19 @@ LONGEST = 1024  # tokens: windows longer than that are not passed
 WINDOWS = re.compile(r"window|chunk|block_size|local|radius|stride|index_topk|compress|floor_scale")
 NO_WINDOWS = re.compile(r"layer|expert|pattern|ids$|ind(ic|ex)es$|theta|feed_forward|prob")
 MERGED = 16.0  # times the rounding: each weight is rounded once more (4.1 was seen, 30 layers in bfloat16)
+TF32 = 2.0**-10  # to which a GPU rounds what float32 matrix products read, where that is switched on
 ROUNDING = 5e-5  # of the largest logit: what float32 may leave between two forwards of the same weights
 WANTING = ("input", "required", "have to specify")  # what models say that want more than token ids
 CACHES = ("cache", "past_key_values", "cache_params", "state")  # what models call theirs
 
 
-def logits_of(model: nn.Module) -> Tensor | None:
+def logits_of(model: nn.Module, tokens: int | None = None) -> Tensor | None:
     """Logits (1, tokens, vocabulary) on fixed token ids, float32 in host memory, in evaluation mode.
 
     The last token's are computed with a cache of the others, as in generation, where the model can do that. Where the
     config names windows or chunks of attention, the last tokens' of a longer input, padded on the left, follow.
+    tokens: of that longer input, 0 for none; default `longer_input(config)`. A cut may change the windows that a config
+    names, and its model must be asked the same.
     Of a model without a head for tokens, its first output: hidden states, scores of classes.
     None where they cannot be had: no vocabulary in the config, a model that wants more than token ids, no data.
     Of a model sharded by FSDP2, its root is wanted; every process calls this.
@@ -49,7 +52,8 @@ def logits_of(model: nn.Module) -> Tensor | None:
         with evaluating(model), resharding(model):
             output = _answer(model(**inputs, use_cache=False))
             step = _cached_step(model, inputs)
-            longer = _past_the_windows(model, vocabulary, first.device)
+            asked = longer_input(config) if tokens is None else tokens
+            longer = _past_the_windows(model, vocabulary, asked, first.device) if asked else None
     except (TypeError, ValueError, RuntimeError) as error:
         if any(word in str(error) for word in WANTING):
             return None
@@ -107,15 +111,19 @@ def _numbers(value: Any) -> Iterator[int]:
             yield from _numbers(part)
 
 
-def _past_the_windows(model: nn.Module, vocabulary: int, device: torch.device) -> Tensor | None:
-    """Logits of the last tokens of an input that is longer than the windows, padded on the left; None without any."""
-    config: Any = model.config
+def longer_input(config: Any) -> int:
+    """The tokens of an input that is longer than the windows which the config names; 0 without any."""
     sizes = [size for size in windows_of(config).values() if size <= LONGEST]
     if not sizes:
-        return None
+        return 0
     positions = getattr(text_config(config), "max_position_embeddings", None)
     tokens = max(sizes) + PADDING + TOKENS
-    tokens = min(tokens, positions) if isinstance(positions, int) else tokens
+    return min(tokens, positions) if isinstance(positions, int) else tokens
+
+
+def _past_the_windows(model: nn.Module, vocabulary: int, tokens: int, device: torch.device) -> Tensor | None:
+    """Logits of the last tokens of an input of so many tokens, padded on the left."""
+    config: Any = model.config
     inputs = _inputs(config, vocabulary, tokens, device)
     mask = torch.ones(1, tokens, dtype=torch.long, device=device)
     mask[:, :PADDING] = 0
@@ -178,6 +186,16 @@ def root_of(model: nn.Module) -> nn.Module | None:
     return next((wrapper for wrapper in wrappers(model) if is_fsdp(wrapper)), None)
 
 
+def _rounds_products() -> bool:
+    """Whether float32 matrix products of a GPU are rounded; other weights of the same product then round otherwise."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        return torch.get_float32_matmul_precision() != "highest" or torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # torch does not tell where old and new settings were mixed
+        return True
+
+
 def differ(
     expected: Tensor | None, actual: Tensor | None, dtype: torch.dtype, *, rounding: float = 1.0
 ) -> float | None:
@@ -200,5 +218,7 @@ def differ(
     finite = expected.isfinite()
     gap = (expected[finite] - actual[finite]).abs()
     allowed = rounding * max(ROUNDING, float(torch.finfo(dtype).eps))
+    if rounding > 1 and dtype == torch.float32 and _rounds_products():
+        allowed = rounding * TF32
     tolerance = allowed * float(expected[finite].abs().max()) if gap.numel() else 0.0
     return float(gap.max()) if gap.numel() and float(gap.max()) > tolerance else None

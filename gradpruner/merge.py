@@ -28,7 +28,7 @@ from gradpruner.distributed import (
 )
 from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.igia import Dense, Factors, Igia, SharedImportance
-from gradpruner.logits import differ, logits_of, root_of, say_what_is_not_passed
+from gradpruner.logits import differ, logits_of, longer_input, root_of, say_what_is_not_passed
 from gradpruner.patch import Patch, check_patches
 from gradpruner.plan import Plan
 from gradpruner.surgery import Replaced, prepare
@@ -70,7 +70,7 @@ def apply(
     check_removable(decoder, adapters)
     acting = peft_of(model) if adapters == "keep" else None
     with removing(decoder, plan, igia, share_of(top), weight, patches, acting=acting) as removal:
-        take_off(decoder, adapters, removal.logits)
+        take_off(decoder, adapters, removal.logits, removal.tokens)
     return decoder.base
 
 
@@ -78,10 +78,12 @@ class Removal(NamedTuple):
     """A model while its removal can still be undone.
 
     logits: those that are to be seen once the adapters are where they belong, float32 or None where the model gives
-    none. replaced: the parameters outside the layers whose place smaller ones have taken, for whoever holds them.
+    none. tokens: of the longer input that they were computed on, see `logits_of`. replaced: the parameters outside the
+    layers whose place smaller ones have taken, for whoever holds them.
     """
 
     logits: Tensor | None
+    tokens: int
     replaced: list[Replaced]
 
 
@@ -126,18 +128,19 @@ def removing(
                     _fold(decoder, kept, donors, igia, share, weight, undo_merge)
             for patch in patches:
                 _add(decoder, patch, undo_merge)
-        expected = skipping_logits(decoder, plan.removed)
+        tokens = longer_input(decoder.config)
+        expected = skipping_logits(decoder, plan.removed, tokens)
         say_what_is_not_passed(decoder.config)
         if expected is None:
             logger.warning("the model gives no logits on token ids alone: those of the smaller model are not compared")
-        acted = expected if acting is None else skipping_logits(decoder, plan.removed, adapters=True)
+        acted = expected if acting is None else skipping_logits(decoder, plan.removed, tokens, adapters=True)
         undo_cut = surgery.perform()
-        actual = skipping_logits(decoder, ())
-        acts = actual if acting is None else skipping_logits(decoder, (), adapters=True)
+        actual = skipping_logits(decoder, (), tokens)
+        acts = actual if acting is None else skipping_logits(decoder, (), tokens, adapters=True)
         with together(_peers_of(root, igia)):
             _check_logits(expected, actual, dtype)
             _check_logits(acted, acts, dtype)
-        yield Removal(acted, surgery.replaced)
+        yield Removal(acted, tokens, surgery.replaced)
     except BaseException:
         if undo_cut is not None:
             undo_cut()
@@ -289,19 +292,35 @@ def _merge_matrix(
     ops.sign_merge_(weight, donors, parts, values, indices, scales)
 
 
-def skipping_logits(decoder: Decoder, skip: tuple[int, ...], *, adapters: bool = False) -> Tensor | None:
+def skipping_logits(
+    decoder: Decoder, skip: tuple[int, ...], tokens: int | None = None, *, adapters: bool = False
+) -> Tensor | None:
     """Logits of the model, each layer in `skip` passing its input on as its output. adapters: whether they act.
+    tokens: see `logits_of`.
 
     A model that FSDP2 shards is asked through its root; every process calls this.
     """
     root = root_of(decoder.given)
     handles = [decoder.layers[i].register_forward_hook(_pass_input_on, with_kwargs=True) for i in skip]
     try:
-        with contextlib.nullcontext() if adapters else _adapters_off(decoder.base):
-            return logits_of(root or decoder.base)
+        with _casting_inputs(decoder.base) if adapters else _adapters_off(decoder.base):
+            return logits_of(root or decoder.base, tokens)
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _casting_inputs(base: nn.Module) -> Iterator[None]:
+    """Adapters take inputs of another dtype inside, as they do unless peft was told to leave that to autocast."""
+    off = [m for m in base.modules() if getattr(m, "cast_input_dtype_enabled", None) is False]
+    for module in off:
+        module.cast_input_dtype_enabled = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in off:
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

@@ -43,8 +43,8 @@ def prune(
     recipe, wrapped = Recipe(), is_peft(model)
     check_removable(Decoder(model), chosen.adapters)  # better told now than after the probe
     trains = [(p, p.requires_grad) for p in model.parameters()]
+    was_training = model.training
     watched = model if wrapped else add_adapters(model, recipe)
-    was_training = watched.training
     try:
         igia, seen = _watch(watched.train(), batches, recipe, steps)
         plan: Plan = igia.plan(ratio, kind=chosen.kind, merge=chosen.merge)

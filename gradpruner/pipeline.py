@@ -84,24 +84,21 @@ class Run:
         """All stages; the results as `results.json` holds them. dense: train the uncut model too, to compare."""
         # before the dense run is paid for: no cut may be within the bound, or the layers may not be comparable
         plan = self._checked()
+        igia = Igia.load(self._probed / IGIA, lazy=True)
+        kind = plan.kind if plan.kind in SCORES else self.job.settings.kind  # a plan by hand may name any other
+        probe = {
+            "steps": igia.steps,
+            "skipped": igia.skipped,
+            "margin": igia.margin(plan, kind),
+            "stability": igia.stability(plan, kind),
+            "layer_scores": igia.layer_scores(kind).tolist(),
+            "watched": list(igia.watched),
+        }
         rows = [self.dense()] if dense else []
         self.cut(plan)
         rows.append(self.pruned(plan))
         rows = self.with_speeds(rows)
-        igia = self.probe()
-        kind = plan.kind if plan.kind in SCORES else self.job.settings.kind  # a plan by hand may name any other
-        results = {
-            "rows": rows,
-            "plan": plan.to_dict(),
-            "probe": {
-                "steps": igia.steps,
-                "skipped": igia.skipped,
-                "margin": igia.margin(plan, kind),
-                "stability": igia.stability(plan, kind),
-                "layer_scores": igia.layer_scores(kind).tolist(),
-                "watched": list(igia.watched),
-            },
-        }
+        results = {"rows": rows, "plan": plan.to_dict(), "probe": probe}
         if self.job.ratio == AUTO and not self._by_hand:
             results["auto"] = read_json(self.folder / "auto.json", "auto")
         write_json(self.folder / "results.json", results)

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 
-def restorer(model: nn.Module, values: Iterable[Tensor] = ()) -> Callable[[], None]:
+def restorer(model: nn.Module, values: Iterable[Tensor] = (), *, aside: str | None = "cpu") -> Callable[[], None]:
     """What puts every module of `model` back: its submodules, parameters and attributes are the same objects again.
 
-    values: tensors that may change in place, each copied to host memory here and written back then.
+    values: tensors that may change in place, each copied here and written back then. aside: the device of the copies,
+    by default host memory; None: that of the tensor.
     """
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     held = {id(v): v for _, known in attributes for v in known.values() if isinstance(v, (dict, list, set))}
     contents = [(container, copy.copy(container)) for container in held.values()]
     distinct = {id(tensor): tensor for tensor in values}.values()
-    copies = [(tensor, tensor.data, tensor.detach().to("cpu", copy=True)) for tensor in distinct]
+    copies = [(tensor, tensor.data, tensor.detach().to(aside or tensor.device, copy=True)) for tensor in distinct]
 
     def restore() -> None:
         for module, known in attributes:

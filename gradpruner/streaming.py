@@ -24,7 +24,7 @@ from gradpruner.files import atomic_folder, read_json, write_json
 from gradpruner.generation_config import rewrite
 from gradpruner.igia import Igia
 from gradpruner.links import names_of, stays
-from gradpruner.logits import differ, logits_of, say_what_is_not_passed
+from gradpruner.logits import differ, logits_of, longer_input, say_what_is_not_passed
 from gradpruner.merge import check_fits, donors_of, merge_weight_, share_of, skipping_logits
 from gradpruner.plan import Plan
 from gradpruner.provenance import RECORD
@@ -260,7 +260,8 @@ def _check_logits(
         for name, tensor in replaced.items():
             dense.get_parameter(name).copy_(tensor.read())
     say_what_is_not_passed(dense.config)
-    gap = differ(skipping_logits(Decoder(dense), plan.removed), logits_of(small), dense.dtype)
+    tokens = longer_input(dense.config)
+    gap = differ(skipping_logits(Decoder(dense), plan.removed, tokens), logits_of(small, tokens), dense.dtype)
     if gap is not None:
         raise UnsupportedModel(
             f"the written model's logits are not those of the dense model with the same layers skipped (by {gap:.3g})"

@@ -287,11 +287,13 @@ def _of_kept(value: Any, surgery: Surgery) -> Any:
 def _live(layer: nn.Module, path: str) -> nn.Module:
     module = layer
     for part in path.split(".") if path else []:
-        if not hasattr(module, part) and hasattr(module, "base_layer"):
+        while not hasattr(module, part) and hasattr(module, "base_layer"):  # adapters may be nested
             module = module.base_layer  # type: ignore[assignment]
         module = getattr(module, part)
     module = getattr(module, CHECKPOINTED, module)
-    return getattr(module, "base_layer", module)
+    while hasattr(module, "base_layer"):
+        module = module.base_layer  # type: ignore[assignment]
+    return module
 
 
 def _plain(module: nn.Module, also: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import distributed
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import gradpruner
-from gradpruner import checkpoint, igia, merge
+from gradpruner import checkpoint, merge, tensor_files
 from gradpruner.decoder import Decoder
 from gradpruner.distributed import is_sharded
 from gradpruner.igia import Dense, Factors, SharedImportance
@@ -78,8 +78,8 @@ def same_as_one_process(folder, wrapper, estimator):
     # one process writes
     written = []
     with pytest.MonkeyPatch.context() as patch:
-        save_file = igia.save_file
-        patch.setattr(igia, "save_file", lambda *a, **o: (written.append(1), save_file(*a, **o)))
+        save_file = tensor_files.save_file
+        patch.setattr(tensor_files, "save_file", lambda *a, **o: (written.append(1), save_file(*a, **o)))
         seen.save(folder / "igia.safetensors")
     assert all_of(len(written)) == [1] + [0] * (size - 1)
     loaded = gradpruner.Igia.load(folder / "igia.safetensors")

@@ -9,9 +9,10 @@ import torch
 from adapter_cases import PEFT_OF_KIND, of_kind
 from adapter_models import LINEARS, batch, gpt2, is_here, llama, lora, options, two
 from adapters import skipping
+from peft.helpers import disable_input_dtype_casting
 from test_families import igia_of
 from tiny_configs import tiny_config
-from transformers import AutoModelForCausalLM, ZambaConfig
+from transformers import AutoModelForCausalLM, MixtralConfig, ZambaConfig
 
 import gradpruner
 from gradpruner import adapter_removal
@@ -194,3 +195,37 @@ def test_finishing_says_when_the_model_became_another(dtype, caplog):
         assert not caplog.records
         finish(shaken(lora(llama(dtype, **TIED), target_modules=["embed_tokens"]), 1.0))
     assert "changed the model's logits" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["cut", "apply"])
+def test_adapters_that_leave_casting_to_autocast_are_compared_too(way):
+    """As `finetune.train` has it: float32 adapters on a bfloat16 model, and peft told not to widen their inputs."""
+    model = lora(llama().to(torch.bfloat16))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    shaken(model)
+    with disable_input_dtype_casting(model):
+        if way == "cut":
+            gradpruner.cut(model, None, PLAN, adapters="keep")
+            assert not any(getattr(module, "cast_input_dtype_enabled", False) for module in model.modules())
+        else:
+            model = gradpruner.apply(model, PLAN, adapters="keep")
+    assert len(model.get_decoder().layers) == 3
+
+
+@pytest.mark.parametrize("adapters", ["keep", "discard"])
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_on_both_weights_of_experts_are_taken_off(adapters):
+    """peft nests one wrapper in the other."""
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(tiny_config(MixtralConfig))
+    weights = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = shaken(lora(dense, target_modules=["q_proj"], target_parameters=weights))
+    ids = batch(1) % dense.config.vocab_size
+    expected = skipping(model.get_base_model(), ids)
+    small = gradpruner.apply(model, PLAN, adapters=adapters)
+    assert not any("base_layer" in name for name, _ in small.named_modules())
+    with torch.no_grad():
+        found = small.eval()(input_ids=ids).logits
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4) is (adapters == "keep")

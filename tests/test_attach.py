@@ -22,6 +22,7 @@ from gradpruner import inputs
 from gradpruner.decoder import Decoder
 from gradpruner.inputs import load_inputs
 from gradpruner.patch import Patch, fit_patches, gaps
+from gradpruner.tensor_files import read_described, write_described
 from gradpruner.training_files import mark_of
 
 SETTINGS = {
@@ -222,7 +223,9 @@ def test_inputs_that_do_not_come_back_whole_are_refused(damage, finished, tmp_pa
         content[-1] ^= 1
         file.write_bytes(content)
     else:
-        file.write_bytes(file.read_bytes().replace(b'\\"processes\\": 1', b'\\"processes\\": 2'))
+        stored, header = read_described(file, "inputs", inputs.FORMAT)
+        tensors = {name: tensor.read() for name, tensor in stored.items()}
+        write_described(file, tensors, {**header, "processes": 2})
     reasons = {"gone": "lacks the inputs", "bytes": "checksum of '2/", "one of two": "of 1 processes; 2 have"}
     made, _ = trainer(tmp_path)
     with pytest.raises(gradpruner.CheckpointError, match=reasons[damage]):

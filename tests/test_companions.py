@@ -119,13 +119,13 @@ def test_a_model_of_the_hub_has_its_plan_there(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda source, name, revision: str(tmp_path / name))
     assert plan_of("me/small", model) == plan
 
-    def missing(source, name):
+    def missing(source, name, revision):
         raise EntryNotFoundError("no such file")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", missing)
     assert plan_of("me/small", model) is None
 
-    def broken(source, name):
+    def broken(source, name, revision):
         raise HfHubHTTPError("503", response=SimpleNamespace(headers={}, request=None))
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)

@@ -323,7 +323,7 @@ def test_training_asks_for_one_device(monkeypatch):
 )
 def test_a_loss_that_rose_is_no_success(losses, diverged):
     assert has_diverged(losses) is diverged
-    done = finetune.Training(len(losses), tuple(losses), 0.1, 1)
+    done = finetune.Training(len(losses), tuple(losses), 0.1, 1, 1.0)
     assert done.diverged is diverged and done.to_dict()["diverged"] is diverged
     assert bool(why_failed("the run", losses, 2.0)) is diverged
     if diverged:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import gradpruner
-from gradpruner.logits import LONGEST, PADDING, TOKENS, differ, logits_of, windows_of
+from gradpruner.logits import LONGEST, PADDING, TOKENS, differ, logits_of, longer_input, windows_of
 
 
 @pytest.mark.parametrize(("gap", "dtype", "same"), [
@@ -120,3 +120,13 @@ def test_a_window_that_is_too_long_to_be_passed_is_said(caplog):
     with caplog.at_level(logging.WARNING):
         gradpruner.apply(ruled(kind=LlamaForCausalLM), gradpruner.Plan(6, drop=[1]))
     assert not caplog.records
+
+
+def test_models_with_other_windows_are_asked_the_same():
+    """A cut to layers of full attention alone takes the window out of the config."""
+    dense, small = ruled(kind=LlamaForCausalLM), ruled(kind=LlamaForCausalLM)
+    small.config.sliding_window = small.config.max_position_embeddings
+    tokens = longer_input(dense.config)
+    assert tokens == 20 + PADDING + TOKENS and longer_input(small.config) == 0
+    assert differ(logits_of(dense, tokens), logits_of(small, tokens), torch.float32) is None
+    assert differ(logits_of(dense), logits_of(small), torch.float32) == float("inf")
