@@ -31,7 +31,7 @@ from gradpruner.report import table
 
 ROWS, LENGTH, RANK = 4, 256, 8
 TOP = Fraction(1, 5)
-# 12 of SmolLM2's 30 layers, three of them merged: a cut that the layer scores of a real probe made (METHOD section 5)
+# 12 of SmolLM2's 30 layers, three of them merged: a cut that the layer scores of a real probe made (docs/evidence.md)
 PLAN = gradpruner.Plan(30, drop=[8, 10, 13, 17, 20, 22, 23, 25, 26], merge=[6, 14, 18])
 DIFFERENT = 1e-4  # share of merged entries that may differ: those whose importance lies at the threshold
 CPU = torch.device("cpu")
@@ -131,7 +131,7 @@ def _random_factors(decoder: Decoder, steps: int) -> dict[tuple[int, str], Facto
 
 
 def _merge_released(weights: Named, factors: Mapping[tuple[int, str], Factors], plan: gradpruner.Plan) -> None:
-    """F of every weight of every layer, then masks by argsort and merges by float masks (METHOD C)."""
+    """F of every weight of every layer, then masks by argsort and merges by float masks (docs/method.md, C)."""
     released = Released(CPU)
     importance = {key: released.importance(f.a, f.b) for key, f in factors.items()}
     for target, donors in plan.donors.items():

@@ -1,4 +1,7 @@
-"""What the methods' authors do (METHOD C and section 6), in plain torch: dense squares, full sorts, dense masks."""
+"""What the methods' authors do, in plain torch: dense squares, full sorts, dense masks.
+
+Source: docs/method.md, C and section 7.
+"""
 
 from __future__ import annotations
 

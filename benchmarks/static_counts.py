@@ -3,8 +3,8 @@
 Each pass over memory is one `Pass`: what it must move to and from the card's memory if caches hold what they can (every
 operand once), and its operations by unit. The roofline time of a way is the sum of its passes' roofline times.
 
-The released way (METHOD C), one torch expression a pass: G = gB @ gA built densely for each step, squared, added; the
-mask from a full descending argsort; donors added through masks stored as numbers.
+The released way (docs/method.md, C), one torch expression a pass: G = gB @ gA built densely for each step, squared,
+added; the mask from a full descending argsort; donors added through masks stored as numbers.
 """
 
 from __future__ import annotations

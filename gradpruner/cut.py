@@ -46,7 +46,7 @@ def cut(
     "keep" them and their state as they are. Weights that train fully keep theirs in any case.
     optimizer: torch's or accelerate's, whose groups lose the removed parameters; None where there is none yet.
     igia, top, weight, patches: see `apply`. Call it between two optimizer steps, on every process, each with the same
-    patches (those of `fit_patches` are). Source: METHOD section 3.
+    patches (those of `fit_patches` are). Source: docs/method.md, section 3.
 
     Nothing is changed unless everything succeeds. Raises InvalidArgument, ModelMismatch, UnsupportedModel.
     """

@@ -46,7 +46,7 @@ GROUPED = 50  # batches whose rows are sorted together: as transformers groups b
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to fine-tune; the defaults are the paper's LoRA setting (METHOD sections 1 and 4).
+    """How to fine-tune; the defaults are the paper's LoRA setting (docs/method.md, sections 1 and 6).
 
     batch_size: examples of one forward pass. accumulation: forward passes of one optimizer step. warmup: share of
     the steps with a rising learning rate; then it falls linearly. rank: of the adapters, on every linear of

@@ -55,7 +55,7 @@ def apply(
     themselves (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA), or are merged into them, are refused. igia may be None when
     the plan merges nothing.
     top: share p of each merged weight's entries to keep, the most important ones (C: 0.2). weight: factor of
-    the merged entries (P, C: 1). patches: of `fit_patches`, for gaps of this plan. Source: METHOD section 3.
+    the merged entries (P, C: 1). patches: of `fit_patches`, for gaps of this plan. Source: docs/method.md, section 3.
 
     Nothing is changed unless everything succeeds: the removal is planned against the configuration first, and the
     logits of the smaller model are compared with those of the dense one with the same layers skipped. An
@@ -252,7 +252,7 @@ def merge_weight_(
     *,
     first: int = 0,
 ) -> None:
-    """Merge donors, ascending, into one stored weight, 2-D or 3-D, in place (METHOD section 3).
+    """Merge donors, ascending, into one stored weight, 2-D or 3-D, in place (docs/method.md, section 3).
 
     weight and donors may be some of the rows (3-D: of the experts) of the whole, from row `first` on; importance is
     always of the whole, on any device.

@@ -24,7 +24,7 @@ DROPPED_OUTRIGHT = Fraction(3, 10)  # of all layers; past that accuracy falls of
 
 @dataclass(frozen=True)
 class Plan:
-    """Kept, dropped and merged decoder layers of a model with `layers` of them (METHOD section 2).
+    """Kept, dropped and merged decoder layers of a model with `layers` of them (docs/method.md, section 2).
 
     drop: layers removed outright. merge: layers removed after being folded into a kept layer before them:
     either a list (target: the nearest kept layer before) or a mapping from layer to target.
@@ -195,7 +195,7 @@ def select(
 
     ratio: share to remove, of decoder layers, or with of="parameters" of all parameters (then the fewest lowest
     layers that reach it); or count: how many layers. merge: "auto" drops the lowest round(0.3 L) and folds the
-    rest of the removed into the nearest kept layer of the same structure before (METHOD section 2); a number
+    rest of the removed into the nearest kept layer of the same structure before (docs/method.md, section 2); a number
     folds that many, the highest-scored of the removed; 0 none. protect: layers that stay whatever they score.
     structures: one value a layer, equal where layers can be merged. layer_parameters, shared_parameters,
     total_parameters: as `gradpruner.parameter_counts.count_parameters` counts them. kind: what the scores are called,

@@ -45,7 +45,7 @@ class Probe:
     calls an optimizer step, needed by "exact" on trainable weights. group: the processes that train this model
     together (DistributedDataParallel, FSDP2): a torch ProcessGroup, by default the default group, False where each
     process has a model of its own. All of them then make, start, end and ask the probe alike, and share the storing
-    of what it keeps. Source: P eq. 2 to 4, METHOD section 1.
+    of what it keeps. Source: P eq. 2 to 4, docs/method.md, section 1.
 
     Raises InvalidArgument, UnsupportedModel, and ProbeError where gradients cannot be read.
     """

@@ -88,7 +88,7 @@ def apply_folder(
     file too. The other files of the folder come along, except other weights, pickles, and Python code unless
     trust_remote_code. Masks in the folder (`save_sparse`) come along for the layers that are kept. A field of the
     generation config that transformers would not write is left out, and logged. top, weight: see `apply`.
-    Source: METHOD section 3.
+    Source: docs/method.md, section 3.
 
     The folder gets its name only after its files were read again: every checksum, and keys, shapes and dtypes by
     the stock class; where the dense model fits in memory twice, also the logits, against the dense model with the

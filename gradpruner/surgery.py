@@ -3,7 +3,7 @@
 A layer's behaviour may depend on its index through its own `layer_idx`, through per-layer lists in the config, or
 through rules on the index. So the configuration is cut first; then the dense and the cut model are built from
 their configurations on the meta device and compared layer by layer, in class, names, shapes and every
-plain attribute. What differs is an index to renumber, or a reason to refuse (METHOD section 3, "Removing layers").
+plain attribute. What differs is an index to renumber, or a reason to refuse (docs/method.md, section 5).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`sign_merge_` with each donor's importance rebuilt tile by tile from its factors (METHOD section 3)."""
+"""`sign_merge_` with each donor's importance rebuilt tile by tile from its factors (docs/method.md, section 3)."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def factor_sign_merge_(
     indices: list[Tensor],
     scales: list[float],
 ) -> None:
-    """`sign_merge_` with F of a[k] (t, r, in) and b[k] (t, out, r), never in memory (METHOD section 3)."""
+    """`sign_merge_` with F of a[k] (t, r, in) and b[k] (t, out, r), never in memory (docs/method.md, section 3)."""
     halves = [x.dtype == torch.bfloat16 for x in a]
     rows = [
         [

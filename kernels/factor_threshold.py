@@ -1,4 +1,4 @@
-"""Boundary of the k largest entries of F, rebuilt from its factors in every pass (METHOD section 3).
+"""Boundary of the k largest entries of F, rebuilt from its factors in every pass (docs/method.md, section 3).
 
 F is never in memory whole. A cell is one row of one tile: ordered by row and then by tile, the cells
 follow the flat index.
@@ -181,7 +181,7 @@ def factor_settle_kernel(
 
 
 def factor_threshold(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`threshold` of the F that a (t, r, in) and b (t, out, r) stand for (METHOD section 3)."""
+    """`threshold` of the F that a (t, r, in) and b (t, out, r) stand for (docs/method.md, section 3)."""
     steps, rank, n_in = a.shape
     n_out = b.shape[1]
     shape = (steps, rank, n_out, n_in)

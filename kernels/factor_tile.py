@@ -1,4 +1,4 @@
-"""One tile of F = sum over steps of (b_i a_i) ** 2, the only place where it is computed (METHOD section 3).
+"""One tile of F = sum over steps of (b_i a_i) ** 2, the only place where it is computed (docs/method.md, section 3).
 
 Selection and merge must rebuild F bit for bit alike. They do because both call this function with the tile, the
 number of warps and the options of `tile_launch`: the products of a step are summed over the rank in slices of one

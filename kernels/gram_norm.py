@@ -1,4 +1,4 @@
-"""||B A||_F^2 of every pair of a step from two r x r Gram matrices, one launch and a small sum (METHOD D)."""
+"""||B A||_F^2 of every pair of a step from two r x r Gram matrices, one launch and a small sum (docs/method.md, D)."""
 
 from __future__ import annotations
 

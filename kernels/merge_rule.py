@@ -1,4 +1,4 @@
-"""The rule by which one donor's entries enter a weight (METHOD section 3), shared by both merge kernels."""
+"""The rule by which one donor's entries enter a weight (docs/method.md, section 3), shared by both merge kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""igia += (b a) ** 2 without building b a (METHOD P eq. 2 and 3)."""
+"""igia += (b a) ** 2 without building b a (docs/method.md, P eq. 2 and 3)."""
 
 from __future__ import annotations
 

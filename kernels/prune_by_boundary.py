@@ -1,4 +1,6 @@
-"""Pruning in large groups and whole rows: the exact boundary between kept and not, then one pass (METHOD section 6).
+"""Pruning in large groups and whole rows: the exact boundary between kept and not, then one pass.
+
+Source: docs/method.md, section 7.
 
 Bit patterns of floats that are not negative order as the floats do, so the boundary is found by bisection on them. As
 soon as exactly `kept` entries lie from some pattern on, that is the boundary: half the steps to the last bit.

@@ -1,4 +1,4 @@
-"""Pruning in small groups, N:M: an entry's rank is how many of its group go before it (METHOD section 6)."""
+"""Pruning in small groups, N:M: an entry's rank is how many of its group go before it (docs/method.md, section 7)."""
 
 from __future__ import annotations
 

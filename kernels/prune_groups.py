@@ -1,4 +1,4 @@
-"""Zero all but the most important of each group; the weight is read from memory once (METHOD section 6)."""
+"""Zero all but the most important of each group; the weight is read from memory once (docs/method.md, section 7)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradpruner.kernels.weight_mask import pack
 def prune_groups_(
     weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float, kept: int, group: int
 ) -> Tensor:
-    """Zero all but the `kept` most important of each `group`; the mask, eight entries a byte (METHOD section 6)."""
+    """Zero all but the `kept` most important of each `group`; the mask, 8 a byte (docs/method.md, section 7)."""
     n_out, n_in = weight.shape
     mask = torch.empty(n_out, triton.cdiv(n_in, 8), dtype=torch.uint8, device=weight.device)
     small = group <= prune_by_rank.LARGEST

@@ -1,4 +1,6 @@
-"""Exact k-th largest of non-negative float32 entries in one pass and without a sort, for both thresholds (METHOD 3).
+"""Exact k-th largest of non-negative float32 entries in one pass and without a sort, for both thresholds.
+
+Source: docs/method.md, section 3.
 
 The order of positive float32 values is the order of their bits, 31 of them.
 

@@ -1,4 +1,4 @@
-"""Fold donors into a weight where they matter and agree in sign, all in one pass (METHOD section 3)."""
+"""Fold donors into a weight where they matter and agree in sign, all in one pass (docs/method.md, section 3)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def sign_merge_(
     indices: list[Tensor],
     scales: list[float],
 ) -> None:
-    """weight += sum_k scale_k * mask_k * [sign(donor_k) == sign(weight)] * donor_k (METHOD section 3)."""
+    """weight += sum_k scale_k * mask_k * [sign(donor_k) == sign(weight)] * donor_k (docs/method.md, section 3)."""
     rows = [
         [v.data_ptr(), f.data_ptr(), value.data_ptr(), index.data_ptr(), float64_bits(scale)]
         for v, f, value, index, scale in zip(donors, igias, values, indices, scales, strict=True)

@@ -1,4 +1,4 @@
-"""igia += grad ** 2, one streaming pass (METHOD P eq. 3)."""
+"""igia += grad ** 2, one streaming pass (docs/method.md, P eq. 3)."""
 
 from __future__ import annotations
 

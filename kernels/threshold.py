@@ -1,4 +1,4 @@
-"""Boundary of the k largest entries of a tensor in memory (METHOD section 3). A cell is one block."""
+"""Boundary of the k largest entries of a tensor in memory (docs/method.md, section 3). A cell is one block."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def log_stretch(entries: int) -> int:
 
 
 def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k-th largest positive entry and the flat index of the last tie that is kept (METHOD section 3)."""
+    """The k-th largest positive entry and the flat index of the last tie that is kept (docs/method.md, section 3)."""
     entries = igia.numel()
     blocks = triton.cdiv(entries, BLOCK)
     stretch = log_stretch(entries)

@@ -1,4 +1,7 @@
-"""The importance of single weights: abs(W) times a factor, every operation rounded to float32 (METHOD section 6)."""
+"""The importance of single weights: abs(W) times a factor, each operation rounded to float32.
+
+Source: docs/method.md, section 7.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def weight_importance_kernel(found, weight, norms, grads, alpha, n_in, BLOCK: tl
 
 
 def weight_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float) -> Tensor:
-    """abs(weight) * (norms + alpha * grads), each operation rounded to float32 (METHOD section 6)."""
+    """abs(weight) * (norms + alpha * grads), each operation rounded to float32 (docs/method.md, section 7)."""
     n_out, n_in = weight.shape
     found = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     with on_device_of(weight):

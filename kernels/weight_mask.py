@@ -1,4 +1,7 @@
-"""Masks of one bit an entry: entry (i, j) is kept where bit j % 8 of byte (i, j // 8) is set (METHOD section 6)."""
+"""Masks of one bit an entry: entry (i, j) is kept where bit j % 8 of byte (i, j // 8) is set.
+
+Source: docs/method.md, section 7.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def pack(mask: Tensor, keep: Tensor) -> None:
 
 
 def apply_mask_(weight: Tensor, mask: Tensor) -> None:
-    """Zero what the mask does not keep (METHOD section 6)."""
+    """Zero what the mask does not keep (docs/method.md, section 7)."""
     n_out, n_in = weight.shape
     with on_device_of(weight):
         apply_mask_kernel[(n_out * triton.cdiv(n_in, LAUNCH["BLOCK"]),)](weight, mask, n_in, **LAUNCH)

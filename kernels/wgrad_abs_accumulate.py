@@ -1,4 +1,7 @@
-"""total += abs(dy^T x): the tiles of `wgrad_square_accumulate_` with another end (METHOD section 6, GBLM-Pruner)."""
+"""total += abs(dy^T x): the tiles of `wgrad_square_accumulate_` with another end.
+
+Source: docs/method.md, section 7 (GBLM-Pruner).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from gradpruner.kernels.wgrad_square_accumulate import LAUNCH, OPTIONS, bounds_o
 
 
 def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
-    """total += abs(dy^T x) unless x or dy is not finite (METHOD section 6)."""
+    """total += abs(dy^T x) unless x or dy is not finite (docs/method.md, section 7)."""
     tokens, n_in = x.shape
     n_out = dy.shape[1]
     launch = LAUNCH[x.element_size()]

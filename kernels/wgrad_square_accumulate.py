@@ -1,4 +1,4 @@
-"""The fused weight gradient g = dy^T x, squared where it is computed (METHOD D, estimator `exact`).
+"""The fused weight gradient g = dy^T x, squared where it is computed (docs/method.md, section 1, estimator `exact`).
 
 Tiles are not split along the tokens, as a GEMM with few tiles otherwise would be: the square of a sum is not the sum
 of the squares of its parts, so a tile of g has to be whole where it is squared. What fills the card is the order of the

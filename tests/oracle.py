@@ -1,4 +1,4 @@
-"""METHOD, written plainly and independently of the package: float64, dense, by full sorting, one entry at a time.
+"""docs/method.md, written plainly and independently of the package: float64, dense, full sorts, one entry at a time.
 
 Nothing in here may import gradpruner. Slow on purpose.
 """
@@ -48,7 +48,7 @@ def square_norms(steps: list[list[list[tuple[Tensor, Tensor]]]]) -> Tensor:
 
 
 def layer_scores(steps: list[list[list[tuple[Tensor, Tensor]]]], kind: str) -> list[float]:
-    """The three layer scores of METHOD section 1 over the given (usable) steps."""
+    """The three layer scores of docs/method.md, section 1 over the given (usable) steps."""
     n = square_norms(steps)
     t, layers = n.shape
     if kind == "squared":

@@ -228,7 +228,7 @@ def test_memory_of_a_call_is_seen():
 
 
 def test_counts():
-    """14336 x 4096 at r = 8, t = 40 is 42 GFLOP a rebuild (METHOD section 3); a merge is two."""
+    """14336 x 4096 at r = 8, t = 40 is 42 GFLOP a rebuild (docs/method.md, section 3); a merge is two."""
     cases = {(c.op, c.shape, c.variant): c.count for op in OPERATIONS.values() for c in op(SHAPES["llama-8b"])}
     entries = 14336 * 4096
     merge = cases["factor_merge", "4096x4096", "r=8, t=40"]

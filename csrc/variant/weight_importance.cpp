@@ -1,4 +1,4 @@
-// The importance of single weights: abs(W) times a factor, every operation rounded to float, as METHOD has it.
+// The importance of single weights: abs(W) times a factor, every operation rounded to float, as docs/method.md has it.
 #include "convert.h"
 #include "entries.h"
 

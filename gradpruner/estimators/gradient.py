@@ -159,7 +159,7 @@ class AdamReader(GradientReader):
 
 
 def why_not_adam(decoder: Decoder, optimizer: object, steps: int, *, begun: bool = False) -> str | None:
-    """Why this optimizer's exp_avg_sq is not F up to a constant, None if it is (METHOD section 1).
+    """Why this optimizer's exp_avg_sq is not F up to a constant, None if it is (docs/method.md, section 1).
 
     begun: its state holds the first steps of a probe that was interrupted, and no others.
     """

@@ -1,4 +1,4 @@
-"""gradpruner: layers are scored by the gradients of the first training steps (METHOD sections 1 to 3)."""
+"""gradpruner: layers are scored by the gradients of the first training steps (docs/method.md, sections 1 to 3)."""
 
 from __future__ import annotations
 

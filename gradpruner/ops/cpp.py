@@ -90,7 +90,7 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
 
 
 def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
-    """total += abs(dy^T x) unless x or dy is not finite (METHOD section 6)."""
+    """total += abs(dy^T x) unless x or dy is not finite (docs/method.md, section 7)."""
     if _all_finite(x) and _all_finite(dy):
         shape = (*x.shape, dy.shape[1])
         threads = torch.get_num_threads()
@@ -102,12 +102,12 @@ def _threshold_tensors(value: float, index: int) -> tuple[Tensor, Tensor]:
 
 
 def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k-th largest positive entry and the flat index of the last tie that is kept (METHOD section 3)."""
+    """The k-th largest positive entry and the flat index of the last tie that is kept (docs/method.md, section 3)."""
     return _threshold_tensors(*_cpu.threshold(igia.data_ptr(), igia.numel(), k, torch.get_num_threads()))
 
 
 def factor_threshold(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`threshold` of the importance that the factors stand for (METHOD section 3)."""
+    """`threshold` of the importance that the factors stand for (docs/method.md, section 3)."""
     return _threshold_tensors(*_cpu.factor_threshold(_factors(a, b), k, torch.get_num_threads()))
 
 
@@ -119,7 +119,7 @@ def sign_merge_(
     indices: list[Tensor],
     scales: list[float],
 ) -> None:
-    """weight += sum_k scale_k * mask_k * [sign(donor_k) == sign(weight)] * donor_k (METHOD section 3)."""
+    """weight += sum_k scale_k * mask_k * [sign(donor_k) == sign(weight)] * donor_k (docs/method.md, section 3)."""
     terms = [
         (donor.data_ptr(), igia.data_ptr(), value.item(), index.item(), scale)
         for donor, igia, value, index, scale in zip(donors, igias, values, indices, scales, strict=True)
@@ -136,7 +136,7 @@ def factor_sign_merge_(
     indices: list[Tensor],
     scales: list[float],
 ) -> None:
-    """`sign_merge_` with each donor's importance given by its factors (METHOD section 3)."""
+    """`sign_merge_` with each donor's importance given by its factors (docs/method.md, section 3)."""
     terms = [
         (donor.data_ptr(), _factors(ak, bk), value.item(), index.item(), scale)
         for donor, ak, bk, value, index, scale in zip(donors, a, b, values, indices, scales, strict=True)
@@ -150,7 +150,7 @@ def _weight(weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: f
 
 
 def weight_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float) -> Tensor:
-    """abs(weight) * (norms + alpha * grads), each operation rounded to float32 (METHOD section 6)."""
+    """abs(weight) * (norms + alpha * grads), each operation rounded to float32 (docs/method.md, section 7)."""
     found = torch.empty(weight.shape, dtype=torch.float32)
     _cpu.weight_importance(_weight(weight, norms, grads, alpha), found.data_ptr(), torch.get_num_threads())
     return found
@@ -159,7 +159,7 @@ def weight_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None
 def prune_groups_(
     weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float, kept: int, group: int
 ) -> Tensor:
-    """Zero all but the `kept` most important of each `group`; the mask, eight entries a byte (METHOD section 6)."""
+    """Zero all but the `kept` most important of each `group`; the mask, 8 a byte (docs/method.md, section 7)."""
     mask = torch.empty(weight.shape[0], (weight.shape[1] + 7) // 8, dtype=torch.uint8)
     of = _weight(weight, norms, grads, alpha)
     _cpu.prune_groups(of, kept, group, mask.data_ptr(), torch.get_num_threads())
@@ -167,5 +167,5 @@ def prune_groups_(
 
 
 def apply_mask_(weight: Tensor, mask: Tensor) -> None:
-    """Zero what the mask does not keep (METHOD section 6)."""
+    """Zero what the mask does not keep (docs/method.md, section 7)."""
     _cpu.apply_mask(*_array(weight), *weight.shape, mask.data_ptr(), torch.get_num_threads())

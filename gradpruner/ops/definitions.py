@@ -151,7 +151,8 @@ def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     igia: float32, any shape. Ties: lower flat index first. Entries that are zero, negative or NaN are never
     kept; with fewer than k positive entries all of them are. Returns value float32 () and index int64 (),
-    (inf, -1) where nothing is kept. Stays on the device. Raises InvalidArgument. Source: C, D (METHOD section 3).
+    (inf, -1) where nothing is kept. Stays on the device. Raises InvalidArgument.
+    Source: C, D (docs/method.md, section 3).
     """
     need_dtype("igia", igia, (torch.float32,))
     need(0 <= k <= igia.numel(), f"k = {k}; accepted are 0 to {igia.numel()}, the number of entries")
@@ -170,7 +171,7 @@ def factor_threshold(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`threshold` of F = sum over steps of (b_i @ a_i) ** 2, which is never held in memory whole.
 
     a: (t, r, in), b: (t, out, r), both float32 or both bfloat16. Returns as `threshold` does; the pair is exact
-    for F as this backend computes it. Raises InvalidArgument. Source: P eq. 3, D (METHOD section 3).
+    for F as this backend computes it. Raises InvalidArgument. Source: P eq. 3, D (docs/method.md, section 3).
     """
     need_factors(a, b)
     entries = b.shape[1] * a.shape[2]
@@ -221,7 +222,7 @@ def sign_merge_(
     weight and donors: one shape and float dtype. igias: float32, the same shape; values, indices: `threshold`'s
     answers. Signs are tested against the original weight; a zero or NaN matches nothing. Accumulates in
     float32 (float64 for float64 weights), donors in the order given, stores once, rounding to nearest even.
-    Raises InvalidArgument. Source: C, P (METHOD section 3).
+    Raises InvalidArgument. Source: C, P (docs/method.md, section 3).
     """
     _check_merge(weight, donors, values, indices, scales)
     need_count("igias", igias, len(donors))
@@ -265,7 +266,7 @@ def factor_sign_merge_(
     `factor_threshold` rebuilt it.
 
     weight, donors: (out, in), one float dtype. a[k]: (t, r, in), b[k]: (t, out, r). Raises InvalidArgument.
-    Source: C, P, D (METHOD section 3).
+    Source: C, P, D (docs/method.md, section 3).
     """
     _check_merge(weight, donors, values, indices, scales)
     need_count("a", a, len(donors))

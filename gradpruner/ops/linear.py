@@ -1,6 +1,7 @@
 """The autograd path of the fused backward: a linear layer that squares its weight gradient as it computes it.
 
-Unit: one backward call, that is the micro-batch, on one process, before clipping (METHOD, estimator `exact`).
+Unit: one backward call, that is the micro-batch, on one process, before clipping (docs/method.md, section 1,
+estimator `exact`).
 """
 
 from __future__ import annotations

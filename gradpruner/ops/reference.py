@@ -1,4 +1,4 @@
-"""The oracle: every op in plain torch, float64 where it matters, written to be read (METHOD D).
+"""The oracle: every op in plain torch, float64 where it matters, written to be read (docs/method.md, D).
 
 The other backends have the same functions with the same signatures. Inputs have been checked
 and made contiguous by `gradpruner.ops.definitions`; tensors that are written keep their identity.
@@ -39,7 +39,7 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
 
 
 def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k-th largest positive entry and the flat index of the last tie that is kept (METHOD section 3)."""
+    """The k-th largest positive entry and the flat index of the last tie that is kept (docs/method.md, section 3)."""
     flat = igia.flatten()
     flat = torch.where(flat > 0, flat, 0.0)  # NaN and negative entries are never kept
     k = min(k, int((flat > 0).sum()))
@@ -59,7 +59,7 @@ def factor_importance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def factor_threshold(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`threshold` of the importance that the factors stand for (METHOD section 3)."""
+    """`threshold` of the importance that the factors stand for (docs/method.md, section 3)."""
     return threshold(factor_importance(a, b), k)
 
 
@@ -71,7 +71,7 @@ def sign_merge_(
     indices: list[Tensor],
     scales: list[float],
 ) -> None:
-    """weight += sum_k scale_k * mask_k * [sign(donor_k) == sign(weight)] * donor_k (METHOD section 3)."""
+    """weight += sum_k scale_k * mask_k * [sign(donor_k) == sign(weight)] * donor_k (docs/method.md, section 3)."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     original = weight.to(wide)
     flat_index = torch.arange(weight.numel(), device=weight.device).view(weight.shape)
@@ -96,13 +96,13 @@ def factor_sign_merge_(
     indices: list[Tensor],
     scales: list[float],
 ) -> None:
-    """`sign_merge_` with each donor's importance given by its factors (METHOD section 3)."""
+    """`sign_merge_` with each donor's importance given by its factors (docs/method.md, section 3)."""
     igias = [factor_importance(ak, bk) for ak, bk in zip(a, b, strict=True)]
     sign_merge_(weight, donors, igias, values, indices, scales)
 
 
 def weight_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float) -> Tensor:
-    """abs(weight) * (norms + alpha * grads), each operation rounded to float32 (METHOD section 6)."""
+    """abs(weight) * (norms + alpha * grads), each operation rounded to float32 (docs/method.md, section 7)."""
     found = weight.float().abs()
     if grads is not None:
         scaled = torch.tensor(alpha, dtype=torch.float32, device=grads.device) * grads
@@ -115,7 +115,7 @@ def weight_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None
 def prune_groups_(
     weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float, kept: int, group: int
 ) -> Tensor:
-    """Zero all but the `kept` most important of each `group`; the mask, eight entries a byte (METHOD section 6)."""
+    """Zero all but the `kept` most important of each `group`; the mask, 8 a byte (docs/method.md, section 7)."""
     importance = weight_importance(weight, norms, grads, alpha).view(-1, group)
     order = importance.argsort(dim=-1, descending=True, stable=True)  # stable: of equals the lower index is kept
     keep = torch.zeros_like(importance, dtype=torch.bool).scatter_(1, order[:, :kept], True).view(weight.shape)
@@ -126,13 +126,13 @@ def prune_groups_(
 
 
 def apply_mask_(weight: Tensor, mask: Tensor) -> None:
-    """Zero what the mask does not keep (METHOD section 6)."""
+    """Zero what the mask does not keep (docs/method.md, section 7)."""
     bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
     weight.masked_fill_(bits.flatten(1)[:, : weight.shape[1]] == 0, 0.0)
 
 
 def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
-    """total += abs(dy^T x) unless x or dy is not finite (METHOD section 6)."""
+    """total += abs(dy^T x) unless x or dy is not finite (docs/method.md, section 7)."""
     if bool(x.isfinite().all() & dy.isfinite().all()):
         size = (dy.double().T @ x.double()).abs().to(total.dtype)
         total += torch.where(size.isfinite(), size, 0.0)

@@ -41,7 +41,7 @@ def weight_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None
     """abs(weight) * (norms + alpha * grads) in one pass, float32 (out, in).
 
     weight: (out, in), any float dtype. norms: float32 (in,) or None. grads: float32 (out, in) or None.
-    Raises InvalidArgument. Source: METHOD section 6.
+    Raises InvalidArgument. Source: docs/method.md, section 7.
     """
     _check_importance(weight, norms, grads)
     if weight.numel() == 0:
@@ -63,7 +63,7 @@ def prune_groups_(
 
     weight: (out, in), any float dtype, read once and written once. norms: float32 (in,) or None. grads: float32
     (out, in) or None. group: a divisor of in: in itself for whole rows, M for N:M with kept = N. Exactly `kept` of
-    each group stay. Raises InvalidArgument. Source: METHOD section 6.
+    each group stay. Raises InvalidArgument. Source: docs/method.md, section 7.
     """
     _check_importance(weight, norms, grads)
     width = weight.shape[1]
@@ -114,8 +114,8 @@ def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
     """total += abs(dy^T x), without building dy^T x: the twin of `wgrad_square_accumulate_` for a frozen weight.
 
     x: (tokens, in), dy: (tokens, out), one float dtype; total: float32 (out, in). If x or dy holds a NaN or Inf,
-    total is left as it was; what overflows float32 adds nothing. Raises InvalidArgument. Source: METHOD section 6
-    (GBLM-Pruner, p = 1).
+    total is left as it was; what overflows float32 adds nothing. Raises InvalidArgument. Source: docs/method.md,
+    section 7 (GBLM-Pruner, p = 1).
     """
     need_tokens(x, dy)
     need_dtype("total", total, (torch.float32,))

@@ -1,4 +1,4 @@
-"""Pruning below the layer: single weights, by magnitude, activation or gradient (METHOD section 6)."""
+"""Pruning below the layer: single weights, by magnitude, activation or gradient (docs/method.md, section 7)."""
 
 from gradpruner.sparsity.gradients import gradient_norms
 from gradpruner.sparsity.masks import HoldSparsity, Masks

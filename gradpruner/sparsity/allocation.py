@@ -18,7 +18,7 @@ def hill_exponent(weight: Tensor) -> float:
     """1 + k / sum over the k largest eigenvalues of log(eigenvalue / the smallest of them), k half of them, float64.
 
     Of W^T W, whose eigenvalues are the squared singular values. Small: a heavy tail, a layer that learnt much.
-    Source: METHOD section 6 (AlphaPruning, Lu et al. 2024).
+    Source: docs/method.md, section 7 (AlphaPruning, Lu et al. 2024).
     """
     values = torch.linalg.svdvals(weight.double()).square().sort().values
     values = values[values > values[-1:] * torch.finfo(torch.float64).eps * max(weight.shape)]  # the others are zero

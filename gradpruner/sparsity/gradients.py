@@ -25,7 +25,7 @@ def gradient_norms(model: nn.Module, batches: Sequence[Batch], p: int = 2) -> di
     entry in all. A sample adds nothing to a weight whose gradient of it is not finite. Raises InvalidArgument, also
     where a loss is not finite or a weight got no gradient from any sample, UnsupportedModel, also where a linear runs
     more than once in a backward pass.
-    Source: METHOD section 6 (GBLM-Pruner).
+    Source: docs/method.md, section 7 (GBLM-Pruner).
     """
     if p not in (1, 2) or isinstance(p, bool):
         raise InvalidArgument(f"p = {p!r}; accepted are 1 and 2, the norm over samples")

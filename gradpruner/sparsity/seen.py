@@ -19,7 +19,7 @@ class Seen:
 
     norms: float32 (in,), root of the mean over sequences of the sum of squares. sums: float32 (in,), mean over
     sequences of the sum. variances: float32 (in,), over all tokens. hessian: float32 (in, in), x^T x over all tokens.
-    grads: float32 (out, in), see the criterion. Source: METHOD section 6.
+    grads: float32 (out, in), see the criterion. Source: docs/method.md, section 7.
     """
 
     norms: Tensor | None = None

@@ -64,7 +64,7 @@ def test_gram_norm_of_a_whole_step(dtype):
 
 
 def test_gram_norm_keeps_accuracy_where_rows_cancel():
-    # gB gA is tiny against |gB| |gA|: float32 Gram matrices lose this (METHOD: 3 % and more)
+    # gB gA is tiny against |gB| |gA|: float32 Gram matrices lose this (docs/method.md, section 1: 3 % and more)
     basis = torch.linalg.qr(normal(256, 16, seed=1).double())[0].float()
     a = [basis.T[:8].contiguous()]
     b = [(normal(64, 8, seed=2) * torch.tensor([1.0, 1e-4] * 4)).contiguous()]

@@ -29,7 +29,7 @@ class DsNoT(Criterion):
     smallest abs(W) * norm2(x) goes whose absence lowers it too; for N:M, one of the same group. start: the criterion
     that makes the first mask, magnitude or wanda. cycles: exchanges at most. overshoot: a row goes on where an exchange
     turns the sign of its error; otherwise it is left as it was before that. Raises InvalidArgument.
-    Source: METHOD section 6 (Zhang et al. 2024). Not for pattern "matrix".
+    Source: docs/method.md, section 7 (Zhang et al. 2024). Not for pattern "matrix".
     """
 
     start: str = "wanda"

@@ -16,7 +16,7 @@ class Gblm(Metric):
     """abs(W) * (norm2(x) + alpha * norm_p of the gradients over samples), not divided by their number.
 
     p: 1 or 2. activations: without them it is abs(W) * norm_p alone. Raises InvalidArgument.
-    Source: METHOD section 6 (Das et al. 2023).
+    Source: docs/method.md, section 7 (Das et al. 2023).
     """
 
     p: int = 2

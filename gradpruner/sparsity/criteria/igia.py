@@ -12,7 +12,7 @@ from gradpruner.sparsity.seen import Seen
 @register
 @dataclass(frozen=True)
 class IgiaTimesWeight(Metric):
-    """abs(W) * F, with F as the merge ranks by (METHOD section 1). It needs an igia with importance. Source: D."""
+    """abs(W) * F, with F as the merge ranks by (docs/method.md, section 1). It needs importance. Source: D."""
 
     name: ClassVar[str] = "igia"
     importance: ClassVar[bool] = True

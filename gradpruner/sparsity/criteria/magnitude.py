@@ -12,7 +12,7 @@ from gradpruner.sparsity.seen import Seen
 @register
 @dataclass(frozen=True)
 class Magnitude(Metric):
-    """abs(W). Source: METHOD section 6 (there over the whole matrix: pattern "matrix")."""
+    """abs(W). Source: docs/method.md, section 7 (there over the whole matrix: pattern "matrix")."""
 
     name: ClassVar[str] = "magnitude"
 

@@ -23,7 +23,8 @@ class SparseGpt(Criterion):
     """Optimal brain surgeon, a column at a time: w^2 / [H^-1]_jj decides, the columns to the right make up for it.
 
     block: columns among which a choice is made at once; for N:M it is M that decides. damping: share of the mean
-    diagonal of H that is added to it. Raises InvalidArgument. Source: METHOD section 6 (Frantar and Alistarh 2023).
+    diagonal of H that is added to it. Raises InvalidArgument.
+    Source: docs/method.md, section 7 (Frantar and Alistarh 2023).
     """
 
     block: int = 128

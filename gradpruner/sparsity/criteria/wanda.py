@@ -12,7 +12,7 @@ from gradpruner.sparsity.seen import NORMS, Seen
 @register
 @dataclass(frozen=True)
 class Wanda(Metric):
-    """abs(W[i, j]) * norm2(x[:, j]). Source: METHOD section 6 (Sun et al. 2024)."""
+    """abs(W[i, j]) * norm2(x[:, j]). Source: docs/method.md, section 7 (Sun et al. 2024)."""
 
     name: ClassVar[str] = "wanda"
     needs: ClassVar[frozenset[str]] = frozenset({NORMS})
