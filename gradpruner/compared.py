@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from gradpruner.compare import DENSE, OURS, SETTINGS, Cell, Compare, finished
 from gradpruner.comparison_report import write_comparison
 from gradpruner.costs import measure
 from gradpruner.divergence import why_failed
-from gradpruner.errors import InvalidArgument
+from gradpruner.errors import InvalidArgument, ProbeError
 from gradpruner.files import atomic_path, read_json, reading, write_json
 from gradpruner.igia import SCORES, Igia
 from gradpruner.methods import GradPruner
@@ -23,6 +24,8 @@ from gradpruner.probed import IGIA
 from gradpruner.report import table
 from gradpruner.results import Result, read_costs, write_costs, write_results
 from gradpruner.sensitivity import scored
+
+logger = logging.getLogger(__name__)
 
 
 def write(comparison: Compare, *, costs: bool, sensitivity: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
@@ -157,10 +160,15 @@ def _probe(folder: Path, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
     plan = Plan(igia.layers, [j for j in cell["removed"] if str(j) not in cell["merged"]],
                 {int(donor): target for donor, target in cell["merged"].items()},
                 watched=min(igia.watched[1:], default=None))  # fmt: skip
+    try:
+        stability = igia.stability(plan, kind)
+    except ProbeError as error:  # of a comparison that was made before such a plan was refused
+        logger.warning(f"the layer scores are left out of the report: {error}")
+        return None
     return {
         "layer_scores": {each: igia.layer_scores(each).tolist() for each in SCORES},
         "kind": kind,
-        "stability": igia.stability(plan, kind),
+        "stability": stability,
         "plan": plan,
     }
 
