@@ -13,7 +13,7 @@ from test_data import make_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig
 
 import gradpruner
-from gradpruner import finetune, pipeline, preflight
+from gradpruner import finetune, pipeline, preflight, stages
 from gradpruner.cli import main
 from gradpruner.compare import Compare
 from gradpruner.data import Example, tokenize
@@ -66,7 +66,7 @@ def trained(monkeypatch):
         begun.append(args)
         raise AssertionError("trained")
 
-    for module in (finetune, pipeline):
+    for module in (finetune, stages):
         monkeypatch.setattr(module, "train", train)
     return begun
 
@@ -158,9 +158,9 @@ def test_a_padding_token_that_the_model_has_no_embedding_of(home, tmp_path, trai
     source = write(tmp_path / "model", config_of(make_tokenizer()), tokenizer)
     for call in (
         lambda: run(source, tmp_path / "out").everything(),
-        lambda: pipeline.tune(*gradpruner.models.load_model(source), [], RECIPE),
-        lambda: pipeline.watch(*gradpruner.models.load_model(source), [], RECIPE),
-        lambda: pipeline.measure(
+        lambda: stages.tune(*gradpruner.models.load_model(source), [], RECIPE),
+        lambda: stages.watch(*gradpruner.models.load_model(source), [], RECIPE),
+        lambda: stages.measure(
             *gradpruner.models.load_model(source), TEST, max_length=48, train_on="answer", batch_size=2
         ),
     ):
@@ -334,9 +334,9 @@ def test_rouge_without_its_package_is_refused_before_anything_is_measured(home, 
     for name in ("rouge_score", "rouge_score.rouge_scorer"):
         monkeypatch.setitem(sys.modules, name, None)
     model, tokenizer = gradpruner.models.load_model(home / "model")
-    monkeypatch.setattr(pipeline, "exact_match", lambda *args, **options: pytest.fail("measured"))
+    monkeypatch.setattr(stages, "exact_match", lambda *args, **options: pytest.fail("measured"))
     with pytest.raises(InvalidArgument, match="pip install gradpruner"):
-        pipeline.measure(model, tokenizer, TEST, max_length=48, train_on="answer", batch_size=2, rouge_tokens=4)
+        stages.measure(model, tokenizer, TEST, max_length=48, train_on="answer", batch_size=2, rouge_tokens=4)
 
 
 # generation configs
