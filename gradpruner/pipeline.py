@@ -1,4 +1,4 @@
-"""The main job, stage by stage: dense run, probe, plan, cut, fine-tune, evaluate, report.
+"""The main job, stage by stage: probe, plan, dense run, cut, fine-tune, evaluate, report.
 
 Every stage reads the files of those before it and writes its own last, so a run that was stopped goes on
 from the first stage whose file is missing. Every stage's file records what it was made from, and a file that was made

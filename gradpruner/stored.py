@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.checkpoint import check_loaded, quiet
-from gradpruner.decoder import Decoder, Weight, layer_counts, sample_positions
+from gradpruner.decoder import Decoder, Weight, layer_counts, sample_positions, text_config
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
 from gradpruner.full_precision import WANTED, quantisation_of
 from gradpruner.links import check_links
@@ -60,6 +60,7 @@ class StoredModel:
         count = max((count for _, count in layer_counts(self.config)), default=0)
         if count > max(len(stored), MOST_WITHOUT_TENSORS):  # before so many are built
             raise CheckpointError(f"{folder}: config.json says {count} decoder layers; it holds {len(stored)} tensors")
+        _check_head_sizes(folder, self.config, stored)
         kind = _class_of(folder, self.config, trust_remote_code)
         self.model: Any
         self.model, info = load_empty(kind, self.config, stored)
@@ -200,6 +201,16 @@ def load_empty(kind: Any, config: Any, stored: Mapping[str, Stored]) -> tuple[An
             )
     except Exception as error:
         raise CheckpointError(f"the checkpoint does not load: {error}") from error
+
+
+def _check_head_sizes(folder: Path, config: Any, stored: Mapping[str, Stored]) -> None:
+    """Raises CheckpointError where a head is wider than any stored tensor: its table of angles may take gigabytes."""
+    widest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
+    for name, value in vars(text_config(config)).items():
+        if name.endswith("head_dim") and type(value) is int and value > widest:
+            raise CheckpointError(
+                f"{folder}: config.json says {name} = {value}; no stored tensor is so wide, the widest has {widest}"
+            )
 
 
 def config_of(folder: Path, trust_remote_code: bool) -> Any:

@@ -284,3 +284,11 @@ def test_a_config_that_claims_more_layers_than_are_stored_builds_none_of_them(tm
     path.write_text(json.dumps({**content, "num_hidden_layers": 10**9}))
     with pytest.raises(CheckpointError, match="1000000000 decoder layers"):
         stored.StoredModel(tmp_path)
+
+
+def test_a_config_that_claims_heads_wider_than_what_is_stored_builds_no_table(tmp_path):
+    path = config(tmp_path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "head_dim": 2**31}))
+    with pytest.raises(CheckpointError, match="head_dim = 2147483648; no stored tensor is so wide"):
+        stored.StoredModel(tmp_path)
