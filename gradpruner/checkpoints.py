@@ -19,7 +19,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.files import read_json, write_json
-from gradpruner.provenance import MADE_FROM, RECORD, need_same
+from gradpruner.identity import Identity, sha256_of
+from gradpruner.provenance import MADE_FROM, RECORD, digest, need_same
 from gradpruner.whole import need_whole
 
 SHARE, LEAST = 0.1, 10  # default interval: a tenth of the steps, so that an interruption costs at most that much
@@ -103,6 +104,34 @@ class Checkpoints:
             for path in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
                 _delete(path)
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def checkpoints_beside(
+    out: str | os.PathLike[str],
+    every: int | None,
+    identity: Identity,
+    *,
+    dtype: str,
+    attention: str | None,
+    masks: str | os.PathLike[str] | None,
+) -> Checkpoints:
+    """Where the training of one model keeps its checkpoints: in a folder beside the one that the model goes to.
+
+    Args:
+        out: the folder of the trained model; the checkpoints are in `OUT-checkpoints`.
+        every: see `Checkpoints`.
+        identity: the model that is trained.
+        dtype: what it is loaded in.
+        attention: what it computes attention with.
+        masks: a file of masks that the training keeps to. Those in the model's own folder are in its identity.
+    """
+    made_from = {
+        "model": digest(identity.content),
+        "package versions": digest(identity.versions),
+        "dtype or attention": digest([dtype, attention]),
+        "masks": "none" if masks is None else sha256_of(Path(masks)),
+    }
+    return Checkpoints(Path(f"{Path(out)}-checkpoints"), every, made_from)
 
 
 class Completing(TrainerCallback):

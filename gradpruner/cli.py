@@ -290,13 +290,12 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.checkpoints import Checkpoints
+    from gradpruner.checkpoints import checkpoints_beside
     from gradpruner.companions import masks_of, plan_of, save_from
     from gradpruner.divergence import explained
     from gradpruner.files import need_free
-    from gradpruner.identity import identify, sha256_of
+    from gradpruner.identity import identify
     from gradpruner.preflight import check_save
-    from gradpruner.provenance import digest
     from gradpruner.sparsity import Masks
     from gradpruner.stages import tune
 
@@ -304,13 +303,8 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     need_free(options.out, options.overwrite)
     masks = Masks.load(options.masks) if options.masks else None
     identity = identify(options.model, trust_remote_code=options.trust_remote_code, say=given.say(options))
-    made_from = {
-        "model": digest(identity.content),
-        "package versions": digest(identity.versions),
-        "dtype or attention": digest([options.dtype, options.attention]),
-        "masks": sha256_of(Path(options.masks)) if options.masks else "none",
-    }
-    checkpoints = Checkpoints(Path(f"{Path(options.out)}-checkpoints"), options.save_steps, made_from)
+    checkpoints = checkpoints_beside(options.out, options.save_steps, identity, dtype=options.dtype,
+                                     attention=options.attention, masks=options.masks)  # fmt: skip
     model, tokenizer, ordered = _training(options, recipe, identity.revision)
     check_save(model, tokenizer, Path(options.out))
     if masks is not None:

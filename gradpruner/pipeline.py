@@ -39,12 +39,10 @@ from gradpruner.preflight import check_run
 from gradpruner.probed import IGIA, save_probed, with_probed
 from gradpruner.provenance import MADE_FROM, RECORD, digest, need_same
 from gradpruner.report import html_report, plot_layer_scores
-from gradpruner.run_folder import SETTINGS, RunFolder, known_model, recorded
+from gradpruner.run_folder import SETTINGS, SPEEDS, RunFolder, known_model, recorded
 from gradpruner.run_table import OF_THE_MACHINE, TURNS, comparison, notes
 from gradpruner.speeds import speeds_in_turns
 from gradpruner.stages import measure, tune, watch
-
-SPEEDS = "speeds.json"
 
 
 class Run:

@@ -18,7 +18,8 @@ SETTINGS, MODEL, CHECKPOINTS = "run.json", "model", "checkpoints"
 # stages in their order, and the checkpoints of the last one
 STAGES = ("dense.json", "probe", "auto.json", "plan.json", "cut", f"{CHECKPOINTS}/pruned", "model", "pruned.json")
 BY_HAND = ("plan.json",)  # may be there before the run begins
-RESULTS = ("results.json", "speeds.json", "report.html", "layer_scores.png")  # made from all stages
+SPEEDS = "speeds.json"
+RESULTS = ("results.json", SPEEDS, "report.html", "layer_scores.png")  # made from all stages
 OURS = (*(name for name in STAGES if name not in BY_HAND), "dense", CHECKPOINTS, *RESULTS)
 
 
