@@ -136,10 +136,16 @@ def curve(name: str, along: str, values: Sequence[int], repeats: int) -> list[Po
     memory = [min(each[n][1] for each in rounds) for n in range(len(values))]
     slopes = exponent(values, [statistics.median(each) for each in times]), exponent(values, memory)
     return [
-        Point(curve=name, along=along, value=value, time_exponent=slopes[0], memory_exponent=slopes[1],
-              **timed(each, extra, CPU))
+        Point(
+            curve=name,
+            along=along,
+            value=value,
+            time_exponent=slopes[0],
+            memory_exponent=slopes[1],
+            **timed(each, extra, CPU),
+        )
         for value, each, extra in zip(values, times, memory, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def _curves(points: Sequence[Point]) -> Iterator[list[Point]]:

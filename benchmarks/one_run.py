@@ -53,8 +53,14 @@ def one_run(model: Any, tokenizer: Any, rows: Sequence[Any], recipe: Recipe, pro
     clock, attached = Clock(), []
     chosen = {"preset": "paper", "ratio": options["ratio"], "merge": options["merge"]}
     adapted = add_adapters(model, recipe)
-    train(adapted, rows, Collator(tokenizer), recipe, callbacks=[clock],
-          prepare=lambda trainer: attached.append(gradpruner.attach(trainer, probing, **chosen)))  # fmt: skip
+    train(
+        adapted,
+        rows,
+        Collator(tokenizer),
+        recipe,
+        callbacks=[clock],
+        prepare=lambda trainer: attached.append(gradpruner.attach(trainer, probing, **chosen)),
+    )
     return adapted.merge_and_unload(), clock, attached[0].plan  # type: ignore[operator]
 
 
@@ -122,16 +128,20 @@ def main() -> int:
         before, after = (clock.seconds[: options.probe_steps], clock.seconds[options.probe_steps :])
         print(f"{way}: {plan.summary()}", flush=True)
         curves[way] = clock.losses
-        table.append({
-            "": way,
-            "exact match": f"{accuracy:.3f}",
-            "step before the cut (s)": f"{statistics.median(before):.3f}",
-            "after (s)": f"{statistics.median(after):.3f}",
-            "after / before": f"{statistics.median(after) / statistics.median(before):.2f}",
-            "last 20 losses": f"{statistics.fmean(clock.losses[-20:]):.3f}",
-        })  # fmt: skip
-        lines += [(way, i + 1, loss, seconds) for i, (loss, seconds) in
-                  enumerate(zip(clock.losses, clock.seconds, strict=True))]  # fmt: skip
+        table.append(
+            {
+                "": way,
+                "exact match": f"{accuracy:.3f}",
+                "step before the cut (s)": f"{statistics.median(before):.3f}",
+                "after (s)": f"{statistics.median(after):.3f}",
+                "after / before": f"{statistics.median(after) / statistics.median(before):.2f}",
+                "last 20 losses": f"{statistics.fmean(clock.losses[-20:]):.3f}",
+            }
+        )
+        lines += [
+            (way, i + 1, loss, seconds)
+            for i, (loss, seconds) in enumerate(zip(clock.losses, clock.seconds, strict=True))
+        ]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

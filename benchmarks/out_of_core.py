@@ -38,9 +38,14 @@ from gradpruner.shards import Pending, bytes_of, holds_safetensors, read_folder,
 from gradpruner.stored import StoredModel
 
 SHAPE: dict[str, Any] = dict(
-    vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8,
-    max_position_embeddings=131072, dtype="bfloat16",
-)  # fmt: skip
+    vocab_size=128256,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+    dtype="bfloat16",
+)
 SHARD = 5 * 10**9  # bytes
 BLOCK = 1_000_003  # random values of a weight before they repeat: prime, so that no two rows are alike
 STEPS, RANK = 4, 8  # of the importance's factors
@@ -102,8 +107,20 @@ def _measure(work: Path, layers: int, limit: float) -> int:
     plan = Plan(layers, drop=removed[:3], merge=removed[3:], model=fingerprint)
     plan.save(work / "plan.json")
     _igia(stored.decoder, removed[3:], fingerprint).save(work / "igia.safetensors")
-    command = [sys.executable, "-m", "gradpruner.cli", "apply", "--model", str(source), "--plan",
-               str(work / "plan.json"), "--igia", str(work / "igia.safetensors"), "--out", str(out)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "gradpruner.cli",
+        "apply",
+        "--model",
+        str(source),
+        "--plan",
+        str(work / "plan.json"),
+        "--igia",
+        str(work / "igia.safetensors"),
+        "--out",
+        str(out),
+    ]
     allowed = int(limit * layer_bytes)
     print(f"{layers} layers of {layer_bytes / 1e9:.2f} GB, {size / 1e9:.1f} GB in all; {plan.summary()}")
     rows = [_run("whole", command, out, allowed, size, layer_bytes)]
@@ -113,9 +130,15 @@ def _measure(work: Path, layers: int, limit: float) -> int:
     rows.append(_run("killed half way", command, out, allowed, size, layer_bytes, kill_at=half))
     rows.append(_run("again", command, out, allowed, size, layer_bytes))
     print(table([_shown(row) for row in rows]))
-    machine = {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "kernel": platform.release(),
-               "torch": torch.__version__, "layers": layers, "layer_bytes": layer_bytes,
-               "checkpoint_bytes": size}  # fmt: skip
+    machine = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "torch": torch.__version__,
+        "layers": layers,
+        "layer_bytes": layer_bytes,
+        "checkpoint_bytes": size,
+    }
     RESULTS.parent.mkdir(exist_ok=True)
     with atomic_path(RESULTS) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*asdict(rows[0]), *machine])
@@ -193,11 +216,23 @@ def _run(
     seconds, passed = time.perf_counter() - begun, _proc(process.pid, "io")
     code = process.wait()
     return Measured(
-        name, code, round(seconds, 1), limit, round(limit / size, 4), round(limit / layer_bytes, 2),
-        peaks["VmData"] * 1024, peaks["RssAnon"] * 1024, peaks["VmHWM"] * 1024,
-        passed["rchar"], passed["wchar"], passed["read_bytes"], passed["write_bytes"],
-        out.exists(), _loads(out), sum(p.name.startswith(f".{out.name}.") for p in out.parent.iterdir()),
-    )  # fmt: skip
+        name,
+        code,
+        round(seconds, 1),
+        limit,
+        round(limit / size, 4),
+        round(limit / layer_bytes, 2),
+        peaks["VmData"] * 1024,
+        peaks["RssAnon"] * 1024,
+        peaks["VmHWM"] * 1024,
+        passed["rchar"],
+        passed["wchar"],
+        passed["read_bytes"],
+        passed["write_bytes"],
+        out.exists(),
+        _loads(out),
+        sum(p.name.startswith(f".{out.name}.") for p in out.parent.iterdir()),
+    )
 
 
 def _proc(process: int, file: str) -> dict[str, int]:
@@ -253,14 +288,23 @@ def _near(a: list[Tensor], b: list[Tensor], edges: list[Tensor]) -> Tensor:
 
 def _shown(row: Measured) -> dict[str, Any]:
     gigabytes = {
-        "VmData peak GB": row.peak_vmdata, "RssAnon peak GB": row.peak_rssanon, "VmHWM GB": row.peak_vmhwm,
-        "limit GB": row.limit, "read GB": row.read, "written GB": row.written,
-    }  # fmt: skip
+        "VmData peak GB": row.peak_vmdata,
+        "RssAnon peak GB": row.peak_rssanon,
+        "VmHWM GB": row.peak_vmhwm,
+        "limit GB": row.limit,
+        "read GB": row.read,
+        "written GB": row.written,
+    }
     return {
-        "run": row.run, "exit": row.exit, "seconds": row.seconds, "limit of checkpoint": row.limit_of_checkpoint,
+        "run": row.run,
+        "exit": row.exit,
+        "seconds": row.seconds,
+        "limit of checkpoint": row.limit_of_checkpoint,
         **{name: round(value / 1e9, 2) for name, value in gigabytes.items()},
-        "--out exists": str(row.out_exists), "loads": str(row.out_loads), "leftovers": row.leftovers,
-    }  # fmt: skip
+        "--out exists": str(row.out_exists),
+        "loads": str(row.out_loads),
+        "leftovers": row.leftovers,
+    }
 
 
 def _processor() -> str:

@@ -35,8 +35,19 @@ TOP = Fraction(1, 5)
 PLAN = gradpruner.Plan(30, drop=[8, 10, 13, 17, 20, 22, 23, 25, 26], merge=[6, 14, 18])
 DIFFERENT = 1e-4  # share of merged entries that may differ: those whose importance lies at the threshold
 CPU = torch.device("cpu")
-SHOWN = ("stage", "case", "implementation", "median_s", "base", "ratio", "ratio_min", "ratio_max", "runs",
-         "extra_bytes", "importance_bytes")  # fmt: skip
+SHOWN = (
+    "stage",
+    "case",
+    "implementation",
+    "median_s",
+    "base",
+    "ratio",
+    "ratio_min",
+    "ratio_max",
+    "runs",
+    "extra_bytes",
+    "importance_bytes",
+)
 
 Named = dict[tuple[int, str], Tensor]
 
@@ -67,10 +78,17 @@ def _stages(
         ratio, least, most = ratios(mine, times[base])
         found.append(
             Stage(
-                stage=stage, case=case, implementation=name, base=base, importance_bytes=kept,
-                ratio=ratio, ratio_min=least, ratio_max=most, **timed(mine, extra.get(name, 0), CPU),
+                stage=stage,
+                case=case,
+                implementation=name,
+                base=base,
+                importance_bytes=kept,
+                ratio=ratio,
+                ratio_min=least,
+                ratio_max=most,
+                **timed(mine, extra.get(name, 0), CPU),
             )
-        )  # fmt: skip
+        )
     return found
 
 

@@ -100,15 +100,26 @@ def results(case: Case, measured: Sequence[Measured], limit: tuple[float, str], 
         seconds = each.seconds or (math.nan,)
         found.append(
             Result(
-                op=case.op, shape=case.shape, variant=case.variant, implementation=each.name, kind=each.kind,
-                ratio_to_ours=ratio, ratio_min=least, ratio_max=most, first_s=each.first_s,
-                limit_s=limit[0], limit_by=limit[1], share_of_limit=limit[0] / statistics.median(seconds),
-                bytes=case.count.bytes, operations=case.count.operations,
+                op=case.op,
+                shape=case.shape,
+                variant=case.variant,
+                implementation=each.name,
+                kind=each.kind,
+                ratio_to_ours=ratio,
+                ratio_min=least,
+                ratio_max=most,
+                first_s=each.first_s,
+                limit_s=limit[0],
+                limit_by=limit[1],
+                share_of_limit=limit[0] / statistics.median(seconds),
+                bytes=case.count.bytes,
+                operations=case.count.operations,
                 call_s=statistics.median(each.calls) if each.calls else None,
-                late=each.late if each.calls else None, error=each.error,
+                late=each.late if each.calls else None,
+                error=each.error,
                 **timed(seconds, each.extra_bytes, device),
             )
-        )  # fmt: skip
+        )
     return found
 
 

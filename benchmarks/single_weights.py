@@ -152,8 +152,10 @@ def judge(options: argparse.Namespace, cache: Path, seed: int, pattern: str, met
         before, began = peak_memory(), time.perf_counter()
         sparsify(model, batches, method=criterion, pattern=pattern, **given)
         seconds, extra = time.perf_counter() - began, (peak_memory() - before) / 1e6
-    texts = {"pubmedqa": contexts(options.pubmedqa / "test.jsonl"),
-             "manual": "\n\n".join(paragraph for paragraph, _ in paragraphs())}  # fmt: skip
+    texts = {
+        "pubmedqa": contexts(options.pubmedqa / "test.jsonl"),
+        "manual": "\n\n".join(paragraph for paragraph, _ in paragraphs()),
+    }
     found = []
     for name, text in texts.items():
         rows = consecutive(tokens_of(text, tokenizer, LENGTH), LENGTH)[: options.windows]
@@ -215,8 +217,11 @@ def main() -> None:
         with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
             for stage in stages(options.seeds):
                 jobs = [job for job in stage if job not in {judged.job for judged in found}]
-                needed = [(options, cache, what, jobs[0][0]) for what, methods in NEEDS.items()
-                          if any(method in methods for _, _, method in jobs)]  # fmt: skip
+                needed = [
+                    (options, cache, what, jobs[0][0])
+                    for what, methods in NEEDS.items()
+                    if any(method in methods for _, _, method in jobs)
+                ]
                 pool.starmap(prepare, needed, chunksize=1)
                 for task in [pool.apply_async(judge, (options, cache, *job)) for job in jobs]:
                     found += task.get()

@@ -192,8 +192,14 @@ def _prune(n_out: int, n_in: int, group: int) -> Count:
     """
     entries = n_out * n_in
     ours = (_move((2 + 2 + 1 / 8) * entries + 4 * n_in),)
-    released = (_move(4 * entries), _move(6 * entries), _move(entries), _move((4 + 4 + 8) * entries),
-                _move((8 + 1) / 2 * entries), _move((1 + 2 + 2) * entries))  # fmt: skip
+    released = (
+        _move(4 * entries),
+        _move(6 * entries),
+        _move(entries),
+        _move((4 + 4 + 8) * entries),
+        _move((8 + 1) / 2 * entries),
+        _move((1 + 2 + 2) * entries),
+    )
     kernel = f"prune_by_boundary-bf16-norms-{group}" if group == n_in else f"prune_by_rank-bf16-norms-{group}"
     what = "half a row" if group == n_in else f"{group // 2}:{group}"
     return Count("prune_groups_", f"{n_out}x{n_in} bf16, {what}", kernel, ours, released)

@@ -83,8 +83,15 @@ def curve(method: str, options: argparse.Namespace) -> list[Point]:
     def look(model: Any, steps: int, seconds: float) -> None:
         said = answers(model, judged, collate=collate, batch_size=32)
         right, loss = sum(answer.right for answer in said), sum(answer.loss for answer in said)
-        found.append(Point(method, steps, round(seconds, 1), right / len(said),
-                           round(loss / sum(answer.tokens for answer in said), 4)))  # fmt: skip
+        found.append(
+            Point(
+                method,
+                steps,
+                round(seconds, 1),
+                right / len(said),
+                round(loss / sum(answer.tokens for answer in said), 4),
+            )
+        )
         print(*vars(found[-1]).values(), flush=True)
 
     before, began = 0, time.perf_counter()
@@ -119,8 +126,14 @@ def draw(path: Path, points: Sequence[Point]) -> None:
         axes = figure.add_subplot(1, 2, number)
         for colour, method in zip(COLOURS, dict.fromkeys(p.method for p in points), strict=False):
             mine = [p for p in points if p.method == method]
-            axes.plot([getattr(p, what) / unit for p in mine], [p.exact_match for p in mine], marker="o", markersize=3,
-                      color=colour, label=method)  # fmt: skip
+            axes.plot(
+                [getattr(p, what) / unit for p in mine],
+                [p.exact_match for p in mine],
+                marker="o",
+                markersize=3,
+                color=colour,
+                label=method,
+            )
         axes.set_xlabel("optimizer steps" if unit == 1 else "minutes of work, the probe's and the cut's too")
         axes.set_ylabel("exact match, held-out rows")
         axes.grid(color="#d9dee3", linewidth=0.6)

@@ -42,8 +42,11 @@ def check_can_be_fresh(peft: Any) -> None:
                 f"adapter {name!r} has init_lora_weights={config.init_lora_weights!r}; a cut that discards starts "
                 f"adapters anew, accepted are {' and '.join(map(repr, FRESH_INITS))}"
             )
-        variants = {type(module.lora_variant[name]).__name__ for module in peft.modules()
-                    if name in getattr(module, "lora_variant", ())}  # fmt: skip
+        variants = {
+            type(module.lora_variant[name]).__name__
+            for module in peft.modules()
+            if name in getattr(module, "lora_variant", ())
+        }
         unknown = sorted(variant for variant in variants if not variant.startswith("Dora"))
         if unknown:
             raise UnsupportedModel(f"adapter {name!r} is a {unknown[0]}; only LoRA and DoRA can be cut in place")

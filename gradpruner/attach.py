@@ -243,8 +243,17 @@ class PruneCallback(TrainerCallback):
         wrapped: Any = self._trainer.model_wrapped
         model = kwargs["model"] if isinstance(wrapped, nn.DataParallel) else wrapped
         patches = self._fit(model, plan, [] if inputs is None else inputs.batches)
-        cut(model, self._trainer.optimizer, plan, igia, top=settings.top, weight=settings.weight, patches=patches,
-            adapters=settings.adapters, seed=args.seed)  # fmt: skip
+        cut(
+            model,
+            self._trainer.optimizer,
+            plan,
+            igia,
+            top=settings.top,
+            weight=settings.weight,
+            patches=patches,
+            adapters=settings.adapters,
+            seed=args.seed,
+        )
         self.igia, self.plan = igia, plan
         self._patched = [(patch.weight.layer, patch.weight.name) for patch in patches]
         self._keep(kwargs["model"], plan, igia, patches)
@@ -375,8 +384,13 @@ class PruneCallback(TrainerCallback):
                 f"the Trainer's has {'none' if peft is None else 'some'}"
             )
         if self.plan != plan or len(Decoder(model).layers) != len(plan.kept):
-            cut(model, self._trainer.optimizer, Plan(plan.layers, plan.removed, model=plan.model),
-                adapters=self._settings.adapters, seed=self._trainer.args.seed)  # fmt: skip
+            cut(
+                model,
+                self._trainer.optimizer,
+                Plan(plan.layers, plan.removed, model=plan.model),
+                adapters=self._settings.adapters,
+                seed=self._trainer.args.seed,
+            )
         with reading(str(checkpoint / PLAN_FILE)):
             self._patched = [(int(layer), str(name)) for layer, name in content.get("patched", ())]
         if base is not None:

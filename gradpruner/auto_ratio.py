@@ -184,8 +184,9 @@ def choose(
         return Trial(count, result["exact_match"], result["perplexity"], lost, gap(scores, count, protected))
 
     best, trials = search(counts, trial_of, bound)
-    choice = Choice(best.count, len(scores), tuple(counts), bound, measure, checked(0), trials, steps,
-                    steps * len(found))  # fmt: skip
+    choice = Choice(
+        best.count, len(scores), tuple(counts), bound, measure, checked(0), trials, steps, steps * len(found)
+    )
     write_json(path, {**record, "checked": found, **choice.to_dict()})
     return choice
 

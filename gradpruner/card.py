@@ -226,10 +226,14 @@ def _metadata_block(**known: Any) -> str:
 def _introduction(name: str | None, base: str | None, plan: Plan) -> str:
     title = Path(name or base or "model").name + ("" if name else ", pruned")
     of = f"[{base}](https://huggingface.co/{base})" if base else "a larger model"
-    again = "" if plan.before is None else (
-        f" It was pruned more than once: the last time from {plan.layers} to {len(plan.kept)} decoder layers, which is "
-        "what the tables and lists below describe."
-    )  # fmt: skip
+    again = (
+        ""
+        if plan.before is None
+        else (
+            f" It was pruned more than once: the last time from {plan.layers} to {len(plan.kept)} decoder layers, which is "
+            "what the tables and lists below describe."
+        )
+    )
     gone = plan.dense_layers - len(plan.kept)
     return (
         f"# {title}\n\nThis is {of} with {gone} of its {plan.dense_layers} decoder layers removed: those "

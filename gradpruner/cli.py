@@ -48,58 +48,101 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gradpruner {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_add_run, add_compare, add_sensitivity, _add_probe, _add_plan, _add_apply, add_sparsify, _add_finetune,
-                _add_evaluate, _add_report, _add_push, _add_demo, _add_backends):  # fmt: skip
+    for add in (
+        _add_run,
+        add_compare,
+        add_sensitivity,
+        _add_probe,
+        _add_plan,
+        _add_apply,
+        add_sparsify,
+        _add_finetune,
+        _add_evaluate,
+        _add_report,
+        _add_push,
+        _add_demo,
+        _add_backends,
+    ):
         add(commands)
     return parser
 
 
 def _add_run(commands: Any) -> None:
     parser = given.command(
-        commands, "run", _run, "The whole job: probe, plan, cut, fine-tune, evaluate, report.",
+        commands,
+        "run",
+        _run,
+        "The whole job: probe, plan, cut, fine-tune, evaluate, report.",
         "gradpruner run --model meta-llama/Llama-3.2-1B --data train.jsonl --steps 1000 --ratio 0.4 --out small",
-    )  # fmt: skip
+    )
     given.model_options(parser)
     given.data_options(parser, testing=True)
     given.plan_options(parser, auto=True)
     given.recipe_options(parser)
     given.checkpoint_options(parser)
-    parser.add_argument("--max-lost", type=float, metavar="P", help="with --ratio auto: share of the dense model's "
-                        "score that may be lost (default 0.01)")  # fmt: skip
-    parser.add_argument("--check-steps", type=int, metavar="N", help="with --ratio auto: extra steps that each model "
-                        "that is tried is trained for (default: as many as the probe)")  # fmt: skip
-    parser.add_argument("--check-rows", type=int, metavar="N", help="with --ratio auto: training examples held out to "
-                        "try on (default: 10 %%, at most 200)")  # fmt: skip
+    parser.add_argument(
+        "--max-lost",
+        type=float,
+        metavar="P",
+        help="with --ratio auto: share of the dense model's score that may be lost (default 0.01)",
+    )
+    parser.add_argument(
+        "--check-steps",
+        type=int,
+        metavar="N",
+        help="with --ratio auto: extra steps that each model "
+        "that is tried is trained for (default: as many as the probe)",
+    )
+    parser.add_argument(
+        "--check-rows",
+        type=int,
+        metavar="N",
+        help="with --ratio auto: training examples held out to try on (default: 10 %%, at most 200)",
+    )
     parser.add_argument("--probe-steps", type=int, metavar="N", help="steps of the probe (default: 1 %%, 20 at least)")
     parser.add_argument("--top", type=float, metavar="P", help="share of a merged weight kept (default: the preset's)")
     parser.add_argument("--no-patch", action="store_const", const=False, dest="patch", help="leave the gaps unpatched")
     parser.add_argument(
         "--adapters", choices=("keep", "discard"), help="what the probe trained (default: the preset's)"
     )
-    parser.add_argument("--rank-factor", type=int, metavar="N",
-                        help="the cut model's adapters have N times the rank (default: the preset's)")  # fmt: skip
+    parser.add_argument(
+        "--rank-factor",
+        type=int,
+        metavar="N",
+        help="the cut model's adapters have N times the rank (default: the preset's)",
+    )
     parser.add_argument("--no-dense", action="store_true", help="do not fine-tune the uncut model for comparison")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything goes; run again to resume")
 
 
 def _add_probe(commands: Any) -> None:
     parser = given.command(
-        commands, "probe", _probe, "Watch the gradients of the first steps; write igia.safetensors.",
+        commands,
+        "probe",
+        _probe,
+        "Watch the gradients of the first steps; write igia.safetensors.",
         "gradpruner probe --model M --data train.jsonl --steps 40 --out igia.safetensors",
-    )  # fmt: skip
+    )
     given.model_options(parser)
     given.data_options(parser, testing=False)
     given.recipe_options(parser)
-    parser.add_argument("--of-steps", type=int, metavar="N", help="steps of the run that this is the beginning of, for "
-                        "its learning rate (default: --steps)")  # fmt: skip
+    parser.add_argument(
+        "--of-steps",
+        type=int,
+        metavar="N",
+        help="steps of the run that this is the beginning of, for its learning rate (default: --steps)",
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="igia.safetensors to write")
 
 
 def _add_plan(commands: Any) -> None:
     parser = given.command(
-        commands, "plan", _plan, "Decide which layers go; write plan.json. No model is loaded.",
+        commands,
+        "plan",
+        _plan,
+        "Decide which layers go; write plan.json. No model is loaded.",
         "gradpruner plan igia.safetensors --ratio 0.4 --out plan.json",
-    )  # fmt: skip
+    )
     parser.add_argument("igia", help="igia.safetensors, from the probe")
     given.plan_options(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="plan.json to write")
@@ -107,9 +150,12 @@ def _add_plan(commands: Any) -> None:
 
 def _add_apply(commands: Any) -> None:
     parser = given.command(
-        commands, "apply", _apply, "Fold and remove layers; write a smaller, verified checkpoint.",
+        commands,
+        "apply",
+        _apply,
+        "Fold and remove layers; write a smaller, verified checkpoint.",
         "gradpruner apply --model M --plan plan.json --igia igia.safetensors --out small",
-    )  # fmt: skip
+    )
     given.model_options(parser)
     parser.add_argument("--plan", required=True, metavar="FILE", help="plan.json")
     parser.add_argument("--igia", metavar="FILE", help="igia.safetensors; not needed if the plan merges nothing")
@@ -122,9 +168,12 @@ def _add_apply(commands: Any) -> None:
 
 def _add_finetune(commands: Any) -> None:
     parser = given.command(
-        commands, "finetune", _finetune, "Fine-tune a checkpoint and write an ordinary one.",
+        commands,
+        "finetune",
+        _finetune,
+        "Fine-tune a checkpoint and write an ordinary one.",
         "gradpruner finetune --model small --data train.jsonl --steps 1000 --out tuned",
-    )  # fmt: skip
+    )
     given.model_options(parser)
     given.data_options(parser, testing=False)
     given.recipe_options(parser)
@@ -138,14 +187,21 @@ def _add_finetune(commands: Any) -> None:
 
 def _add_evaluate(commands: Any) -> None:
     parser = given.command(
-        commands, "evaluate", _evaluate, "Exact match, perplexity and, if asked for, ROUGE-L of a checkpoint.",
+        commands,
+        "evaluate",
+        _evaluate,
+        "Exact match, perplexity and, if asked for, ROUGE-L of a checkpoint.",
         "gradpruner evaluate --model tuned --data test.jsonl",
-    )  # fmt: skip
+    )
     given.model_options(parser)
     given.data_options(parser, testing=False)
     parser.add_argument("--batch-size", type=int, default=16, metavar="N")
-    parser.add_argument("--window", type=int, metavar="TOKENS", help="perplexity alone, of all text joined and "
-                        "cut into windows of so many tokens")  # fmt: skip
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="TOKENS",
+        help="perplexity alone, of all text joined and cut into windows of so many tokens",
+    )
     parser.add_argument("--rouge", type=int, metavar="TOKENS", help="generate up to so many tokens and score ROUGE-L")
 
 
@@ -158,9 +214,12 @@ def _add_report(commands: Any) -> None:
 
 def _add_push(commands: Any) -> None:
     parser = given.command(
-        commands, "push", _push, "Verify a pruned checkpoint, write its card and upload both to the hub.",
+        commands,
+        "push",
+        _push,
+        "Verify a pruned checkpoint, write its card and upload both to the hub.",
         "gradpruner push small/model me/Llama-3.2-1B-pruned --base-model meta-llama/Llama-3.2-1B --private",
-    )  # fmt: skip
+    )
     parser.add_argument("folder", help="checkpoint folder, with the gradpruner.json that apply or run wrote")
     parser.add_argument("repo_id", help="where to: owner/name; made if it does not exist")
     parser.add_argument("--base-model", metavar="M", help="hub id or folder of the dense model, for the card")
@@ -171,9 +230,12 @@ def _add_push(commands: Any) -> None:
 
 def _add_demo(commands: Any) -> None:
     parser = given.command(
-        commands, "demo", _demo, "The whole job on a model and data that need no hub: ten minutes on two cores.",
+        commands,
+        "demo",
+        _demo,
+        "The whole job on a model and data that need no hub: ten minutes on two cores.",
         "gradpruner demo --out gradpruner-demo",
-    )  # fmt: skip
+    )
     parser.add_argument("--out", default="gradpruner-demo", metavar="FOLDER", help="default: gradpruner-demo")
 
 
@@ -195,9 +257,18 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.job import Job
     from gradpruner.pipeline import Run
 
-    job = Job(**given.job(options), **given.amount(options), **given.choice(options), top=options.top,
-              patch=options.patch, adapters=options.adapters, rank_factor=options.rank_factor,
-              max_lost=options.max_lost, check_steps=options.check_steps, check_rows=options.check_rows)  # fmt: skip
+    job = Job(
+        **given.job(options),
+        **given.amount(options),
+        **given.choice(options),
+        top=options.top,
+        patch=options.patch,
+        adapters=options.adapters,
+        rank_factor=options.rank_factor,
+        max_lost=options.max_lost,
+        check_steps=options.check_steps,
+        check_rows=options.check_rows,
+    )
     train_examples, test_examples = given.split(options)
     run = Run(job, train_examples, test_examples, options.out, say=given.say(options), quiet=options.json)
     return _results(run.everything(dense=not options.no_dense), options.out)
@@ -226,18 +297,31 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
     recipe = given.recipe(options)
     need_writable(options.out)
     model, tokenizer, ordered = _training(options, recipe)
-    _, igia = watch(model, tokenizer, ordered, recipe, of_steps=options.of_steps, quiet=options.json,
-                    masks=masks_of(options.model, model))  # fmt: skip
+    _, igia = watch(
+        model,
+        tokenizer,
+        ordered,
+        recipe,
+        of_steps=options.of_steps,
+        quiet=options.json,
+        masks=masks_of(options.model, model),
+    )
     kind = Settings.of().kind  # what `plan` goes by unless it is asked for another
     scores = igia.layer_scores(kind)
     igia.save(options.out)
     return {
-        "json": {"igia": options.out, "steps": igia.steps, "skipped": igia.skipped, "kind": kind,
-                 "layer_scores": scores.tolist(), "watched": list(igia.watched)},
+        "json": {
+            "igia": options.out,
+            "steps": igia.steps,
+            "skipped": igia.skipped,
+            "kind": kind,
+            "layer_scores": scores.tolist(),
+            "watched": list(igia.watched),
+        },
         "line": f"{options.out}: {igia.steps} usable steps, {igia.skipped} skipped, {min(igia.watched):.1%} or more of "
-                f"each layer's parameters watched, weakest layers first by {kind!r} scores: "
-                f"{scores.argsort().tolist()}",
-    }  # fmt: skip
+        f"each layer's parameters watched, weakest layers first by {kind!r} scores: "
+        f"{scores.argsort().tolist()}",
+    }
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
@@ -252,8 +336,8 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "json": {**plan.to_dict(), "margin": margin, "stability": stability},
         "line": f"{options.out}: {plan.summary()}; margin at the cut {margin:.3f}, "
-                f"settled after half of the probe {stability[(len(stability) - 1) // 2]:.0%}",
-    }  # fmt: skip
+        f"settled after half of the probe {stability[(len(stability) - 1) // 2]:.0%}",
+    }
 
 
 def _apply(options: argparse.Namespace) -> dict[str, Any]:
@@ -272,8 +356,15 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
     streamed = options.dtype == "auto" and options.model != DEMO_MODEL and holds_safetensors(Path(options.model))
     igia = Igia.load(options.igia, lazy=streamed) if options.igia else None
     if streamed:
-        folder = apply_folder(options.model, options.out, plan, igia, top=options.top, overwrite=options.overwrite,
-                              trust_remote_code=options.trust_remote_code)  # fmt: skip
+        folder = apply_folder(
+            options.model,
+            options.out,
+            plan,
+            igia,
+            top=options.top,
+            overwrite=options.overwrite,
+            trust_remote_code=options.trust_remote_code,
+        )
     else:
         need_free(options.out, options.overwrite)
         model, tokenizer = given.load(options)
@@ -281,8 +372,15 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
         check_save(model, tokenizer, Path(options.out))
         smaller = apply(model, plan, igia, top=options.top)
         masks = None if masks is None else masks.of_layers(smaller, plan.kept)
-        folder = save_from(options.model, smaller, options.out, tokenizer=tokenizer, masks=masks,
-                           plan=dataclasses.replace(plan, before=earlier), overwrite=options.overwrite)  # fmt: skip
+        folder = save_from(
+            options.model,
+            smaller,
+            options.out,
+            tokenizer=tokenizer,
+            masks=masks,
+            plan=dataclasses.replace(plan, before=earlier),
+            overwrite=options.overwrite,
+        )
     return {
         "json": {"folder": str(folder), "plan": plan.to_dict()},
         "line": f"{folder}: verified; {plan.summary()}",
@@ -303,8 +401,9 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     need_free(options.out, options.overwrite)
     masks = Masks.load(options.masks) if options.masks else None
     identity = identify(options.model, trust_remote_code=options.trust_remote_code, say=given.say(options))
-    checkpoints = checkpoints_beside(options.out, options.save_steps, identity, dtype=options.dtype,
-                                     attention=options.attention, masks=options.masks)  # fmt: skip
+    checkpoints = checkpoints_beside(
+        options.out, options.save_steps, identity, dtype=options.dtype, attention=options.attention, masks=options.masks
+    )
     model, tokenizer, ordered = _training(options, recipe, identity.revision)
     check_save(model, tokenizer, Path(options.out))
     if masks is not None:
@@ -313,17 +412,18 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
         masks = masks_of(options.model, model, identity.revision)
     plan = plan_of(options.model, model, identity.revision)
     tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json, masks=masks, checkpoints=checkpoints)
-    save_from(options.model, tuned, options.out, tokenizer=tokenizer, plan=plan, masks=masks,
-              overwrite=options.overwrite)  # fmt: skip
+    save_from(
+        options.model, tuned, options.out, tokenizer=tokenizer, plan=plan, masks=masks, overwrite=options.overwrite
+    )
     checkpoints.discard()
     sparsity = None if masks is None else masks.sparsity()
     kept = "" if masks is None else f", {sparsity:.2%} of {len(masks.bits)} weights kept at zero"
     return {
         "json": {"folder": options.out, "sparsity": sparsity, **training.to_dict()},
         "line": f"{options.out}: {training.steps} steps of {training.step_seconds:.2f} s, "
-                f"loss {training.losses[0]:.3f} to {training.losses[-1]:.3f}{kept}",
+        f"loss {training.losses[0]:.3f} to {training.losses[-1]:.3f}{kept}",
         "failed": explained(options.out, training.losses) if training.diverged else None,
-    }  # fmt: skip
+    }
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
@@ -333,8 +433,15 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = given.load(options)
     if options.window is not None:
         return _windows(options, model, tokenizer, examples)
-    result = measure(model, tokenizer, examples, max_length=options.max_length, train_on=options.train_on,
-                     batch_size=options.batch_size, rouge_tokens=options.rouge).to_dict()  # fmt: skip
+    result = measure(
+        model,
+        tokenizer,
+        examples,
+        max_length=options.max_length,
+        train_on=options.train_on,
+        batch_size=options.batch_size,
+        rouge_tokens=options.rouge,
+    ).to_dict()
     shown = [f"{name} {value:.4g}" for name, value in result.items() if value is not None and name != "examples"]
     return {"json": result, "line": f"{options.model}: {', '.join(shown)} on {len(examples)} examples"}
 
@@ -369,8 +476,14 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
 def _push(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.hub import push_to_hub
 
-    url = push_to_hub(options.folder, options.repo_id, base_model=options.base_model, license=options.license,
-                      private=options.private, revision=options.revision)  # fmt: skip
+    url = push_to_hub(
+        options.folder,
+        options.repo_id,
+        base_model=options.base_model,
+        license=options.license,
+        private=options.private,
+        revision=options.revision,
+    )
     return {"json": {"url": url}, "line": f"{options.folder}: verified and uploaded: {url}"}
 
 

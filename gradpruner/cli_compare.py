@@ -15,12 +15,20 @@ METHODS = ("gradpruner", "shortgpt", "laco", "drop-last", "random", "magnitude",
 def add_compare(commands: Any) -> None:
     """`gradpruner compare`."""
     parser = given.command(
-        commands, "compare", _compare, "Methods against each other on your model and data, on one budget.",
+        commands,
+        "compare",
+        _compare,
+        "Methods against each other on your model and data, on one budget.",
         "gradpruner compare --model M --data train.jsonl --steps 250 --ratios 0.2 0.4 --seeds 0 1 2 --out comparison",
-    )  # fmt: skip
+    )
     _options(parser)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="M",
-                        help="name or name:option=value,... (default: all that there are)")  # fmt: skip
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        metavar="M",
+        help="name or name:option=value,... (default: all that there are)",
+    )
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.4], metavar="P", help="shares of the layers")
     parser.add_argument("--no-costs", action="store_true", help="do not measure time and memory at the end")
 
@@ -28,13 +36,21 @@ def add_compare(commands: Any) -> None:
 def add_sensitivity(commands: Any) -> None:
     """`gradpruner sensitivity`."""
     parser = given.command(
-        commands, "sensitivity", _sensitivity, "The default method with one setting changed at a time.",
+        commands,
+        "sensitivity",
+        _sensitivity,
+        "The default method with one setting changed at a time.",
         "gradpruner sensitivity --model M --data train.jsonl --steps 250 --out sensitivity",
-    )  # fmt: skip
+    )
     _options(parser)
     for factor, (option, _, values) in FACTORS.items():
-        parser.add_argument(f"--{option.replace('_', '-')}-values", nargs="*", default=list(values), metavar="V",
-                            help=f"{factor} (default: {' '.join(map(str, values))})")  # fmt: skip
+        parser.add_argument(
+            f"--{option.replace('_', '-')}-values",
+            nargs="*",
+            default=list(values),
+            metavar="V",
+            help=f"{factor} (default: {' '.join(map(str, values))})",
+        )
     parser.add_argument("--ratio", type=float, default=0.4, metavar="P", help="share of the layers (default 0.4)")
 
 
@@ -59,9 +75,16 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
     factors = {factor: getattr(options, f"{option}_values") for factor, (option, _, _) in FACTORS.items()}
     rows = variants(factors, {"probe_steps": job.probing, "rank": job.recipe.rank, "share": 1.0})
     train_examples, test_examples = given.split(options)
-    comparison = Compare(job, train_examples, test_examples, options.out, ratios=[options.ratio], seeds=options.seeds,
-                         methods=list(dict.fromkeys(row["method"] for row in rows)),
-                         say=_quiet if options.json else _say)  # fmt: skip
+    comparison = Compare(
+        job,
+        train_examples,
+        test_examples,
+        options.out,
+        ratios=[options.ratio],
+        seeds=options.seeds,
+        methods=list(dict.fromkeys(row["method"] for row in rows)),
+        say=_quiet if options.json else _say,
+    )
     work_in_processes(comparison, options.processes)
     return write(comparison, costs=False, sensitivity=rows)
 
@@ -72,9 +95,16 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.job import Job
 
     train_examples, test_examples = given.split(options)
-    comparison = Compare(Job(**given.job(options)), train_examples, test_examples, options.out,
-                         methods=options.methods, ratios=options.ratios, seeds=options.seeds,
-                         say=_quiet if options.json else _say)  # fmt: skip
+    comparison = Compare(
+        Job(**given.job(options)),
+        train_examples,
+        test_examples,
+        options.out,
+        methods=options.methods,
+        ratios=options.ratios,
+        seeds=options.seeds,
+        say=_quiet if options.json else _say,
+    )
     work_in_processes(comparison, options.processes)
     return write(comparison, costs=not options.no_costs)
 

@@ -17,10 +17,12 @@ data:
 def command(commands: Any, name: str, call: Any, summary: str, example: str) -> argparse.ArgumentParser:
     """A command with the options that all have."""
     parser = commands.add_parser(
-        name, help=summary, description=summary,
+        name,
+        help=summary,
+        description=summary,
         epilog=f"{DATA_HELP if '--data' in example else ''}example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.set_defaults(call=call)
     parser.add_argument("--json", action="store_true", help="print the result as JSON, for a program")
     return parser
@@ -29,8 +31,12 @@ def command(commands: Any, name: str, call: Any, summary: str, example: str) -> 
 def model_options(parser: argparse.ArgumentParser) -> None:
     """Which model, and how it is loaded."""
     parser.add_argument("--model", required=True, metavar="M", help="checkpoint folder, hub id, .gguf file, or smollm2")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-                        help="to load in (default: as stored)")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="to load in (default: as stored)",
+    )
     parser.add_argument("--attention", metavar="A", help="transformers' attn_implementation (default: its choice)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
@@ -55,12 +61,20 @@ def data_options(parser: argparse.ArgumentParser, *, testing: bool) -> None:
 def plan_options(parser: argparse.ArgumentParser, *, auto: bool = False) -> None:
     """How many layers go, and which. auto: whether there is a model to try cuts on."""
     amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--ratio", type=_ratio if auto else _number, metavar="P", help="share of the layers to remove "
-                        f"(default 0.4){', or auto: see --max-lost' if auto else ''}")  # fmt: skip
+    amount.add_argument(
+        "--ratio",
+        type=_ratio if auto else _number,
+        metavar="P",
+        help=f"share of the layers to remove (default 0.4){', or auto: see --max-lost' if auto else ''}",
+    )
     amount.add_argument("--count", type=int, metavar="N", help="how many layers to remove")
     parser.add_argument("--of", choices=("layers", "parameters"), default="layers", help="what --ratio is a share of")
-    parser.add_argument("--preset", choices=("default", "paper"), default="default",
-                        help="settings that won in our trials, or those of the paper")  # fmt: skip
+    parser.add_argument(
+        "--preset",
+        choices=("default", "paper"),
+        default="default",
+        help="settings that won in our trials, or those of the paper",
+    )
     parser.add_argument("--kind", choices=("squared", "norm", "normalized"), help="layer score (default: the preset's)")
     parser.add_argument("--merge", type=_merge, metavar="N", help="layers to fold, not drop, or auto (the preset's)")
 
@@ -95,16 +109,27 @@ def recipe_options(parser: argparse.ArgumentParser) -> None:
 
 def checkpoint_options(parser: argparse.ArgumentParser) -> None:
     """How often a training is saved while it runs."""
-    parser.add_argument("--save-steps", type=int, metavar="N", help="optimizer steps between two checkpoints, from "
-                        "which an interrupted training goes on (default: a tenth of all, 10 at least)")  # fmt: skip
+    parser.add_argument(
+        "--save-steps",
+        type=int,
+        metavar="N",
+        help="optimizer steps between two checkpoints, from "
+        "which an interrupted training goes on (default: a tenth of all, 10 at least)",
+    )
 
 
 def recipe(options: argparse.Namespace) -> Any:
     """What `recipe_options` say."""
     from gradpruner.finetune import Recipe
 
-    return Recipe(batch_size=options.batch_size, accumulation=options.accumulation, learning_rate=options.lr,
-                  rank=options.rank, seed=options.seed, group_by_length=options.group_by_length)  # fmt: skip
+    return Recipe(
+        batch_size=options.batch_size,
+        accumulation=options.accumulation,
+        learning_rate=options.lr,
+        rank=options.rank,
+        seed=options.seed,
+        group_by_length=options.group_by_length,
+    )
 
 
 def job(options: argparse.Namespace) -> dict[str, Any]:
@@ -128,16 +153,27 @@ def load(options: argparse.Namespace, revision: str | None = None) -> tuple[Any,
     from gradpruner.job import torch_dtype
     from gradpruner.models import load_model
 
-    return load_model(options.model, dtype=torch_dtype(options.dtype), attention=options.attention,
-                      trust_remote_code=options.trust_remote_code, revision=revision)  # fmt: skip
+    return load_model(
+        options.model,
+        dtype=torch_dtype(options.dtype),
+        attention=options.attention,
+        trust_remote_code=options.trust_remote_code,
+        revision=revision,
+    )
 
 
 def examples(options: argparse.Namespace) -> list[Any]:
     """The examples of --data."""
     from gradpruner.data import load_examples
 
-    return load_examples(options.data, split=options.split, prompt=options.prompt, answer=options.answer,
-                         limit=options.limit, seed=options.data_seed)  # fmt: skip
+    return load_examples(
+        options.data,
+        split=options.split,
+        prompt=options.prompt,
+        answer=options.answer,
+        limit=options.limit,
+        seed=options.data_seed,
+    )
 
 
 def amount(options: argparse.Namespace) -> dict[str, Any]:
@@ -169,5 +205,6 @@ def split(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
         train_examples, test_examples = split_examples(train_examples, options.held_out, options.data_seed)
         return train_examples, test_examples[: options.test_limit]
     part = options.test_split or ("train" if is_file(options.test_data) else "test")
-    return train_examples, load_examples(options.test_data, split=part, **templates, limit=options.test_limit,
-                                         seed=options.data_seed)  # fmt: skip
+    return train_examples, load_examples(
+        options.test_data, split=part, **templates, limit=options.test_limit, seed=options.data_seed
+    )

@@ -14,18 +14,30 @@ METHODS = ("magnitude", "wanda", "gblm", "sparsegpt", "igia", "dsnot")
 def add_sparsify(commands: Any) -> None:
     """`gradpruner sparsify`."""
     parser = given.command(
-        commands, "sparsify", _sparsify, "Zero single weights; write a verified checkpoint and the masks.",
+        commands,
+        "sparsify",
+        _sparsify,
+        "Zero single weights; write a verified checkpoint and the masks.",
         "gradpruner sparsify --model M --data text.txt --method gblm --pattern 2:4 --out sparse",
-    )  # fmt: skip
+    )
     given.model_options(parser)
     given.data_options(parser, testing=False)
-    parser.add_argument("--method", default="wanda", metavar="M",
-                        help=f"{', '.join(METHODS)}, or name:option=value,... (default wanda)")  # fmt: skip
-    parser.add_argument("--pattern", default="row", metavar="P",
-                        help="row, matrix, or N:M such as 2:4, N of every M inputs kept (default row)")  # fmt: skip
+    parser.add_argument(
+        "--method", default="wanda", metavar="M", help=f"{', '.join(METHODS)}, or name:option=value,... (default wanda)"
+    )
+    parser.add_argument(
+        "--pattern",
+        default="row",
+        metavar="P",
+        help="row, matrix, or N:M such as 2:4, N of every M inputs kept (default row)",
+    )
     parser.add_argument("--ratio", type=float, metavar="P", help="share removed, of row and matrix (default 0.5)")
-    parser.add_argument("--allocation", choices=("uniform", "alphapruning"), default="uniform",
-                        help="shares of the layers (default uniform)")  # fmt: skip
+    parser.add_argument(
+        "--allocation",
+        choices=("uniform", "alphapruning"),
+        default="uniform",
+        help="shares of the layers (default uniform)",
+    )
     parser.add_argument("--samples", type=int, default=128, metavar="N", help="windows to calibrate on (default 128)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which windows (default 0)")
     parser.add_argument("--device", metavar="D", help="where a layer sees its inputs, cuda say (default: the model's)")
@@ -54,11 +66,18 @@ def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
     check_save(model, tokenizer, Path(options.out))
     batches = sampled(tokens, options.max_length, options.samples, options.seed)
     masks = sparsify(
-        model, batches, method=options.method, pattern=options.pattern, ratio=options.ratio,
-        allocation=options.allocation, device=options.device, igia=Igia.load(options.igia) if options.igia else None,
-    )  # fmt: skip
-    folder = save_from(options.model, model, options.out, tokenizer=tokenizer, plan=plan, masks=masks,
-                       overwrite=options.overwrite)  # fmt: skip
+        model,
+        batches,
+        method=options.method,
+        pattern=options.pattern,
+        ratio=options.ratio,
+        allocation=options.allocation,
+        device=options.device,
+        igia=Igia.load(options.igia) if options.igia else None,
+    )
+    folder = save_from(
+        options.model, model, options.out, tokenizer=tokenizer, plan=plan, masks=masks, overwrite=options.overwrite
+    )
     sparsity, file = masks.sparsity(), str(folder / MASKS)
     how = f"{masks.about['method']}, {masks.about['pattern']}"
     return {

@@ -130,8 +130,9 @@ class Compare:
         }
         self.terms["recipe"] = {**self.terms["recipe"], "seed": None}
         before = recorded(self.folder, SETTINGS)
-        self._identity = identify(job.source, trust_remote_code=job.trust_remote_code, say=say,
-                                  known=known_model(before, job.source))  # fmt: skip
+        self._identity = identify(
+            job.source, trust_remote_code=job.trust_remote_code, say=say, known=known_model(before, job.source)
+        )
         self.terms[MODEL] = self._identity.to_dict()
         if before is not None:
             changed = sorted(name for name in self.terms if before.get(name) != self.terms[name])

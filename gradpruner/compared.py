@@ -61,11 +61,16 @@ def _rewritten(folder: Path) -> dict[str, Any]:
     losses = {(c["method"], c["count"], c["seed"]): c["training"]["losses"] for c in found}
     differences = _differences(found)
     write_results(folder / "results.csv", results)
-    _write_rows(folder / "losses.csv", ("method", "count", "seed", "step", "loss"), [
-        (*key, step, loss) for key, values in losses.items() for step, loss in enumerate(values, 1)
-    ])  # fmt: skip
-    _write_rows(folder / "differences.csv", ("method", "count", "difference", "low", "high"),
-                [tuple(row.values()) for row in differences])  # fmt: skip
+    _write_rows(
+        folder / "losses.csv",
+        ("method", "count", "seed", "step", "loss"),
+        [(*key, step, loss) for key, values in losses.items() for step, loss in enumerate(values, 1)],
+    )
+    _write_rows(
+        folder / "differences.csv",
+        ("method", "count", "difference", "low", "high"),
+        [tuple(row.values()) for row in differences],
+    )
     costs, tried = folder / "costs.csv", folder / "sensitivity.json"
     sensitivity = scored(read_json(tried, "sensitivity"), results) if tried.exists() else []
     apart, failed = _apart(results, sensitivity), _failed(found)
@@ -142,10 +147,21 @@ def _measure(comparison: Compare) -> None:
     """One line for every number of layers: only that number costs, not which layers they are."""
     job, layers = comparison.job, comparison.layers()
     plans = {c["count"]: Plan(layers, c["removed"]) if c["count"] else None for c in finished(comparison.folder)}
-    loading = {"source": job.source, "dtype": job.dtype, "attention": job.attention,
-               "trust_remote_code": job.trust_remote_code, "revision": comparison.revision}  # fmt: skip
-    costs = measure(loading, list(plans.values()), comparison.rows_of_dense(), job.recipe, beside=comparison.folder,
-                    rank_factor=GradPruner().settings.rank_factor)  # fmt: skip
+    loading = {
+        "source": job.source,
+        "dtype": job.dtype,
+        "attention": job.attention,
+        "trust_remote_code": job.trust_remote_code,
+        "revision": comparison.revision,
+    }
+    costs = measure(
+        loading,
+        list(plans.values()),
+        comparison.rows_of_dense(),
+        job.recipe,
+        beside=comparison.folder,
+        rank_factor=GradPruner().settings.rank_factor,
+    )
     write_costs(comparison.folder / "costs.csv", costs)
 
 
@@ -157,9 +173,12 @@ def _probe(folder: Path, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
     counts = Counter(cell["count"] for cell in ours)
     cell = max(ours, key=lambda c: (counts[c["count"]], -c["seed"]))
     igia, kind = Igia.load(folder / "probes" / cell["probe"] / IGIA, lazy=True), GradPruner().settings.kind
-    plan = Plan(igia.layers, [j for j in cell["removed"] if str(j) not in cell["merged"]],
-                {int(donor): target for donor, target in cell["merged"].items()},
-                watched=min(igia.watched[1:], default=None))  # fmt: skip
+    plan = Plan(
+        igia.layers,
+        [j for j in cell["removed"] if str(j) not in cell["merged"]],
+        {int(donor): target for donor, target in cell["merged"].items()},
+        watched=min(igia.watched[1:], default=None),
+    )
     try:
         stability = igia.stability(plan, kind)
     except ProbeError as error:  # of a comparison that was made before such a plan was refused
@@ -204,18 +223,20 @@ def _rows(results: Sequence[Result], differences: Sequence[Mapping[str, Any]]) -
         mean = statistics.fmean(scores) if scores else None
         beside = [dense[r.seed] for r in group if r.seed in dense]  # the same seeds
         d = against.get((count, method))
-        rows.append({
-            "layers removed": count,
-            "method": method,
-            "exact match": mean,
-            "least": min(scores, default=None),
-            "most": max(scores, default=None),
-            "of dense": mean / statistics.fmean(beside) if any(beside) and mean is not None else None,
-            "macro F1": statistics.fmean(r.macro_f1 for r in group) if group[0].macro_f1 is not None else None,  # type: ignore[misc]
-            "perplexity": statistics.fmean(r.perplexity for r in group if r.perplexity is not None),
-            "seeds": len(group),
-            "ours minus it": f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" if d else "",
-        })  # fmt: skip
+        rows.append(
+            {
+                "layers removed": count,
+                "method": method,
+                "exact match": mean,
+                "least": min(scores, default=None),
+                "most": max(scores, default=None),
+                "of dense": mean / statistics.fmean(beside) if any(beside) and mean is not None else None,
+                "macro F1": statistics.fmean(r.macro_f1 for r in group) if group[0].macro_f1 is not None else None,  # type: ignore[misc]
+                "perplexity": statistics.fmean(r.perplexity for r in group if r.perplexity is not None),
+                "seeds": len(group),
+                "ours minus it": f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" if d else "",
+            }
+        )
     return [{k: v for k, v in row.items() if any(other[k] not in (None, "") for other in rows)} for row in rows]
 
 

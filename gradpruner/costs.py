@@ -29,8 +29,16 @@ from gradpruner.results import Cost
 STEPS, NEW_TOKENS = 8, 64
 
 
-def measure(loading: dict[str, Any], plans: Sequence[Plan | None], rows: Sequence[Row], recipe: Recipe, *,
-            beside: str | os.PathLike[str], rank_factor: int = 1, rounds: int = 3) -> list[Cost]:  # fmt: skip
+def measure(
+    loading: dict[str, Any],
+    plans: Sequence[Plan | None],
+    rows: Sequence[Row],
+    recipe: Recipe,
+    *,
+    beside: str | os.PathLike[str],
+    rank_factor: int = 1,
+    rounds: int = 3,
+) -> list[Cost]:
     """Costs of the model cut by each plan (None: dense), every one in processes of its own, in turns.
 
     Each model, the dense one too, is first written as a checkpoint into a temporary folder in `beside`, by a process of

@@ -112,8 +112,15 @@ def _rewrap(ddp: DistributedDataParallel) -> None:
     if not ddp.bucket_bytes_cap_default:
         arguments["bucket_cap_mb"] = ddp.bucket_bytes_cap / 2**20
     module, training, comm_hooks = ddp.module, ddp.training, ddp._comm_hooks
-    hooks = {name: getattr(ddp, name) for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
-                                                   "_forward_pre_hooks_with_kwargs")}  # fmt: skip
+    hooks = {
+        name: getattr(ddp, name)
+        for name in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_forward_hooks_with_kwargs",
+            "_forward_pre_hooks_with_kwargs",
+        )
+    }
     ddp.logger = ddp.reducer = None  # type: ignore[assignment]  # its hooks on parameters go with it
     DistributedDataParallel.__init__(ddp, module, **arguments)
     for name, known in hooks.items():

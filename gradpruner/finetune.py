@@ -243,9 +243,12 @@ def train(
         )
         _use_one_device(arguments)
         trainer = _InOrder(
-            model=model, args=arguments, train_dataset=list(ordered), data_collator=collate,
+            model=model,
+            args=arguments,
+            train_dataset=list(ordered),
+            data_collator=collate,
             callbacks=[watch, *callbacks],
-        )  # fmt: skip
+        )
         for printer in ("ProgressCallback", "PrinterCallback"):
             _replace_printer(trainer, printer, quiet)
         if prepare is not None:

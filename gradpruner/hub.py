@@ -32,8 +32,14 @@ SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 LICENSES = ("license", "notice", "use_policy")
 # of an earlier upload: vLLM and others read every *.safetensors they find, and transformers takes an adapter first
 REPLACED = (
-    SINGLE, INDEX, "model-*-of-*.safetensors", "pytorch_model*.bin", "adapter_config.json", "adapter_model.*", MASKS,
-)  # fmt: skip
+    SINGLE,
+    INDEX,
+    "model-*-of-*.safetensors",
+    "pytorch_model*.bin",
+    "adapter_config.json",
+    "adapter_model.*",
+    MASKS,
+)
 
 
 def push_to_hub(

@@ -100,8 +100,16 @@ class Job:
     @property
     def settings(self) -> Settings:
         """What preset and options come to."""
-        return Settings.of(self.preset, kind=self.kind, merge=self.merge, top=self.top, weight=self.weight,
-                           patch=self.patch, adapters=self.adapters, rank_factor=self.rank_factor)  # fmt: skip
+        return Settings.of(
+            self.preset,
+            kind=self.kind,
+            merge=self.merge,
+            top=self.top,
+            weight=self.weight,
+            patch=self.patch,
+            adapters=self.adapters,
+            rank_factor=self.rank_factor,
+        )
 
     @property
     def probing(self) -> int:

@@ -49,8 +49,9 @@ def prune(
         igia, seen = _watch(watched.train(), batches, recipe, steps)
         plan: Plan = igia.plan(ratio, kind=chosen.kind, merge=chosen.merge)
         patches = fit_patches(watched, plan, seen) if chosen.patch else ()
-        smaller = apply(watched, plan, igia, top=chosen.top, weight=chosen.weight, patches=patches,
-                        adapters=chosen.adapters)  # fmt: skip
+        smaller = apply(
+            watched, plan, igia, top=chosen.top, weight=chosen.weight, patches=patches, adapters=chosen.adapters
+        )
     except BaseException:
         if not wrapped:
             watched.unload()  # type: ignore[operator]

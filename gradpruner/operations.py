@@ -39,8 +39,13 @@ def _backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape
 def _attention() -> dict[Any, Any]:
     """A formula for every fused attention: torch has none for the CPU's, and counts a backward of others as 2.5."""
     formulas: dict[Any, Any] = {}
-    for name in ("efficient_attention", "flash_attention", "cudnn_attention", "flash_attention_for_cpu",
-                 "fused_attention_overrideable"):  # fmt: skip
+    for name in (
+        "efficient_attention",
+        "flash_attention",
+        "cudnn_attention",
+        "flash_attention_for_cpu",
+        "fused_attention_overrideable",
+    ):
         for ending, formula in (("", _forward), ("_backward", _backward)):
             operation = getattr(torch.ops.aten, f"_scaled_dot_product_{name}{ending}", None)
             if operation is not None:

@@ -150,8 +150,11 @@ def _move_overrides(optimizer: Any, before: Mapping[tuple[int, int], int], gone:
     manager = getattr(optimizer, "mng", None)
     if manager is None or not hasattr(manager, "index2config"):
         return
-    own = {parameter: manager.index2config.pop(place) for place, parameter in before.items()
-           if place in manager.index2config}  # fmt: skip
+    own = {
+        parameter: manager.index2config.pop(place)
+        for place, parameter in before.items()
+        if place in manager.index2config
+    }
     for place, parameter in _places(optimizer):
         if parameter in own:
             manager.index2config[place] = own[parameter]

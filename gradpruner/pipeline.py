@@ -104,8 +104,13 @@ class Run:
         # a card travels without the machine that it was made on
         of_the_model = [line for line in comparison(rows) if line[""] not in OF_THE_MACHINE]
         scored = {} if self._by_hand else {"scores": igia, "kind": kind}  # no score has chosen a plan by hand
-        card = model_card(self.folder / "model", base_model=self.job.source, results=of_the_model,
-                          trust_remote_code=self.job.trust_remote_code, **scored)  # type: ignore[arg-type] # fmt: skip
+        card = model_card(
+            self.folder / "model",
+            base_model=self.job.source,
+            results=of_the_model,
+            trust_remote_code=self.job.trust_remote_code,
+            **scored,
+        )  # type: ignore[arg-type]
         write_card(self.folder / "model", card)
         return results
 
@@ -119,8 +124,14 @@ class Run:
             self.say(f"probe: {self.job.probing} steps")
             model, tokenizer = self._load_dense()
             check_comparable(model, self.job.recipe)
-            watched, igia = watch(model, tokenizer, self._probe_rows(tokenizer), self.job.recipe,
-                                  of_steps=self.job.steps, quiet=self.quiet)  # fmt: skip
+            watched, igia = watch(
+                model,
+                tokenizer,
+                self._probe_rows(tokenizer),
+                self.job.recipe,
+                of_steps=self.job.steps,
+                quiet=self.quiet,
+            )
             save_probed(self._probed, igia, watched, made_from=self._kept.settings)
         return Igia.load(self._probed / IGIA)
 
@@ -152,8 +163,12 @@ class Run:
                 f"{str(path)!r} was made by another run, or with other settings; expected a plan of this run. Delete "
                 f"it, or remove its {MADE_FROM!r} to use it as a plan by hand"
             )
-        need_same(path, {**record, "plan": ""}, {**self._from_probe(), "plan": ""},
-                  delete=[path, *self._kept.after("plan.json")])  # fmt: skip
+        need_same(
+            path,
+            {**record, "plan": ""},
+            {**self._from_probe(), "plan": ""},
+            delete=[path, *self._kept.after("plan.json")],
+        )
 
     def cut(self, plan: Plan) -> Path:
         """Fold and remove the layers; the smaller, not yet fine-tuned checkpoint is `cut/`."""
@@ -161,8 +176,13 @@ class Run:
         if not self._kept.is_made("cut", made_from):
             self._kept.forget_results()
             smaller, tokenizer = self._smaller(plan)
-            save(smaller, path, tokenizer=tokenizer, plan=dataclasses.replace(plan, before=self._earlier),
-                 beside=lambda inside: write_json(inside / RECORD, made_from))  # fmt: skip
+            save(
+                smaller,
+                path,
+                tokenizer=tokenizer,
+                plan=dataclasses.replace(plan, before=self._earlier),
+                beside=lambda inside: write_json(inside / RECORD, made_from),
+            )
         return path
 
     def pruned(self, plan: Plan) -> dict[str, Any]:
@@ -256,16 +276,23 @@ class Run:
             patches = fit_patches(model, plan, (collate(rows[i : i + size]) for i in range(0, len(rows), size)))
             self.say(f"patches: {', '.join(f'{p.weight.layer}: {p.left:.2f} left' for p in patches) or 'none'}")
         igia = Igia.load(self._probed / IGIA) if plan.merge else None
-        smaller = apply(model, plan, igia, top=chosen.top, weight=chosen.weight, patches=patches,
-                        adapters=chosen.adapters)  # fmt: skip
+        smaller = apply(
+            model, plan, igia, top=chosen.top, weight=chosen.weight, patches=patches, adapters=chosen.adapters
+        )
         return smaller, tokenizer
 
     def _choose(self) -> Choice:
         chosen, igia = self.job.settings, self.probe()
         igia.check_comparable()
-        choice = choose(igia.layer_scores(chosen.kind).tolist(), self._check, self.folder / "auto.json",
-                        bound=self.job.bound, steps=self.job.checking, made_from=self._from_probe(),
-                        least=chosen.merge if isinstance(chosen.merge, int) else 1)  # fmt: skip
+        choice = choose(
+            igia.layer_scores(chosen.kind).tolist(),
+            self._check,
+            self.folder / "auto.json",
+            bound=self.job.bound,
+            steps=self.job.checking,
+            made_from=self._from_probe(),
+            least=chosen.merge if isinstance(chosen.merge, int) else 1,
+        )
         self.say(f"auto: {choice.reason}")
         return choice
 
@@ -289,8 +316,14 @@ class Run:
         return evaluation
 
     def _measured(self, model: Any, tokenizer: Any, examples: Sequence[Example]) -> Evaluation:
-        return measure(model, tokenizer, examples, max_length=self.job.max_length, train_on=self.job.train_on,
-                       batch_size=self.job.recipe.batch_size)  # fmt: skip
+        return measure(
+            model,
+            tokenizer,
+            examples,
+            max_length=self.job.max_length,
+            train_on=self.job.train_on,
+            batch_size=self.job.recipe.batch_size,
+        )
 
     def _dense(self) -> dict[str, Any]:
         self.say(f"dense: {self.job.steps} steps")
@@ -305,12 +338,19 @@ class Run:
         return self._train_and_measure("pruned", model, tokenizer, rows, "model", self._from_plan(plan), plan)
 
     def _train_and_measure(
-        self, name: str, model: Any, tokenizer: Any, rows: list[Row], folder: str, made_from: Mapping[str, str],
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        rows: list[Row],
+        folder: str,
+        made_from: Mapping[str, str],
         plan: Plan | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         recipe = self.job.recipe.widened(1 if plan is None else self.job.settings.rank_factor)
-        model, training = tune(model, tokenizer, rows, recipe, quiet=self.quiet,
-                               checkpoints=self._kept.checkpoints(name, made_from))  # fmt: skip
+        model, training = tune(
+            model, tokenizer, rows, recipe, quiet=self.quiet, checkpoints=self._kept.checkpoints(name, made_from)
+        )
         self.say(f"{name}: evaluating {len(self._examples[1])} examples")
         saved = save(model, self.folder / folder, tokenizer=tokenizer, plan=plan, overwrite=True)
         evaluation = self._measured(model, tokenizer, self._examples[1])
@@ -344,8 +384,13 @@ class Run:
         return model, tokenizer
 
     def _load(self, source: str, revision: str | None = None) -> tuple[Any, Any]:
-        return load_model(source, dtype=torch_dtype(self.job.dtype), attention=self.job.attention,
-                          trust_remote_code=self.job.trust_remote_code, revision=revision)  # fmt: skip
+        return load_model(
+            source,
+            dtype=torch_dtype(self.job.dtype),
+            attention=self.job.attention,
+            trust_remote_code=self.job.trust_remote_code,
+            revision=revision,
+        )
 
     def _rows(self, tokenizer: Any) -> list[Row]:
         tokens = tokenize(self._examples[0], tokenizer, max_length=self.job.max_length, train_on=self.job.train_on)  # type: ignore[arg-type]
@@ -378,6 +423,12 @@ def _report_of(folder: Path) -> Path:
     beside = {text: list[dict[str, Any]]() for text in (notes(rows), *(row.get("failed") for row in rows)) if text}
     if auto:
         beside[auto["reason"]] = trial_rows(auto)
-    html_report(folder / "report.html", title="gradpruner", summary=summary, rows=comparison(rows), plots=[picture],
-                explained=beside)  # fmt: skip
+    html_report(
+        folder / "report.html",
+        title="gradpruner",
+        summary=summary,
+        rows=comparison(rows),
+        plots=[picture],
+        explained=beside,
+    )
     return folder / "report.html"

@@ -49,8 +49,13 @@ def check_run(job: Job, model: Any, tokenizer: Any, folder: Path, examples: Mapp
         check_plan(decoder, count=1, merge=0)
         candidates([0.0] * len(decoder.layers), least=settings.merge if isinstance(settings.merge, int) else 1)
     else:
-        check_plan(decoder, ratio=None if job.count is not None else job.ratio, count=job.count, of=job.of,
-                   merge=settings.merge)  # fmt: skip
+        check_plan(
+            decoder,
+            ratio=None if job.count is not None else job.ratio,
+            count=job.count,
+            of=job.of,
+            merge=settings.merge,
+        )
     check_examples(job, model, tokenizer, examples)
     check_save(model, tokenizer, folder)
     new_figure(1, 1)  # the report has plots

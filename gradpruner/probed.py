@@ -52,6 +52,7 @@ def with_probed(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         raise CheckpointError(f"{place} holds neither adapters nor a model of a probe")
     parameter = next(model.parameters())
     # of its own class: code that came with it is loaded already
-    trained: nn.Module = type(base).from_pretrained(place / MODEL, dtype=parameter.dtype,
-                                                    attn_implementation=base.config._attn_implementation)  # fmt: skip
+    trained: nn.Module = type(base).from_pretrained(
+        place / MODEL, dtype=parameter.dtype, attn_implementation=base.config._attn_implementation
+    )
     return trained.to(parameter.device)

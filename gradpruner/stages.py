@@ -60,8 +60,15 @@ def tune(
     """
     check_rows(model, tokenizer, ordered)
     trained = add_adapters(model, recipe) if recipe.rank else model
-    training = train(trained, ordered, Collator(tokenizer), recipe, quiet=quiet, callbacks=_holding(masks, recipe),
-                     checkpoints=checkpoints)  # fmt: skip
+    training = train(
+        trained,
+        ordered,
+        Collator(tokenizer),
+        recipe,
+        quiet=quiet,
+        callbacks=_holding(masks, recipe),
+        checkpoints=checkpoints,
+    )
     plain = finish(trained)
     if masks is not None:
         masks.apply_(plain)

@@ -39,9 +39,23 @@ logger = logging.getLogger(__name__)
 LARGEST_SHARD = 5 * 10**9  # bytes
 # of other weights, or able to hold code; they would describe the model as it was
 LEFT_BEHIND = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".gguf", ".onnx", ".state",
-    ".index.json", MASKS, CARD_FILE, RECORD,
-)  # fmt: skip
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".msgpack",
+    ".h5",
+    ".gguf",
+    ".onnx",
+    ".state",
+    ".index.json",
+    MASKS,
+    CARD_FILE,
+    RECORD,
+)
 FOLDERS = ("additional_chat_templates",)  # of a tokenizer
 
 

@@ -14,8 +14,9 @@ from gradpruner.errors import UnsupportedModel
 
 def adapted_weights(decoder: Decoder) -> list[Weight]:
     """The weights of every linear of every decoder layer, routers left out (C)."""
-    linears = {(j, name) for j in range(len(decoder.layers)) for name, m in linear_modules(decoder, j).items()
-               if is_linear(m)}  # fmt: skip
+    linears = {
+        (j, name) for j in range(len(decoder.layers)) for name, m in linear_modules(decoder, j).items() if is_linear(m)
+    }
     return [weight for weight in decoder.weights if (weight.layer, weight.name) in linears]
 
 

@@ -27,7 +27,7 @@ from adapter_models import (
     options,
     same,
     two,
-)  # fmt: skip
+)
 from torch import nn
 from transformers import BitsAndBytesConfig, MixtralConfig
 
@@ -53,8 +53,13 @@ def corda(base: nn.Module) -> nn.Module:
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
 
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=LINEARS, init_lora_weights="corda",
-                             corda_config=CordaConfig(corda_method="kpm"))  # fmt: skip
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=LINEARS,
+        init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method="kpm"),
+    )
     preprocess_corda(base, config, run_model=lambda: base(input_ids=batch(1)[:1]))
     return peft.get_peft_model(base, config)
 
@@ -62,8 +67,9 @@ def corda(base: nn.Module) -> nn.Module:
 def lora_ga(base: nn.Module) -> nn.Module:
     from peft.tuners.lora import LoraGAConfig, preprocess_loraga
 
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=LINEARS, init_lora_weights="lora_ga",
-                             lora_ga_config=LoraGAConfig())  # fmt: skip
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=LINEARS, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()
+    )
     preprocess_loraga(base, config, lambda: base(input_ids=batch(1), labels=batch(1)).loss.backward())
     base.zero_grad()
     return peft.get_peft_model(base, config)
@@ -82,8 +88,9 @@ def monteclora(base: nn.Module) -> nn.Module:
 
 
 def bd_lora(base: nn.Module) -> nn.Module:
-    config = peft.tuners.lora.BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["o_proj"], nblocks=2,
-                                           match_strict=False)  # fmt: skip
+    config = peft.tuners.lora.BdLoraConfig(
+        target_modules_bd_a=["q_proj"], target_modules_bd_b=["o_proj"], nblocks=2, match_strict=False
+    )
     return lora(base, use_bdlora=config)
 
 
@@ -94,8 +101,15 @@ def kasa(base: nn.Module) -> nn.Module:
 def mixtral() -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    config = MixtralConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS,
-                           num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)  # fmt: skip
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -113,30 +127,60 @@ LORA = [
     Case("LoRA", "DoRA", options(use_dora=True)),
     Case("LoRA", "lora_bias", options(lora_bias=True)),
     Case("LoRA", "dropout", options(lora_dropout=0.3)),
-    Case("LoRA", "transposed weights (GPT-2, fan_in_fan_out)",
-         options(**same("c_attn", "c_proj", "c_fc"), fan_in_fan_out=True), gpt2),
+    Case(
+        "LoRA",
+        "transposed weights (GPT-2, fan_in_fan_out)",
+        options(**same("c_attn", "c_proj", "c_fc"), fan_in_fan_out=True),
+        gpt2,
+    ),
     Case("LoRA", "two adapters, one active", two(["default"])),
     Case("LoRA", "two adapters, the second active", two(["other"]), active=("other",)),
     Case("LoRA", "two adapters, both active", two(["default", "other"]), active=("default", "other")),
-    Case("LoRA", "two adapters of other ranks in turn", two(["default", "other"]), loop=Loop(switch=in_turn),
-         active=("default", "other")),
+    Case(
+        "LoRA",
+        "two adapters of other ranks in turn",
+        two(["default", "other"]),
+        loop=Loop(switch=in_turn),
+        active=("default", "other"),
+    ),
     Case("LoRA", "modules_to_save: lm_head", options(modules_to_save=["lm_head"])),
-    Case("LoRA", "modules_to_save: embeddings and head, tied",
-         options(modules_to_save=["embed_tokens", "lm_head"]), lambda: llama(tie_word_embeddings=True)),
-    Case("LoRA", "modules_to_save: tied embeddings alone",
-         options(modules_to_save=["embed_tokens"]), lambda: llama(tie_word_embeddings=True)),
+    Case(
+        "LoRA",
+        "modules_to_save: embeddings and head, tied",
+        options(modules_to_save=["embed_tokens", "lm_head"]),
+        lambda: llama(tie_word_embeddings=True),
+    ),
+    Case(
+        "LoRA",
+        "modules_to_save: tied embeddings alone",
+        options(modules_to_save=["embed_tokens"]),
+        lambda: llama(tie_word_embeddings=True),
+    ),
     Case("LoRA", "adapters on embeddings and head", options(**same(*LINEARS, "embed_tokens", "lm_head"))),
-    Case("LoRA", "adapters on tied embeddings", options(**same(*LINEARS, "embed_tokens")),
-         lambda: llama(tie_word_embeddings=True)),
+    Case(
+        "LoRA",
+        "adapters on tied embeddings",
+        options(**same(*LINEARS, "embed_tokens")),
+        lambda: llama(tie_word_embeddings=True),
+    ),
     Case("LoRA", "trainable_token_indices", options(trainable_token_indices=[1, 2])),
-    Case("LoRA", "target_parameters (experts)", options(**same("q_proj"), target_parameters=["experts.down_proj"]),
-         mixtral, refused=PROBE),
-    Case("LoRA", "bias of the base model (bias='all')",
-         options(**same("c_attn", "c_proj", "c_fc"), fan_in_fan_out=True, bias="all"), gpt2, refused=APPLY),
+    Case(
+        "LoRA",
+        "target_parameters (experts)",
+        options(**same("q_proj"), target_parameters=["experts.down_proj"]),
+        mixtral,
+        refused=PROBE,
+    ),
+    Case(
+        "LoRA",
+        "bias of the base model (bias='all')",
+        options(**same("c_attn", "c_proj", "c_fc"), fan_in_fan_out=True, bias="all"),
+        gpt2,
+        refused=APPLY,
+    ),
     Case("LoRA", "adapters injected without a PeftModel", injected, refused=APPLY),
     Case("LoRA", "adapters merged when apply is called", after=lambda model: model.merge_adapter(), refused=APPLY),
-    Case("LoRA variants", "aLoRA", options(alora_invocation_tokens=[3]),
-         inputs=lambda: {"alora_offsets": [5, 5]}),
+    Case("LoRA variants", "aLoRA", options(alora_invocation_tokens=[3]), inputs=lambda: {"alora_offsets": [5, 5]}),
     Case("LoRA variants", "VeLoRA", velora, slow=True, needs=("peft>=0.20",)),
     Case("LoRA variants", "MonteCLoRA", monteclora, slow=True, needs=("peft>=0.20",)),
     Case("LoRA variants", "BD-LoRA", bd_lora, refused=PROBE, needs=("peft>=0.19",)),
@@ -145,16 +189,23 @@ LORA = [
     Case("init_lora_weights", "gaussian", options(init_lora_weights="gaussian")),
     Case("init_lora_weights", "orthogonal", options(init_lora_weights="orthogonal"), rel=1e-2),
     Case("init_lora_weights", "eva", eva),
-    Case("init_lora_weights", "mica (B frozen)", options(init_lora_weights="mica"), refused=PROBE,
-         needs=("peft>=0.20",)),
+    Case(
+        "init_lora_weights", "mica (B frozen)", options(init_lora_weights="mica"), refused=PROBE, needs=("peft>=0.20",)
+    ),
     Case("init_lora_weights", "pissa", options(init_lora_weights="pissa"), refused=APPLY),
     Case("init_lora_weights", "pissa_niter_4", options(init_lora_weights="pissa_niter_4"), refused=APPLY),
     Case("init_lora_weights", "olora", options(init_lora_weights="olora"), refused=APPLY),
     Case("init_lora_weights", "corda", corda, refused=APPLY, needs=("attr",)),
     Case("init_lora_weights", "lora_ga", lora_ga, refused=APPLY, needs=("peft>=0.19",)),
-    Case("init_lora_weights", "loftq", options(init_lora_weights="loftq", loftq_config=peft.LoftQConfig()),
-         lambda: llama(hidden_size=64, intermediate_size=64), refused=APPLY, needs=("scipy", "an accelerator")),
-]  # fmt: skip
+    Case(
+        "init_lora_weights",
+        "loftq",
+        options(init_lora_weights="loftq", loftq_config=peft.LoftQConfig()),
+        lambda: llama(hidden_size=64, intermediate_size=64),
+        refused=APPLY,
+        needs=("scipy", "an accelerator"),
+    ),
+]
 
 FOUR_BIT: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
 
@@ -169,17 +220,28 @@ def qlora(name: str, config: Callable[[], Any], **settings: Any) -> Case:
 
 QLORA = [
     qlora("4 bits, nf4", lambda: BitsAndBytesConfig(bnb_4bit_quant_type="nf4", **FOUR_BIT)),
-    qlora("4 bits, nf4, double quantisation",
-          lambda: BitsAndBytesConfig(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, **FOUR_BIT)),
+    qlora(
+        "4 bits, nf4, double quantisation",
+        lambda: BitsAndBytesConfig(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, **FOUR_BIT),
+    ),
     qlora("4 bits, fp4", lambda: BitsAndBytesConfig(bnb_4bit_quant_type="fp4", **FOUR_BIT)),
-    qlora("4 bits, nf4, stored as bfloat16",
-          lambda: BitsAndBytesConfig(bnb_4bit_quant_storage=torch.bfloat16, **FOUR_BIT)),
+    qlora(
+        "4 bits, nf4, stored as bfloat16", lambda: BitsAndBytesConfig(bnb_4bit_quant_storage=torch.bfloat16, **FOUR_BIT)
+    ),
     qlora("8 bits", lambda: BitsAndBytesConfig(load_in_8bit=True)),
-    qlora("4 bits, DoRA, 4 micro-batches", lambda: BitsAndBytesConfig(**FOUR_BIT),
-          adapt=options(use_dora=True), loop=Loop(micro_batches=4)),
-    qlora("4 bits, rank pattern, modules_to_save", lambda: BitsAndBytesConfig(**FOUR_BIT),
-          adapt=options(rank_pattern=RANKS, modules_to_save=["lm_head"]), uneven=True),
-]  # fmt: skip
+    qlora(
+        "4 bits, DoRA, 4 micro-batches",
+        lambda: BitsAndBytesConfig(**FOUR_BIT),
+        adapt=options(use_dora=True),
+        loop=Loop(micro_batches=4),
+    ),
+    qlora(
+        "4 bits, rank pattern, modules_to_save",
+        lambda: BitsAndBytesConfig(**FOUR_BIT),
+        adapt=options(rank_pattern=RANKS, modules_to_save=["lm_head"]),
+        uneven=True,
+    ),
+]
 
 # What each kind needs to be built at all; target_modules where nothing is said.
 EVERY = {"target_modules": LINEARS}

@@ -56,15 +56,30 @@ def lora(base: nn.Module, **options: Any) -> nn.Module:
 
 def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
-    settings = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS,
-                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
     return AutoModelForCausalLM.from_config(LlamaConfig(**{**settings, **changes})).to(dtype)
 
 
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=LAYERS, n_head=2, n_positions=32,
-                        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)  # fmt: skip
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=16,
+        n_layer=LAYERS,
+        n_head=2,
+        n_positions=32,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+    )
     return AutoModelForCausalLM.from_config(config)
 
 

@@ -34,7 +34,7 @@ from adapter_models import (
     linears_of,
     plain,
     trained,
-)  # fmt: skip
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -71,8 +71,9 @@ def gradients(base: Any, names: list[str], active: tuple[str, ...], scale: float
         for name in names:
             module = layer.get_submodule(name)
             if hasattr(module, "lora_A"):
-                found = [(module.lora_A[a].weight.grad, module.lora_B[a].weight.grad) for a in active
-                         if a in module.lora_A]  # fmt: skip
+                found = [
+                    (module.lora_A[a].weight.grad, module.lora_B[a].weight.grad) for a in active if a in module.lora_A
+                ]
                 found = [pair for pair in found if pair[0] is not None]
                 if found:
                     pairs[name] = tuple(torch.cat([p[i].double() / scale for p in found], i) for i in (0, 1))

@@ -117,9 +117,14 @@ def generated(model, inputs, cache: bool) -> torch.Tensor:
     given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
     torch.manual_seed(0)
     output = model.generate(
-        **given, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=cache, output_logits=True,
+        **given,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        do_sample=False,
+        use_cache=cache,
+        output_logits=True,
         return_dict_in_generate=True,
-    )  # fmt: skip
+    )
     return torch.stack(output.logits)
 
 

@@ -42,9 +42,14 @@ WRAPPERS = ("DDP", "FSDP2")
 def llama():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=61, hidden_size=24, intermediate_size=50, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=50,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     return AutoModelForCausalLM.from_config(config).double()
 
 
@@ -66,13 +71,17 @@ def wrap(model, wrapper):
 def as_accelerate_shards(model):
     """What Accelerator.prepare does to a model under FSDP2; on a CPU the Accelerator itself takes DDP instead."""
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         cpu_ram_efficient_loading=False,
-    )  # fmt: skip
+    )
     stand_in = SimpleNamespace(
-        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=False,
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="no",
+        is_main_process=False,
         device=torch.device("cpu"),
-    )  # fmt: skip
+    )
     return fsdp2_prepare_model(stand_in, model)
 
 
@@ -139,9 +148,13 @@ def compare(estimator, wrapper):
     merged = values_of(gradpruner.apply(model, plan_of(igia), igia)) if same else {}
     gaps = [float((merged[name] - value).abs().max()) for name, value in expected.items()] if same else [float("nan")]
     return {
-        "processes": distributed.get_world_size(), "wrapper": wrapper, "estimator": estimator,
-        "scores": float(((scores - wanted) / wanted).abs().max()), "plan": same, "weights": max(gaps),
-    }  # fmt: skip
+        "processes": distributed.get_world_size(),
+        "wrapper": wrapper,
+        "estimator": estimator,
+        "scores": float(((scores - wanted) / wanted).abs().max()),
+        "plan": same,
+        "weights": max(gaps),
+    }
 
 
 def table_job(folder):
@@ -199,9 +212,12 @@ def worker(job, rank, world, folder, timeout):
     try:
         with contextlib.redirect_stdout((folder / f"out{rank}.txt").open("w")):
             distributed.init_process_group(
-                "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
+                "gloo",
+                init_method=f"file://{folder}/store",
+                rank=rank,
+                world_size=world,
                 timeout=datetime.timedelta(seconds=timeout),
-            )  # fmt: skip
+            )
             job(folder)
             distributed.barrier()
             distributed.destroy_process_group()
@@ -232,15 +248,20 @@ def check(job, world, folder, **options):
 
 
 def print_table(worlds=(1, 2, 4)):
-    print("| processes | wrapper | estimator | scores: largest relative difference | plan equal | merged weights: "
-          "largest absolute difference |\n|---|---|---|---|---|---|")  # fmt: skip
+    print(
+        "| processes | wrapper | estimator | scores: largest relative difference | plan equal | merged weights: "
+        "largest absolute difference |\n|---|---|---|---|---|---|"
+    )
     for world in worlds:
         with tempfile.TemporaryDirectory() as temporary:
             check(table_job, world, Path(temporary))
             for row in json.loads((Path(temporary) / "rows.json").read_text()):
                 plan = "yes" if row["plan"] else "no"
-                print(f"| {row['processes']} | {row['wrapper']} | {row['estimator']} | {row['scores']:.1e} | {plan} | "
-                      f"{row['weights']:.1e} |", flush=True)  # fmt: skip
+                print(
+                    f"| {row['processes']} | {row['wrapper']} | {row['estimator']} | {row['scores']:.1e} | {plan} | "
+                    f"{row['weights']:.1e} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

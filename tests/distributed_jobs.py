@@ -380,8 +380,12 @@ def deepspeed_probe(estimator, stage):
     optimizer = torch.optim.SGD(parameters, lr=0.05)
     if stage is not None:
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-        config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, "gradient_clipping": 0.3,
-                  "zero_allow_untested_optimizer": True}  # fmt: skip
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": zero,
+            "gradient_clipping": 0.3,
+            "zero_allow_untested_optimizer": True,
+        }
         model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     probe = gradpruner.Probe(model, estimator=estimator, group=False if stage is None else None)
     for i in range(3):

@@ -37,9 +37,7 @@ CONFIGS = {
         vocab_size=97, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     ),
     "gpt-neox": lambda: hf.GPTNeoXConfig(**BASE, intermediate_size=64, max_position_embeddings=64),
-    "opt": lambda: hf.OPTConfig(
-        **BASE, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0
-    ),
+    "opt": lambda: hf.OPTConfig(**BASE, ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0),
     "mixtral": lambda: hf.MixtralConfig(**GQA, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
     "falcon": lambda: hf.FalconConfig(**BASE, new_decoder_architecture=True, num_kv_heads=2),
     "olmo2": lambda: hf.Olmo2Config(**GQA),
@@ -52,18 +50,36 @@ CONFIGS = {
         **GQA, head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[4, 5]
     ),
     "qwen3-next": lambda: hf.Qwen3NextConfig(
-        **GQA, head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
-        shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=4,
-        linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=2,
+        **GQA,
+        head_dim=8,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        shared_expert_intermediate_size=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_conv_kernel_dim=2,
         layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
     ),
     "cohere2": lambda: hf.Cohere2Config(**GQA, sliding_window=5, layer_types=MIXED),
     "deepseek-v3": lambda: hf.DeepseekV3Config(
-        **{**GQA, "num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
-        n_group=1, topk_group=1, first_k_dense_replace=3, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
-        v_head_dim=8, qk_nope_head_dim=8, n_shared_experts=1,
+        **{**GQA, "num_key_value_heads": 4},
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=3,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        qk_nope_head_dim=8,
+        n_shared_experts=1,
     ),
-}  # fmt: skip
+}
 
 # a rule on the layer's index that no config can carry over to fewer layers
 REFUSED = {

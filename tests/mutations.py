@@ -12,9 +12,35 @@ from typing import Any
 
 DEEP = json.loads("[" * 500 + "]" * 500)
 VALUES = (
-    None, True, False, 0, 1, -1, 7, 2**31, 2**63, 10**30, 0.5, 1e308, float("nan"), float("inf"), "", "x", "0", "\x00",
-    "../x", "\ud800", "a" * 300, [], {}, [0], [[0]], {"a": 1}, ["x"], DEEP,
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    7,
+    2**31,
+    2**63,
+    10**30,
+    0.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "0",
+    "\x00",
+    "../x",
+    "\ud800",
+    "a" * 300,
+    [],
+    {},
+    [0],
+    [[0]],
+    {"a": 1},
+    ["x"],
+    DEEP,
+)
 INSERTED = (b"\x00", b"\xff", *(bytes([letter]) for letter in b'"{}[],:-\n'), b"9" * 5000, b"[" * 100_000, b"NaN")
 
 

@@ -94,9 +94,10 @@ def refine(stays, weight, inputs, pattern, cycles, threshold, overshoot):
             back = max(backs, key=lambda j: float(given[j] * sign / variances[j]))
             moved.add(back)
             goers = [
-                j for j in range(len(given))
+                j
+                for j in range(len(given))
                 if stays[i, j] and j not in moved and given[j] * sign < 0 and j // m == back // m
-            ]  # fmt: skip
+            ]
             if not goers:
                 continue
             gone = min(goers, key=lambda j: float(w[i, j].abs() * norms[j]))

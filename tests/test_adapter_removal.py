@@ -61,11 +61,15 @@ SHARED = {
     "the embeddings, tied": (lambda: lora(llama(**TIED), target_modules=[*LINEARS, "embed_tokens"]), "embed_tokens"),
     "the head, tied": (lambda: lora(llama(**TIED), target_modules=["lm_head"]), "lm_head"),
     "both, with adapters that are tied too": (
-        lambda: lora(llama(**TIED), target_modules=["embed_tokens"], ensure_weight_tying=True), "embed_tokens"),
+        lambda: lora(llama(**TIED), target_modules=["embed_tokens"], ensure_weight_tying=True),
+        "embed_tokens",
+    ),
     "a block that layers share": (lambda: lora(zamba(), target_modules=["q_proj"]), r"layers\.1\.shared_transf"),
-    "replicated layers": (lambda: lora(llama(num_hidden_layers=4), layer_replication=[[0, 3], [1, 4]]),
-                          r"layers\.1\.self_attn\.q_proj"),
-}  # fmt: skip
+    "replicated layers": (
+        lambda: lora(llama(num_hidden_layers=4), layer_replication=[[0, 3], [1, 4]]),
+        r"layers\.1\.self_attn\.q_proj",
+    ),
+}
 
 
 @pytest.mark.parametrize("make", SHARED.values(), ids=SHARED)
@@ -84,10 +88,13 @@ def test_an_adapter_of_a_weight_that_modules_share_cannot_be_kept(make):
         (options(lora_bias=True), "base layer has no bias"),
         (options(alora_invocation_tokens=[3]), "aLoRA does not support"),
         (of_kind("POLY"), "peft cannot merge a Linear"),
-        pytest.param(of_kind("LILY"), "not supported for Lily", marks=pytest.mark.skipif(
-            not is_here(PEFT_OF_KIND["LILY"]), reason="an older peft")),
+        pytest.param(
+            of_kind("LILY"),
+            "not supported for Lily",
+            marks=pytest.mark.skipif(not is_here(PEFT_OF_KIND["LILY"]), reason="an older peft"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_peft_cannot_merge_is_refused_by_name_and_nothing_changed(make, reason):
     model = shaken(make(llama()))
     before = state(model)
@@ -110,13 +117,16 @@ def check_kept(model):
         torch.testing.assert_close(small.eval()(input_ids=ids).logits, expected)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: lora(llama(), target_modules=[*LINEARS, "embed_tokens", "lm_head"]),
-    lambda: lora(llama(), use_dora=True),
-    lambda: two(["default", "other"])(llama()),
-    lambda: of_kind("TRAINABLE_TOKENS")(llama(**TIED)),  # puts rows of the weight in another's place
-    lambda: of_kind("IA3")(llama()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: lora(llama(), target_modules=[*LINEARS, "embed_tokens", "lm_head"]),
+        lambda: lora(llama(), use_dora=True),
+        lambda: two(["default", "other"])(llama()),
+        lambda: of_kind("TRAINABLE_TOKENS")(llama(**TIED)),  # puts rows of the weight in another's place
+        lambda: of_kind("IA3")(llama()),
+    ],
+)
 def test_what_is_kept_acts_as_before(make):
     check_kept(shaken(make()))
 

@@ -49,8 +49,11 @@ def test_parameters_of_every_kind_of_adapter_are_known_as_such():
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     prompts = ("prompt_tuning_", "multitask_prompt_tuning_", "p_tuning_", "prefix_tuning_", "cpt_", "cartridge_")
-    unknown = [prefix for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values()
-               if prefix not in prompts and base_name(f"layer.{prefix}a.default") is not None]  # fmt: skip
+    unknown = [
+        prefix
+        for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values()
+        if prefix not in prompts and base_name(f"layer.{prefix}a.default") is not None
+    ]
     assert unknown == []
 
 

@@ -113,8 +113,17 @@ def test_the_next_is_on_its_way_while_one_is_used(marks):
             assert host.device.type == "cpu" and host.shape == (n + 1,)
             marks.append(("used", n))
     kinds = [(kind, last) for kind, *_, last in marks]
-    assert kinds == [("mark", 0), ("mark", 1), ("wait", 0), ("used", 0), ("mark", 2), ("wait", 1), ("used", 1),
-                     ("wait", 2), ("used", 2)]  # fmt: skip
+    assert kinds == [
+        ("mark", 0),
+        ("mark", 1),
+        ("wait", 0),
+        ("used", 0),
+        ("mark", 2),
+        ("wait", 1),
+        ("used", 1),
+        ("wait", 2),
+        ("used", 2),
+    ]
     here = torch.ones(2)
     assert [host is here for _, host in one_ahead([(0, here)])] == [True]
 
@@ -188,8 +197,21 @@ def test_a_step_is_taken_in_when_later_ones_are_on_their_way(monkeypatch, marks)
         for i in range(5):
             step(model, optimizer, i)
     assert [(kind, last) for kind, *_, last in marks] == [
-        ("mark", 0), ("mark", 1), ("mark", 2), ("wait", 0), ("settle", 1), ("mark", 3), ("wait", 1), ("settle", 1),
-        ("mark", 4), ("wait", 2), ("settle", 1), ("wait", 3), ("wait", 4), ("settle", 2)]  # fmt: skip
+        ("mark", 0),
+        ("mark", 1),
+        ("mark", 2),
+        ("wait", 0),
+        ("settle", 1),
+        ("mark", 3),
+        ("wait", 1),
+        ("settle", 1),
+        ("mark", 4),
+        ("wait", 2),
+        ("settle", 1),
+        ("wait", 3),
+        ("wait", 4),
+        ("settle", 2),
+    ]
 
 
 def test_nothing_that_is_kept_lies_in_the_block_it_arrived_in(monkeypatch):

@@ -172,9 +172,15 @@ def test_a_fully_trained_model_is_patched_as_the_probe_left_it(tmp_path, monkeyp
 
 @pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 3}, {"torch_compile_backend": "eager"}], ids=str)
 def test_every_micro_batch_of_the_probe_is_in_the_checkpoint(options, tmp_path, monkeypatch):
-    made, _ = trainer(tmp_path / "cut", torch_compile="torch_compile_backend" in options, callbacks=[Stop(4)],
-                      eval_dataset=training_runs.rows(8), eval_strategy="steps", eval_steps=1,
-                      **options)  # fmt: skip
+    made, _ = trainer(
+        tmp_path / "cut",
+        torch_compile="torch_compile_backend" in options,
+        callbacks=[Stop(4)],
+        eval_dataset=training_runs.rows(8),
+        eval_strategy="steps",
+        eval_steps=1,
+        **options,
+    )
     made.train()
     kept = load_inputs(tmp_path / "cut" / "checkpoint-3", None)
     count = options.get("gradient_accumulation_steps", 1)
@@ -242,12 +248,24 @@ def test_bases_with_other_patches_have_other_names():
 @pytest.mark.parametrize(
     ("kind", "step", "chosen"),
     [
-        ("lora", 3, "default"), ("lora", 6, "default"), ("lora", 9, "default"), ("dora", 6, "default"),
-        ("full", 3, "default"), ("full", 9, "default"), ("lora", 3, "paper"), ("lora", 6, "paper"),
-        ("lora", 9, "paper"), ("dora", 6, "paper"), ("full", 3, "paper"), ("full", 9, "paper"),
-        ("lora", 3, "merging"), ("lora", 6, "merging"), ("dora", 6, "merging"), ("full", 3, "merging"),
+        ("lora", 3, "default"),
+        ("lora", 6, "default"),
+        ("lora", 9, "default"),
+        ("dora", 6, "default"),
+        ("full", 3, "default"),
+        ("full", 9, "default"),
+        ("lora", 3, "paper"),
+        ("lora", 6, "paper"),
+        ("lora", 9, "paper"),
+        ("dora", 6, "paper"),
+        ("full", 3, "paper"),
+        ("full", 9, "paper"),
+        ("lora", 3, "merging"),
+        ("lora", 6, "merging"),
+        ("dora", 6, "merging"),
+        ("full", 3, "merging"),
     ],
-)  # fmt: skip
+)
 def test_resuming_gives_the_same_plan_and_weights(kind, step, chosen, finished, tmp_path):
     out, callback, _, final = finished(kind, chosen)
     shutil.copytree(out, tmp_path / "copy")
@@ -396,9 +414,15 @@ def test_training_that_ends_within_the_probe_says_so(tmp_path, caplog):
 
 def test_the_best_checkpoint_is_one_of_the_smaller_model(tmp_path):
     made, callback = trainer(
-        tmp_path, "full", eval_dataset=training_runs.rows(8), eval_strategy="steps", eval_steps=3,
-        load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True,
-    )  # fmt: skip
+        tmp_path,
+        "full",
+        eval_dataset=training_runs.rows(8),
+        eval_strategy="steps",
+        eval_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+    )
     made.train()
     assert made.state.best_global_step > PROBE
     assert len(Decoder(made.model).layers) == len(callback.plan.kept)

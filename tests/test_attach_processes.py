@@ -20,9 +20,13 @@ import gradpruner
 from gradpruner.decoder import Decoder
 
 RUNS = [
-    ("ddp", "lora", "default"), ("ddp", "full", "merging"), ("ddp", "lora", "paper"),
-    ("fsdp2", "full", "merging"), ("fsdp2", "lora", "default"), ("fsdp2", "lora", "paper"),
-]  # fmt: skip
+    ("ddp", "lora", "default"),
+    ("ddp", "full", "merging"),
+    ("ddp", "lora", "paper"),
+    ("fsdp2", "full", "merging"),
+    ("fsdp2", "lora", "default"),
+    ("fsdp2", "lora", "paper"),
+]
 
 
 def shard(made):
@@ -33,9 +37,12 @@ def shard(made):
     state = made.accelerator.state
     state.distributed_type = DistributedType.FSDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="SHARDED_STATE_DICT",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"], reshard_after_forward=True,
-    )  # fmt: skip
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        state_dict_type="SHARDED_STATE_DICT",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        reshard_after_forward=True,
+    )
     made.is_fsdp_enabled = True
 
 
@@ -55,9 +62,15 @@ def one_run(wrapper, kind, chosen, folder, resume=None):
 
 def worker(rank, port, folder, inputs, queue):
     os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1",
-    )  # fmt: skip
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        ACCELERATE_USE_CPU="true",
+        OMP_NUM_THREADS="1",
+    )
     torch.set_num_threads(1)
     found = {}
     for run in RUNS:

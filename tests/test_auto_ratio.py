@@ -122,9 +122,13 @@ def test_exact_match_decides_and_the_reason_says_why(tmp_path):
     assert checks.asked == [0, 2, 3] and choice.spent == 21
     assert [(t.count, t.exact_match, t.lost) for t in choice.trials] == [(2, 0.99, 0.01), (3, 0.9, 0.1)]
     for part in (
-        "2 of 6 layers", "candidates 1, 2, 3 ", "at most 1.0%", "exact match (one example is 2.0%)",
-        "50 held-out examples after 7 training steps: 1.0% lost (3: 10.0% lost)", "took 21 steps beyond",
-    ):  # fmt: skip
+        "2 of 6 layers",
+        "candidates 1, 2, 3 ",
+        "at most 1.0%",
+        "exact match (one example is 2.0%)",
+        "50 held-out examples after 7 training steps: 1.0% lost (3: 10.0% lost)",
+        "took 21 steps beyond",
+    ):
         assert part in choice.reason, (part, choice.reason)
     stored = json.loads((tmp_path / "auto.json").read_text())
     assert stored == {**json.loads(json.dumps(choice.to_dict())), "checked": stored["checked"]}
@@ -180,10 +184,17 @@ def source(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=6, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -230,9 +241,36 @@ def test_a_run_of_all_stages(source, tmp_path, monkeypatch, capsys):
     watched = Watched(monkeypatch)
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps({"prompt": e.prompt, "completion": e.answer}) + "\n" for e in EXAMPLES))
-    assert main(["run", "--model", source, "--data", str(data), "--held-out", "0.1", "--steps", "9", "--probe-steps",
-                 "3", "--batch-size", "4", "--lr", "1e-2", "--ratio", "auto", "--max-lost", "1", "--check-rows", "3",
-                 "--out", str(out)]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "run",
+                "--model",
+                source,
+                "--data",
+                str(data),
+                "--held-out",
+                "0.1",
+                "--steps",
+                "9",
+                "--probe-steps",
+                "3",
+                "--batch-size",
+                "4",
+                "--lr",
+                "1e-2",
+                "--ratio",
+                "auto",
+                "--max-lost",
+                "1",
+                "--check-rows",
+                "3",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr()
     # the probe; the dense model and two cuts for the check; the runs
     assert watched.layers == [6, 6, 4, 3, 6, 3]

@@ -103,9 +103,14 @@ done
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="no x86 processor")
 @pytest.mark.parametrize(
     ("flag", "lost"),
-    [("-no-such-flag", set()), ("-mamx-bf16", {"amx"}), ("-mavx512bf16", {"avx512bf16", "amx"}), ("-mavx2", {"avx2"}),
-     ("-mavx512f", {"avx512", "avx512bf16", "amx"})],
-)  # fmt: skip
+    [
+        ("-no-such-flag", set()),
+        ("-mamx-bf16", {"amx"}),
+        ("-mavx512bf16", {"avx512bf16", "amx"}),
+        ("-mavx2", {"avx2"}),
+        ("-mavx512f", {"avx512", "avx512bf16", "amx"}),
+    ],
+)
 def test_a_variant_is_left_out_where_the_compiler_does_not_know_its_flags(
     setup_names, monkeypatch, tmp_path, flag, lost
 ):

@@ -68,9 +68,14 @@ def test_the_card_says_what_was_done(pruned, folder):
     assert "| exact \\| match | 0.510 | 0.355 | 69.6% |" in text
     assert "model='acme/dense-1B-pruned'" in text
     of_model = gradpruner.model_card(
-        model, plan, base_model=BASE, license="mit", scores=igia.layer_scores().tolist(), results=ROWS,
+        model,
+        plan,
+        base_model=BASE,
+        license="mit",
+        scores=igia.layer_scores().tolist(),
+        results=ROWS,
         name="acme/dense-1B-pruned",
-    )  # fmt: skip
+    )
     assert of_model == text
 
 
@@ -203,9 +208,14 @@ def test_a_folder_is_uploaded_with_its_card_and_nothing_that_runs(folder, hub, t
     assert hub.created["name"] == "small" and hub.created["visibility"] == "private"
     assert hub.tokens == {"Bearer hf_secret"}
     assert set(hub.files) == {
-        "LICENSE", "README.md", "config.json", "generation_config.json", "gradpruner.json", "model.safetensors",
+        "LICENSE",
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "gradpruner.json",
+        "model.safetensors",
         "notes.md",
-    }  # fmt: skip
+    }
     assert hub.validated == hub.files["README.md"].decode() == (folder / "README.md").read_text()
     assert "model='me/small'" in hub.validated and "license: mit" in hub.validated
     again = AutoModelForCausalLM.from_pretrained(downloaded(hub, tmp_path / "again"))

@@ -47,8 +47,11 @@ def test_stock_transformers_alone_generates_token_for_token(tmp_path):
     ids = families.tokens() % 61
     stock = subprocess.run(
         [sys.executable, "-c", STOCK, str(tmp_path / "small"), json.dumps(ids.tolist())],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert stock.returncode == 0, stock.stderr[-2000:]
     cached, uncached = json.loads(stock.stdout)
     assert cached == uncached == generate(smaller, ids, cache=True).tolist()

@@ -26,19 +26,59 @@ def home(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = [{"text": f"word {i % 7}", "category": WORDS[i % 3]} for i in range(40)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, data = str(folder / "model"), str(folder / "data.jsonl")
-    assert main(["probe", "--model", model, "--data", data, "--steps", "4", "--batch-size", "4", "--lr", "1e-2",
-                 "--out", str(folder / "igia.safetensors"), "--json"]) == 0  # fmt: skip
-    assert main(["plan", str(folder / "igia.safetensors"), "--count", "3", "--merge", "1", "--out",
-                 str(folder / "plan.json"), "--json"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "probe",
+                "--model",
+                model,
+                "--data",
+                data,
+                "--steps",
+                "4",
+                "--batch-size",
+                "4",
+                "--lr",
+                "1e-2",
+                "--out",
+                str(folder / "igia.safetensors"),
+                "--json",
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(
+            [
+                "plan",
+                str(folder / "igia.safetensors"),
+                "--count",
+                "3",
+                "--merge",
+                "1",
+                "--out",
+                str(folder / "plan.json"),
+                "--json",
+            ]
+        )
+        == 0
+    )
     return folder
 
 
@@ -49,8 +89,22 @@ def contents(folder):
 def test_step_by_step(home, tmp_path, capsys):
     small, tuned = str(tmp_path / "small"), str(tmp_path / "tuned")
     data = ["--data", str(home / "data.jsonl")]
-    assert main(["apply", "--model", str(home / "model"), "--plan", str(home / "plan.json"), "--igia",
-                 str(home / "igia.safetensors"), "--out", small]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "apply",
+                "--model",
+                str(home / "model"),
+                "--plan",
+                str(home / "plan.json"),
+                "--igia",
+                str(home / "igia.safetensors"),
+                "--out",
+                small,
+            ]
+        )
+        == 0
+    )
     assert "verified; removes 3 of 6 decoder layers (50.0%" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(small).config.num_hidden_layers == 3
     assert main(["finetune", "--model", small, *data, "--steps", "3", "--batch-size", "4", "--out", tuned]) == 0
@@ -62,15 +116,43 @@ def test_step_by_step(home, tmp_path, capsys):
 
 def test_run_and_resume(home, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    command = ["run", "--model", str(home / "model"), "--data", str(home / "data.jsonl"), "--held-out", "0.25",
-               "--steps", "8", "--probe-steps", "3", "--batch-size", "4", "--lr", "1e-2", "--ratio", "0.5",
-               "--out", str(out)]  # fmt: skip
+    command = [
+        "run",
+        "--model",
+        str(home / "model"),
+        "--data",
+        str(home / "data.jsonl"),
+        "--held-out",
+        "0.25",
+        "--steps",
+        "8",
+        "--probe-steps",
+        "3",
+        "--batch-size",
+        "4",
+        "--lr",
+        "1e-2",
+        "--ratio",
+        "0.5",
+        "--out",
+        str(out),
+    ]
     assert main(command) == 0
     text = capsys.readouterr().out
     assert "exact match" in text and "pruned / dense" in text
-    for name in ("run.json", "dense.json", "speeds.json", "probe/igia.safetensors", "plan.json", "pruned.json",
-                 "results.json", "report.html", "layer_scores.png", "cut/config.json",
-                 "model/config.json"):  # fmt: skip
+    for name in (
+        "run.json",
+        "dense.json",
+        "speeds.json",
+        "probe/igia.safetensors",
+        "plan.json",
+        "pruned.json",
+        "results.json",
+        "report.html",
+        "layer_scores.png",
+        "cut/config.json",
+        "model/config.json",
+    ):
         assert (out / name).is_file(), name
     results = json.loads((out / "results.json").read_text())
     dense, pruned = results["rows"]
@@ -218,16 +300,45 @@ def test_a_loss_that_is_not_a_number_stops_the_run(home, tmp_path, capsys):
         model.lm_head.weight[0, 0] = float("nan")
     shutil.copytree(home / "model", tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
-    code = main(["probe", "--model", str(tmp_path / "model"), "--data", str(home / "data.jsonl"), "--steps", "3",
-                 "--batch-size", "4", "--out", str(tmp_path / "igia.safetensors")])  # fmt: skip
+    code = main(
+        [
+            "probe",
+            "--model",
+            str(tmp_path / "model"),
+            "--data",
+            str(home / "data.jsonl"),
+            "--steps",
+            "3",
+            "--batch-size",
+            "4",
+            "--out",
+            str(tmp_path / "igia.safetensors"),
+        ]
+    )
     error = capsys.readouterr().err
     assert code == 1 and "gradpruner: the loss of step 1 is nan" in error
     assert not (tmp_path / "igia.safetensors").exists()
 
 
 def test_a_loss_that_rises_is_no_success(home, tmp_path, capsys):
-    call = ["finetune", "--model", str(home / "model"), "--data", str(home / "data.jsonl"), "--steps", "6", "--rank",
-            "0", "--batch-size", "4", "--lr", "1", "--out", str(tmp_path / "tuned"), "--json"]  # fmt: skip
+    call = [
+        "finetune",
+        "--model",
+        str(home / "model"),
+        "--data",
+        str(home / "data.jsonl"),
+        "--steps",
+        "6",
+        "--rank",
+        "0",
+        "--batch-size",
+        "4",
+        "--lr",
+        "1",
+        "--out",
+        str(tmp_path / "tuned"),
+        "--json",
+    ]
     assert main(call) == 1
     said = capsys.readouterr()
     result = json.loads(said.out[said.out.index("{\n") :])
@@ -242,8 +353,24 @@ def test_a_run_that_diverged_says_so_everywhere(home, tmp_path, capsys, monkeypa
     monkeypatch.setattr(divergence, "has_diverged", lambda losses: True)
     monkeypatch.setattr(pipeline, "speeds_in_turns", lambda *args: {"pruned": [3.0, 2.0, 4.0]})
     out = tmp_path / "out"
-    call = ["run", "--model", str(home / "model"), "--data", str(home / "data.jsonl"), "--steps", "4", "--probe-steps",
-            "2", "--batch-size", "4", "--ratio", "0.5", "--no-dense", "--out", str(out)]  # fmt: skip
+    call = [
+        "run",
+        "--model",
+        str(home / "model"),
+        "--data",
+        str(home / "data.jsonl"),
+        "--steps",
+        "4",
+        "--probe-steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--ratio",
+        "0.5",
+        "--no-dense",
+        "--out",
+        str(out),
+    ]
     assert main(call) == 1
     said = capsys.readouterr()
     assert "gradpruner: the pruned run has diverged" in said.err and "3.0 (2.0 to 4.0)" in said.out
@@ -268,14 +395,35 @@ def test_a_model_that_is_no_decoder(home, tmp_path, capsys):
     "command",
     [
         ["apply", "--model", "model", "--plan", "plan.json", "--igia", "igia.safetensors", "--out", "small"],
-        ["apply", "--model", "model", "--plan", "plan.json", "--igia", "igia.safetensors", "--out", "old",
-         "--overwrite"],
+        [
+            "apply",
+            "--model",
+            "model",
+            "--plan",
+            "plan.json",
+            "--igia",
+            "igia.safetensors",
+            "--out",
+            "old",
+            "--overwrite",
+        ],
         ["plan", "igia.safetensors", "--count", "3", "--out", "plan.json"],
-        ["probe", "--model", "model", "--data", "data.jsonl", "--steps", "3", "--batch-size", "4", "--out",
-         "igia.safetensors"],
+        [
+            "probe",
+            "--model",
+            "model",
+            "--data",
+            "data.jsonl",
+            "--steps",
+            "3",
+            "--batch-size",
+            "4",
+            "--out",
+            "igia.safetensors",
+        ],
     ],
     ids=["apply", "apply over an old one", "plan", "probe"],
-)  # fmt: skip
+)
 def test_a_full_disk(home, tmp_path, command):
     here = tmp_path / "here"
     shutil.copytree(home, here)
@@ -284,10 +432,13 @@ def test_a_full_disk(home, tmp_path, command):
     before = contents(here)
     limit = 200 if command[0] == "plan" else 20_000
     run = subprocess.run(
-        [sys.executable, "-m", "gradpruner.cli", *command], cwd=here, capture_output=True, text=True,
+        [sys.executable, "-m", "gradpruner.cli", *command],
+        cwd=here,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+    )
     said = [line for line in run.stderr.splitlines() if line.startswith("gradpruner: ")]
     assert run.returncode == 1 and len(said) == 1 and "could not write" in said[0], run.stderr[-2000:]
     assert "Traceback" not in run.stderr
@@ -302,7 +453,23 @@ def test_interrupting_keeps_what_is_finished(home, tmp_path, capsys, monkeypatch
 
     monkeypatch.setattr(pipeline, "apply", interrupt)
     out = tmp_path / "out"
-    code = main(["run", "--model", str(home / "model"), "--data", str(home / "data.jsonl"), "--steps", "6",
-                 "--probe-steps", "3", "--batch-size", "4", "--no-dense", "--out", str(out)])  # fmt: skip
+    code = main(
+        [
+            "run",
+            "--model",
+            str(home / "model"),
+            "--data",
+            str(home / "data.jsonl"),
+            "--steps",
+            "6",
+            "--probe-steps",
+            "3",
+            "--batch-size",
+            "4",
+            "--no-dense",
+            "--out",
+            str(out),
+        ]
+    )
     assert code == 1 and "interrupted" in capsys.readouterr().err
     assert sorted(p.name for p in out.iterdir()) == ["plan.json", "probe", "run.json"]

@@ -38,11 +38,42 @@ def test_the_plan_goes_from_apply_through_every_command_to_the_hub(home, hub, tm
     model, small, tuned, sparse = (str(path) for path in (home / "model", *(tmp_path / n for n in ("s", "t", "z"))))
     data = ["--data", str(home / "data.jsonl")]
     plan = Plan.load(home / "plan.json")
-    assert main(["apply", "--model", model, "--plan", str(home / "plan.json"), "--igia",
-                 str(home / "igia.safetensors"), "--out", small]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "apply",
+                "--model",
+                model,
+                "--plan",
+                str(home / "plan.json"),
+                "--igia",
+                str(home / "igia.safetensors"),
+                "--out",
+                small,
+            ]
+        )
+        == 0
+    )
     assert main(["finetune", "--model", small, *data, "--steps", "2", "--batch-size", "4", "--out", tuned]) == 0
-    assert main(["sparsify", "--model", tuned, *data, "--method", "magnitude", "--max-length", "8", "--samples", "2",
-                 "--out", sparse]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "sparsify",
+                "--model",
+                tuned,
+                *data,
+                "--method",
+                "magnitude",
+                "--max-length",
+                "8",
+                "--samples",
+                "2",
+                "--out",
+                sparse,
+            ]
+        )
+        == 0
+    )
     for folder in (small, tuned, sparse):
         found = Plan.load(f"{folder}/gradpruner.json")
         assert found == plan and found.kind == "norm", folder
@@ -92,8 +123,29 @@ def test_a_model_that_was_pruned_before_says_so(home, tmp_path):  # noqa: F811
         Plan(5, drop=[1], before=first)
 
     out = tmp_path / "run"
-    assert main(["run", "--model", once, "--data", str(home / "data.jsonl"), "--steps", "4", "--probe-steps", "2",
-                 "--batch-size", "4", "--count", "1", "--no-dense", "--out", str(out)]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "run",
+                "--model",
+                once,
+                "--data",
+                str(home / "data.jsonl"),
+                "--steps",
+                "4",
+                "--probe-steps",
+                "2",
+                "--batch-size",
+                "4",
+                "--count",
+                "1",
+                "--no-dense",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     for folder in ("cut", "model"):
         assert Plan.load(out / folder / "gradpruner.json").before == first
     assert "with 3 of its 6 decoder layers removed" in (out / "model" / "README.md").read_text()

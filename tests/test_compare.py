@@ -51,10 +51,17 @@ def home(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for index, layer in enumerate(model.model.layers):  # no two of them nearly equal
@@ -74,8 +81,9 @@ def job(home, **changed):
 
 def comparison(home, out, methods=USED, seeds=SEEDS, train=TRAIN, test=TEST, **changed):
     options = {k: changed.pop(k) for k in ("ratios", "held_out", "dense", "say") if k in changed}
-    return Compare(job(home, **changed), train, test, out, methods=methods, seeds=seeds,
-                   **{"held_out": HELD_OUT, **options})  # fmt: skip
+    return Compare(
+        job(home, **changed), train, test, out, methods=methods, seeds=seeds, **{"held_out": HELD_OUT, **options}
+    )
 
 
 @contextlib.contextmanager
@@ -450,8 +458,10 @@ def test_differences_by_hand():
     def mean(rows):
         return [sum(map(int, column)) / len(column) for column in zip(*rows, strict=True)]
 
-    for method, ours, other in [("laco", mean(right.values()), mean(theirs.values())),
-                                ("block", mean([right[1]]), mean([theirs[1]]))]:  # fmt: skip
+    for method, ours, other in [
+        ("laco", mean(right.values()), mean(theirs.values())),
+        ("block", mean([right[1]]), mean([theirs[1]])),
+    ]:
         gaps = [a - b for a, b in zip(ours, other, strict=True)]
         draw = random.Random(11)
         means = sorted(sum(draw.choices(gaps, k=len(gaps))) / len(gaps) for _ in range(4000))
@@ -548,8 +558,14 @@ def test_measured_in_turns_without_merging_and_away_from_the_dense_model(home, t
     monkeypatch.setattr(costs, "_write", writing)
     monkeypatch.setattr(costs.multiprocessing, "get_context", lambda kind: type(kind, (), {"Pool": Pool}))
     plan = Plan(LAYERS, drop=[1], merge=[3])
-    dense, pruned = costs.measure(loading(home), [None, plan], [{"input_ids": [1]}] * 100, Recipe(batch_size=BATCH),
-                                 rank_factor=4, beside=tmp_path)  # fmt: skip
+    dense, pruned = costs.measure(
+        loading(home),
+        [None, plan],
+        [{"input_ids": [1]}] * 100,
+        Recipe(batch_size=BATCH),
+        rank_factor=4,
+        beside=tmp_path,
+    )
     assert ranks == [8, 32] * 3
     assert seen == [(6, 0), (4, 2)] * 3
     # by another process, once
@@ -564,9 +580,14 @@ def test_measured_in_a_process_of_its_own(tmp_path):
     """A model of 100 MB, and half of it: nothing of what was cut off is in the memory of what is left."""
     tokenizer = make_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     recipe = Recipe(batch_size=BATCH, rank=4)
@@ -588,8 +609,9 @@ def test_costs_are_measured_once_a_size(base, copied, home, monkeypatch):
         assert beside == copied and (copied / "report.html").is_file()  # what is there already is not lost by a failure
         assert rank_factor == GradPruner().settings.rank_factor
         seen.update(loading=loading, plans=plans, rows=rows, recipe=recipe)
-        return [Cost(6 - (len(p.removed) if p else 0), len(p.removed) if p else 0, 1.0, 2, 3.0, 4, 5, 6.0)
-                for p in plans]  # fmt: skip
+        return [
+            Cost(6 - (len(p.removed) if p else 0), len(p.removed) if p else 0, 1.0, 2, 3.0, 4, 5, 6.0) for p in plans
+        ]
 
     monkeypatch.setattr(compared, "measure", measure)
     made = comparison(home, copied)
@@ -610,9 +632,16 @@ def test_operations_of_experts_are_counted(experts):
     torch.manual_seed(0)
     hidden, inner, vocabulary, rows, tokens, top = 16, 24, 61, 2, 8, 2
     config = MixtralConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=top, experts_implementation=experts,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=top,
+        experts_implementation=experts,
+    )
     model = AutoModelForCausalLM.from_config(config)
     ids = torch.randint(0, vocabulary, (rows, tokens))
     found = training_operations(model, {"input_ids": ids, "labels": ids})
@@ -658,9 +687,30 @@ def finished_of(folder, method):
 
 
 def command(home, out, *more, name="compare"):
-    return [name, "--model", str(home / "model"), "--data", str(home / "data.jsonl"), "--steps", str(STEPS),
-            "--probe-steps", str(PROBE), "--batch-size", str(BATCH), "--lr", "1e-2", "--rank", "4", "--test-limit", "6",
-            "--held-out", "0.2", "--out", str(out), *more]  # fmt: skip
+    return [
+        name,
+        "--model",
+        str(home / "model"),
+        "--data",
+        str(home / "data.jsonl"),
+        "--steps",
+        str(STEPS),
+        "--probe-steps",
+        str(PROBE),
+        "--batch-size",
+        str(BATCH),
+        "--lr",
+        "1e-2",
+        "--rank",
+        "4",
+        "--test-limit",
+        "6",
+        "--held-out",
+        "0.2",
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 def only(home):
@@ -708,14 +758,27 @@ def test_the_command(home, tmp_path, capsys):
 
 def test_the_command_sensitivity(home, tmp_path, capsys):
     only(home)
-    values = ["--probe-steps-values", "--kind-values", KIND, OTHER, "--merge-values", "1",
-              "--top-values", "--rank-values", "--rank-factor-values", "--share-values"]  # fmt: skip
+    values = [
+        "--probe-steps-values",
+        "--kind-values",
+        KIND,
+        OTHER,
+        "--merge-values",
+        "1",
+        "--top-values",
+        "--rank-values",
+        "--rank-factor-values",
+        "--share-values",
+    ]
     call = command(home, tmp_path / "out", *values, "--json", name="sensitivity")
     assert main(call) == 0
     found = json.loads(capsys.readouterr().out)
     assert {r["method"] for r in found["rows"]} == {
-        DENSE, "gradpruner", f"gradpruner:kind={OTHER}", "gradpruner:merge=1"
-    }  # fmt: skip
+        DENSE,
+        "gradpruner",
+        f"gradpruner:kind={OTHER}",
+        "gradpruner:merge=1",
+    }
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"layer score {KIND} (default)" in page and f"layer score {OTHER}" in page and "layers merged 1" in page
     assert f"gradpruner:kind={OTHER}" not in page and "gradpruner:merge=1" not in page  # in a plot of their own
@@ -786,8 +849,13 @@ def result(method, score, seed=0, count=2):
 
 def test_scored_is_the_mean_over_seeds_of_what_is_done():
     rows = sensitivity.variants({"layer score": (KIND, OTHER, "normalized")}, USUAL)
-    done = [result("gradpruner", 0.5), result("gradpruner", 0.7, 1), result(f"gradpruner:kind={OTHER}", None),
-            result("dense", 0.8, count=0), result("dense", 0.9, 1, count=0)]  # fmt: skip
+    done = [
+        result("gradpruner", 0.5),
+        result("gradpruner", 0.7, 1),
+        result(f"gradpruner:kind={OTHER}", None),
+        result("dense", 0.8, count=0),
+        result("dense", 0.9, 1, count=0),
+    ]
     # of the same folder, but not tried with the others
     done += [result("gradpruner", 0.1, 2), result("gradpruner", 0.2, count=3), result("dense", 0.1, 2, count=0)]
     scored = sensitivity.scored({"rows": rows, "count": 2, "seeds": [0, 1]}, done)
@@ -849,6 +917,4 @@ def test_options_of_sparse_are_those_of_both_its_methods():
     """A cell is found again by them: what a default means may change."""
     options = parse_method("sparse:layers=laco,weights=dsnot:cycles=9").options
     assert options["layers"] == {"name": "laco", **parse_method("laco").options}
-    assert options["weights"] == {
-        "name": "dsnot", "start": "wanda", "cycles": 9, "threshold": 0.1, "overshoot": False
-    }  # fmt: skip
+    assert options["weights"] == {"name": "dsnot", "start": "wanda", "cycles": 9, "threshold": 0.1, "overshoot": False}

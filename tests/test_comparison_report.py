@@ -196,10 +196,19 @@ def report(folder, **changes):
 
 def result(method, count, seed, exact_match, **changes):
     fields = {
-        "ratio": count / 10, "macro_f1": None, "perplexity": None, "examples": 200, "layers": 10 - count,
-        "parameters": 1000 - 80 * count, "removed": " ".join(map(str, range(1, count + 1))), "merged": "",
-        "steps": 40, "first_loss": 2.0, "last_loss": 0.5, "seconds": 100.0 - count,
-    }  # fmt: skip
+        "ratio": count / 10,
+        "macro_f1": None,
+        "perplexity": None,
+        "examples": 200,
+        "layers": 10 - count,
+        "parameters": 1000 - 80 * count,
+        "removed": " ".join(map(str, range(1, count + 1))),
+        "merged": "",
+        "steps": 40,
+        "first_loss": 2.0,
+        "last_loss": 0.5,
+        "seconds": 100.0 - count,
+    }
     return Result(method, count, seed=seed, exact_match=exact_match, **{**fields, **changes})
 
 

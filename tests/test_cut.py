@@ -249,8 +249,13 @@ def test_a_kept_dora_scales_what_is_added_as_before(target):
         before = rows_of_it()
         adapter = dict(Decoder(model).layers[2].mlp.down_proj.named_modules()).get("lora_magnitude_vector.default")
         known = None if adapter is None else adapter.weight.clone()
-        gradpruner.cut(model, optimizer, gradpruner.Plan(LAYERS, drop=[3]), adapters="keep",
-                       patches=[Patch(weight, 3, change, 0.5)])  # fmt: skip
+        gradpruner.cut(
+            model,
+            optimizer,
+            gradpruner.Plan(LAYERS, drop=[3]),
+            adapters="keep",
+            patches=[Patch(weight, 3, change, 0.5)],
+        )
         after = rows_of_it()
     if known is None:  # nothing was added to it
         assert torch.equal(before, after)

@@ -32,13 +32,22 @@ SOME, MANY = 100, 2000
 
 
 def igia(folder):
-    model = AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=16, hidden_size=4, intermediate_size=4, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1,
-    ))  # fmt: skip
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=16,
+            hidden_size=4,
+            intermediate_size=4,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
     seen = igia_of(model)
-    factors = {key: Factors(torch.ones(2, 1, f.f.shape[1]), torch.ones(2, f.f.shape[0], 1))
-               for key, f in seen.importance.items() if key[0] == 1}  # fmt: skip
+    factors = {
+        key: Factors(torch.ones(2, 1, f.f.shape[1]), torch.ones(2, f.f.shape[0], 1))
+        for key, f in seen.importance.items()
+        if key[0] == 1
+    }
     seen = dataclasses.replace(seen, importance={**seen.importance, **factors}, shared_parameters=(((1, 2), 8),))
     seen.save(folder / "igia.safetensors")
     return folder / "igia.safetensors"
@@ -104,10 +113,17 @@ def index(folder):
 
 
 def config(folder):
-    model = AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=16, hidden_size=4, intermediate_size=4, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
-    ))  # fmt: skip
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=16,
+            hidden_size=4,
+            intermediate_size=4,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+        )
+    )
     model.save_pretrained(folder)
     return folder / "config.json"
 
@@ -153,8 +169,17 @@ def cell(folder):
 
 
 def report(folder):
-    row = {"name": "dense", "layers": 4, "parameters": 100, "exact_match": 0.5, "perplexity": None, "step_seconds": 0.5,
-           "tokens_per_second": 2.0, "peak_bytes": 100, "checkpoint_bytes": 100}  # fmt: skip
+    row = {
+        "name": "dense",
+        "layers": 4,
+        "parameters": 100,
+        "exact_match": 0.5,
+        "perplexity": None,
+        "step_seconds": 0.5,
+        "tokens_per_second": 2.0,
+        "peak_bytes": 100,
+        "checkpoint_bytes": 100,
+    }
     probe = {"layer_scores": [1.0, 2.0, 3.0, 4.0], "stability": [0.5, 1.0], "margin": 0.5}
     content = {"rows": [row, {**row, "name": "pruned"}], "probe": probe, "plan": gradpruner.Plan(4, [1]).to_dict()}
     (folder / "results.json").write_text(json.dumps(content))
@@ -273,8 +298,11 @@ def test_a_flipped_letter_of_a_weights_name_is_seen(tmp_path):
     length = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + length])
     about = header["__metadata__"]["gradpruner"].replace("q_proj.weight", "r_proj.weight", 1)
-    for checksum in ({}, {"gradpruner_crc32": header["__metadata__"]["gradpruner_crc32"]},
-                     {"gradpruner_crc32": str(zlib.crc32(about.encode()))}):  # fmt: skip
+    for checksum in (
+        {},
+        {"gradpruner_crc32": header["__metadata__"]["gradpruner_crc32"]},
+        {"gradpruner_crc32": str(zlib.crc32(about.encode()))},
+    ):
         text = json.dumps({**header, "__metadata__": {"gradpruner": about, **checksum}}).encode()
         path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
         with pytest.raises(CheckpointError, match="corrupted"):

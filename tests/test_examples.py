@@ -30,10 +30,16 @@ def write_inputs(folder):
     torch.manual_seed(0)
     tokenizer = make_tokenizer(bos=True)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rows = [{"text": f"row {i} says that {i} and {i} are {2 * i}"} for i in range(80)]
@@ -88,8 +94,14 @@ def test_the_loop_of_the_readme(inputs, tmp_path, monkeypatch):
     batch = dict(tokenizer("row 1 says that 1 and 1 are 2", return_tensors="pt"))
     batch["labels"] = batch["input_ids"]
     monkeypatch.chdir(tmp_path)
-    known = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "tokenizer": tokenizer,
-             "loader": [batch] * 45, "batches": [batch] * 5}  # fmt: skip
+    known = {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "tokenizer": tokenizer,
+        "loader": [batch] * 45,
+        "batches": [batch] * 5,
+    }
     exec(block, known)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (1 - 90 / 100))
     checked("smaller")

@@ -85,8 +85,11 @@ def test_a_folder_with_such_a_layer_becomes_one_without(tmp_path, caplog):
     build("deepseek_v3", num_nextn_predict_layers=1).save_pretrained(source)
     tensors = load_file(source / "model.safetensors")
     behind = {name.replace("layers.5.", "layers.6."): t.clone() for name, t in tensors.items() if "layers.5." in name}
-    save_file({**tensors, **behind, "model.layers.6.eh_proj.weight": torch.ones(2, 4)}, source / "model.safetensors",
-              {"format": "pt"})  # fmt: skip
+    save_file(
+        {**tensors, **behind, "model.layers.6.eh_proj.weight": torch.ones(2, 4)},
+        source / "model.safetensors",
+        {"format": "pt"},
+    )
     fields = written(source, "generation_config.json")
     (source / "generation_config.json").write_text(json.dumps({**fields, "use_mtp": True, "assistant_early_exit": 3}))
     with caplog.at_level(logging.WARNING):

@@ -266,8 +266,10 @@ def test_float16_weights_learn_as_float32_weights_do():
 
 def test_weights_beyond_the_range_of_their_dtype_are_told(monkeypatch):
     model = llama(torch.float16)
-    with pytest.raises(GradPrunerError, match=r"lm_head.weight was trained beyond the range of torch.float16"), \
-            float32_masters(model):  # fmt: skip
+    with (
+        pytest.raises(GradPrunerError, match=r"lm_head.weight was trained beyond the range of torch.float16"),
+        float32_masters(model),
+    ):
         model.lm_head.weight.data.fill_(1e6)
 
 

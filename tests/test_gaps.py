@@ -21,9 +21,15 @@ LAYERS = 5
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=2,
-        num_key_value_heads=1, attn_implementation="eager", pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attn_implementation="eager",
+        pad_token_id=0,
+    )
     model = LlamaForCausalLM(config)
     for parameter in model.parameters():  # as made, layers do next to nothing
         parameter.data.mul_(3.0)

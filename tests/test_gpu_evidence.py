@@ -49,8 +49,13 @@ def test_every_part_of_the_dry_run_ends_well(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {row["part"] for row in rows} == {part.name for part in PARTS if part.by_default}
     assert {path.name for path in tmp_path.iterdir()} == {
-        "report.json", "rows.jsonl", "log.txt", "kernels.csv", "kernels.svg", "training.svg",
-    }  # fmt: skip
+        "report.json",
+        "rows.jsonl",
+        "log.txt",
+        "kernels.csv",
+        "kernels.svg",
+        "training.svg",
+    }
 
 
 def test_the_sweep_that_is_asked_for(tmp_path):

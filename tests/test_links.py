@@ -86,9 +86,19 @@ def hidden_file(folder, outside):
 
 @pytest.mark.parametrize(
     "plant",
-    [secret_file, chat_template, relative_link, linked_folder, link_in_a_folder, weights, config, code, link_to_a_link,
-     hidden_file],
-)  # fmt: skip
+    [
+        secret_file,
+        chat_template,
+        relative_link,
+        linked_folder,
+        link_in_a_folder,
+        weights,
+        config,
+        code,
+        link_to_a_link,
+        hidden_file,
+    ],
+)
 def test_a_link_out_of_the_folder_is_refused(plant, folder, hub, tmp_path):  # noqa: F811
     outside = tmp_path / "outside"
     outside.mkdir()

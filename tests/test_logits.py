@@ -14,12 +14,15 @@ import gradpruner
 from gradpruner.logits import LONGEST, PADDING, TOKENS, differ, logits_of, longer_input, windows_of
 
 
-@pytest.mark.parametrize(("gap", "dtype", "same"), [
-    (1.1e-5, torch.float32, True),  # what a weight's place in memory was seen to do
-    (1e-4, torch.float32, False),  # what a rule of attention was seen to do
-    (2e-3, torch.bfloat16, True),
-    (2e-2, torch.bfloat16, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gap", "dtype", "same"),
+    [
+        (1.1e-5, torch.float32, True),  # what a weight's place in memory was seen to do
+        (1e-4, torch.float32, False),  # what a rule of attention was seen to do
+        (2e-3, torch.bfloat16, True),
+        (2e-2, torch.bfloat16, False),
+    ],
+)
 def test_rounding_is_told_from_another_answer(gap, dtype, same):
     expected = torch.linspace(-1, 1, 50)[None]
     actual = expected.clone()
@@ -62,9 +65,17 @@ class Ruled(LlamaForCausalLM):
 
 def ruled(rule="window", window=20, positions=64, kind=Ruled):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=6,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=positions,
-                         attn_implementation="eager", initializer_range=0.5)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=positions,
+        attn_implementation="eager",
+        initializer_range=0.5,
+    )
     config.rule, config.sliding_window = rule, window
     return kind(config)
 

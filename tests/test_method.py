@@ -15,16 +15,28 @@ from gradpruner import ops
 from gradpruner.igia import Dense, Factors
 
 LAYERS, STEPS, RANK = 8, 5, 4
-NAMES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
+NAMES = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+]
 
 
 def llama(dtype=torch.float32):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=61, hidden_size=24, intermediate_size=52, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=52,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     return AutoModelForCausalLM.from_config(config).to(dtype)
 
 

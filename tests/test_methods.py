@@ -24,8 +24,15 @@ from gradpruner.patch import fit_patches
 PLAIN = ["drop-last", "shortgpt", "block", "random", "magnitude", "taylor", "loss"]
 EVERY = [*PLAIN, "laco:combine=2,interval=1"]
 SHARES = [1.0, 2.0, 1.1, 3.0, 6.0, 1.5]
-LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
+LINEARS = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+]
 
 
 def batch(lengths, seed, left=False):
@@ -463,11 +470,21 @@ def test_hidden_states_that_are_not_one_vector_a_token_are_refused():
 
 @pytest.mark.parametrize(
     "text",
-    [*PLAIN, "laco", "laco:threshold=0.5", "laco:threshold=-1,combine=3,interval=1,low=0", "laco:combine=2",
-     "gradpruner", "gradpruner:preset=paper,merge=3,probe_steps=10", "gradpruner:patch=false,adapters=discard",
-     "gradpruner:kind=squared,top=0.5,weight=0.5,rank=4,share=0.1", "shortgpt:patch=true", "drop-last:adapters=keep",
-     "loss:patch=true,adapters=keep,rank_factor=2"],
-)  # fmt: skip
+    [
+        *PLAIN,
+        "laco",
+        "laco:threshold=0.5",
+        "laco:threshold=-1,combine=3,interval=1,low=0",
+        "laco:combine=2",
+        "gradpruner",
+        "gradpruner:preset=paper,merge=3,probe_steps=10",
+        "gradpruner:patch=false,adapters=discard",
+        "gradpruner:kind=squared,top=0.5,weight=0.5,rank=4,share=0.1",
+        "shortgpt:patch=true",
+        "drop-last:adapters=keep",
+        "loss:patch=true,adapters=keep,rank_factor=2",
+    ],
+)
 def test_spelled_is_the_opposite_of_parse(text):
     assert spelled(parse_method(text)) == text and text.partition(":")[0] in METHODS
 
@@ -576,8 +593,11 @@ def test_gradpruner_keeps_and_patches_as_told(probed, text, keep, patch):
     assert not any("lora" in name for name, _ in smaller.named_parameters())
     expected = by_hand(probed, plan, keep=keep, patch=patch, igia=probed[1])
     assert_close(smaller, expected)
-    others = [by_hand(probed, plan, keep=a, patch=b, igia=probed[1]) for a, b in itertools.product((0, 1), (0, 1))
-              if (a, b) != (keep, patch)]  # fmt: skip
+    others = [
+        by_hand(probed, plan, keep=a, patch=b, igia=probed[1])
+        for a, b in itertools.product((0, 1), (0, 1))
+        if (a, b) != (keep, patch)
+    ]
     for other in others:  # every option makes another model
         with pytest.raises(AssertionError):
             assert_close(smaller, other)
@@ -602,10 +622,15 @@ def test_gradpruner_plans_by_its_score_and_merging(probed):
         assert len(plan.merge) == merge
 
 
-@pytest.mark.parametrize(("text", "keep", "patch"), [
-    ("", False, False), ("patch=true", False, True), ("adapters=keep", True, False),
-    ("patch=true,adapters=keep", True, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "keep", "patch"),
+    [
+        ("", False, False),
+        ("patch=true", False, True),
+        ("adapters=keep", True, False),
+        ("patch=true,adapters=keep", True, True),
+    ],
+)
 @pytest.mark.parametrize("name", ["drop-last", "shortgpt"])
 def test_dropping_keeps_and_patches_where_asked_to(probed, name, text, keep, patch):
     method, given = parse_method(f"{name}:{text}"), seen(probed)

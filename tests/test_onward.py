@@ -225,8 +225,9 @@ def test_gguf_holds_the_same_model(name, tmp_path):
     kind = "f32" if name == "tiny" else "bf16"
     subprocess.run(
         [CONVERTER, str(folder), "--outtype", kind, "--outfile", str(tmp_path / "small.gguf")],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+    )
     again, _ = load_model(tmp_path / "small.gguf", dtype=torch.float32)
     written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = tokenizer("The capital of France is the city of", return_tensors="pt").input_ids

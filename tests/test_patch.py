@@ -64,9 +64,11 @@ def recorded(model, path, layer, end, batches):
     for inputs in batches:
         with torch.no_grad():
             states = copied(
-                input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"), use_cache=False,
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs.get("attention_mask"),
+                use_cache=False,
                 output_hidden_states=True,
-            ).hidden_states  # fmt: skip
+            ).hidden_states
         for row, ids in enumerate(inputs["input_ids"]):
             real = inputs["attention_mask"][row].bool() if "attention_mask" in inputs else torch.ones(len(ids)).bool()
             rows.append([t[row][real] for t in (recorder.entered[-1], states[layer + 1], states[end + 1])])
@@ -162,8 +164,12 @@ def test_room_is_counted_for_both_layouts_and_one_gap_always_fits():
 
     size = 2 * 4 * 10 * (10 + 3)
     for transposed in (False, True):
-        for room, want in [(0, [[0], [4], [7]]), (2 * size - 1, [[0], [4], [7]]), (2 * size, [[0, 4], [7]]),
-                           (float("inf"), [[0, 4, 7]])]:  # fmt: skip
+        for room, want in [
+            (0, [[0], [4], [7]]),
+            (2 * size - 1, [[0], [4], [7]]),
+            (2 * size, [[0, 4], [7]]),
+            (float("inf"), [[0, 4, 7]]),
+        ]:
             assert patching._passes(writers(transposed), room) == want
     assert patching._passes({}, 0) == []
     assert patching._room(nn.Linear(2, 2)) == float("inf")

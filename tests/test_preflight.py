@@ -33,10 +33,17 @@ RECIPE = Recipe(batch_size=4, learning_rate=1e-3, rank=2)
 
 def config_of(tokenizer, **changed):
     given = dict(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return LlamaConfig(**{**given, **changed})
 
 
@@ -315,11 +322,22 @@ def test_places_that_cannot_be_written_to_are_found_before_training(home, tmp_pa
     data = ["--data", str(home / "data.jsonl"), "--steps", "2"]
     for call, message in (
         (["finetune", *base, *data, "--out", str(tmp_path / "used")], "exists and is not empty"),
-        (["apply", *base, "--plan", str(tmp_path / "plan.json"), "--dtype", "float32", "--out", str(tmp_path / "used")],
-         "exists and is not empty"),
+        (
+            [
+                "apply",
+                *base,
+                "--plan",
+                str(tmp_path / "plan.json"),
+                "--dtype",
+                "float32",
+                "--out",
+                str(tmp_path / "used"),
+            ],
+            "exists and is not empty",
+        ),
         (["probe", *base, *data, "--out", str(tmp_path / "no" / "igia.safetensors")], "does not exist"),
         (["probe", *base, *data, "--out", str(tmp_path / "used")], "is a folder"),
-    ):  # fmt: skip
+    ):
         assert main(call) == 2 and message in capsys.readouterr().err, call
     assert not trained
     (tmp_path / "file").write_text("kept")

@@ -53,8 +53,13 @@ def true_gradients(model, seeds):
         model.zero_grad()
         ids = batch(seed)
         model(input_ids=ids, labels=ids).loss.backward()
-        out.append({(j, n): layer.get_submodule(n).weight.grad.clone()
-                    for j, layer in enumerate(model.model.layers) for n in NAMES})  # fmt: skip
+        out.append(
+            {
+                (j, n): layer.get_submodule(n).weight.grad.clone()
+                for j, layer in enumerate(model.model.layers)
+                for n in NAMES
+            }
+        )
     return out
 
 
@@ -135,8 +140,12 @@ def test_exact_on_trainable_weights_trains_as_autograd_does(micro_batches):
                 for micro in range(micro_batches):
                     ids = batch(10 * i + micro)
                     model(input_ids=ids, labels=ids).loss.backward()
-            norms.append([plain.model.layers[w.layer].get_parameter(w.name).grad.double().square().sum()
-                          for w in probe._decoder.weights])  # fmt: skip
+            norms.append(
+                [
+                    plain.model.layers[w.layer].get_parameter(w.name).grad.double().square().sum()
+                    for w in probe._decoder.weights
+                ]
+            )
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -270,9 +279,17 @@ def test_probe_callback_in_a_trainer(tmp_path):
     model = lora(llama())
     data = [{"input_ids": row, "labels": row} for i in range(8) for row in batch(i)]
     callback = gradpruner.ProbeCallback(steps=3, save_to=tmp_path / "igia.safetensors")
-    arguments = TrainingArguments(tmp_path / "out", max_steps=5, per_device_train_batch_size=2,
-                                  gradient_accumulation_steps=2, report_to=[], use_cpu=True, save_strategy="no",
-                                  learning_rate=1e-2, disable_tqdm=True)  # fmt: skip
+    arguments = TrainingArguments(
+        tmp_path / "out",
+        max_steps=5,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        learning_rate=1e-2,
+        disable_tqdm=True,
+    )
     Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
     igia = gradpruner.Igia.load(tmp_path / "igia.safetensors")
     assert igia.steps == 3 and igia.estimator == "lora"

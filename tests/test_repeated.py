@@ -81,9 +81,16 @@ CHECKPOINTING = {"none": None, "reentrant": True, "not reentrant": False}
 
 @pytest.mark.parametrize(
     ("make", "frozen", "checkpointing"),
-    [(chunked, True, None), (chunked, False, None), (chunked, True, True), (twice, True, None), (twice, False, False),
-     (twice, True, True), (twice, True, False)],
-)  # fmt: skip
+    [
+        (chunked, True, None),
+        (chunked, False, None),
+        (chunked, True, True),
+        (twice, True, None),
+        (twice, False, False),
+        (twice, True, True),
+        (twice, True, False),
+    ],
+)
 def test_exact_refuses_a_linear_that_runs_twice(make, frozen, checkpointing):
     model = prepared(make, frozen, checkpointing)
     first = "mlp.inner.gate_proj" if make is chunked else "inner.self_attn.q_proj"

@@ -56,8 +56,26 @@ def test_finetune_goes_on(source, tmp_path, monkeypatch, capsys):
     data.write_text("".join(json.dumps({"prompt": e.prompt, "completion": e.answer}) + "\n" for e in TRAIN))
 
     def command(name, *more):
-        return main(["finetune", "--model", source, "--data", str(data), "--steps", "12", "--batch-size", "2",
-                     "--rank", "2", "--lr", "1e-2", "--out", str(tmp_path / name), *more])  # fmt: skip
+        return main(
+            [
+                "finetune",
+                "--model",
+                source,
+                "--data",
+                str(data),
+                "--steps",
+                "12",
+                "--batch-size",
+                "2",
+                "--rank",
+                "2",
+                "--lr",
+                "1e-2",
+                "--out",
+                str(tmp_path / name),
+                *more,
+            ]
+        )
 
     with monkeypatch.context() as patch:
         interrupting(patch, 11)
@@ -105,8 +123,9 @@ run({source!r}, Path({out!r}), save_steps=3, recipe={recipe!r}).dense()
 @pytest.mark.parametrize("moment", ["step", "save"])
 def test_a_killed_run_goes_on(moment, rank, source, tmp_path, monkeypatch):
     out, recipe = tmp_path / "out", {"rank": rank}
-    code = DYING.format(path=[str(Path(__file__).parent), *sys.path], source=source, out=str(out), recipe=recipe,
-                        moment=moment)  # fmt: skip
+    code = DYING.format(
+        path=[str(Path(__file__).parent), *sys.path], source=source, out=str(out), recipe=recipe, moment=moment
+    )
     died = subprocess.run([sys.executable, "-c", code], env=os.environ.copy(), capture_output=True, text=True)
     assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
     steps = interrupting(monkeypatch)

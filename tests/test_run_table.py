@@ -47,8 +47,10 @@ def test_models_take_turns(monkeypatch):
 
 def test_the_ratio_is_within_a_turn():
     assert spread([3.0, 1.0, 2.0], "{:.1f}") == "2.0 (1.0 to 3.0)"
-    rows = [{**ROW, "name": "dense", "tokens_per_second": 10.0, TURNS: [10.0, 20.0, 5.0]},
-            {**ROW, "name": "pruned", "tokens_per_second": 12.0, TURNS: [12.0, 30.0, 5.0]}]  # fmt: skip
+    rows = [
+        {**ROW, "name": "dense", "tokens_per_second": 10.0, TURNS: [10.0, 20.0, 5.0]},
+        {**ROW, "name": "pruned", "tokens_per_second": 12.0, TURNS: [12.0, 30.0, 5.0]},
+    ]
     (line,) = [line for line in comparison(rows) if line[""] == "generation (tokens/s)"]
     assert line["pruned / dense"] == "120.0% (100.0% to 150.0%)"
     assert "the models took 3 turns" in notes(rows) and "Training step and peak memory" in notes(rows)

@@ -234,18 +234,36 @@ def test_dropped_layers_are_never_read(tmp_path, monkeypatch):
 
 def test_other_files_come_along_but_no_pickles_and_no_code(tmp_path):
     source = dense("llama", tmp_path / "dense")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md", "modeling_x.py",
-                 "pytorch_model.bin", "pytorch_model.bin.index.json", "optimizer.pt", "consolidated.00.pth", "x.ckpt",
-                 ".hidden"):  # fmt: skip
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "README.md",
+        "modeling_x.py",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "optimizer.pt",
+        "consolidated.00.pth",
+        "x.ckpt",
+        ".hidden",
+    ):
         (source / name).write_text(name)
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tool.jinja").write_text("tool")
     (source / "original").mkdir()
     (source / "original" / "x.txt").write_text("x")
     gradpruner.apply_folder(source, tmp_path / "stream", DROP)
-    expected = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md", "config.json",
-                "generation_config.json", "gradpruner.json", "model.safetensors",
-                "additional_chat_templates/tool.jinja"}  # fmt: skip
+    expected = {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "gradpruner.json",
+        "model.safetensors",
+        "additional_chat_templates/tool.jinja",
+    }
     assert content(tmp_path / "stream").keys() == expected
     gradpruner.apply_folder(source, tmp_path / "code", DROP, trust_remote_code=True)
     assert content(tmp_path / "code").keys() == expected | {"modeling_x.py"}
@@ -258,8 +276,10 @@ def test_every_tensor_is_written_in_the_dtype_that_it_is_loaded_in(said, sharded
     """As config.json says; without it as the first tensor has it that transformers reads."""
     source = dense("qwen2", tmp_path / "dense", torch.float32, **({"max_shard_size": "30KB"} if sharded else {}))
     for file in source.glob("*.safetensors"):
-        mixed = {name: t.half() if "down_proj" in name else t.bfloat16() if t.ndim == 1 else t
-                 for name, t in load_file(file).items()}  # fmt: skip
+        mixed = {
+            name: t.half() if "down_proj" in name else t.bfloat16() if t.ndim == 1 else t
+            for name, t in load_file(file).items()
+        }
         save_file(mixed, file, metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     config.pop("torch_dtype", None)
@@ -558,8 +578,15 @@ for limit in limits.split(","):
 
 def test_memory_stays_under_three_layers_weights(tmp_path):
     """Six layers of 48 MiB, an embedding of 96: three of them, beyond what importing takes, must do."""
-    config = LlamaConfig(vocab_size=24576, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6,
-                         num_attention_heads=8, num_key_value_heads=8, dtype="float32")  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=24576,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        dtype="float32",
+    )
     source = tmp_path / "dense"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

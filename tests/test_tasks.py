@@ -42,10 +42,11 @@ TASKS = {
     TaskType.SEQ_CLS: Task(hf.AutoModelForSequenceClassification, {"labels": (LABELS, ())}),
     TaskType.TOKEN_CLS: Task(hf.AutoModelForTokenClassification, {"labels": (LABELS, (LENGTH,))}),
     TaskType.QUESTION_ANS: Task(
-        hf.AutoModelForQuestionAnswering, {"start_positions": (LENGTH, ()), "end_positions": (LENGTH, ())}),
+        hf.AutoModelForQuestionAnswering, {"start_positions": (LENGTH, ()), "end_positions": (LENGTH, ())}
+    ),
     TaskType.FEATURE_EXTRACTION: Task(hf.AutoModel, {}, HiddenLoss),
     TaskType.SEQ_2_SEQ_LM: Task(hf.AutoModelForSeq2SeqLM, {"labels": (VOCABULARY, (LENGTH,))}),
-}  # fmt: skip
+}
 
 
 NAMES = {
@@ -61,9 +62,18 @@ NAMES = {
 def build(task: TaskType) -> nn.Module:
     torch.manual_seed(0)
     if task == TaskType.SEQ_2_SEQ_LM:
-        config: Any = hf.T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=24, num_layers=2,
-                                  num_decoder_layers=LAYERS, num_heads=4, dropout_rate=0.0,
-                                  decoder_start_token_id=0, pad_token_id=0)  # fmt: skip
+        config: Any = hf.T5Config(
+            vocab_size=VOCABULARY,
+            d_model=16,
+            d_kv=4,
+            d_ff=24,
+            num_layers=2,
+            num_decoder_layers=LAYERS,
+            num_heads=4,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+        )
     else:
         config = copy.deepcopy(causal().config)
         config.num_labels, config.pad_token_id = LABELS, 0
@@ -97,9 +107,15 @@ def test_a_run_is_cut_and_its_checkpoint_loads(task, adapters, tmp_path):
     config = LoraConfig(task_type=task, r=4, target_modules=["q", "v", "wi", "q_proj", "v_proj", "up_proj"])
     model = get_peft_model(build(task), config)
     arguments = hf.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=STEPS,
-        report_to=[], disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        save_steps=STEPS,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
     trainer = TASKS[task].trainer(model=model, args=arguments, train_dataset=rows(task))
     callback = gradpruner.attach(trainer, steps=PROBE, count=3, adapters=adapters)
     trainer.train()
@@ -111,8 +127,10 @@ def test_a_run_is_cut_and_its_checkpoint_loads(task, adapters, tmp_path):
 @pytest.mark.parametrize("task", [task for task in TASKS if TASKS[task].trainer is hf.Trainer])
 def test_prune_in_one_call(task, tmp_path):
     model = build(task)
-    batches = [{name: torch.stack([row[name] for row in rows(task)[i : i + 4]]) for name in rows(task)[0]}
-               for i in range(0, 12, 4)]  # fmt: skip
+    batches = [
+        {name: torch.stack([row[name] for row in rows(task)[i : i + 4]]) for name in rows(task)[0]}
+        for i in range(0, 12, 4)
+    ]
     small = gradpruner.prune(model, batches, ratio=0.4, steps=3, patch=False)
     assert small is model and len(Decoder(small).layers) == LAYERS - 3
     gradpruner.save(small, tmp_path / "small")

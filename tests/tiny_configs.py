@@ -42,7 +42,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"(chunk_size|mamba_chunk_size)", 8),
     (r"(image_size|force_image_size)", 16),
     (r"\w*(patch|tubelet)_size", 8),
-)  # fmt: skip
+)
 
 BERT = dict(
     model_type="bert",
@@ -141,7 +141,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 3},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 3, "mamba_ngroups": 1},
-}  # fmt: skip
+}
 
 
 def tiny_config(kind: type[hf.PreTrainedConfig]) -> hf.PreTrainedConfig:

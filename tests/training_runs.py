@@ -19,9 +19,14 @@ LAYERS, STEPS, PROBE = 8, 12, 5
 def llama(dtype=torch.float32, hidden=24, intermediate=52):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=61, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=LAYERS,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     return AutoModelForCausalLM.from_config(config).to(dtype)
 
 
@@ -44,9 +49,17 @@ KINDS = {
 
 def trainer(out, kind="lora", *, max_steps=STEPS, attached=True, callbacks=(), eval_dataset=None, **options):
     arguments = TrainingArguments(
-        output_dir=str(out), max_steps=max_steps, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=3,
-        logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, **options,
-    )  # fmt: skip
+        output_dir=str(out),
+        max_steps=max_steps,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        save_steps=3,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
     made = Trainer(
         model=KINDS[kind](), args=arguments, train_dataset=rows(), eval_dataset=eval_dataset, callbacks=list(callbacks)
     )

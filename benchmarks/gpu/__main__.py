@@ -69,8 +69,12 @@ def _run(part: Part, options: argparse.Namespace, left: float) -> dict[str, obje
     _end_line(rows)
     wrong = [_name(row) for row in read_rows(rows) if row["part"] == part.name and _is_wrong(row)]
     how = "wrong" if wrong and ended.how == "ok" else ended.how
-    return {"how": how, "seconds": round(ended.seconds, 1), **({"error": ended.error} if ended.error else {}),
-            **({"wrong": wrong} if wrong else {})}  # fmt: skip
+    return {
+        "how": how,
+        "seconds": round(ended.seconds, 1),
+        **({"error": ended.error} if ended.error else {}),
+        **({"wrong": wrong} if wrong else {}),
+    }
 
 
 def _is_wrong(row: Mapping[str, Any]) -> bool:
@@ -100,8 +104,9 @@ def _outcomes(report: Path) -> dict[str, dict[str, object]]:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = [part.name for part in PARTS]
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the report is written")
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="for all parts (default 540)")

@@ -32,10 +32,23 @@ def banking77(session: Session) -> None:
         held_out = 4 if session.tiny else HELD_OUT
         steps = 4 if session.tiny else EPOCHS * (len(train) - held_out) // recipe.batch_size
         job = Job(str(source), steps, recipe, dtype="bfloat16", max_length=128, probe_steps=2 if session.tiny else None)
-        comparison = Compare(job, train, test, Path(scratch) / "models", methods=["gradpruner"], ratios=[RATIO],
-                             seeds=session.seeds, held_out=held_out)  # fmt: skip
-        session.put(what="task", train_rows=len(train) - held_out, test_rows=len(test), steps=steps,
-                    batch_size=recipe.batch_size)  # fmt: skip
+        comparison = Compare(
+            job,
+            train,
+            test,
+            Path(scratch) / "models",
+            methods=["gradpruner"],
+            ratios=[RATIO],
+            seeds=session.seeds,
+            held_out=held_out,
+        )
+        session.put(
+            what="task",
+            train_rows=len(train) - held_out,
+            test_rows=len(test),
+            steps=steps,
+            batch_size=recipe.batch_size,
+        )
         _work(session, comparison)
 
 
@@ -71,11 +84,20 @@ def _work(session: Session, comparison: Compare) -> None:
 def _show(session: Session, cell: dict[str, Any], seconds: float) -> None:
     losses = cell["training"]["losses"]
     curve = [round(statistics.fmean(losses[at : at + 50]), 4) for at in range(0, len(losses), 50)]
-    session.put(what="model", model=cell["method"], seed=cell["seed"], exact_match=cell["exact_match"],
-                perplexity=cell["perplexity"], examples=cell["examples"], layers=cell["layers"],
-                removed=cell["removed"], last_loss=statistics.fmean(losses[-20:]),
-                training_seconds=cell["training_seconds"], done_after_s=seconds,
-                losses_of_50_steps=curve)  # fmt: skip
+    session.put(
+        what="model",
+        model=cell["method"],
+        seed=cell["seed"],
+        exact_match=cell["exact_match"],
+        perplexity=cell["perplexity"],
+        examples=cell["examples"],
+        layers=cell["layers"],
+        removed=cell["removed"],
+        last_loss=statistics.fmean(losses[-20:]),
+        training_seconds=cell["training_seconds"],
+        done_after_s=seconds,
+        losses_of_50_steps=curve,
+    )
 
 
 def _summary(session: Session, cells: list[dict[str, Any]]) -> None:
@@ -83,8 +105,13 @@ def _summary(session: Session, cells: list[dict[str, Any]]) -> None:
     both = sorted(by_seed[DENSE].keys() & by_seed[OURS].keys())
     if both:
         dense, pruned = ([by_seed[name][seed] for seed in both] for name in (DENSE, OURS))
-        session.put(what="mean over seeds", seeds=both, dense=statistics.fmean(dense), pruned=statistics.fmean(pruned),
-                    of_dense=statistics.fmean(pruned) / statistics.fmean(dense) if any(dense) else None)  # fmt: skip
+        session.put(
+            what="mean over seeds",
+            seeds=both,
+            dense=statistics.fmean(dense),
+            pruned=statistics.fmean(pruned),
+            of_dense=statistics.fmean(pruned) / statistics.fmean(dense) if any(dense) else None,
+        )
 
 
 def joined(model: Path, scratch: Path) -> Path:

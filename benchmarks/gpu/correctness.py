@@ -47,8 +47,14 @@ def _weight_gradient(session: Session, shape: tuple[int, int], tokens: int, dtyp
     sums = [ops.wgrad_square_accumulate_(igia, x, dy, None) for igia in found]
     exact = (dy.double().T @ x.double()).square()
     gap, sum_gap = _relative_rms(found[0], exact), abs(float(sums[0]) / float(exact.sum()) - 1)
-    _say(session, f"wgrad_square_accumulate_ {dtype}", gap < WGRAD_BAR and sum_gap < WGRAD_BAR,
-         twice_the_same=torch.equal(*found) and torch.equal(*sums), relative_rms=gap, sum_off_by=sum_gap)  # fmt: skip
+    _say(
+        session,
+        f"wgrad_square_accumulate_ {dtype}",
+        gap < WGRAD_BAR and sum_gap < WGRAD_BAR,
+        twice_the_same=torch.equal(*found) and torch.equal(*sums),
+        relative_rms=gap,
+        sum_off_by=sum_gap,
+    )
 
 
 def _merge(session: Session, shape: tuple[int, int], steps: int, dtype: torch.dtype) -> None:
@@ -62,8 +68,13 @@ def _merge(session: Session, shape: tuple[int, int], steps: int, dtype: torch.dt
     flat = exact.flatten()
     wanted = float(flat.topk(k, sorted=False)[0].min())
     off_by = float(values[0]) / wanted - 1
-    _say(session, f"factor_threshold {dtype}", abs(off_by) < NEAR,
-         twice_the_same=torch.equal(*values) and torch.equal(*indices), off_by=off_by)  # fmt: skip
+    _say(
+        session,
+        f"factor_threshold {dtype}",
+        abs(off_by) < NEAR,
+        twice_the_same=torch.equal(*values) and torch.equal(*indices),
+        off_by=off_by,
+    )
     weight, donor = (session.normal(*shape, dtype=torch.bfloat16) for _ in range(2))
     merged = [weight.clone() for _ in range(2)]
     for target in merged:
@@ -71,8 +82,14 @@ def _merge(session: Session, shape: tuple[int, int], steps: int, dtype: torch.dt
     kept = (weight.float() * donor.float() > 0) & (exact >= wanted)
     expected = torch.where(kept, (weight.float() + donor.float()).bfloat16(), weight)
     wrong = (merged[0] != expected) & ~((exact / wanted - 1).abs() < NEAR)
-    _say(session, f"factor_sign_merge_ {dtype}", not bool(wrong.any()), twice_the_same=torch.equal(*merged),
-         changed=int((merged[0] != weight).sum()), of=weight.numel())  # fmt: skip
+    _say(
+        session,
+        f"factor_sign_merge_ {dtype}",
+        not bool(wrong.any()),
+        twice_the_same=torch.equal(*merged),
+        changed=int((merged[0] != weight).sum()),
+        of=weight.numel(),
+    )
 
 
 def _threshold(session: Session, shape: tuple[int, int], seed: int) -> None:
@@ -84,9 +101,12 @@ def _threshold(session: Session, shape: tuple[int, int], seed: int) -> None:
     (value, index), again = ops.threshold(f, k), ops.threshold(f, k)
     at = torch.arange(f.numel(), device=f.device).view(f.shape)
     kept = (f > value) | ((f == value) & (at <= index))
-    _say(session, f"threshold of the {k} largest{', ties' if seed % 2 else ''}",
-         int(kept.sum()) == min(k, int((f > 0).sum())) and float(f[kept].min()) == float(value),
-         twice_the_same=torch.equal(value, again[0]) and torch.equal(index, again[1]))  # fmt: skip
+    _say(
+        session,
+        f"threshold of the {k} largest{', ties' if seed % 2 else ''}",
+        int(kept.sum()) == min(k, int((f > 0).sum())) and float(f[kept].min()) == float(value),
+        twice_the_same=torch.equal(value, again[0]) and torch.equal(index, again[1]),
+    )
 
 
 def _gram_norms(session: Session, shape: tuple[int, int]) -> None:

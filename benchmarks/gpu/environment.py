@@ -20,8 +20,12 @@ PAIRS = 224  # LoRA pairs of a model of 32 layers
 
 def measure(session: Session) -> None:
     """Versions; bytes a second of a copy; operations a second of products of random matrices; pinned memory."""
-    row = {"what": "environment", "kernels": kernels_digest(), "python": platform.python_version(),
-           "processor": _processor()}  # fmt: skip
+    row = {
+        "what": "environment",
+        "kernels": kernels_digest(),
+        "python": platform.python_version(),
+        "processor": _processor(),
+    }
     for package in PACKAGES:
         try:
             row[package] = importlib.metadata.version(package)
@@ -29,8 +33,14 @@ def measure(session: Session) -> None:
             row[package] = "not installed"
     if session.on_cuda:
         card = torch.cuda.get_device_properties(session.device)
-        session.put(**row, card=card.name, processors=card.multi_processor_count, memory_bytes=card.total_memory,
-                    cache_bytes=card.L2_cache_size, cuda=torch.version.cuda)  # fmt: skip
+        session.put(
+            **row,
+            card=card.name,
+            processors=card.multi_processor_count,
+            memory_bytes=card.total_memory,
+            cache_bytes=card.L2_cache_size,
+            cuda=torch.version.cuda,
+        )
     else:
         session.put(**row, card="none")
     size = 1 << (16 if session.tiny else 28)
@@ -67,8 +77,12 @@ def _pinned(session: Session) -> None:
         buffer.copy_(gradient, non_blocking=True)
     issued = time.perf_counter()
     session.wait()
-    session.put(what=f"{2 * PAIRS} pinned buffers of 128 KiB", allocate_s=allocated - began,
-                issue_copies_s=issued - allocated, until_copied_s=time.perf_counter() - allocated)  # fmt: skip
+    session.put(
+        what=f"{2 * PAIRS} pinned buffers of 128 KiB",
+        allocate_s=allocated - began,
+        issue_copies_s=issued - allocated,
+        until_copied_s=time.perf_counter() - allocated,
+    )
     began = time.perf_counter()
     torch.empty(2 * PAIRS, 8, 4096, pin_memory=True)
     session.put(what="one pinned buffer as large as all of them", allocate_s=time.perf_counter() - began)

@@ -15,9 +15,25 @@ from benchmarks.timing import measure, quiet_collector
 COMPILED = ("square_accumulate_", "sign_merge_", "weight_importance")  # a product's compilation takes minutes to tune
 REPEATS = 5
 COLUMNS = (
-    "op", "shape", "variant", "implementation", "kind", "median_s", "min_s", "max_s", "call_s", "late", "ratio_to_ours",
-    "limit_s", "limit_by", "share_of_limit", "bytes", "operations", "extra_bytes", "error",
-)  # fmt: skip
+    "op",
+    "shape",
+    "variant",
+    "implementation",
+    "kind",
+    "median_s",
+    "min_s",
+    "max_s",
+    "call_s",
+    "late",
+    "ratio_to_ours",
+    "limit_s",
+    "limit_by",
+    "share_of_limit",
+    "bytes",
+    "operations",
+    "extra_bytes",
+    "error",
+)
 
 
 def beside_torch(session: Session) -> None:

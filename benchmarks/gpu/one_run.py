@@ -42,9 +42,16 @@ def across_the_cut(session: Session) -> None:
     clock = _Clock(session)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=shape.rows, bf16=True, save_strategy="no",
-            logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=not session.on_cuda,
-        )  # fmt: skip
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=shape.rows,
+            bf16=True,
+            save_strategy="no",
+            logging_steps=1,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=not session.on_cuda,
+        )
         dataset: Any = [{"input_ids": row, "labels": row} for row in rows]
         trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
         attached = gradpruner.attach(trainer, steps=probed, ratio=0.4)
@@ -56,7 +63,15 @@ def across_the_cut(session: Session) -> None:
         raise RuntimeError(f"{len(clock.seconds)} of {steps} steps, plan {plan}")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     before, after = statistics.median(clock.seconds[2 : probed - 1]), statistics.median(clock.seconds[probed + 2 :])
-    session.put(removed=list(plan.removed), layers=plan.layers, step_before_s=before,
-                step_after_s=after, after_over_before=after / before, step_of_the_cut_s=clock.seconds[probed - 1],
-                held_before_bytes=clock.held[probed - 2], held_after_bytes=clock.held[-1], peak_bytes=session.peak(),
-                losses=[round(loss, 3) for loss in losses])  # fmt: skip
+    session.put(
+        removed=list(plan.removed),
+        layers=plan.layers,
+        step_before_s=before,
+        step_after_s=after,
+        after_over_before=after / before,
+        step_of_the_cut_s=clock.seconds[probed - 1],
+        held_before_bytes=clock.held[probed - 2],
+        held_after_bytes=clock.held[-1],
+        peak_bytes=session.peak(),
+        losses=[round(loss, 3) for loss in losses],
+    )

@@ -50,11 +50,20 @@ def _pairs(session: Session, model: nn.Module, shape: Shape, importance: bool) -
     finish = time.perf_counter() - began
     with_probe, without = seconds[3::2], seconds[2::2]
     overhead = [a / b for a, b in zip(with_probe, without, strict=True)]
-    session.put(shape=f"hidden {shape.hidden}, {shape.layers} layers, {shape.rows} x {shape.length} tokens",
-                importance=importance, steps=steps, step_s=statistics.median(without),
-                with_probe_over_without=statistics.median(overhead), least=min(overhead), most=max(overhead),
-                record_s=statistics.median(host), record_most_s=max(host), waits_per_record=waits,
-                device_bytes_held=held, finish_s=finish)  # fmt: skip
+    session.put(
+        shape=f"hidden {shape.hidden}, {shape.layers} layers, {shape.rows} x {shape.length} tokens",
+        importance=importance,
+        steps=steps,
+        step_s=statistics.median(without),
+        with_probe_over_without=statistics.median(overhead),
+        least=min(overhead),
+        most=max(overhead),
+        record_s=statistics.median(host),
+        record_most_s=max(host),
+        waits_per_record=waits,
+        device_bytes_held=held,
+        finish_s=finish,
+    )
 
 
 def _waits(run: Steps, probe: gradpruner.Probe) -> int:
@@ -89,6 +98,11 @@ def exact(session: Session) -> None:
         run.before_step = lambda number, optimizer, probe=probe: probe.record(optimizer)  # type: ignore[misc]
         session.begin_peak()
         seconds = run.run(6)[2:]
-        session.put(importance=importance, plain_step_s=statistics.median(plain), step_s=statistics.median(seconds),
-                    ratio=statistics.median(seconds) / statistics.median(plain),
-                    extra_peak_bytes=session.peak() - plain_peak, steps=probe.igia.steps)  # fmt: skip
+        session.put(
+            importance=importance,
+            plain_step_s=statistics.median(plain),
+            step_s=statistics.median(seconds),
+            ratio=statistics.median(seconds) / statistics.median(plain),
+            extra_peak_bytes=session.peak() - plain_peak,
+            steps=probe.igia.steps,
+        )

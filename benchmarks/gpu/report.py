@@ -118,8 +118,13 @@ def _accuracy(axes: Any, rows: Sequence[Row]) -> bool:
     for model, color in zip(dict.fromkeys(row["model"] for row in found), (THEIRS, OURS), strict=False):
         own = [row for row in found if row["model"] == model]
         shift = -0.2 if color == THEIRS else 0.2
-        axes.bar([row["seed"] + shift for row in own], [row["exact_match"] for row in own], 0.4, color=color,
-                 label=model.partition(":")[0])  # fmt: skip
+        axes.bar(
+            [row["seed"] + shift for row in own],
+            [row["exact_match"] for row in own],
+            0.4,
+            color=color,
+            label=model.partition(":")[0],
+        )
     axes.set_xlabel("seed")
     axes.set_ylabel("exact match")
     axes.legend(loc="lower right")

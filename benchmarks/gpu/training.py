@@ -83,8 +83,13 @@ def _generation(session: Session, model: Any) -> float:
         for _ in range(4):  # the first warms up
             session.wait()
             began = time.perf_counter()
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS,
-                           min_new_tokens=NEW_TOKENS, do_sample=False)  # fmt: skip
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+            )
             session.wait()
             seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])

@@ -54,8 +54,16 @@ class GradPruner(Method):
     @property
     def settings(self) -> Settings:
         """What the options come to."""
-        return Settings.of(self.preset, kind=self.kind, merge=self.merge, top=self.top, weight=self.weight,
-                           patch=self.patch, adapters=self.adapters, rank_factor=self.rank_factor)  # fmt: skip
+        return Settings.of(
+            self.preset,
+            kind=self.kind,
+            merge=self.merge,
+            top=self.top,
+            weight=self.weight,
+            patch=self.patch,
+            adapters=self.adapters,
+            rank_factor=self.rank_factor,
+        )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -90,5 +98,6 @@ class GradPruner(Method):
         chosen = self.settings
         patches = fit_patches(clues.model, plan, clues.batches) if chosen.patch else ()
         igia = clues.igia if plan.merge else None
-        return apply(clues.model, plan, igia, top=chosen.top, weight=chosen.weight, patches=patches,
-                     adapters=chosen.adapters)  # fmt: skip
+        return apply(
+            clues.model, plan, igia, top=chosen.top, weight=chosen.weight, patches=patches, adapters=chosen.adapters
+        )

@@ -73,8 +73,14 @@ class Sparse(Method):
     def cut(self, clues: Clues, plan: Plan) -> nn.Module:
         """Layers, then weights."""
         model = self._layers.cut(clues, plan)
-        sparsify(model, unpadded(clues.batches), method=self.weights, pattern=self.pattern, ratio=self.ratio,
-                 allocation=self.allocation)  # fmt: skip
+        sparsify(
+            model,
+            unpadded(clues.batches),
+            method=self.weights,
+            pattern=self.pattern,
+            ratio=self.ratio,
+            allocation=self.allocation,
+        )
         return model
 
     def masks(self, model: nn.Module) -> Masks:

@@ -20,9 +20,19 @@ PADDED = torch.tensor([[1, 2, 0]])
 
 def model_of(**others):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24,
-                                           "num_hidden_layers": 3, "num_attention_heads": 2,
-                                           "num_key_value_heads": 1, **others}))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **{
+                "vocab_size": 61,
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                **others,
+            }
+        )
+    )
 
 
 def batches_of(count=3):
@@ -72,7 +82,7 @@ def refuses(model, error, says, batches=None, **options):
         ({"batches": [{"input_ids": PADDED, "attention_mask": (PADDED > 0).long()}]}, "padding"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_arguments(options, says):
     refuses(model_of(), InvalidArgument, says, **options)
 
@@ -175,9 +185,17 @@ def test_models():
     adapted = add_adapters(model_of(), Recipe(rank=2))
     refuses(adapted, InvalidArgument, "model has adapters")
     refuses(adapted.base_model.model, InvalidArgument, "model has adapters")  # as transformers' add_adapter leaves it
-    experts = MixtralForCausalLM(MixtralConfig(vocab_size=61, hidden_size=16, intermediate_size=8, num_hidden_layers=2,
-                                               num_attention_heads=2, num_key_value_heads=1,
-                                               num_local_experts=2))  # fmt: skip
+    experts = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=61,
+            hidden_size=16,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=2,
+        )
+    )
     refuses(experts, UnsupportedModel, "2 experts in one tensor")
     with pytest.raises(GradPrunerError):
         sparsify(torch.nn.Linear(4, 4), batches_of())

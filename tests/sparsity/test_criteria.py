@@ -16,8 +16,15 @@ RATIO = 0.43
 
 def model_of(seed=0):
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
-                         num_attention_heads=2, num_key_value_heads=1, attn_implementation="eager")  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        attn_implementation="eager",
+    )
     return LlamaForCausalLM(config).eval()
 
 

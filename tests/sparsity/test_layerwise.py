@@ -11,8 +11,15 @@ from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.sparsity.layerwise import Layerwise
 from gradpruner.sparsity.pruning import sparsify
 
-SIZES = {"vocab_size": 67, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4,
-         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
+SIZES = {
+    "vocab_size": 67,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
 MODELS = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES)),

@@ -19,8 +19,17 @@ from gradpruner.sparsity.saving import MASKS, save_sparse
 
 def model_of(layers=2):
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=61, hidden_size=20, intermediate_size=28, num_hidden_layers=layers,
-                                        num_attention_heads=2, num_key_value_heads=1, head_dim=10))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=61,
+            hidden_size=20,
+            intermediate_size=28,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=10,
+        )
+    )
 
 
 def rows_of(count=8):
@@ -65,8 +74,15 @@ def test_files_that_are_none(sparse, tmp_path):
 @pytest.mark.parametrize("hold", [True, False])
 def test_training_keeps_to_the_masks(sparse, tmp_path, hold):
     model, masks = sparse
-    arguments = TrainingArguments(output_dir=tmp_path, max_steps=3, learning_rate=1e-2, report_to=[], use_cpu=True,
-                                  save_strategy="no", disable_tqdm=True)  # fmt: skip
+    arguments = TrainingArguments(
+        output_dir=tmp_path,
+        max_steps=3,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     Trainer(
         model=model, args=arguments, train_dataset=rows_of(), callbacks=[HoldSparsity(masks)] if hold else []
     ).train()
@@ -116,8 +132,23 @@ def test_command(home, tmp_path, capsys):  # noqa: F811
     text = tmp_path / "text.txt"
     text.write_text("red green blue word 1 word 2 " * 40)
     out = str(tmp_path / "sparse")
-    command = ["sparsify", "--model", str(home / "model"), "--data", str(text), "--max-length", "16", "--samples", "4",
-               "--method", "gblm:p=1", "--pattern", "2:4", "--out", out]  # fmt: skip
+    command = [
+        "sparsify",
+        "--model",
+        str(home / "model"),
+        "--data",
+        str(text),
+        "--max-length",
+        "16",
+        "--samples",
+        "4",
+        "--method",
+        "gblm:p=1",
+        "--pattern",
+        "2:4",
+        "--out",
+        out,
+    ]
     assert main(command) == 0
     assert "50.00% of 42 weights is zero (gblm:p=1, 2:4)" in capsys.readouterr().out
     assert main(command) == 2 and "exists and is not empty" in capsys.readouterr().err

@@ -33,8 +33,26 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpa
 @pytest.fixture(scope="module")
 def sparse(home, tmp_path_factory):  # noqa: F811
     out = tmp_path_factory.mktemp("sparse") / "model"
-    assert main(["sparsify", "--model", str(home / "model"), "--data", str(home / "data.jsonl"), "--method",
-                 "magnitude", "--max-length", "8", "--samples", "2", "--out", str(out)]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "sparsify",
+                "--model",
+                str(home / "model"),
+                "--data",
+                str(home / "data.jsonl"),
+                "--method",
+                "magnitude",
+                "--max-length",
+                "8",
+                "--samples",
+                "2",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -50,8 +68,24 @@ def stale(sparse, tmp_path):
 
 
 def finetune(source, home, out, *more):  # noqa: F811
-    return main(["finetune", "--model", str(source), "--data", str(home / "data.jsonl"), "--steps", "2",
-                 "--batch-size", "4", "--lr", "1e-2", "--out", str(out), *more])  # fmt: skip
+    return main(
+        [
+            "finetune",
+            "--model",
+            str(source),
+            "--data",
+            str(home / "data.jsonl"),
+            "--steps",
+            "2",
+            "--batch-size",
+            "4",
+            "--lr",
+            "1e-2",
+            "--out",
+            str(out),
+            *more,
+        ]
+    )
 
 
 def zeros(folder):
@@ -84,8 +118,22 @@ def test_masks_that_the_model_does_not_keep_to_are_refused(stale, home, hub, tmp
     assert "model.layers.2.mlp.up_proj.weight has entries that its mask has taken out" in capsys.readouterr().err
     Plan(6, drop=[1]).save(tmp_path / "plan.json")
     for dtype in ("auto", "float32"):  # from file to file, and in memory
-        assert main(["apply", "--model", str(stale), "--plan", str(tmp_path / "plan.json"), "--dtype", dtype, "--out",
-                     str(tmp_path / "cut")]) == 1  # fmt: skip
+        assert (
+            main(
+                [
+                    "apply",
+                    "--model",
+                    str(stale),
+                    "--plan",
+                    str(tmp_path / "plan.json"),
+                    "--dtype",
+                    dtype,
+                    "--out",
+                    str(tmp_path / "cut"),
+                ]
+            )
+            == 1
+        )
         assert "its mask has taken out" in capsys.readouterr().err
     Plan(7, drop=[6]).save(stale / "gradpruner.json")
     with pytest.raises(gradpruner.ModelMismatch, match="its mask has taken out"):
@@ -98,8 +146,24 @@ def chosen(sparse, home, tmp_path_factory):  # noqa: F811
     """An igia of the sparse model and a plan that merges."""
     folder = tmp_path_factory.mktemp("chosen")
     igia, plan = str(folder / "igia.safetensors"), str(folder / "plan.json")
-    assert main(["probe", "--model", str(sparse), "--data", str(home / "data.jsonl"), "--steps", "2", "--batch-size",
-                 "4", "--out", igia]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "probe",
+                "--model",
+                str(sparse),
+                "--data",
+                str(home / "data.jsonl"),
+                "--steps",
+                "2",
+                "--batch-size",
+                "4",
+                "--out",
+                igia,
+            ]
+        )
+        == 0
+    )
     assert main(["plan", igia, "--count", "3", "--merge", "2", "--out", plan]) == 0
     return igia, plan
 
@@ -108,8 +172,10 @@ def chosen(sparse, home, tmp_path_factory):  # noqa: F811
 def test_apply_carries_the_masks_of_the_layers_that_stay(sparse, chosen, home, tmp_path, dtype):  # noqa: F811
     igia, plan = chosen
     out = tmp_path / "small"
-    assert main(["apply", "--model", str(sparse), "--plan", plan, "--igia", igia, "--dtype", dtype, "--out",
-                 str(out)]) == 0  # fmt: skip
+    assert (
+        main(["apply", "--model", str(sparse), "--plan", plan, "--igia", igia, "--dtype", dtype, "--out", str(out)])
+        == 0
+    )
     masks, before, kept = Masks.load(out / MASKS), Masks.load(sparse / MASKS), Plan.load(plan).kept
     assert len(masks.bits) == 3 * 7 and masks.about == before.about
     for new, old in enumerate(kept):
