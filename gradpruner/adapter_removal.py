@@ -12,8 +12,8 @@ from gradpruner.adapter_merge import check_mergeable, values_beside
 from gradpruner.decoder import Decoder, altered_base, is_packed, peft_of
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.logits import MERGED, differ, logits_of, root_of
+from gradpruner.presets import ADAPTERS
 from gradpruner.rollback import restorer
-from gradpruner.settings import ADAPTERS
 
 logger = logging.getLogger(__name__)
 

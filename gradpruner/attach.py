@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradpruner.adapters import check_are_lora, check_can_be_fresh, describe, without_adapters
 from gradpruner.checkpoint import PLAN_FILE, save
+from gradpruner.checks import need_whole, share_of
 from gradpruner.cut import check_wrappers, cut
 from gradpruner.decoder import Decoder, altered_base, peft_of
 from gradpruner.distributed import peers_of, together
@@ -23,12 +24,11 @@ from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, U
 from gradpruner.files import read_json, reading, write_json
 from gradpruner.igia import SCORES, Igia
 from gradpruner.inputs import FILES, Inputs, load_inputs, save_inputs
-from gradpruner.merge import share_of
-from gradpruner.patch import Patch, fit_patches, gaps
-from gradpruner.plan import Plan
+from gradpruner.patch import Patch, fit_patches
+from gradpruner.plan import Plan, gaps
 from gradpruner.preflight import check_plan, check_save
+from gradpruner.presets import Settings
 from gradpruner.probe import Probe
-from gradpruner.settings import Settings
 from gradpruner.streaming import apply_folder
 from gradpruner.training_files import (
     FOLDER,
@@ -41,7 +41,6 @@ from gradpruner.training_files import (
     mark_of,
     newest_complete,
 )
-from gradpruner.whole import need_whole
 
 logger = logging.getLogger(__name__)
 

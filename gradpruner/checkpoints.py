@@ -17,11 +17,11 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from gradpruner.checks import need_whole
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.files import read_json, write_json
 from gradpruner.identity import Identity, sha256_of
 from gradpruner.provenance import MADE_FROM, RECORD, digest, need_same
-from gradpruner.whole import need_whole
 
 SHARE, LEAST = 0.1, 10  # default interval: a tenth of the steps, so that an interruption costs at most that much
 WEIGHTS = "trained.safetensors"

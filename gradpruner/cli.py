@@ -291,7 +291,7 @@ def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.companions import masks_of
     from gradpruner.files import need_writable
-    from gradpruner.settings import Settings
+    from gradpruner.presets import Settings
     from gradpruner.stages import watch
 
     recipe = given.recipe(options)
@@ -326,7 +326,7 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.igia import Igia
-    from gradpruner.settings import Settings
+    from gradpruner.presets import Settings
 
     igia = Igia.load(options.igia)
     chosen = Settings.of(**given.choice(options))

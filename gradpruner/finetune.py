@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from gradpruner.adapter_removal import merged
 from gradpruner.checkpoints import Checkpoints, Completing, load_trained, save_trained, watched
+from gradpruner.checks import need_whole
 from gradpruner.coverage import Coverage
 from gradpruner.data import IGNORED
 from gradpruner.decoder import Decoder, is_peft
@@ -36,7 +37,6 @@ from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.parameter_counts import count_parameters
 from gradpruner.provenance import digest
 from gradpruner.targets import adapted_weights, as_named, check_adapted
-from gradpruner.whole import need_whole
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from gradpruner.card import is_ours, model_card, write_card
-from gradpruner.checkpoint import free_memory, quiet, save
+from gradpruner.checkpoint import quiet, save
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 from gradpruner.igia import Igia
 from gradpruner.links import names_of, stays
 from gradpruner.logits import logits_of
+from gradpruner.memory import free_memory
 from gradpruner.plan import Plan
 from gradpruner.provenance import RECORD
 from gradpruner.shards import INDEX, SINGLE, holds_safetensors, read_folder

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from gradpruner.auto_ratio import AUTO, MAX_LOST
+from gradpruner.checks import need_whole
 from gradpruner.errors import InvalidArgument
 from gradpruner.finetune import Recipe
-from gradpruner.settings import Settings
-from gradpruner.whole import need_whole
+from gradpruner.presets import Settings
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OF_AUTO = ("max_lost", "check_steps", "check_rows")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import resource
 from pathlib import Path
 
@@ -32,3 +33,58 @@ def peak_memory() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free_memory() -> int:
+    """Bytes that this process may still use: of the machine's, its cgroup's, and its own limits, the least."""
+    free = [_limit_left(resource.RLIMIT_DATA, "VmData"), _limit_left(resource.RLIMIT_AS, "VmSize"), _cgroup_left()]
+    free.append(_kilobytes(Path("/proc/meminfo"), "MemAvailable"))
+    known = [amount for amount in free if amount is not None]
+    return max(0, min(known)) if known else int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
+
+
+def _kilobytes(file: Path, name: str) -> int | None:
+    with contextlib.suppress(OSError):
+        for line in file.read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _limit_left(limit: int, used: str) -> int | None:
+    """What a limit on this process leaves, halved: a loader maps a file as well as copying it."""
+    soft, _ = resource.getrlimit(limit)
+    if soft == resource.RLIM_INFINITY:
+        return None
+    return (soft - (_kilobytes(Path("/proc/self/status"), used) or 0)) // 2
+
+
+def _cgroup_left(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the memory limits of this process's cgroups leave, cached files that can go counted as free."""
+    left: list[int] = []
+    with contextlib.suppress(OSError):
+        for line in process.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:  # version 2
+                top, names = root, ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                top = root / "memory"
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            group = top / path.lstrip("/")
+            # in a container the path may be the host's: then its limit is that of the root seen from inside
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(top):
+                    left += _group_left(folder, *names)
+    return min(left, default=None)
+
+
+def _group_left(folder: Path, limit: str, usage: str, cached: str) -> list[int]:
+    try:
+        allowed, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        pairs = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+    reclaimable = sum(int(pair[1]) for pair in pairs if pair[:1] == [cached])
+    return [] if allowed == "max" else [int(allowed) - used + reclaimable]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradpruner import ops
 from gradpruner.adapter_removal import check_removable, check_unaltered, take_off
 from gradpruner.adapters import keeping_scales
+from gradpruner.checks import share_of
 from gradpruner.decoder import Decoder, Weight, is_packed, peft_of
 from gradpruner.deepspeed import is_deepspeeds
 from gradpruner.distributed import (
@@ -156,13 +157,6 @@ def _peers_of(root: nn.Module | None, igia: Igia | None) -> Peers | None:
     if igia is not None and isinstance(igia.importance, SharedImportance):
         return igia.importance.peers
     return None if root is None else peers_of()
-
-
-def share_of(top: float) -> Fraction:
-    """The share `top` as it was written, not its nearest double: floor(0.57 * 100) is 57. Raises InvalidArgument."""
-    if isinstance(top, bool) or not isinstance(top, (int, float, Fraction)) or not 0 < top <= 1:
-        raise InvalidArgument(f"top = {top!r}; accepted is a share above 0 and up to 1")
-    return Fraction(str(top))
 
 
 def check_fits(

@@ -16,8 +16,8 @@ from gradpruner.igia import Igia
 from gradpruner.merge import apply
 from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan
+from gradpruner.presets import Settings
 from gradpruner.probe import Probe
-from gradpruner.settings import Settings
 
 
 def prune(

@@ -21,7 +21,7 @@ from gradpruner.decoder import Decoder, Weight, is_linear, is_packed, linear_mod
 from gradpruner.distributed import Peers, peers_of, summed, together
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.logits import evaluating, resharding, root_of
-from gradpruner.plan import Plan
+from gradpruner.plan import Plan, gaps
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean square of an input
 HELD_OUT = 5  # every fifth row chooses the ridge, and is fitted with it afterwards
@@ -40,15 +40,6 @@ class Patch:
     end: int
     change: Tensor
     left: float
-
-
-def gaps(plan: Plan) -> dict[int, int]:
-    """Kept layer before each gap to the last removed layer of the gap; a gap without a layer before has no entry."""
-    ends = {}
-    for layer, following in zip(plan.kept, (*plan.kept[1:], plan.layers), strict=True):
-        if following - 1 > layer:
-            ends[layer] = following - 1
-    return ends
 
 
 def fit_patches(

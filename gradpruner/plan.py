@@ -316,3 +316,12 @@ def _kept_before(layer: int, kept: Sequence[int]) -> int:
     if at == 0:
         raise InvalidArgument(f"merge: layer {layer} has no kept layer before it to be folded into")
     return kept[at - 1]
+
+
+def gaps(plan: Plan) -> dict[int, int]:
+    """Kept layer before each gap to the last removed layer of the gap; a gap without a layer before has no entry."""
+    ends = {}
+    for layer, following in zip(plan.kept, (*plan.kept[1:], plan.layers), strict=True):
+        if following - 1 > layer:
+            ends[layer] = following - 1
+    return ends

@@ -14,6 +14,7 @@ from torch import nn
 
 from gradpruner.auto_ratio import AUTO, candidates
 from gradpruner.checkpoint import quiet
+from gradpruner.checks import share_of
 from gradpruner.data import Collator, Example, tokenize
 from gradpruner.decoder import Decoder
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, UnsupportedModel
@@ -22,7 +23,6 @@ from gradpruner.full_precision import check_full_precision
 from gradpruner.generation_config import saved_as_far_as_possible
 from gradpruner.igia import SCORES
 from gradpruner.logits import evaluating
-from gradpruner.merge import share_of
 from gradpruner.parameter_counts import count_parameters
 from gradpruner.plan import select
 from gradpruner.report import new_figure

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.arrival import Arrival
+from gradpruner.checks import need_whole
 from gradpruner.closure import Arguments, ReadAfterClosure, check_one_gradient, closure_of
 from gradpruner.coverage import Coverage, share_range
 from gradpruner.decoder import Decoder
@@ -24,7 +25,6 @@ from gradpruner.estimators.lora import LoraReader, has_lora
 from gradpruner.igia import Igia, shared
 from gradpruner.optimizers import unwrapped
 from gradpruner.parameter_counts import count_parameters
-from gradpruner.whole import need_whole
 
 logger = logging.getLogger(__name__)
 

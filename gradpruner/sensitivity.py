@@ -7,8 +7,8 @@ from typing import Any
 
 from gradpruner.factors import FACTORS
 from gradpruner.methods import GradPruner, parse_method, spelled
+from gradpruner.named_options import value_of
 from gradpruner.results import Result
-from gradpruner.spelling import value_of
 from gradpruner.verdict import DENSE
 
 

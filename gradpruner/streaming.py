@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from gradpruner.card import CARD_FILE, carry_card
-from gradpruner.checkpoint import PLAN_FILE, check_loaded, drop_missing_code, free_memory, plan_in, quiet
+from gradpruner.checkpoint import PLAN_FILE, check_loaded, drop_missing_code, plan_in, quiet
+from gradpruner.checks import share_of
 from gradpruner.decoder import Decoder, Weight
 from gradpruner.errors import CheckpointError, UnsupportedModel
 from gradpruner.extra_layers import generation_changes
@@ -25,7 +26,8 @@ from gradpruner.generation_config import rewrite
 from gradpruner.igia import Igia
 from gradpruner.links import names_of, stays
 from gradpruner.logits import differ, logits_of, longer_input, say_what_is_not_passed
-from gradpruner.merge import check_fits, donors_of, merge_weight_, share_of, skipping_logits
+from gradpruner.memory import free_memory
+from gradpruner.merge import check_fits, donors_of, merge_weight_, skipping_logits
 from gradpruner.plan import Plan
 from gradpruner.provenance import RECORD
 from gradpruner.shards import Pending, Stored, bytes_of, checksum_of, read_folder, write_folder

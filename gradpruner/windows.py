@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradpruner.checks import need_whole
 from gradpruner.data import Example
 from gradpruner.errors import InvalidArgument
-from gradpruner.whole import need_whole
 
 
 def text_of(examples: Sequence[Example]) -> str:

@@ -15,11 +15,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 import gradpruner
 from gradpruner import checkpoint, merge, tensor_files
+from gradpruner.checks import share_of
 from gradpruner.decoder import Decoder
 from gradpruner.distributed import is_sharded
 from gradpruner.igia import Dense, Factors, SharedImportance
 from gradpruner.logits import root_of
-from gradpruner.merge import removing, share_of
+from gradpruner.merge import removing
 
 SHARE = share_of(0.2)
 

@@ -10,8 +10,9 @@ import distributed_jobs
 import pytest
 import torch
 
+from gradpruner.checks import share_of
 from gradpruner.igia import Dense, Factors
-from gradpruner.merge import merge_weight_, share_of
+from gradpruner.merge import merge_weight_
 
 WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
 

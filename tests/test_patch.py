@@ -19,7 +19,8 @@ import gradpruner
 from gradpruner import InvalidArgument, Plan, UnsupportedModel, merge
 from gradpruner import patch as patching
 from gradpruner.decoder import Decoder, Weight
-from gradpruner.patch import RIDGES, Patch, fit_patches, gaps
+from gradpruner.patch import RIDGES, Patch, fit_patches
+from gradpruner.plan import gaps
 
 LAYERS = families.LAYERS
 BATCHES = [batch([9, 12, 6, 7], 1), batch([5, 11, 8], 2), batch([10, 8, 13, 12, 6], 3)]

@@ -17,8 +17,8 @@ from gradpruner import probed
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, UnsupportedModel
 from gradpruner.igia import Igia
 from gradpruner.job import Job
+from gradpruner.presets import PRESETS, Settings
 from gradpruner.probed import save_probed, with_probed
-from gradpruner.settings import PRESETS, Settings
 
 
 def trained(model=None, **options):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from gradpruner import spelling
+from gradpruner import named_options as spelling
 from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument
 from gradpruner.igia import Igia

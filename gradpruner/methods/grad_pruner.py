@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from gradpruner.checks import need_whole
 from gradpruner.errors import InvalidArgument
 from gradpruner.gaps import KINDS, plan_gaps
 from gradpruner.igia import SCORES
@@ -14,8 +15,7 @@ from gradpruner.merge import apply
 from gradpruner.methods.base import Clues, Method, register
 from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan
-from gradpruner.settings import PRESETS, Settings
-from gradpruner.whole import need_whole
+from gradpruner.presets import PRESETS, Settings
 
 
 @register

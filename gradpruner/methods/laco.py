@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from gradpruner.checks import need_whole
 from gradpruner.decoder import Decoder, base_parameters, is_packed
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.merge import apply, check_fits
 from gradpruner.methods.base import Batch, Clues, Method, check_count, lowest, register
 from gradpruner.methods.hidden import final_states, skipping
 from gradpruner.plan import Plan
-from gradpruner.whole import need_whole
 
 SEQUENCES = 10
 FALLING = tuple(k / 20 for k in range(19, -21, -1))  # thresholds that are tried, 0.95 down to -1

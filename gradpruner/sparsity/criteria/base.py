@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gradpruner import spelling
+from gradpruner import named_options as spelling
 from gradpruner.sparsity.pattern import Pattern
 from gradpruner.sparsity.seen import Seen
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from gradpruner import ops
+from gradpruner.checks import need_whole
 from gradpruner.errors import InvalidArgument
 from gradpruner.sparsity.bits import pack, unpack
 from gradpruner.sparsity.criteria.base import Criterion, register
 from gradpruner.sparsity.pattern import Pattern, largest
 from gradpruner.sparsity.seen import HESSIAN, Seen
-from gradpruner.whole import need_whole
 
 
 @register

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from gradpruner.checks import need_whole
 from gradpruner.errors import InvalidArgument
-from gradpruner.whole import need_whole
 
 ADAPTERS = ("keep", "discard")
 
