@@ -28,13 +28,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gradpruner.decoder import Decoder, Weight
-from gradpruner.files import atomic_path
 from gradpruner.igia import Factors, Igia
 from gradpruner.ops import reference
 from gradpruner.parameter_counts import count_parameters
 from gradpruner.plan import Plan
 from gradpruner.report import table
-from gradpruner.shards import Pending, bytes_of, holds_safetensors, read_folder, write_folder
+from gradpruner.storage.files import atomic_path
+from gradpruner.storage.tensor_files import Pending, bytes_of, holds_safetensors, read_folder, write_folder
 from gradpruner.stored import StoredModel
 
 SHAPE: dict[str, Any] = dict(

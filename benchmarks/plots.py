@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.records import Result, read
 from gradpruner.errors import InvalidArgument
-from gradpruner.files import atomic_path
+from gradpruner.storage.files import atomic_path
 
 # Okabe and Ito's palette, as in the reports
 COLOURS = {"ours": "#0072B2", "best torch": "#E69F00", "released": "#D9D9D9", "limit": "#1b1f24"}

@@ -18,7 +18,7 @@ import torch
 from benchmarks.operations import Case
 from benchmarks.timing import Measured
 from gradpruner.errors import CheckpointError, InvalidArgument
-from gradpruner.files import atomic_path
+from gradpruner.storage.files import atomic_path
 
 FOLDER = Path(__file__).parent / "results"
 Record = TypeVar("Record")

@@ -29,16 +29,16 @@ from benchmarks import records
 from gradpruner.data import Collator
 from gradpruner.demo_data import paragraphs
 from gradpruner.evaluate import perplexity
-from gradpruner.files import write_json
 from gradpruner.finetune import Recipe, schedule
 from gradpruner.identity import identify, sha256_of
 from gradpruner.igia import Igia
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.models import load_model
-from gradpruner.provenance import RECORD, digest, is_made
 from gradpruner.report import table as text_table
 from gradpruner.sparsity import gradient_norms, sparsify
 from gradpruner.stages import watch
+from gradpruner.storage.files import write_json
+from gradpruner.storage.provenance import RECORD, digest, is_made
 from gradpruner.windows import consecutive, sampled, tokens_of
 
 FOLDER = Path(__file__).parent / "results"

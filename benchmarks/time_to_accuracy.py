@@ -25,13 +25,13 @@ from benchmarks import plots
 from gradpruner.data import Collator, load_examples, split_examples, tokenize
 from gradpruner.decoder import Decoder
 from gradpruner.evaluate import answers
-from gradpruner.files import atomic_path
 from gradpruner.finetune import Recipe, add_adapters, schedule, train
 from gradpruner.methods import Clues, parse_method
 from gradpruner.models import load_model
 from gradpruner.plan import how_many
 from gradpruner.report import table as text_table
 from gradpruner.stages import watch
+from gradpruner.storage.files import atomic_path
 
 FOLDER = Path(__file__).parent / "results"
 DENSE, COLOURS = "dense", ("#1b1f24", "#0072B2", "#E69F00", "#009E73", "#CC79A7")

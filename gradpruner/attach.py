@@ -21,7 +21,6 @@ from gradpruner.cut import check_wrappers, cut
 from gradpruner.decoder import Decoder, altered_base, peft_of
 from gradpruner.distributed import peers_of, together
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
-from gradpruner.files import read_json, reading, write_json
 from gradpruner.igia import SCORES, Igia
 from gradpruner.inputs import FILES, Inputs, load_inputs, save_inputs
 from gradpruner.patch import Patch, fit_patches
@@ -29,6 +28,7 @@ from gradpruner.plan import Plan, gaps
 from gradpruner.preflight import check_plan, check_save
 from gradpruner.presets import Settings
 from gradpruner.probe import Probe
+from gradpruner.storage.files import read_json, reading, write_json
 from gradpruner.streaming import apply_folder
 from gradpruner.training_files import (
     FOLDER,

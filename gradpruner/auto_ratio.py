@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.evaluate import Evaluation
-from gradpruner.files import read_json, reading, write_json
-from gradpruner.provenance import MADE_FROM, is_made
+from gradpruner.storage.files import read_json, reading, write_json
+from gradpruner.storage.provenance import MADE_FROM, is_made
 
 AUTO = "auto"
 MAX_LOST = 0.01
@@ -153,7 +153,7 @@ def choose(
 ) -> Choice:
     """Try cuts and choose; `file` (JSON) keeps every check from when it is made, and none is made twice.
 
-    made_from: digests of what the checks are made from (see `gradpruner.provenance`). Default: not recorded.
+    made_from: digests of what the checks are made from (see `gradpruner.storage.provenance`). Default: not recorded.
 
     check: what the model with so many layers less (0: the dense one) scores on held-out examples after `steps` steps.
     Raises InvalidArgument if no cut is within the bound, or if the file was made from something else, GradPrunerError

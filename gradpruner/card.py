@@ -14,12 +14,12 @@ from torch import nn
 
 from gradpruner.checkpoint import PLAN_FILE
 from gradpruner.errors import InvalidArgument, ModelMismatch
-from gradpruner.files import atomic_path, read_json
 from gradpruner.igia import SCORES, Igia
-from gradpruner.links import check_links
 from gradpruner.models import DEMO_MODEL
 from gradpruner.plan import Plan
-from gradpruner.shards import read_folder
+from gradpruner.storage.files import atomic_path, read_json
+from gradpruner.storage.links import check_links
+from gradpruner.storage.tensor_files import read_folder
 from gradpruner.stored import config_of
 
 CARD_FILE = "README.md"

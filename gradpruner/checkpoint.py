@@ -17,12 +17,12 @@ from gradpruner.decoder import is_peft, unwrap
 from gradpruner.distributed import is_sharded, peers_of, together, whole
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, ModelMismatch
 from gradpruner.extra_layers import assign, say_what_is_gone
-from gradpruner.files import atomic_folder, read_json, write_json
 from gradpruner.full_precision import check_full_precision
 from gradpruner.generation_config import saved_as_far_as_possible
 from gradpruner.logits import differ, logits_of
 from gradpruner.memory import free_memory
 from gradpruner.plan import Plan
+from gradpruner.storage.files import atomic_folder, read_json, write_json
 from gradpruner.surgery import absent_counts
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradpruner.checks import need_whole
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
-from gradpruner.files import read_json, write_json
 from gradpruner.identity import Identity, sha256_of
-from gradpruner.provenance import MADE_FROM, RECORD, digest, need_same
+from gradpruner.storage.files import read_json, write_json
+from gradpruner.storage.provenance import MADE_FROM, RECORD, digest, need_same
 
 SHARE, LEAST = 0.1, 10  # default interval: a tenth of the steps, so that an interruption costs at most that much
 WEIGHTS = "trained.safetensors"
@@ -40,7 +40,7 @@ class Checkpoints:
     Args:
         folder: a folder for this training alone. `discard` deletes it.
         every: optimizer steps between two checkpoints. Default: a tenth of the steps, and at least 10.
-        made_from: digests of what the training starts from, by name. See `gradpruner.provenance`.
+        made_from: digests of what the training starts from, by name. See `gradpruner.storage.provenance`.
 
     Raises:
         InvalidArgument: `every` is not a whole number of 1 or more.

@@ -290,9 +290,9 @@ def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.companions import masks_of
-    from gradpruner.files import need_writable
     from gradpruner.presets import Settings
     from gradpruner.stages import watch
+    from gradpruner.storage.files import need_writable
 
     recipe = given.recipe(options)
     need_writable(options.out)
@@ -342,13 +342,13 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
 
 def _apply(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.companions import masks_of, plan_of, save_from
-    from gradpruner.files import need_free
     from gradpruner.igia import Igia
     from gradpruner.merge import apply
     from gradpruner.models import DEMO_MODEL
     from gradpruner.plan import Plan
     from gradpruner.preflight import check_save
-    from gradpruner.shards import holds_safetensors
+    from gradpruner.storage.files import need_free
+    from gradpruner.storage.tensor_files import holds_safetensors
     from gradpruner.streaming import apply_folder
 
     plan = Plan.load(options.plan)
@@ -391,11 +391,11 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoints import checkpoints_beside
     from gradpruner.companions import masks_of, plan_of, save_from
     from gradpruner.divergence import explained
-    from gradpruner.files import need_free
     from gradpruner.identity import identify
     from gradpruner.preflight import check_save
     from gradpruner.sparsity import Masks
     from gradpruner.stages import tune
+    from gradpruner.storage.files import need_free
 
     recipe = given.recipe(options)
     need_free(options.out, options.overwrite)

@@ -15,11 +15,11 @@ from gradpruner.checkpoint import PLAN_FILE, plan_in, save
 from gradpruner.decoder import Decoder
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.hub import is_license
-from gradpruner.links import names_of
 from gradpruner.models import DEMO_MODEL
 from gradpruner.plan import Plan
 from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.saving import MASKS
+from gradpruner.storage.links import names_of
 
 
 def plan_of(source: str, model: Any, revision: str | None = None) -> Plan | None:

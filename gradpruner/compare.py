@@ -28,21 +28,21 @@ from gradpruner.data import IGNORED, Collator, Example, tokenize
 from gradpruner.decoder import Decoder
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.evaluate import answers, macro_f1, perplexity, perplexity_of
-from gradpruner.files import read_json, reading, write_json
 from gradpruner.finetune import Recipe, Row, check_comparable, schedule
 from gradpruner.identity import identify
 from gradpruner.igia import Igia
 from gradpruner.job import Job, torch_dtype
-from gradpruner.locks import claim, lock
 from gradpruner.methods import METHODS, Clues, GradPruner, Method, parse_method, spelled
 from gradpruner.models import load_model
 from gradpruner.plan import Plan, how_many
 from gradpruner.preflight import check_comparison
 from gradpruner.probed import IGIA, save_probed, with_probed
-from gradpruner.provenance import MADE_FROM, digest, is_made
 from gradpruner.run_folder import MODEL, known_model, named, recorded
 from gradpruner.sparsity.masks import Masks
 from gradpruner.stages import tune, watch
+from gradpruner.storage.files import read_json, reading, write_json
+from gradpruner.storage.locks import claim, lock
+from gradpruner.storage.provenance import MADE_FROM, digest, is_made
 
 DENSE, OURS = "dense", spelled(GradPruner())
 FEW = 10  # classes: with more of them, macro-F1 is not what people look at

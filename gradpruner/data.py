@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from gradpruner.errors import InvalidArgument
-from gradpruner.files import decode_json
+from gradpruner.storage.files import decode_json
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".txt")
 # Column pairs that need no template; the first pair that a data set has is taken.

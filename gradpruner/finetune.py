@@ -35,7 +35,7 @@ from gradpruner.logits import evaluating
 from gradpruner.master_weights import float32_masters, trains_in_half
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.parameter_counts import count_parameters
-from gradpruner.provenance import digest
+from gradpruner.storage.provenance import digest
 from gradpruner.targets import adapted_weights, as_named, check_adapted
 
 logger = logging.getLogger(__name__)

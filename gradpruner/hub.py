@@ -16,14 +16,14 @@ from gradpruner.card import is_ours, model_card, write_card
 from gradpruner.checkpoint import quiet, save
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 from gradpruner.igia import Igia
-from gradpruner.links import names_of, stays
 from gradpruner.logits import logits_of
 from gradpruner.memory import free_memory
 from gradpruner.plan import Plan
-from gradpruner.provenance import RECORD
-from gradpruner.shards import INDEX, SINGLE, holds_safetensors, read_folder
 from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.saving import MASKS, check_stored
+from gradpruner.storage.links import names_of, stays
+from gradpruner.storage.provenance import RECORD
+from gradpruner.storage.tensor_files import INDEX, SINGLE, holds_safetensors, read_folder
 from gradpruner.stored import StoredModel
 from gradpruner.streaming import FOLDERS
 

@@ -19,8 +19,8 @@ from gradpruner.distributed import Peers, together
 from gradpruner.errors import InvalidArgument, ProbeError
 from gradpruner.igia_header import check_tensors, checked_fields
 from gradpruner.plan import Plan, parameters_in, select
-from gradpruner.shards import Stored
-from gradpruner.tensor_files import read_checked, read_described, write_described
+from gradpruner.storage.checked_tensors import read_checked, read_described, write_described
+from gradpruner.storage.tensor_files import Stored
 
 FORMAT = "gradpruner.igia/1"
 SCORES = ("squared", "norm", "normalized")

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from gradpruner.arrival import Arrival, to_host
 from gradpruner.distributed import Peers, together
 from gradpruner.errors import CheckpointError
-from gradpruner.tensor_files import read_checked, read_described, write_described
+from gradpruner.storage.checked_tensors import read_checked, read_described, write_described
 
 FORMAT = "gradpruner.inputs/1"
 # one a process: each has seen batches of its own. Safetensors under another ending: these are no weights

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gradpruner.errors import InvalidArgument
-from gradpruner.links import check_links
+from gradpruner.storage.links import check_links
 
 DEMO_MODEL = "smollm2"
 

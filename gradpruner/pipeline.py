@@ -26,7 +26,6 @@ from gradpruner.decoder import Decoder
 from gradpruner.divergence import why_failed
 from gradpruner.errors import InvalidArgument, ModelMismatch
 from gradpruner.evaluate import Evaluation
-from gradpruner.files import read_json, reading, write_json
 from gradpruner.finetune import Row, check_comparable, finish, schedule
 from gradpruner.identity import identify
 from gradpruner.igia import SCORES, Igia
@@ -37,12 +36,13 @@ from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import Plan
 from gradpruner.preflight import check_run
 from gradpruner.probed import IGIA, save_probed, with_probed
-from gradpruner.provenance import MADE_FROM, RECORD, digest, need_same
 from gradpruner.report import html_report, plot_layer_scores
 from gradpruner.run_folder import SETTINGS, SPEEDS, RunFolder, known_model, recorded
 from gradpruner.run_table import OF_THE_MACHINE, TURNS, comparison, notes
 from gradpruner.speeds import speeds_in_turns
 from gradpruner.stages import measure, tune, watch
+from gradpruner.storage.files import read_json, reading, write_json
+from gradpruner.storage.provenance import MADE_FROM, RECORD, digest, need_same
 
 
 class Run:

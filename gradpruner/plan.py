@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from gradpruner.errors import CheckpointError, InvalidArgument
-from gradpruner.files import read_json, write_json
+from gradpruner.storage.files import read_json, write_json
 
 FORMAT = "gradpruner.plan/1"
 MOST_LAYERS = 100_000  # more than any model has: a damaged file may say any number

@@ -12,9 +12,9 @@ from torch import nn
 from gradpruner.checkpoint import save
 from gradpruner.decoder import is_peft
 from gradpruner.errors import CheckpointError
-from gradpruner.files import atomic_folder, write_json
 from gradpruner.igia import Igia
-from gradpruner.provenance import RECORD
+from gradpruner.storage.files import atomic_folder, write_json
+from gradpruner.storage.provenance import RECORD
 from gradpruner.targets import as_named
 
 IGIA, ADAPTERS, MODEL = "igia.safetensors", "adapters", "model"
@@ -25,7 +25,7 @@ def save_probed(
 ) -> None:
     """Write igia.safetensors and the adapters, or the whole model where that was trained; all or nothing.
 
-    made_from: kept in a record beside them (see `gradpruner.provenance`).
+    made_from: kept in a record beside them (see `gradpruner.storage.provenance`).
     """
     with atomic_folder(folder) as inside:
         igia.save(inside / IGIA)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gradpruner.errors import InvalidArgument
-from gradpruner.files import atomic_path
+from gradpruner.storage.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gradpruner.errors import CheckpointError, InvalidArgument
-from gradpruner.files import atomic_path
+from gradpruner.storage.files import atomic_path
 
 
 @dataclass(frozen=True)

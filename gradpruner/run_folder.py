@@ -10,9 +10,9 @@ from typing import Any
 
 from gradpruner.checkpoints import Checkpoints
 from gradpruner.errors import InvalidArgument
-from gradpruner.files import read_json, write_json
 from gradpruner.identity import Identity, differences
-from gradpruner.provenance import MADE_FROM, digest, is_made
+from gradpruner.storage.files import read_json, write_json
+from gradpruner.storage.provenance import MADE_FROM, digest, is_made
 
 SETTINGS, MODEL, CHECKPOINTS = "run.json", "model", "checkpoints"
 # stages in their order, and the checkpoints of the last one

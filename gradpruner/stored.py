@@ -16,9 +16,9 @@ from gradpruner.checkpoint import check_loaded, quiet
 from gradpruner.decoder import Decoder, Weight, layer_counts, sample_positions, text_config
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
 from gradpruner.full_precision import WANTED, quantisation_of
-from gradpruner.links import check_links
 from gradpruner.models import refusing
-from gradpruner.shards import Stored, read_folder
+from gradpruner.storage.links import check_links
+from gradpruner.storage.tensor_files import Stored, read_folder
 
 IN_MEMORY = "load the model in memory instead: gradpruner.apply, or a --dtype on the command line"
 MOST_WITHOUT_TENSORS = 1000  # layers; those that share everything have no tensors of their own

@@ -21,18 +21,18 @@ from gradpruner.checks import share_of
 from gradpruner.decoder import Decoder, Weight
 from gradpruner.errors import CheckpointError, UnsupportedModel
 from gradpruner.extra_layers import generation_changes
-from gradpruner.files import atomic_folder, read_json, write_json
 from gradpruner.generation_config import rewrite
 from gradpruner.igia import Igia
-from gradpruner.links import names_of, stays
 from gradpruner.logits import differ, logits_of, longer_input, say_what_is_not_passed
 from gradpruner.memory import free_memory
 from gradpruner.merge import check_fits, donors_of, merge_weight_, skipping_logits
 from gradpruner.plan import Plan
-from gradpruner.provenance import RECORD
-from gradpruner.shards import Pending, Stored, bytes_of, checksum_of, read_folder, write_folder
 from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.saving import MASKS, check_stored
+from gradpruner.storage.files import atomic_folder, read_json, write_json
+from gradpruner.storage.links import names_of, stays
+from gradpruner.storage.provenance import RECORD
+from gradpruner.storage.tensor_files import Pending, Stored, bytes_of, checksum_of, read_folder, write_folder
 from gradpruner.stored import IN_MEMORY, StoredModel, config_of, load_empty
 from gradpruner.surgery import prepare
 

@@ -17,10 +17,10 @@ from gradpruner.adapters import assign
 from gradpruner.decoder import Decoder, base_parameters, is_packed
 from gradpruner.distributed import whole
 from gradpruner.errors import CheckpointError, InvalidArgument
-from gradpruner.files import read_json
 from gradpruner.patch import Patch
 from gradpruner.plan import Plan
-from gradpruner.shards import bytes_of
+from gradpruner.storage.files import read_json
+from gradpruner.storage.tensor_files import bytes_of
 from gradpruner.stored import StoredModel
 
 FOLDER = "gradpruner"  # in the Trainer's output_dir: plan, scores, and the cut base model of adapters

@@ -23,7 +23,7 @@ from gradpruner.decoder import Decoder
 from gradpruner.inputs import load_inputs
 from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import gaps
-from gradpruner.tensor_files import read_described, write_described
+from gradpruner.storage.checked_tensors import read_described, write_described
 from gradpruner.training_files import mark_of
 
 SETTINGS = {

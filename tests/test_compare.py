@@ -31,11 +31,11 @@ from gradpruner.evaluate import exact_matches, perplexity
 from gradpruner.factors import FACTORS
 from gradpruner.finetune import Recipe, schedule
 from gradpruner.job import Job
-from gradpruner.locks import claim
 from gradpruner.methods import METHODS, GradPruner, parse_method
 from gradpruner.operations import training_operations
 from gradpruner.plan import Plan
 from gradpruner.results import Cost, Result, read_results
+from gradpruner.storage.locks import claim
 
 LAYERS, STEPS, PROBE, BATCH, HELD_OUT = 6, 8, 3, 2, 6
 KIND = GradPruner().settings.kind  # by default, and another one

@@ -11,8 +11,8 @@ import torch
 from test_families import igia_of
 
 import gradpruner
-from gradpruner import files
 from gradpruner.sparsity.masks import Masks
+from gradpruner.storage import files
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o007], ids=oct)

@@ -13,8 +13,8 @@ from test_data import make_tokenizer
 
 import gradpruner
 from gradpruner.hub import uploaded_files
-from gradpruner.links import check_links
 from gradpruner.models import load_model
+from gradpruner.storage.links import check_links
 
 PLAN = gradpruner.Plan(6, drop=[1, 2])
 

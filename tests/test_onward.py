@@ -21,7 +21,7 @@ from test_card import word_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 import gradpruner
-from gradpruner.shards import read_folder
+from gradpruner.storage.tensor_files import read_folder
 
 GQA = families.GQA
 SWA = dict(use_sliding_window=True, sliding_window=5)

@@ -18,12 +18,12 @@ from gradpruner.cli import main
 from gradpruner.compare import Compare
 from gradpruner.data import Example, tokenize
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
-from gradpruner.files import need_writable
 from gradpruner.finetune import Recipe
 from gradpruner.full_precision import check_full_precision, quantisation_of
 from gradpruner.generation_config import savable
 from gradpruner.job import Job
 from gradpruner.pipeline import Run
+from gradpruner.storage.files import need_writable
 
 TRAIN = [Example(f"word {i % 7}:", "abc"[i % 3]) for i in range(30)]
 TEST = [Example("word 9:", "b"), Example("word 8:", "c")]

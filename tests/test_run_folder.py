@@ -14,7 +14,7 @@ from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.evaluate import Evaluation
 from gradpruner.igia import Igia
 from gradpruner.plan import Plan
-from gradpruner.provenance import digest
+from gradpruner.storage.provenance import digest
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,12 @@ from test_families import generate, igia_of
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gradpruner
-from gradpruner import checkpoint, files, models, shards, streaming
+from gradpruner import checkpoint, models, streaming
 from gradpruner.cli import main
 from gradpruner.decoder import Decoder
 from gradpruner.igia import Factors, Igia
+from gradpruner.storage import files
+from gradpruner.storage import tensor_files as shards
 
 DROP = gradpruner.Plan(families.LAYERS, drop=[1, 3, 4])
 MERGE = gradpruner.Plan(families.LAYERS, drop=[1], merge={3: 2, 4: 2})  # two donors into one target

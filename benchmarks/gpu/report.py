@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradpruner.files import atomic_path, write_json
+from gradpruner.storage.files import atomic_path, write_json
 
 Row = Mapping[str, Any]
 OURS, THEIRS = "#0072B2", "#E69F00"

@@ -18,7 +18,7 @@ from gradpruner.decoder import Decoder, is_packed
 from gradpruner.distributed import is_sharded
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.sparsity.bits import pack, unpack
-from gradpruner.tensor_files import read_checked, read_described, write_described
+from gradpruner.storage.checked_tensors import read_checked, read_described, write_described
 
 FORMAT = "gradpruner.masks/2"
 PREFIX = "mask of "  # before the names of tensors, so that no program can take a mask for a weight

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gradpruner.errors import CheckpointError
-from gradpruner.files import atomic_path, parse_json
-from gradpruner.shards import Stored, bytes_of, read_header
+from gradpruner.storage.files import atomic_path, parse_json
+from gradpruner.storage.tensor_files import Stored, bytes_of, read_header
 
 DESCRIPTION, CHECKSUM = "gradpruner", "gradpruner_crc32"  # in the metadata of the file
 

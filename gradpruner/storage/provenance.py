@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import InvalidArgument
-from gradpruner.files import read_json
+from gradpruner.storage.files import read_json
 
 MADE_FROM = "made_from"  # the key in a JSON file
 RECORD = "made_from.json"  # the file in a folder

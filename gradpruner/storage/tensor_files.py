@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gradpruner.errors import CheckpointError
-from gradpruner.files import parse_json, read_json
+from gradpruner.storage.files import parse_json, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK = 16 << 20  # bytes on their way from one file to another
