@@ -19,7 +19,7 @@ from gradpruner.checkpoint import PLAN_FILE, save
 from gradpruner.checks import need_whole, share_of
 from gradpruner.cut import check_wrappers, cut
 from gradpruner.decoder import Decoder, altered_base, peft_of
-from gradpruner.distributed import peers_of, together
+from gradpruner.distributed.processes import peers_of, together
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.igia import SCORES, Igia
 from gradpruner.inputs import FILES, Inputs, load_inputs, save_inputs

@@ -14,7 +14,8 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from gradpruner.decoder import is_peft, unwrap
-from gradpruner.distributed import is_sharded, peers_of, together, whole
+from gradpruner.distributed.processes import peers_of, together
+from gradpruner.distributed.sharding import is_sharded, whole
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, ModelMismatch
 from gradpruner.extra_layers import assign, say_what_is_gone
 from gradpruner.full_precision import check_full_precision

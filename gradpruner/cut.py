@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradpruner.adapters import check_are_lora, check_can_be_fresh, make_fresh
 from gradpruner.checks import share_of
 from gradpruner.decoder import Decoder, base_name, peft_of, wrappers
-from gradpruner.distributed import reshard
+from gradpruner.distributed.fsdp import reshard
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.igia import Igia
 from gradpruner.logits import root_of

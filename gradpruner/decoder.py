@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradpruner.deepspeed import is_engine, unpartitioned
-from gradpruner.distributed import local, rows_of, shard_group, summed
+from gradpruner.distributed.deepspeed import is_engine, unpartitioned
+from gradpruner.distributed.processes import summed
+from gradpruner.distributed.sharding import local, rows_of, shard_group
 from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
 
 ROUTERS = ("gate", "router", "shared_expert_gate")  # a router's weight is never merged (C)

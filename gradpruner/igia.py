@@ -15,7 +15,7 @@ from torch import Tensor
 from gradpruner import ops
 from gradpruner.coverage import Coverage
 from gradpruner.decoder import Weight
-from gradpruner.distributed import Peers, together
+from gradpruner.distributed.processes import Peers, together
 from gradpruner.errors import InvalidArgument, ProbeError
 from gradpruner.igia_header import check_tensors, checked_fields
 from gradpruner.plan import Plan, parameters_in, select

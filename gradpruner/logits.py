@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.decoder import text_config, wrappers
-from gradpruner.distributed import is_fsdp, reshard
+from gradpruner.distributed.fsdp import is_fsdp, resharding
 
 logger = logging.getLogger(__name__)
 
@@ -170,15 +170,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextlib.contextmanager
-def resharding(model: nn.Module) -> Iterator[None]:
-    """FSDP2's shards again outside: a forward without a backward leaves the root's parameters gathered."""
-    try:
-        yield
-    finally:
-        reshard(model)
 
 
 def root_of(model: nn.Module) -> nn.Module | None:

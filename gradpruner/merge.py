@@ -16,17 +16,10 @@ from gradpruner.adapter_removal import check_removable, check_unaltered, take_of
 from gradpruner.adapters import keeping_scales
 from gradpruner.checks import share_of
 from gradpruner.decoder import Decoder, Weight, is_packed, peft_of
-from gradpruner.deepspeed import is_deepspeeds
-from gradpruner.distributed import (
-    Peers,
-    forget,
-    local,
-    peers_of,
-    refuse_flat,
-    reshard,
-    rows_of,
-    together,
-)
+from gradpruner.distributed.deepspeed import is_deepspeeds
+from gradpruner.distributed.fsdp import forget, refuse_flat, reshard
+from gradpruner.distributed.processes import Peers, peers_of, together
+from gradpruner.distributed.sharding import local, rows_of
 from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.igia import Dense, Factors, Igia, SharedImportance
 from gradpruner.logits import differ, logits_of, longer_input, root_of, say_what_is_not_passed

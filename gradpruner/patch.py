@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradpruner.decoder import Decoder, Weight, is_linear, is_packed, linear_modules, wrappers
-from gradpruner.distributed import Peers, peers_of, summed, together
+from gradpruner.distributed.fsdp import resharding
+from gradpruner.distributed.processes import Peers, peers_of, summed, together
 from gradpruner.errors import InvalidArgument, UnsupportedModel
-from gradpruner.logits import evaluating, resharding, root_of
+from gradpruner.logits import evaluating, root_of
 from gradpruner.plan import Plan, gaps
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean square of an input

@@ -15,8 +15,9 @@ from gradpruner.checks import need_whole
 from gradpruner.closure import Arguments, ReadAfterClosure, check_one_gradient, closure_of
 from gradpruner.coverage import Coverage, share_range
 from gradpruner.decoder import Decoder
-from gradpruner.deepspeed import factor_to_come, is_deepspeeds
-from gradpruner.distributed import Peers, gone, is_lost, peers_of, refuse_flat
+from gradpruner.distributed.deepspeed import factor_to_come, is_deepspeeds
+from gradpruner.distributed.fsdp import refuse_flat
+from gradpruner.distributed.processes import Peers, gone, is_lost, peers_of
 from gradpruner.errors import InvalidArgument, ModelMismatch, ProbeError
 from gradpruner.estimators import Reader
 from gradpruner.estimators.exact import ExactReader

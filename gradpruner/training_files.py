@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradpruner.adapters import assign
 from gradpruner.decoder import Decoder, base_parameters, is_packed
-from gradpruner.distributed import whole
+from gradpruner.distributed.sharding import whole
 from gradpruner.errors import CheckpointError, InvalidArgument
 from gradpruner.patch import Patch
 from gradpruner.plan import Plan

@@ -17,7 +17,7 @@ import gradpruner
 from gradpruner import checkpoint, merge
 from gradpruner.checks import share_of
 from gradpruner.decoder import Decoder
-from gradpruner.distributed import is_sharded
+from gradpruner.distributed.sharding import is_sharded
 from gradpruner.igia import Dense, Factors, SharedImportance
 from gradpruner.logits import root_of
 from gradpruner.merge import removing

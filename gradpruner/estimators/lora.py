@@ -14,8 +14,9 @@ from torch import Tensor
 from gradpruner import ops
 from gradpruner.arrival import joined, to_host
 from gradpruner.decoder import Decoder, Weight, base_name
-from gradpruner.deepspeed import gradient_of
-from gradpruner.distributed import Peers, whole
+from gradpruner.distributed.deepspeed import gradient_of
+from gradpruner.distributed.processes import Peers
+from gradpruner.distributed.sharding import whole
 from gradpruner.errors import ProbeError
 from gradpruner.igia import Dense, Factors, shared
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from gradpruner import ops
 from gradpruner.decoder import Decoder, is_packed
-from gradpruner.distributed import is_sharded
+from gradpruner.distributed.sharding import is_sharded
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.sparsity.bits import pack, unpack
 from gradpruner.storage.checked_tensors import read_checked, read_described, write_described

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradpruner.decoder import Decoder, Weight, base_name, is_packed, is_peft
-from gradpruner.distributed import is_sharded
+from gradpruner.distributed.sharding import is_sharded
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 
 

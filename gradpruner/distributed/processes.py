@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
-from gradpruner.errors import GradPrunerError, InvalidArgument, ProbeError, UnsupportedModel
+from gradpruner.errors import GradPrunerError, InvalidArgument, ProbeError
 
 T = TypeVar("T")
 
@@ -136,111 +135,3 @@ def is_lost(error: BaseException) -> bool:
         return True
     signs = ("closed by peer", "Connection reset", "gloo", "NCCL", "Timed out waiting")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Whether this is a DTensor, told without importing them."""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, gathered from all processes if it is sharded (then a collective)."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part: of a DTensor its shard, not copied."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a DTensor is spread over processes, without its values."""
-
-    mesh: Any
-    placements: tuple[Any, ...]
-    shape: torch.Size
-
-    @classmethod
-    def of(cls, tensor: Any) -> Layout:
-        """The layout of a DTensor."""
-        return cls(tensor.device_mesh, tuple(tensor.placements), tensor.shape)
-
-    def whole(self, part: Tensor) -> Tensor:
-        """The tensor of which every process holds its part, in host memory: a collective."""
-        from torch.distributed.tensor import DTensor
-
-        part = part.to(self.mesh.device_type)
-        stride = torch.empty(self.shape, device="meta").stride()
-        spread = DTensor.from_local(part, self.mesh, self.placements, run_check=False, shape=self.shape, stride=stride)
-        return spread.full_tensor().cpu()
-
-
-def rows_of(tensor: Any) -> tuple[int, int] | None:
-    """First row and number of rows that this process has of a tensor sharded as FSDP2 does; None if it has all.
-
-    Raises UnsupportedModel where it is sharded in another way.
-    """
-    dimension = _sharded_dimension(tensor) if is_sharded(tensor) else None
-    if dimension is None:
-        return None
-    parts = tensor.device_mesh.size(dimension)
-    step = -(-int(tensor.shape[0]) // parts)  # as torch.chunk
-    first = min(int(tensor.shape[0]), step * tensor.device_mesh.get_local_rank(dimension))
-    return first, int(local(tensor).shape[0])
-
-
-def shard_group(tensor: Any) -> Any:
-    """The process group over which a tensor of which `rows_of` gives rows is cut."""
-    return tensor.device_mesh.get_group(_sharded_dimension(tensor))
-
-
-def _sharded_dimension(tensor: Any) -> int | None:
-    cut = [i for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-    if len(cut) > 1 or (cut and not tensor.placements[cut[0]].is_shard(0)):
-        raise UnsupportedModel(
-            f"a weight is distributed as {tensor.placements}; accepted are FSDP2's shards of rows, with or without "
-            "replicas"
-        )
-    return cut[0] if cut else None
-
-
-def refuse_flat(model: nn.Module) -> None:
-    """Raises UnsupportedModel for FSDP1, which hides each weight in a part of one flat parameter."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FullyShardedDataParallel", ())
-    if fsdp is not None and any(isinstance(module, kind) for module in model.modules()):
-        raise UnsupportedModel(
-            "the model is wrapped in FullyShardedDataParallel (FSDP1), whose weights and gradients are flat pieces; "
-            "accepted are fully_shard (FSDP2; fsdp_version: 2 in accelerate), DistributedDataParallel and DeepSpeed"
-        )
-
-
-def is_fsdp(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to this module."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported, not used
-    return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))
-
-
-def reshard(model: nn.Module) -> None:
-    """Every module's parameters are shards again; a forward without a backward leaves the root's gathered."""
-    for module in model.modules():
-        if is_fsdp(module):
-            module.reshard()  # type: ignore[operator]
-
-
-def forget(root: nn.Module, removed: list[nn.Module]) -> None:
-    """Let go of modules that are no longer part of an FSDP root, so that their memory is free again.
-
-    torch finds the sharded modules at the root's first forward and keeps their states for good.
-    """
-    gone_modules = {id(module) for layer in removed for module in layer.modules()}
-
-    def stays(state: Any) -> bool:
-        return any(id(module) not in gone_modules for module in state._modules)
-
-    states = root._get_fsdp_state()._state_ctx.all_states  # type: ignore[operator]
-    states[:] = [state for state in states if stays(state)]
-    for state in states:
-        for neighbours in (state._states_to_forward_prefetch, state._states_to_backward_prefetch):
-            neighbours[:] = [other for other in neighbours if stays(other)]

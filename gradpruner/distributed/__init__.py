@@ -1,0 +1,1 @@
+"""Several processes: collectives, shards of FSDP2, DeepSpeed."""
