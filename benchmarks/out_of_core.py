@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gradpruner.decoder import Decoder, Weight
 from gradpruner.igia import Factors, Igia
+from gradpruner.model.decoder import Decoder, Weight
+from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.ops import reference
-from gradpruner.parameter_counts import count_parameters
 from gradpruner.plan import Plan
 from gradpruner.report import table
 from gradpruner.storage.files import atomic_path

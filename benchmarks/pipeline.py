@@ -19,14 +19,14 @@ from benchmarks.device_timing import Clock
 from benchmarks.records import FOLDER, Timed, ratios, read, timed, write
 from benchmarks.released import Released
 from benchmarks.timing import WrongAnswer, quiet_collector
-from gradpruner.decoder import Decoder
 from gradpruner.errors import GradPrunerError
 from gradpruner.finetune import Recipe, add_adapters
 from gradpruner.igia import Dense, Factors, Igia
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.merge import merge_weight_
-from gradpruner.models import load_model
-from gradpruner.parameter_counts import count_parameters
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.load import load_model
+from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.report import table
 
 ROWS, LENGTH, RANK = 4, 256, 8

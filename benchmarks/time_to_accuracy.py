@@ -23,11 +23,11 @@ from transformers import TrainerCallback
 
 from benchmarks import plots
 from gradpruner.data import Collator, load_examples, split_examples, tokenize
-from gradpruner.decoder import Decoder
 from gradpruner.evaluate import answers
 from gradpruner.finetune import Recipe, add_adapters, schedule, train
 from gradpruner.methods import Clues, parse_method
-from gradpruner.models import load_model
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.load import load_model
 from gradpruner.plan import how_many
 from gradpruner.report import table as text_table
 from gradpruner.stages import watch

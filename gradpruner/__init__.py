@@ -15,9 +15,9 @@ from gradpruner.errors import (
 from gradpruner.hub import push_to_hub
 from gradpruner.igia import Igia
 from gradpruner.merge import apply
+from gradpruner.model.optimizers import rebuild_optimizer
 from gradpruner.oneshot import prune
 from gradpruner.ops import available_backends
-from gradpruner.optimizers import rebuild_optimizer
 from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan
 from gradpruner.probe import Probe

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradpruner.decoder import Decoder, base_name, is_packed
 from gradpruner.errors import InvalidArgument, UnsupportedModel
-from gradpruner.logits import root_of
-from gradpruner.rollback import restorer
+from gradpruner.model.decoder import Decoder, base_name, is_packed
+from gradpruner.model.rollback import restorer
+from gradpruner.model.wrappers import root_of
 
 logger = logging.getLogger(__name__)
 

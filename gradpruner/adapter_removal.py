@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.adapter_merge import check_mergeable, values_beside
-from gradpruner.decoder import Decoder, altered_base, is_packed, peft_of
 from gradpruner.errors import InvalidArgument, UnsupportedModel
-from gradpruner.logits import MERGED, differ, logits_of, root_of
+from gradpruner.model.decoder import Decoder, is_packed
+from gradpruner.model.logits import MERGED, differ, logits_of
+from gradpruner.model.rollback import restorer
+from gradpruner.model.wrappers import altered_base, peft_of, root_of
 from gradpruner.presets import ADAPTERS
-from gradpruner.rollback import restorer
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.decoder import CHECKPOINTED, base_name
 from gradpruner.errors import UnsupportedModel
+from gradpruner.model.decoder import CHECKPOINTED, base_name
 
 FRESH_INITS = (True, "gaussian")  # of LoraConfig.init_lora_weights: those that leave the base weights alone
 

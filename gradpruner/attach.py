@@ -18,11 +18,12 @@ from gradpruner.adapters import check_are_lora, check_can_be_fresh, describe, wi
 from gradpruner.checkpoint import PLAN_FILE, save
 from gradpruner.checks import need_whole, share_of
 from gradpruner.cut import check_wrappers, cut
-from gradpruner.decoder import Decoder, altered_base, peft_of
 from gradpruner.distributed.processes import peers_of, together
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.igia import SCORES, Igia
 from gradpruner.inputs import FILES, Inputs, load_inputs, save_inputs
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.wrappers import altered_base, peft_of
 from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import Plan, gaps
 from gradpruner.preflight import check_plan, check_save

@@ -15,7 +15,7 @@ from torch import nn
 from gradpruner.checkpoint import PLAN_FILE
 from gradpruner.errors import InvalidArgument, ModelMismatch
 from gradpruner.igia import SCORES, Igia
-from gradpruner.models import DEMO_MODEL
+from gradpruner.model.load import DEMO_MODEL
 from gradpruner.plan import Plan
 from gradpruner.storage.files import atomic_path, read_json
 from gradpruner.storage.links import check_links

@@ -13,18 +13,18 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from gradpruner.decoder import is_peft, unwrap
 from gradpruner.distributed.processes import peers_of, together
 from gradpruner.distributed.sharding import is_sharded, whole
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, ModelMismatch
-from gradpruner.extra_layers import assign, say_what_is_gone
-from gradpruner.full_precision import check_full_precision
 from gradpruner.generation_config import saved_as_far_as_possible
-from gradpruner.logits import differ, logits_of
 from gradpruner.memory import free_memory
+from gradpruner.model.empty_model import absent_counts
+from gradpruner.model.extra_layers import assign, say_what_is_gone
+from gradpruner.model.full_precision import check_full_precision
+from gradpruner.model.logits import differ, logits_of
+from gradpruner.model.wrappers import is_peft, unwrap
 from gradpruner.plan import Plan
 from gradpruner.storage.files import atomic_folder, read_json, write_json
-from gradpruner.surgery import absent_counts
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradpruner.checks import need_whole
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
-from gradpruner.identity import Identity, sha256_of
+from gradpruner.model.identity import Identity, sha256_of
 from gradpruner.storage.files import read_json, write_json
 from gradpruner.storage.provenance import MADE_FROM, RECORD, digest, need_same
 

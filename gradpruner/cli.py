@@ -344,7 +344,7 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.companions import masks_of, plan_of, save_from
     from gradpruner.igia import Igia
     from gradpruner.merge import apply
-    from gradpruner.models import DEMO_MODEL
+    from gradpruner.model.load import DEMO_MODEL
     from gradpruner.plan import Plan
     from gradpruner.preflight import check_save
     from gradpruner.storage.files import need_free
@@ -391,7 +391,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoints import checkpoints_beside
     from gradpruner.companions import masks_of, plan_of, save_from
     from gradpruner.divergence import explained
-    from gradpruner.identity import identify
+    from gradpruner.model.identity import identify
     from gradpruner.preflight import check_save
     from gradpruner.sparsity import Masks
     from gradpruner.stages import tune

@@ -12,10 +12,10 @@ from typing import Any
 
 from gradpruner.card import carry_card
 from gradpruner.checkpoint import PLAN_FILE, plan_in, save
-from gradpruner.decoder import Decoder
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.hub import is_license
-from gradpruner.models import DEMO_MODEL
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.load import DEMO_MODEL
 from gradpruner.plan import Plan
 from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.saving import MASKS

@@ -24,16 +24,17 @@ from torch import nn
 
 from gradpruner.checkpoints import Checkpoints
 from gradpruner.companions import refuse_masks
-from gradpruner.data import IGNORED, Collator, Example, tokenize
-from gradpruner.decoder import Decoder
+from gradpruner.data import Collator, Example, tokenize
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.evaluate import answers, macro_f1, perplexity, perplexity_of
 from gradpruner.finetune import Recipe, Row, check_comparable, schedule
-from gradpruner.identity import identify
 from gradpruner.igia import Igia
 from gradpruner.job import Job, torch_dtype
 from gradpruner.methods import METHODS, Clues, GradPruner, Method, parse_method, spelled
-from gradpruner.models import load_model
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.identity import identify
+from gradpruner.model.load import load_model
+from gradpruner.model.loss import IGNORED
 from gradpruner.plan import Plan, how_many
 from gradpruner.preflight import check_comparison
 from gradpruner.probed import IGIA, save_probed, with_probed

@@ -15,12 +15,12 @@ import torch
 
 from gradpruner.checkpoint import save
 from gradpruner.data import Collator
-from gradpruner.decoder import Decoder
 from gradpruner.evaluate import generation_speed
 from gradpruner.finetune import Recipe, Row, add_adapters, answers_only, can_skip_logits, finish, train
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.merge import apply
-from gradpruner.models import load_model
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.load import load_model
 from gradpruner.operations import training_operations
 from gradpruner.plan import Plan
 from gradpruner.preflight import check_save

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradpruner.decoder import Decoder, Weight
 from gradpruner.errors import ProbeError
-from gradpruner.parameter_counts import ParameterCounts
+from gradpruner.model.decoder import Decoder, Weight
+from gradpruner.model.parameter_counts import ParameterCounts
 
 # Layers of unlike structure differ by a few per cent (a convolution, decay rates), experts by most of the layer.
 ALIKE = 0.9

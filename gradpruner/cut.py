@@ -13,17 +13,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradpruner.adapters import check_are_lora, check_can_be_fresh, make_fresh
 from gradpruner.checks import share_of
-from gradpruner.decoder import Decoder, base_name, peft_of, wrappers
 from gradpruner.distributed.fsdp import reshard
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.igia import Igia
-from gradpruner.logits import root_of
 from gradpruner.merge import removing
-from gradpruner.optimizers import check_optimizer, forget, replace, unwrapped
+from gradpruner.model.decoder import Decoder, base_name
+from gradpruner.model.optimizers import check_optimizer, forget, replace, unwrapped
+from gradpruner.model.rollback import restorer
+from gradpruner.model.wrappers import peft_of, root_of, wrappers
 from gradpruner.patch import Patch
 from gradpruner.plan import Plan
 from gradpruner.presets import ADAPTERS
-from gradpruner.rollback import restorer
 
 
 def cut(

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from gradpruner.errors import InvalidArgument
+from gradpruner.model.loss import IGNORED
 from gradpruner.storage.files import decode_json
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".txt")
@@ -26,7 +27,6 @@ KNOWN_COLUMNS = (
     *(("instruction", answer) for answer in ("output", "response")),
     *(("text", answer) for answer in ("label", "category", "answer")),
 )
-IGNORED = -100  # the label that cross entropy skips
 
 Row = Mapping[str, Any]
 Template = list[tuple[str, str | None]]  # text, then the column that follows it

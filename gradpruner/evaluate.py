@@ -14,16 +14,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
-from gradpruner.data import IGNORED
 from gradpruner.errors import InvalidArgument
-from gradpruner.logits import evaluating
+from gradpruner.model.loss import IGNORED, cross_entropy_sum
+from gradpruner.model.modes import evaluating
 
 Rows = Sequence[Mapping[str, list[int]]]
 Collate = Callable[[Any], Mapping[str, torch.Tensor]]
 WARM_UP = 8  # tokens generated before any are timed
-LOGITS_AT_ONCE = 2**24  # entries widened to float32 at a time: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def answers(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> lis
             counts = wanted != IGNORED
             right = bool((said == wanted)[counts].all())
             tokens = tuple(said[counts].tolist())
-            result[index] = Answer(right, _cross_entropy_sum(scores, wanted), len(tokens), tokens)
+            result[index] = Answer(right, cross_entropy_sum(scores, wanted), len(tokens), tokens)
     return [result[index] for index in range(len(rows))]
 
 
@@ -121,7 +119,7 @@ def perplexity(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> 
     """
     total, tokens = 0.0, 0
     for _, logits, labels in _answer_logits(model, rows, collate, batch_size):
-        total += _cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
+        total += cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
         tokens += int((labels != IGNORED).sum())
     return perplexity_of(total / tokens)
 
@@ -192,16 +190,6 @@ def _answer_logits(
             else:
                 logits = model(**batch, use_cache=False).logits[:, positions]
             yield indices, logits, labels[:, positions]
-
-
-def _cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Sum over labelled tokens; widens only some of the logits (tokens, vocabulary) to float32 at a time."""
-    step = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-    total = 0.0
-    for part, targets in zip(logits.split(step), labels.split(step), strict=True):
-        losses = cross_entropy(part.float(), targets, ignore_index=IGNORED, reduction="none")
-        total += float(losses.double().sum())
-    return total
 
 
 def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], **limits: int) -> list[list[int]]:

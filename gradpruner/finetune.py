@@ -27,16 +27,17 @@ from gradpruner.adapter_removal import merged
 from gradpruner.checkpoints import Checkpoints, Completing, load_trained, save_trained, watched
 from gradpruner.checks import need_whole
 from gradpruner.coverage import Coverage
-from gradpruner.data import IGNORED
-from gradpruner.decoder import Decoder, is_peft
 from gradpruner.divergence import has_diverged
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
-from gradpruner.logits import evaluating
 from gradpruner.master_weights import float32_masters, trains_in_half
 from gradpruner.memory import peak_memory, reset_peak_memory
-from gradpruner.parameter_counts import count_parameters
+from gradpruner.model.adapter_targets import adapted_weights, as_named, check_adapted
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.loss import IGNORED
+from gradpruner.model.modes import evaluating
+from gradpruner.model.parameter_counts import count_parameters
+from gradpruner.model.wrappers import is_peft
 from gradpruner.storage.provenance import digest
-from gradpruner.targets import adapted_weights, as_named, check_adapted
 
 logger = logging.getLogger(__name__)
 

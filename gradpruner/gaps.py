@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument, UnsupportedModel
-from gradpruner.logits import evaluating
-from gradpruner.parameter_counts import count_parameters
-from gradpruner.patch import find_writer, hidden
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.hidden_states import hidden
+from gradpruner.model.modes import evaluating
+from gradpruner.model.parameter_counts import count_parameters
+from gradpruner.patch import find_writer
 from gradpruner.plan import Plan, parameters_in, select
 
 LONGEST = 10  # layers of one gap

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from gradpruner import ops
 from gradpruner.coverage import Coverage
-from gradpruner.decoder import Weight
 from gradpruner.distributed.processes import Peers, together
 from gradpruner.errors import InvalidArgument, ProbeError
 from gradpruner.igia_header import check_tensors, checked_fields
+from gradpruner.model.decoder import Weight
 from gradpruner.plan import Plan, parameters_in, select
 from gradpruner.storage.checked_tensors import read_checked, read_described, write_described
 from gradpruner.storage.tensor_files import Stored
@@ -88,7 +88,7 @@ class Igia:
     several processes it is a SharedImportance: every process asks for the same entries in the same order.
     skipped: steps with a non-finite gradient, left out. estimator: "lora", "gradient", "adam" or "exact".
     structures: one entry a layer. layer_parameters, shared_parameters, total_parameters: see
-    `gradpruner.parameter_counts`; shared_parameters is None where a file of an earlier version does not say them.
+    `gradpruner.model.parameter_counts`; shared_parameters is None where a file of an earlier version does not say them.
     adapters: of each watched weight, rank and scale of what adapts it; () where nothing does, or in files that did not
     keep it.
     """

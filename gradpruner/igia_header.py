@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from gradpruner.decoder import Weight
 from gradpruner.errors import CheckpointError
+from gradpruner.model.decoder import Weight
 from gradpruner.storage.tensor_files import Stored
 
 LARGEST = 2**63 - 1  # a count of parameters that a damaged file may claim and arithmetic still takes

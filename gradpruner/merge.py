@@ -15,14 +15,16 @@ from gradpruner import ops
 from gradpruner.adapter_removal import check_removable, check_unaltered, take_off
 from gradpruner.adapters import keeping_scales
 from gradpruner.checks import share_of
-from gradpruner.decoder import Decoder, Weight, is_packed, peft_of
 from gradpruner.distributed.deepspeed import is_deepspeeds
 from gradpruner.distributed.fsdp import forget, refuse_flat, reshard
 from gradpruner.distributed.processes import Peers, peers_of, together
 from gradpruner.distributed.sharding import local, rows_of
 from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.igia import Dense, Factors, Igia, SharedImportance
-from gradpruner.logits import differ, logits_of, longer_input, root_of, say_what_is_not_passed
+from gradpruner.model.decoder import Decoder, Weight, is_packed
+from gradpruner.model.hidden_states import pass_input_on
+from gradpruner.model.logits import differ, logits_of, longer_input, say_what_is_not_passed
+from gradpruner.model.wrappers import peft_of, root_of
 from gradpruner.patch import Patch, check_patches
 from gradpruner.plan import Plan
 from gradpruner.surgery import Replaced, prepare
@@ -288,7 +290,7 @@ def skipping_logits(
     A model that FSDP2 shards is asked through its root; every process calls this.
     """
     root = root_of(decoder.given)
-    handles = [decoder.layers[i].register_forward_hook(_pass_input_on, with_kwargs=True) for i in skip]
+    handles = [decoder.layers[i].register_forward_hook(pass_input_on, with_kwargs=True) for i in skip]
     try:
         with _casting_inputs(decoder.base) if adapters else _adapters_off(decoder.base):
             return logits_of(root or decoder.base, tokens)
@@ -324,11 +326,6 @@ def _adapters_off(base: nn.Module) -> Iterator[None]:
             wrapper.enable_adapters(True)
         for parameter, was in trains:
             parameter.requires_grad_(was)
-
-
-def _pass_input_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    hidden = args[0] if args else kwargs["hidden_states"]
-    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
 def _check_logits(expected: Tensor | None, actual: Tensor | None, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gradpruner.decoder import is_peft
+from gradpruner.model.wrappers import is_peft
 
 COUNTED = ("eager", "sdpa")  # attention of which every product is counted
 

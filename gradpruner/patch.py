@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradpruner.decoder import Decoder, Weight, is_linear, is_packed, linear_modules, wrappers
 from gradpruner.distributed.fsdp import resharding
 from gradpruner.distributed.processes import Peers, peers_of, summed, together
 from gradpruner.errors import InvalidArgument, UnsupportedModel
-from gradpruner.logits import evaluating, root_of
+from gradpruner.model.decoder import Decoder, Weight, is_linear, is_packed, linear_modules
+from gradpruner.model.hidden_states import hidden
+from gradpruner.model.modes import evaluating
+from gradpruner.model.wrappers import root_of, wrappers
 from gradpruner.plan import Plan, gaps
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean square of an input
@@ -314,11 +316,6 @@ def find_writer(decoder: Decoder, layer: int, forward: Callable[[], None]) -> tu
         return None
     moved = states[1].float() - states[0].float()
     return (weight, linear) if float((moved - shifts[0]).norm()) < NEARLY * float(shifts[0].norm()) else None
-
-
-def hidden(output: Any) -> Tensor:
-    """The hidden state in what a decoder layer returns."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 def check_patches(decoder: Decoder, plan: Plan, patches: Iterable[Patch]) -> None:

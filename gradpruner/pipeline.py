@@ -22,16 +22,16 @@ from gradpruner.checkpoint import PLAN_FILE, save
 from gradpruner.companions import plan_of, refuse_masks
 from gradpruner.coverage import share_range
 from gradpruner.data import Collator, Example, tokenize
-from gradpruner.decoder import Decoder
 from gradpruner.divergence import why_failed
 from gradpruner.errors import InvalidArgument, ModelMismatch
 from gradpruner.evaluate import Evaluation
 from gradpruner.finetune import Row, check_comparable, finish, schedule
-from gradpruner.identity import identify
 from gradpruner.igia import SCORES, Igia
 from gradpruner.job import Job, torch_dtype
 from gradpruner.merge import apply
-from gradpruner.models import load_model
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.identity import identify
+from gradpruner.model.load import load_model
 from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import Plan
 from gradpruner.preflight import check_run

@@ -198,7 +198,7 @@ def select(
     rest of the removed into the nearest kept layer of the same structure before (docs/method.md, section 2); a number
     folds that many, the highest-scored of the removed; 0 none. protect: layers that stay whatever they score.
     structures: one value a layer, equal where layers can be merged. layer_parameters, shared_parameters,
-    total_parameters: as `gradpruner.parameter_counts.count_parameters` counts them. kind: what the scores are called,
+    total_parameters: as `gradpruner.model.parameter_counts.count_parameters` counts them. kind: what the scores are called,
     for the plan to remember. Raises InvalidArgument.
     """
     total = len(scores)

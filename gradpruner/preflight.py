@@ -16,14 +16,14 @@ from gradpruner.auto_ratio import AUTO, candidates
 from gradpruner.checkpoint import quiet
 from gradpruner.checks import share_of
 from gradpruner.data import Collator, Example, tokenize
-from gradpruner.decoder import Decoder
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, UnsupportedModel
 from gradpruner.evaluate import check_labels
-from gradpruner.full_precision import check_full_precision
 from gradpruner.generation_config import saved_as_far_as_possible
 from gradpruner.igia import SCORES
-from gradpruner.logits import evaluating
-from gradpruner.parameter_counts import count_parameters
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.full_precision import check_full_precision
+from gradpruner.model.modes import evaluating
+from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.plan import select
 from gradpruner.report import new_figure
 from gradpruner.surgery import prepare

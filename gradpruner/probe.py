@@ -14,7 +14,6 @@ from gradpruner.arrival import Arrival
 from gradpruner.checks import need_whole
 from gradpruner.closure import Arguments, ReadAfterClosure, check_one_gradient, closure_of
 from gradpruner.coverage import Coverage, share_range
-from gradpruner.decoder import Decoder
 from gradpruner.distributed.deepspeed import factor_to_come, is_deepspeeds
 from gradpruner.distributed.fsdp import refuse_flat
 from gradpruner.distributed.processes import Peers, gone, is_lost, peers_of
@@ -24,8 +23,9 @@ from gradpruner.estimators.exact import ExactReader
 from gradpruner.estimators.gradient import AdamReader, GradientReader, why_not_adam
 from gradpruner.estimators.lora import LoraReader, has_lora
 from gradpruner.igia import Igia, shared
-from gradpruner.optimizers import unwrapped
-from gradpruner.parameter_counts import count_parameters
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.optimizers import unwrapped
+from gradpruner.model.parameter_counts import count_parameters
 
 logger = logging.getLogger(__name__)
 

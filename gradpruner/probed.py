@@ -10,12 +10,12 @@ from typing import Any, cast
 from torch import nn
 
 from gradpruner.checkpoint import save
-from gradpruner.decoder import is_peft
 from gradpruner.errors import CheckpointError
 from gradpruner.igia import Igia
+from gradpruner.model.adapter_targets import as_named
+from gradpruner.model.wrappers import is_peft
 from gradpruner.storage.files import atomic_folder, write_json
 from gradpruner.storage.provenance import RECORD
-from gradpruner.targets import as_named
 
 IGIA, ADAPTERS, MODEL = "igia.safetensors", "adapters", "model"
 

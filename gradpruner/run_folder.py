@@ -10,7 +10,7 @@ from typing import Any
 
 from gradpruner.checkpoints import Checkpoints
 from gradpruner.errors import InvalidArgument
-from gradpruner.identity import Identity, differences
+from gradpruner.model.identity import Identity, differences
 from gradpruner.storage.files import read_json, write_json
 from gradpruner.storage.provenance import MADE_FROM, digest, is_made
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.checkpoint import check_loaded, quiet
-from gradpruner.decoder import Decoder, Weight, layer_counts, sample_positions, text_config
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
-from gradpruner.full_precision import WANTED, quantisation_of
-from gradpruner.models import refusing
+from gradpruner.model.config import layer_counts, text_config
+from gradpruner.model.decoder import Decoder, Weight, sample_positions
+from gradpruner.model.full_precision import WANTED, quantisation_of
+from gradpruner.model.load import refusing
 from gradpruner.storage.links import check_links
 from gradpruner.storage.tensor_files import Stored, read_folder
 

@@ -20,10 +20,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
-from gradpruner.decoder import CHECKPOINTED, Decoder, base_name, is_packed, text_config
 from gradpruner.errors import UnsupportedModel
-from gradpruner.extra_layers import extra_counts, generation_changes, say_what_is_gone, without_extra
-from gradpruner.layer_config import cut_config, renumber_modules
+from gradpruner.model.config import text_config
+from gradpruner.model.decoder import CHECKPOINTED, Decoder
+from gradpruner.model.empty_model import _shapes, absent_counts, build_empty
+from gradpruner.model.extra_layers import generation_changes, say_what_is_gone, without_extra
+from gradpruner.model.layer_config import cut_config, renumber_modules
 
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number")
 PER_INSTANCE = ("_tied_weights_keys", "_keys_to_ignore_on_load_unexpected")  # transformers' own; may name layers
@@ -135,32 +137,6 @@ def _as_reloaded(config: Any) -> Any:
         return type(config).from_dict(config.to_dict())
     except Exception as error:
         raise UnsupportedModel(f"the cut config of {type(config).__name__} is not accepted: {error}") from error
-
-
-def build_empty(kind: type[nn.Module], config: Any) -> nn.Module:
-    """A model of this class and config on the meta device: names, shapes and attributes, no data."""
-    try:
-        with torch.device("meta"):
-            return kind(copy.deepcopy(config))
-    except Exception as error:
-        raise UnsupportedModel(f"{kind.__name__} cannot be rebuilt from its config: {error}") from error
-
-
-def absent_counts(kind: type[nn.Module], config: Any) -> list[tuple[Any, str, int]]:
-    """What `extra_counts` finds, if a model of this class is the same without; nothing where it has such layers."""
-    counts = extra_counts(config)
-    if not counts or _shapes(build_empty(kind, config)) != _shapes(build_empty(kind, without_extra(config))):
-        return []
-    return counts
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...] | None]:
-    """Name to shape, without adapters; None where a quantiser packed the parameter."""
-    return {
-        name: None if is_packed(tensor) else tuple(tensor.shape)
-        for raw, tensor in model.named_parameters(remove_duplicate=False)
-        if (name := base_name(raw)) is not None
-    }
 
 
 def _check_described(decoder: Decoder, dense: nn.Module) -> None:

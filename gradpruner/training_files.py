@@ -14,9 +14,9 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradpruner.adapters import assign
-from gradpruner.decoder import Decoder, base_parameters, is_packed
 from gradpruner.distributed.sharding import whole
 from gradpruner.errors import CheckpointError, InvalidArgument
+from gradpruner.model.decoder import Decoder, base_parameters, is_packed
 from gradpruner.patch import Patch
 from gradpruner.plan import Plan
 from gradpruner.storage.files import read_json

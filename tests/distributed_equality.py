@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gradpruner
-from gradpruner.decoder import Decoder
+from gradpruner.model.decoder import Decoder
 
 LAYERS, STEPS, ROWS = 6, 4, 4
 SCORES, WEIGHTS = 1e-10, 1e-12  # float64: sums over processes are taken in another order
@@ -133,7 +133,7 @@ def plan_of(igia):
 
 def values_of(model):
     """The base model's parameters, whole."""
-    names = dict(gradpruner.decoder.unwrap(model).named_parameters())
+    names = dict(gradpruner.model.decoder.unwrap(model).named_parameters())
     return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in names.items()}
 
 

@@ -16,11 +16,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 import gradpruner
 from gradpruner import checkpoint, merge
 from gradpruner.checks import share_of
-from gradpruner.decoder import Decoder
 from gradpruner.distributed.sharding import is_sharded
 from gradpruner.igia import Dense, Factors, SharedImportance
-from gradpruner.logits import root_of
 from gradpruner.merge import removing
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.wrappers import root_of
 from gradpruner.storage import checked_tensors as tensor_files
 
 SHARE = share_of(0.2)

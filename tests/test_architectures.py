@@ -12,7 +12,8 @@ from packaging.version import Version
 from tiny_configs import REGISTERED
 
 import gradpruner
-from gradpruner import layer_config, logits, merge, surgery
+from gradpruner import merge, surgery
+from gradpruner.model import layer_config, logits
 
 PAGE = Path(__file__).parents[1] / "docs" / "decoders.md"
 # of each kind one: dense, MoE, hybrid, state space, shared weights, shared keys, per-layer embeddings, towers, encoders
@@ -177,7 +178,7 @@ def test_a_period_that_chooses_no_layer():
 
 
 def test_a_weight_that_layers_share_is_neither_scored_nor_merged():
-    from gradpruner.decoder import Decoder
+    from gradpruner.model.decoder import Decoder
 
     decoder = Decoder(architectures.build("causal", "zamba"))
     assert decoder.shared and decoder.weights

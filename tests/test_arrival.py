@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradpruner
 from gradpruner import arrival
 from gradpruner.arrival import Arrival, joined, one_ahead, to_host
-from gradpruner.decoder import Decoder
 from gradpruner.estimators.exact import ExactReader
 from gradpruner.estimators.gradient import GradientReader
 from gradpruner.estimators.lora import LoraReader, _ldexp
 from gradpruner.inputs import Inputs
+from gradpruner.model.decoder import Decoder
 
 
 class Calls(TorchDispatchMode):

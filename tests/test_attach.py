@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, T
 
 import gradpruner
 from gradpruner import inputs
-from gradpruner.decoder import Decoder
 from gradpruner.inputs import load_inputs
+from gradpruner.model.decoder import Decoder
 from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import gaps
 from gradpruner.storage.checked_tensors import read_described, write_described

@@ -17,7 +17,7 @@ from test_examples import checked, write_inputs
 from training_runs import LAYERS, PROBE, STEPS, trainer
 
 import gradpruner
-from gradpruner.decoder import Decoder
+from gradpruner.model.decoder import Decoder
 
 RUNS = [
     ("ddp", "lora", "default"),

@@ -25,13 +25,14 @@ import gradpruner
 from gradpruner import compare, compared, costs, sensitivity
 from gradpruner.cli import main
 from gradpruner.compare import DENSE, Cell, Compare, work_in_processes
-from gradpruner.data import IGNORED, Collator, Example, tokenize
+from gradpruner.data import Collator, Example, tokenize
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.evaluate import exact_matches, perplexity
 from gradpruner.factors import FACTORS
 from gradpruner.finetune import Recipe, schedule
 from gradpruner.job import Job
 from gradpruner.methods import METHODS, GradPruner, parse_method
+from gradpruner.model.loss import IGNORED
 from gradpruner.operations import training_operations
 from gradpruner.plan import Plan
 from gradpruner.results import Cost, Result, read_results
@@ -395,7 +396,7 @@ def test_a_failed_process_is_told_of(home, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("train_on", ["answer", "all"])
 def test_tested(home, train_on):
-    model, tokenizer = gradpruner.models.load_model(home / "model")
+    model, tokenizer = gradpruner.model.load.load_model(home / "model")
     with torch.no_grad():  # a model that says " a" whatever it is asked, and then ends
         for parameter in model.model.layers.parameters():
             parameter.zero_()
@@ -427,7 +428,7 @@ def test_tested(home, train_on):
 
 
 def test_an_answer_without_a_prompt_has_a_class_too(home, monkeypatch):
-    model, tokenizer = gradpruner.models.load_model(home / "model")
+    model, tokenizer = gradpruner.model.load.load_model(home / "model")
     seen, bare = [], [Example("", "ab"), Example("", "cd")]
     monkeypatch.setattr(compare, "macro_f1", lambda said, truth: seen.append((said, truth)) or 1.0)
     compare.tested(model, tokenizer, bare, job(home))

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 import gradpruner
 from gradpruner.cli import main
 from gradpruner.compare import Compare
-from gradpruner.decoder import Decoder
 from gradpruner.finetune import Recipe, add_adapters, check_comparable
 from gradpruner.igia import Igia
 from gradpruner.methods import METHODS, Clues
-from gradpruner.parameter_counts import count_parameters
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.plan import Plan
 from gradpruner.probed import save_probed, with_probed
 

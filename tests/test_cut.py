@@ -19,7 +19,7 @@ from training_runs import LAYERS, llama, lora, rows, same, tensors
 
 import gradpruner
 from gradpruner.adapters import describe, without_adapters
-from gradpruner.decoder import Decoder, Weight
+from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.patch import Patch, fit_patches
 
 PROBE = 4

@@ -18,7 +18,7 @@ from transformers import (
 
 from gradpruner.data import Collator, Example, load_examples, split_examples, tokenize
 from gradpruner.errors import InvalidArgument
-from gradpruner.models import load_model
+from gradpruner.model.load import load_model
 
 
 def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:

@@ -15,7 +15,7 @@ from tiny_configs import tiny_config
 from torch import nn
 
 import gradpruner
-from gradpruner.extra_layers import extra_counts
+from gradpruner.model.extra_layers import extra_counts
 
 PLAN = gradpruner.Plan(6, drop=[1, 3, 4])
 # by model type: the name that its configuration has for the count, in the JSON too

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gradpruner
-from gradpruner.decoder import Decoder
 from gradpruner.igia import Dense, Igia
-from gradpruner.parameter_counts import count_parameters
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.parameter_counts import count_parameters
 
 
 def igia_of(model, seed=0):
@@ -110,7 +110,8 @@ def test_layers_of_different_structure_are_not_merged_by_hand():
 )
 def test_the_checks_see_what_goes_wrong_when_a_step_is_left_out(name, wrong, monkeypatch):
     """Break the surgery in the ways peers do: each must be refused, none may pass in silence."""
-    from gradpruner import layer_config, surgery
+    from gradpruner import surgery
+    from gradpruner.model import layer_config
 
     if wrong == "mlp_only_layers":
         cut = surgery.cut_config

@@ -15,11 +15,12 @@ from training_runs import llama
 from transformers import TrainerCallback
 
 from gradpruner import finetune
-from gradpruner.data import IGNORED, Collator
+from gradpruner.data import Collator
 from gradpruner.divergence import explained, has_diverged, why_failed
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.finetune import GROUPED, Recipe, add_adapters, finish, schedule, train
 from gradpruner.master_weights import float32_masters
+from gradpruner.model.loss import IGNORED
 from gradpruner.stages import watch
 
 RECIPE = Recipe(batch_size=2, learning_rate=1e-2, warmup=0.25, rank=4)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument
 from gradpruner.gaps import KINDS, LONGEST, RIDGE, cheapest, gap_costs, plan_gaps
 from gradpruner.methods import Clues, parse_method
+from gradpruner.model.decoder import Decoder
 
 LAYERS = 5
 

@@ -14,7 +14,7 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu.accuracy import joined
 from benchmarks.gpu.isolation import run_apart
 from benchmarks.gpu.parts import PARTS, Part
-from gradpruner import models
+from gradpruner.model import load as models
 
 ROOT = Path(__file__).parents[1]
 

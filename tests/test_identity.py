@@ -13,12 +13,12 @@ import torch
 from small_runs import TEST, TRAIN, interrupting, job_of, run, write_model
 from transformers import AutoModelForCausalLM
 
-from gradpruner import identity
 from gradpruner.cli import main
 from gradpruner.compare import Compare
 from gradpruner.errors import InvalidArgument
-from gradpruner.identity import differences, identify
-from gradpruner.models import load_model
+from gradpruner.model import identity
+from gradpruner.model.identity import differences, identify
+from gradpruner.model.load import load_model
 
 OLD, NEW = "a" * 40, "b" * 40
 

@@ -13,7 +13,7 @@ from test_data import make_tokenizer
 
 import gradpruner
 from gradpruner.hub import uploaded_files
-from gradpruner.models import load_model
+from gradpruner.model.load import load_model
 from gradpruner.storage.links import check_links
 
 PLAN = gradpruner.Plan(6, drop=[1, 2])

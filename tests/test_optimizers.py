@@ -12,7 +12,7 @@ from architectures import build
 from test_method import LAYERS, batch, llama, lora, trainable
 
 import gradpruner
-from gradpruner.decoder import Decoder
+from gradpruner.model.decoder import Decoder
 
 PLAN = gradpruner.Plan(LAYERS, drop=[2, 5])
 

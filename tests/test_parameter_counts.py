@@ -13,10 +13,10 @@ from families import build as build_family
 from test_method import lora
 
 import gradpruner
-from gradpruner.decoder import Decoder
 from gradpruner.gaps import plan_gaps
 from gradpruner.methods.base import lowest
-from gradpruner.parameter_counts import count_parameters
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.parameter_counts import count_parameters
 
 SHARING = ("zamba", "zamba2", "gemma3n_text", "gemma4_text")  # weights that layers share; embeddings with parts
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import gradpruner
 from gradpruner import InvalidArgument, Plan, UnsupportedModel, merge
 from gradpruner import patch as patching
-from gradpruner.decoder import Decoder, Weight
+from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.patch import RIDGES, Patch, fit_patches
 from gradpruner.plan import gaps
 

@@ -19,9 +19,9 @@ from gradpruner.compare import Compare
 from gradpruner.data import Example, tokenize
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
 from gradpruner.finetune import Recipe
-from gradpruner.full_precision import check_full_precision, quantisation_of
 from gradpruner.generation_config import savable
 from gradpruner.job import Job
+from gradpruner.model.full_precision import check_full_precision, quantisation_of
 from gradpruner.pipeline import Run
 from gradpruner.storage.files import need_writable
 
@@ -139,7 +139,7 @@ def test_a_report_without_matplotlib_is_refused_before_it_trains(home, tmp_path,
 
 
 def test_a_folder_that_cannot_be_written_to_or_is_too_small(home, tmp_path, trained, monkeypatch):
-    model, tokenizer = gradpruner.models.load_model(home / "model")
+    model, tokenizer = gradpruner.model.load.load_model(home / "model")
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
     with pytest.raises(InvalidArgument, match=r"0\.00 GB are free on its disk; expected"):
@@ -165,10 +165,10 @@ def test_a_padding_token_that_the_model_has_no_embedding_of(home, tmp_path, trai
     source = write(tmp_path / "model", config_of(make_tokenizer()), tokenizer)
     for call in (
         lambda: run(source, tmp_path / "out").everything(),
-        lambda: stages.tune(*gradpruner.models.load_model(source), [], RECIPE),
-        lambda: stages.watch(*gradpruner.models.load_model(source), [], RECIPE),
+        lambda: stages.tune(*gradpruner.model.load.load_model(source), [], RECIPE),
+        lambda: stages.watch(*gradpruner.model.load.load_model(source), [], RECIPE),
         lambda: stages.measure(
-            *gradpruner.models.load_model(source), TEST, max_length=48, train_on="answer", batch_size=2
+            *gradpruner.model.load.load_model(source), TEST, max_length=48, train_on="answer", batch_size=2
         ),
     ):
         with pytest.raises(InvalidArgument, match=r"pads with token \d+, but the model has embeddings for \d+ tokens"):
@@ -196,7 +196,7 @@ def test_tokens_that_the_model_has_no_embedding_of(home, tmp_path, trained):
 
 def test_tokens_that_never_occur_do_no_harm(home):
     """Gemma 3's tokenizer knows one image token more than its text model."""
-    model, tokenizer = gradpruner.models.load_model(home / "model")
+    model, tokenizer = gradpruner.model.load.load_model(home / "model")
     tokenizer.add_tokens(["<image>"])
     assert len(tokenizer) > model.config.vocab_size
     preflight.check_rows(model, tokenizer, tokenize(TEST, tokenizer, max_length=48))
@@ -286,7 +286,7 @@ def test_a_base_in_4_bits_is_refused_with_the_way_out(packed, home, tmp_path, tr
 
 
 def test_weights_in_float8_are_quantised_too(home, tmp_path):
-    model, _ = gradpruner.models.load_model(home / "model")
+    model, _ = gradpruner.model.load.load_model(home / "model")
     check_full_precision(model)
     weight = model.model.layers[1].mlp.up_proj.weight
     weight.data = weight.data.to(torch.float8_e4m3fn)
@@ -351,7 +351,7 @@ def test_rouge_without_its_package_is_refused_before_anything_is_measured(home, 
 
     for name in ("rouge_score", "rouge_score.rouge_scorer"):
         monkeypatch.setitem(sys.modules, name, None)
-    model, tokenizer = gradpruner.models.load_model(home / "model")
+    model, tokenizer = gradpruner.model.load.load_model(home / "model")
     monkeypatch.setattr(stages, "exact_match", lambda *args, **options: pytest.fail("measured"))
     with pytest.raises(InvalidArgument, match="pip install gradpruner"):
         stages.measure(model, tokenizer, TEST, max_length=48, train_on="answer", batch_size=2, rouge_tokens=4)
@@ -377,7 +377,7 @@ def test_a_generation_config_that_is_read_and_not_written(how, home, tmp_path, c
     shutil.copytree(home / "model", source)
     written = json.loads((source / "generation_config.json").read_text())
     (source / "generation_config.json").write_text(json.dumps({**written, **GREEDY}))
-    model, tokenizer = gradpruner.models.load_model(source)
+    model, tokenizer = gradpruner.model.load.load_model(source)
     model.generation_config.pad_token_id = tokenizer.eos_token_id  # as a chat script sets it
     own = model.generation_config
     with caplog.at_level(logging.WARNING):
@@ -406,7 +406,7 @@ def test_a_chat_model_goes_through_a_whole_run(home, tmp_path, monkeypatch):
 
 
 def test_a_failure_to_write_says_why(home, tmp_path, monkeypatch):
-    model, _ = gradpruner.models.load_model(home / "model")
+    model, _ = gradpruner.model.load.load_model(home / "model")
 
     def refuse(*args, **options):
         raise NotImplementedError

@@ -23,10 +23,11 @@ from test_families import generate, igia_of
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gradpruner
-from gradpruner import checkpoint, models, streaming
+from gradpruner import checkpoint, streaming
 from gradpruner.cli import main
-from gradpruner.decoder import Decoder
 from gradpruner.igia import Factors, Igia
+from gradpruner.model import load as models
+from gradpruner.model.decoder import Decoder
 from gradpruner.storage import files
 from gradpruner.storage import tensor_files as shards
 

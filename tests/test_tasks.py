@@ -16,7 +16,7 @@ from training_runs import LAYERS, PROBE, STEPS
 from training_runs import llama as causal
 
 import gradpruner
-from gradpruner.decoder import Decoder
+from gradpruner.model.decoder import Decoder
 
 ROWS, LENGTH, VOCABULARY, LABELS = 48, 9, 61, 3
 

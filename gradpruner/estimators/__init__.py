@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gradpruner.decoder import Weight
 from gradpruner.igia import Dense, Factors
+from gradpruner.model.decoder import Weight
 
 
 class Reader(Protocol):

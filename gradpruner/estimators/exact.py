@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.arrival import joined
-from gradpruner.decoder import Decoder, Weight, is_transposed, linear_modules
 from gradpruner.errors import InvalidArgument, ProbeError
-from gradpruner.fused import fuse, is_replaced, unfuse
 from gradpruner.igia import Dense, Factors
+from gradpruner.model.decoder import Decoder, Weight, is_transposed, linear_modules
+from gradpruner.model.fused_linear import fuse, is_replaced, unfuse
 from gradpruner.ops.linear import WeightSquares
 
 

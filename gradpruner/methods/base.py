@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from gradpruner import named_options as spelling
-from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument
 from gradpruner.igia import Igia
 from gradpruner.merge import apply
-from gradpruner.parameter_counts import count_parameters
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.hidden_states import Batch
+from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan, select
 from gradpruner.sparsity.masks import Masks
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from gradpruner.decoder import Decoder
 from gradpruner.methods.base import Clues, Dropping, check_count, lowest, register
-from gradpruner.methods.hidden import watch
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.hidden_states import watch
 from gradpruner.plan import Plan
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gradpruner.decoder import Decoder
 from gradpruner.methods.base import Clues, Dropping, register
+from gradpruner.model.decoder import Decoder
 
 
 @register

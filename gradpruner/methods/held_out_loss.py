@@ -10,13 +10,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from gradpruner.data import IGNORED
-from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument
-from gradpruner.evaluate import _cross_entropy_sum
-from gradpruner.logits import evaluating
 from gradpruner.methods.base import Clues, Dropping, check_count, lowest, register
-from gradpruner.methods.hidden import moved, noting, passing, real, skipping
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.hidden_states import moved, noting, passing, real, skipping
+from gradpruner.model.loss import IGNORED, cross_entropy_sum
+from gradpruner.model.modes import evaluating
 from gradpruner.plan import Plan
 
 
@@ -95,4 +94,4 @@ def _batch(decoder: Decoder, inputs: Mapping[str, Any]) -> tuple[float, int]:
         else:
             logits = decoder.base(**rest, use_cache=False).logits[:, positions]
     labels = labels[:, positions]
-    return _cross_entropy_sum(logits.flatten(0, 1), labels.flatten()), int((labels != IGNORED).sum())
+    return cross_entropy_sum(logits.flatten(0, 1), labels.flatten()), int((labels != IGNORED).sum())

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from gradpruner.checks import need_whole
-from gradpruner.decoder import Decoder, base_parameters, is_packed
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.merge import apply, check_fits
-from gradpruner.methods.base import Batch, Clues, Method, check_count, lowest, register
-from gradpruner.methods.hidden import final_states, skipping
+from gradpruner.methods.base import Clues, Method, check_count, lowest, register
+from gradpruner.model.decoder import Decoder, base_parameters, is_packed
+from gradpruner.model.hidden_states import Batch, final_states, skipping
 from gradpruner.plan import Plan
 
 SEQUENCES = 10

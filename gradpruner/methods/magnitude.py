@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from gradpruner.decoder import Decoder, is_packed
 from gradpruner.errors import UnsupportedModel
 from gradpruner.methods.base import Clues, Dropping, register
+from gradpruner.model.decoder import Decoder, is_packed
 
 
 @register

@@ -9,9 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from gradpruner.decoder import Decoder
 from gradpruner.methods.base import Clues, Dropping, register
-from gradpruner.methods.hidden import watch
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.hidden_states import watch
 
 
 @register

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from gradpruner.errors import InvalidArgument
-from gradpruner.methods.base import METHODS, Batch, Clues, Method, register
+from gradpruner.methods.base import METHODS, Clues, Method, register
+from gradpruner.model.hidden_states import Batch
 from gradpruner.plan import Plan
 from gradpruner.sparsity.criteria import parse_criterion
 from gradpruner.sparsity.masks import Masks

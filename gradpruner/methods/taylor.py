@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument, UnsupportedModel
-from gradpruner.logits import evaluating
 from gradpruner.methods.base import Clues, Dropping, register
-from gradpruner.methods.hidden import moved
 from gradpruner.methods.magnitude import linear_parameters
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.hidden_states import moved
+from gradpruner.model.modes import evaluating
 
 
 @register

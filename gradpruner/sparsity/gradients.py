@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from gradpruner.decoder import Decoder, linear_modules
 from gradpruner.errors import InvalidArgument, UnsupportedModel
-from gradpruner.fused import fuse, is_replaced, unfuse
+from gradpruner.model.decoder import Decoder, linear_modules
+from gradpruner.model.fused_linear import fuse, is_replaced, unfuse
 from gradpruner.ops.linear import WeightSquares
 from gradpruner.sparsity.batches import Batch, need_full
 from gradpruner.sparsity.weights import prunable

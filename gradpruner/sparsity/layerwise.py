@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gradpruner.decoder import Decoder
 from gradpruner.errors import UnsupportedModel
-from gradpruner.logits import evaluating
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.modes import evaluating
 from gradpruner.sparsity.batches import Batch, need_full
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.sparse import to_sparse_semi_structured
 
-from gradpruner.decoder import Decoder, linear_modules
 from gradpruner.errors import InvalidArgument, UnsupportedModel
+from gradpruner.model.decoder import Decoder, linear_modules
 from gradpruner.sparsity.weights import prunable
 
 

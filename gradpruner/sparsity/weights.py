@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from gradpruner.decoder import Decoder, Weight, base_name, is_packed, is_peft
 from gradpruner.distributed.sharding import is_sharded
 from gradpruner.errors import InvalidArgument, UnsupportedModel
+from gradpruner.model.decoder import Decoder, Weight, base_name, is_packed
+from gradpruner.model.wrappers import is_peft
 
 
 def prunable(decoder: Decoder) -> list[Weight]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers as hf
 
-from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument, UnsupportedModel
+from gradpruner.model.decoder import Decoder
 from gradpruner.sparsity.layerwise import Layerwise
 from gradpruner.sparsity.pruning import sparsify
 

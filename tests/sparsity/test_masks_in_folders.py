@@ -19,7 +19,7 @@ from gradpruner.cli import main
 from gradpruner.finetune import Recipe
 from gradpruner.igia import Igia
 from gradpruner.inputs import FILES
-from gradpruner.models import load_model
+from gradpruner.model.load import load_model
 from gradpruner.plan import Plan
 from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.saving import MASKS

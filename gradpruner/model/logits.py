@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
 import re
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.decoder import text_config, wrappers
-from gradpruner.distributed.fsdp import is_fsdp, resharding
+from gradpruner.distributed.fsdp import resharding
+from gradpruner.model.config import text_config
+from gradpruner.model.modes import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -157,24 +157,6 @@ def _cached_step(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor | None:
     except Exception:  # models refuse in many ways; one that fails only after the cut then lacks this step
         return None
     return logits if isinstance(logits, Tensor) and logits.ndim == 3 else None
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; every module's own mode again outside."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def root_of(model: nn.Module) -> nn.Module | None:
-    """The outermost part of a stack of wrappers that FSDP2 shards: torch wants forwards to begin there."""
-    return next((wrapper for wrapper in wrappers(model) if is_fsdp(wrapper)), None)
 
 
 def _rounds_products() -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from gradpruner.decoder import Decoder, Weight, is_linear, linear_modules
 from gradpruner.errors import UnsupportedModel
+from gradpruner.model.decoder import Decoder, Weight, is_linear, linear_modules
 
 
 def adapted_weights(decoder: Decoder) -> list[Weight]:

@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gradpruner.decoder import layer_counts, text_config
 from gradpruner.errors import UnsupportedModel
+from gradpruner.model.config import layer_counts, text_config
 
 # Lists with one entry a layer, under every name transformers 5 uses for them.
 PER_LAYER = (

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.decoder import base_name
 from gradpruner.errors import InvalidArgument
+from gradpruner.model.decoder import base_name
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from gradpruner.distributed.deepspeed import is_engine, unpartitioned
+from gradpruner.distributed.deepspeed import unpartitioned
 from gradpruner.distributed.processes import summed
 from gradpruner.distributed.sharding import local, rows_of, shard_group
 from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
+from gradpruner.model.config import _nearest_config, layer_counts, text_config
+from gradpruner.model.wrappers import altered_base, unwrap
 
 ROUTERS = ("gate", "router", "shared_expert_gate")  # a router's weight is never merged (C)
 # What peft's adapters call the parameters and modules they add to a layer: its prefixes, and where it has none.
@@ -60,14 +61,9 @@ ADAPTERS = (
     "waveft_",
     "xlora_",
 )
-# Ways to begin an adapter after which the base weights are what they were; others move a part of them into it.
-KEEPING_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 CHECKPOINTED = "_checkpoint_wrapped_module"  # in torch's checkpoint_wrapper, which accelerate puts around layers
 WRAPPERS = ("base_layer", "original_module", "token_adapter", CHECKPOINTED)  # parts of names that hold what was wrapped
 SAMPLES = 16  # entries of each weight that go into the fingerprint
-# What configurations call the number of decoder layers; an encoder-decoder's `num_hidden_layers` counts the encoder's.
-DECODER_COUNTS = ("decoder_layers", "num_decoder_layers")
-COUNTS = ("num_hidden_layers", "num_layers", "num_blocks")
 
 
 @dataclass(frozen=True)
@@ -194,57 +190,6 @@ def _sampled(parameter: nn.Parameter) -> Tensor:
     bits = torch.zeros(len(positions), dtype=torch.int32)
     bits[here] = own.to("cpu", torch.bfloat16).view(torch.int16).int()
     return summed(bits, shard_group(parameter)).to(torch.int16).view(torch.bfloat16)
-
-
-def wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """The model and what it wraps, from the outside in: DeepSpeed, torch.compile, DDP, PEFT, the base."""
-    while True:
-        yield model
-        if is_engine(model):  # first: it shows its module's attributes as its own
-            model = model.module  # type: ignore[assignment]
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif is_peft(model):
-            model = model.get_base_model()  # type: ignore[operator]
-        else:
-            return
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers (or plain) model inside torch.compile, DistributedDataParallel and PEFT wrappers."""
-    *_, base = wrappers(model)
-    return base
-
-
-def is_peft(model: nn.Module) -> bool:
-    """Whether this is a `peft.PeftModel`, told without importing peft."""
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def peft_of(model: nn.Module) -> nn.Module | None:
-    """The PeftModel in a stack of wrappers, if there is one."""
-    return next((wrapper for wrapper in wrappers(model) if is_peft(wrapper) and not is_engine(wrapper)), None)
-
-
-def altered_base(model: nn.Module) -> str | None:
-    """Why the weights under a model's adapters are not those that it came with, None if they are.
-
-    Some adapters begin as a part of the weights, and only the rest is left in the base model.
-    """
-    peft = peft_of(model)
-    for name, config in getattr(peft, "peft_config", {}).items():
-        init = getattr(config, "init_lora_weights", True)
-        if str(init).lower() not in KEEPING_INITS:
-            return f"adapter {name!r} (init_lora_weights={init!r}) took a part of the base weights into itself"
-        if getattr(config, "bias", "none") not in ("none", False, None):
-            return f"adapter {name!r} (bias={config.bias!r}) trains biases of the base model itself"
-        if getattr(config, "kasa_config", None):
-            return f"adapter {name!r} (kasa_config) cut the smallest singular values off the base weights"
-    if any(getattr(module, "merged_adapters", None) for module in unwrap(model).modules()):
-        return "adapters are merged into the base weights (unmerge_adapter() takes them out again, up to rounding)"
-    return None
 
 
 def is_packed(parameter: Tensor) -> bool:
@@ -377,35 +322,6 @@ def _of_the_decoder(base: nn.Module, names: list[str]) -> list[str]:
         if len(names) > 1:
             names = [name for name in names if belongs(name)] or names
     return names
-
-
-def _nearest_config(base: nn.Module, name: str) -> Any:
-    """The configuration of the innermost module around `name` that has one."""
-    while name:
-        name = name.rpartition(".")[0]
-        config = getattr(base.get_submodule(name), "config", None)
-        if config is not None:
-            return config
-    return None
-
-
-def text_config(config: Any) -> Any:
-    """The part of a transformers configuration that describes the decoder: the object itself, not a copy."""
-    if not hasattr(config, "get_text_config"):
-        return config
-    text = config.get_text_config(decoder=True)
-    return config if type(text) is type(config) else text  # of a flat encoder-decoder transformers gives a copy
-
-
-def layer_counts(config: Any) -> list[tuple[str, int]]:
-    """The fields of a configuration that count the decoder's layers, with their values."""
-    text = text_config(config)
-    for names in (DECODER_COUNTS, COUNTS):
-        counts = [(name, getattr(text, name, None)) for name in names]
-        found = [(name, count) for name, count in counts if type(count) is int]
-        if found:
-            return found
-    return []
 
 
 def _holds_linears(layers: nn.ModuleList) -> bool:

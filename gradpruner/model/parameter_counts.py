@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from gradpruner.decoder import Decoder, base_shapes
 from gradpruner.errors import UnsupportedModel
-from gradpruner.layer_config import cut_config
-from gradpruner.surgery import build_empty
+from gradpruner.model.decoder import Decoder, base_shapes
+from gradpruner.model.empty_model import build_empty
+from gradpruner.model.layer_config import cut_config
 
 
 class ParameterCounts(TypedDict):

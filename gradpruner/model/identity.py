@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import InvalidArgument
-from gradpruner.models import located, refusing
+from gradpruner.model.load import located, refusing
 
 PACKAGES = ("gradpruner", "torch", "transformers", "tokenizers", "peft", "accelerate")  # they change numbers
 READER = "gguf"  # it dequantises GGUF files

@@ -6,7 +6,7 @@ import functools
 
 from torch import Tensor, nn
 
-from gradpruner.decoder import is_transposed
+from gradpruner.model.decoder import is_transposed
 from gradpruner.ops.linear import WeightSquares, linear_square_accumulate
 
 

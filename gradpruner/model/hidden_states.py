@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.decoder import Decoder
 from gradpruner.errors import InvalidArgument, UnsupportedModel
-from gradpruner.logits import evaluating
-from gradpruner.merge import _pass_input_on
-from gradpruner.methods.base import Batch
+from gradpruner.model.decoder import Decoder
+from gradpruner.model.modes import evaluating
 
 Seen = Callable[[int, Tensor, Tensor, Tensor], None]
 
@@ -63,7 +61,7 @@ def _hooked(decoder: Decoder, hooks: Mapping[int, Callable[..., Any]]) -> Iterat
 
 def skipping(decoder: Decoder, layers: Iterable[int]) -> contextlib.AbstractContextManager[None]:
     """Inside, these layers pass their input on as their output."""
-    return _hooked(decoder, dict.fromkeys(layers, _pass_input_on))
+    return _hooked(decoder, dict.fromkeys(layers, pass_input_on))
 
 
 def noting(decoder: Decoder, entering: dict[int, Any]) -> contextlib.AbstractContextManager[None]:
@@ -71,7 +69,7 @@ def noting(decoder: Decoder, entering: dict[int, Any]) -> contextlib.AbstractCon
 
     def hook(index: int) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            entering[index] = _pass_input_on(module, args, kwargs, output)
+            entering[index] = pass_input_on(module, args, kwargs, output)
 
         return note
 
@@ -90,7 +88,7 @@ def passing(decoder: Decoder, entering: dict[int, Any], layers: Iterable[int], l
         def forward(*args: Any, **kwargs: Any) -> Any:
             if index <= last:
                 return entering[last]
-            return _pass_input_on(decoder.layers[index], args, kwargs, entering[index])
+            return pass_input_on(decoder.layers[index], args, kwargs, entering[index])
 
         return forward
 
@@ -140,3 +138,16 @@ def _without_head(decoder: Decoder, inputs: dict[str, Any]) -> Any:
     """A forward of the model without its head, whose logits nobody asked for."""
     with evaluating(decoder.base):
         return decoder.body(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+
+
+Batch = Mapping[str, Tensor]
+
+
+def pass_input_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+
+
+def hidden(output: Any) -> Tensor:
+    """The hidden state in what a decoder layer returns."""
+    return output if isinstance(output, Tensor) else output[0]

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from gradpruner.decoder import is_packed
 from gradpruner.errors import InvalidArgument
+from gradpruner.model.decoder import is_packed
 
 WANTED = (
     "a full-precision base is wanted (float32, bfloat16 or float16): the checkpoint that this one was quantised from. "

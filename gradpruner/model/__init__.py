@@ -1,0 +1,1 @@
+"""What a transformers model is: layers, wrappers, config, hidden states, loss, loading."""
