@@ -17,7 +17,7 @@ from benchmarks.records import Result, default_path, machine, results, table_row
 from benchmarks.timing import measure, quiet_collector
 from gradpruner.errors import GradPrunerError
 from gradpruner.ops import available_backends
-from gradpruner.report import table
+from gradpruner.report.tables import table
 
 
 def _options() -> argparse.Namespace:

@@ -23,7 +23,7 @@ from benchmarks.timing import quiet_collector
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.finetune import Recipe, add_adapters
 from gradpruner.memory import peak_memory, reset_peak_memory
-from gradpruner.report import table
+from gradpruner.report.tables import table
 
 CPU = torch.device("cpu")
 PAIRS, RANK, STEPS, WIDTH = 16, 8, 40, 1024  # what stays fixed while one of them grows

@@ -24,7 +24,7 @@ from gradpruner.data import Collator, load_examples, tokenize
 from gradpruner.evaluate import exact_match
 from gradpruner.finetune import Recipe, add_adapters, schedule, train
 from gradpruner.model.load import load_model
-from gradpruner.report import table as text_table
+from gradpruner.report.tables import table as text_table
 
 FOLDER = Path(__file__).parent / "results"
 

@@ -32,7 +32,7 @@ from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.ops import reference
 from gradpruner.plan import Plan
-from gradpruner.report import table
+from gradpruner.report.tables import table
 from gradpruner.storage.files import atomic_path
 from gradpruner.storage.tensor_files import Pending, bytes_of, holds_safetensors, read_folder, write_folder
 from gradpruner.stored import StoredModel

@@ -27,7 +27,7 @@ from gradpruner.merge import merge_weight_
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.load import load_model
 from gradpruner.model.parameter_counts import count_parameters
-from gradpruner.report import table
+from gradpruner.report.tables import table
 
 ROWS, LENGTH, RANK = 4, 256, 8
 TOP = Fraction(1, 5)

@@ -34,7 +34,7 @@ from gradpruner.igia import Igia
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.model.identity import identify, sha256_of
 from gradpruner.model.load import load_model
-from gradpruner.report import table as text_table
+from gradpruner.report.tables import table as text_table
 from gradpruner.sparsity import gradient_norms, sparsify
 from gradpruner.stages import watch
 from gradpruner.storage.files import write_json

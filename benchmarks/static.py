@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.compiled import CASES, TARGETS, Code
 from benchmarks.static_counts import CARDS, Count, counts
 from benchmarks.static_limits import LIMITS, occupancy
-from gradpruner.report import table
+from gradpruner.report.tables import table
 
 RESULT = Path(__file__).parent / "results" / "static.csv"
 NOTICE = "Predicted from compiled code and counted by hand. No number in it may be taken for a measurement."

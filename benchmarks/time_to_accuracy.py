@@ -29,7 +29,7 @@ from gradpruner.methods import Clues, parse_method
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.load import load_model
 from gradpruner.plan import how_many
-from gradpruner.report import table as text_table
+from gradpruner.report.tables import table as text_table
 from gradpruner.stages import watch
 from gradpruner.storage.files import atomic_path
 

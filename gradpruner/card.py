@@ -17,6 +17,7 @@ from gradpruner.errors import InvalidArgument, ModelMismatch
 from gradpruner.igia import SCORES, Igia
 from gradpruner.model.load import DEMO_MODEL
 from gradpruner.plan import Plan
+from gradpruner.report.tables import markdown_table
 from gradpruner.storage.files import atomic_path, read_json
 from gradpruner.storage.links import check_links
 from gradpruner.storage.tensor_files import read_folder
@@ -109,18 +110,6 @@ def carry_card(source: Path, folder: Path) -> None:
             shutil.copyfile(source / CARD_FILE, folder / CARD_FILE)
     elif _named(card) or _carried(card):
         write_card(folder, _metadata_block(base_model=_named(card), **_carried(card)) + "\n")
-
-
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table, its columns all keys in order of appearance."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
-    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _kind(scores: Igia | Sequence[float] | None, kind: str | None, plan: Plan) -> str | None:

@@ -276,7 +276,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
     from gradpruner.auto_ratio import trial_rows
-    from gradpruner.report import table
+    from gradpruner.report.tables import table
     from gradpruner.run_table import comparison, notes
 
     auto = results.get("auto")

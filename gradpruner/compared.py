@@ -20,7 +20,7 @@ from gradpruner.igia import SCORES, Igia
 from gradpruner.methods import GradPruner
 from gradpruner.plan import Plan, how_many
 from gradpruner.probed import IGIA
-from gradpruner.report import table
+from gradpruner.report.tables import table
 from gradpruner.results import Result, read_costs, write_costs, write_results
 from gradpruner.sensitivity import scored
 from gradpruner.storage.files import atomic_path, read_json, reading, write_json

@@ -9,7 +9,7 @@ from typing import Any
 
 from gradpruner import figures
 from gradpruner.comparison_tables import costs_table, counts_table, duration, losses_table, main_table, quantity
-from gradpruner.report import CSS, base64_png, escaped, write_page
+from gradpruner.report.pages import CSS, base64_png, escaped, write_page
 from gradpruner.results import Cost, Result
 from gradpruner.verdict import DENSE, EXACT_MATCH, Comparison, cost_shares, headline, share_text, spread
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradpruner.report import escaped
+from gradpruner.report.pages import escaped
 from gradpruner.results import Cost
 from gradpruner.verdict import (
     DENSE,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gradpruner.report import STYLES, draw_layer_scores, new_figure, save_figure, style_axes, title_figure
+from gradpruner.report.plots import STYLES, draw_layer_scores, new_figure, save_figure, style_axes, title_figure
 from gradpruner.results import Cost
 from gradpruner.verdict import DENSE, Comparison, cost_shares, near_paper, share_text, spread
 

@@ -36,7 +36,8 @@ from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import Plan
 from gradpruner.preflight import check_run
 from gradpruner.probed import IGIA, save_probed, with_probed
-from gradpruner.report import html_report, plot_layer_scores
+from gradpruner.report.pages import html_report
+from gradpruner.report.plots import plot_layer_scores
 from gradpruner.run_folder import SETTINGS, SPEEDS, RunFolder, known_model, recorded
 from gradpruner.run_table import OF_THE_MACHINE, TURNS, comparison, notes
 from gradpruner.speeds import speeds_in_turns

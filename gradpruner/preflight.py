@@ -25,7 +25,7 @@ from gradpruner.model.full_precision import check_full_precision
 from gradpruner.model.modes import evaluating
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.plan import select
-from gradpruner.report import new_figure
+from gradpruner.report.plots import new_figure
 from gradpruner.surgery import prepare
 
 if TYPE_CHECKING:

@@ -8,7 +8,9 @@ import pytest
 
 from gradpruner.errors import InvalidArgument
 from gradpruner.plan import Plan
-from gradpruner.report import STYLES, html_report, plot_layer_scores, table
+from gradpruner.report.pages import html_report
+from gradpruner.report.plots import STYLES, plot_layer_scores
+from gradpruner.report.tables import table
 
 PNG = b"\x89PNG\r\n\x1a\n and so on"
 SCORES = [0.9, 0.01, 0.0, 0.02, 0.004, 2.0]

@@ -1,0 +1,1 @@
+"""Tables, plots and pages. This room knows nothing of pruning."""
