@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gradpruner.igia import Factors, Igia
 from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.ops import reference
 from gradpruner.plan import Plan
+from gradpruner.probe.igia import Igia
+from gradpruner.probe.importance import Factors
 from gradpruner.report.tables import table
 from gradpruner.storage.files import atomic_path
 from gradpruner.storage.tensor_files import Pending, bytes_of, holds_safetensors, read_folder, write_folder

@@ -21,12 +21,13 @@ from benchmarks.released import Released
 from benchmarks.timing import WrongAnswer, quiet_collector
 from gradpruner.errors import GradPrunerError
 from gradpruner.finetune import Recipe, add_adapters
-from gradpruner.igia import Dense, Factors, Igia
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.merge import merge_weight_
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.load import load_model
 from gradpruner.model.parameter_counts import count_parameters
+from gradpruner.probe.igia import Igia
+from gradpruner.probe.importance import Dense, Factors
 from gradpruner.report.tables import table
 
 ROWS, LENGTH, RANK = 4, 256, 8

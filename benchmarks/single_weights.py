@@ -30,10 +30,10 @@ from gradpruner.data import Collator
 from gradpruner.demo_data import paragraphs
 from gradpruner.evaluate import perplexity
 from gradpruner.finetune import Recipe, schedule
-from gradpruner.igia import Igia
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.model.identity import identify, sha256_of
 from gradpruner.model.load import load_model
+from gradpruner.probe.igia import Igia
 from gradpruner.report.tables import table as text_table
 from gradpruner.sparsity import gradient_norms, sparsify
 from gradpruner.stages import watch

@@ -13,14 +13,14 @@ from gradpruner.errors import (
     UnsupportedModel,
 )
 from gradpruner.hub import push_to_hub
-from gradpruner.igia import Igia
 from gradpruner.merge import apply
 from gradpruner.model.optimizers import rebuild_optimizer
 from gradpruner.oneshot import prune
 from gradpruner.ops import available_backends
 from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan
-from gradpruner.probe import Probe
+from gradpruner.probe.igia import Igia
+from gradpruner.probe.probe import Probe
 from gradpruner.streaming import apply_folder
 from gradpruner.trainer import ProbeCallback
 

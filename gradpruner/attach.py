@@ -20,7 +20,6 @@ from gradpruner.checks import need_whole, share_of
 from gradpruner.cut import check_wrappers, cut
 from gradpruner.distributed.processes import peers_of, together
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
-from gradpruner.igia import SCORES, Igia
 from gradpruner.inputs import FILES, Inputs, load_inputs, save_inputs
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.wrappers import altered_base, peft_of
@@ -28,7 +27,8 @@ from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import Plan, gaps
 from gradpruner.preflight import check_plan, check_save
 from gradpruner.presets import Settings
-from gradpruner.probe import Probe
+from gradpruner.probe.igia import SCORES, Igia
+from gradpruner.probe.probe import Probe
 from gradpruner.storage.files import read_json, reading, write_json
 from gradpruner.streaming import apply_folder
 from gradpruner.training_files import (

@@ -14,9 +14,9 @@ from torch import nn
 
 from gradpruner.checkpoint import PLAN_FILE
 from gradpruner.errors import InvalidArgument, ModelMismatch
-from gradpruner.igia import SCORES, Igia
 from gradpruner.model.load import DEMO_MODEL
 from gradpruner.plan import Plan
+from gradpruner.probe.igia import SCORES, Igia
 from gradpruner.report.tables import markdown_table
 from gradpruner.storage.files import atomic_path, read_json
 from gradpruner.storage.links import check_links

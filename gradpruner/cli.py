@@ -325,8 +325,8 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.igia import Igia
     from gradpruner.presets import Settings
+    from gradpruner.probe.igia import Igia
 
     igia = Igia.load(options.igia)
     chosen = Settings.of(**given.choice(options))
@@ -342,11 +342,11 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
 
 def _apply(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.companions import masks_of, plan_of, save_from
-    from gradpruner.igia import Igia
     from gradpruner.merge import apply
     from gradpruner.model.load import DEMO_MODEL
     from gradpruner.plan import Plan
     from gradpruner.preflight import check_save
+    from gradpruner.probe.igia import Igia
     from gradpruner.storage.files import need_free
     from gradpruner.storage.tensor_files import holds_safetensors
     from gradpruner.streaming import apply_folder

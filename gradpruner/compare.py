@@ -28,7 +28,6 @@ from gradpruner.data import Collator, Example, tokenize
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.evaluate import answers, macro_f1, perplexity, perplexity_of
 from gradpruner.finetune import Recipe, Row, check_comparable, schedule
-from gradpruner.igia import Igia
 from gradpruner.job import Job, torch_dtype
 from gradpruner.methods import METHODS, Clues, GradPruner, Method, parse_method, spelled
 from gradpruner.model.decoder import Decoder
@@ -37,6 +36,7 @@ from gradpruner.model.load import load_model
 from gradpruner.model.loss import IGNORED
 from gradpruner.plan import Plan, how_many
 from gradpruner.preflight import check_comparison
+from gradpruner.probe.igia import Igia
 from gradpruner.probed import IGIA, save_probed, with_probed
 from gradpruner.run_folder import MODEL, known_model, named, recorded
 from gradpruner.sparsity.masks import Masks

@@ -16,9 +16,9 @@ from gradpruner.comparison_report import write_comparison
 from gradpruner.costs import measure
 from gradpruner.divergence import why_failed
 from gradpruner.errors import InvalidArgument, ProbeError
-from gradpruner.igia import SCORES, Igia
 from gradpruner.methods import GradPruner
 from gradpruner.plan import Plan, how_many
+from gradpruner.probe.igia import SCORES, Igia
 from gradpruner.probed import IGIA
 from gradpruner.report.tables import table
 from gradpruner.results import Result, read_costs, write_costs, write_results

@@ -15,7 +15,6 @@ from gradpruner.adapters import check_are_lora, check_can_be_fresh, make_fresh
 from gradpruner.checks import share_of
 from gradpruner.distributed.fsdp import reshard
 from gradpruner.errors import InvalidArgument, UnsupportedModel
-from gradpruner.igia import Igia
 from gradpruner.merge import removing
 from gradpruner.model.decoder import Decoder, base_name
 from gradpruner.model.optimizers import check_optimizer, forget, replace, unwrapped
@@ -24,6 +23,7 @@ from gradpruner.model.wrappers import peft_of, root_of, wrappers
 from gradpruner.patch import Patch
 from gradpruner.plan import Plan
 from gradpruner.presets import ADAPTERS
+from gradpruner.probe.igia import Igia
 
 
 def cut(

@@ -26,7 +26,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from gradpruner.adapter_removal import merged
 from gradpruner.checkpoints import Checkpoints, Completing, load_trained, save_trained, watched
 from gradpruner.checks import need_whole
-from gradpruner.coverage import Coverage
 from gradpruner.divergence import has_diverged
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 from gradpruner.master_weights import float32_masters, trains_in_half
@@ -37,6 +36,7 @@ from gradpruner.model.loss import IGNORED
 from gradpruner.model.modes import evaluating
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.model.wrappers import is_peft
+from gradpruner.probe.coverage import Coverage
 from gradpruner.storage.provenance import digest
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from torch import nn
 from gradpruner.card import is_ours, model_card, write_card
 from gradpruner.checkpoint import quiet, save
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
-from gradpruner.igia import Igia
 from gradpruner.memory import free_memory
 from gradpruner.model.logits import logits_of
 from gradpruner.plan import Plan
+from gradpruner.probe.igia import Igia
 from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.saving import MASKS, check_stored
 from gradpruner.storage.links import names_of, stays

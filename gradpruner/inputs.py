@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.hooks import RemovableHandle
 
-from gradpruner.arrival import Arrival, to_host
 from gradpruner.distributed.processes import Peers, together
 from gradpruner.errors import CheckpointError
+from gradpruner.probe.host_copies import Arrival, to_host
 from gradpruner.storage.checked_tensors import read_checked, read_described, write_described
 
 FORMAT = "gradpruner.inputs/1"

@@ -20,13 +20,14 @@ from gradpruner.distributed.fsdp import forget, refuse_flat, reshard
 from gradpruner.distributed.processes import Peers, peers_of, together
 from gradpruner.distributed.sharding import local, rows_of
 from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
-from gradpruner.igia import Dense, Factors, Igia, SharedImportance
 from gradpruner.model.decoder import Decoder, Weight, is_packed
 from gradpruner.model.hidden_states import pass_input_on
 from gradpruner.model.logits import differ, logits_of, longer_input, say_what_is_not_passed
 from gradpruner.model.wrappers import peft_of, root_of
 from gradpruner.patch import Patch, check_patches
 from gradpruner.plan import Plan
+from gradpruner.probe.igia import Igia
+from gradpruner.probe.importance import Dense, Factors, SharedImportance
 from gradpruner.surgery import Replaced, prepare
 
 logger = logging.getLogger(__name__)

@@ -11,14 +11,14 @@ from torch import nn
 from gradpruner.adapter_removal import check_removable
 from gradpruner.errors import InvalidArgument
 from gradpruner.finetune import Recipe, add_adapters
-from gradpruner.igia import Igia
 from gradpruner.merge import apply
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.wrappers import is_peft
 from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan
 from gradpruner.presets import Settings
-from gradpruner.probe import Probe
+from gradpruner.probe.igia import Igia
+from gradpruner.probe.probe import Probe
 
 
 def prune(

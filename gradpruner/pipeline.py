@@ -20,13 +20,11 @@ from gradpruner.auto_ratio import AUTO, Choice, choose, hold_out, trial_rows
 from gradpruner.card import model_card, write_card
 from gradpruner.checkpoint import PLAN_FILE, save
 from gradpruner.companions import plan_of, refuse_masks
-from gradpruner.coverage import share_range
 from gradpruner.data import Collator, Example, tokenize
 from gradpruner.divergence import why_failed
 from gradpruner.errors import InvalidArgument, ModelMismatch
 from gradpruner.evaluate import Evaluation
 from gradpruner.finetune import Row, check_comparable, finish, schedule
-from gradpruner.igia import SCORES, Igia
 from gradpruner.job import Job, torch_dtype
 from gradpruner.merge import apply
 from gradpruner.model.decoder import Decoder
@@ -35,6 +33,8 @@ from gradpruner.model.load import load_model
 from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import Plan
 from gradpruner.preflight import check_run
+from gradpruner.probe.coverage import share_range
+from gradpruner.probe.igia import SCORES, Igia
 from gradpruner.probed import IGIA, save_probed, with_probed
 from gradpruner.report.pages import html_report
 from gradpruner.report.plots import plot_layer_scores

@@ -19,12 +19,12 @@ from gradpruner.data import Collator, Example, tokenize
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, UnsupportedModel
 from gradpruner.evaluate import check_labels
 from gradpruner.generation_config import saved_as_far_as_possible
-from gradpruner.igia import SCORES
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.full_precision import check_full_precision
 from gradpruner.model.modes import evaluating
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.plan import select
+from gradpruner.probe.igia import SCORES
 from gradpruner.report.plots import new_figure
 from gradpruner.surgery import prepare
 

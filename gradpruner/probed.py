@@ -11,9 +11,9 @@ from torch import nn
 
 from gradpruner.checkpoint import save
 from gradpruner.errors import CheckpointError
-from gradpruner.igia import Igia
 from gradpruner.model.adapter_targets import as_named
 from gradpruner.model.wrappers import is_peft
+from gradpruner.probe.igia import Igia
 from gradpruner.storage.files import atomic_folder, write_json
 from gradpruner.storage.provenance import RECORD
 

@@ -11,8 +11,8 @@ from gradpruner.divergence import explained
 from gradpruner.errors import GradPrunerError
 from gradpruner.evaluate import Evaluation, exact_match, perplexity, rouge_l, rouge_scorer
 from gradpruner.finetune import Recipe, Row, Training, add_adapters, finish, train
-from gradpruner.igia import Igia
 from gradpruner.preflight import check_rows
+from gradpruner.probe.igia import Igia
 from gradpruner.sparsity.masks import HoldSparsity, Masks
 from gradpruner.trainer import ProbeCallback
 

@@ -20,13 +20,13 @@ from gradpruner.checkpoint import PLAN_FILE, check_loaded, drop_missing_code, pl
 from gradpruner.checks import share_of
 from gradpruner.errors import CheckpointError, UnsupportedModel
 from gradpruner.generation_config import rewrite
-from gradpruner.igia import Igia
 from gradpruner.memory import free_memory
 from gradpruner.merge import check_fits, donors_of, merge_weight_, skipping_logits
 from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.model.extra_layers import generation_changes
 from gradpruner.model.logits import differ, logits_of, longer_input, say_what_is_not_passed
 from gradpruner.plan import Plan
+from gradpruner.probe.igia import Igia
 from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.saving import MASKS, check_stored
 from gradpruner.storage.files import atomic_folder, read_json, write_json

@@ -8,8 +8,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from gradpruner.errors import ProbeError
-from gradpruner.igia import Igia
-from gradpruner.probe import Probe
+from gradpruner.probe.igia import Igia
+from gradpruner.probe.probe import Probe
 
 
 class ProbeCallback(TrainerCallback):

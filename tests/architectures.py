@@ -22,9 +22,10 @@ import transformers as hf
 from tiny_configs import LAYERS, REGISTERED, sub_configs, tiny_config
 
 import gradpruner
-from gradpruner.igia import Dense, Igia
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.parameter_counts import count_parameters
+from gradpruner.probe.igia import Igia
+from gradpruner.probe.importance import Dense
 
 WORKS, LAST, REFUSED, UNBUILT, WRONG = "works", "last layers only", "refused", "not built", "WRONG"
 # The layers to remove, until a choice is accepted. The last ones need no renumbering and prove little.

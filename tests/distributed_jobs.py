@@ -17,10 +17,10 @@ import gradpruner
 from gradpruner import checkpoint, merge
 from gradpruner.checks import share_of
 from gradpruner.distributed.sharding import is_sharded
-from gradpruner.igia import Dense, Factors, SharedImportance
 from gradpruner.merge import removing
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.wrappers import root_of
+from gradpruner.probe.importance import Dense, Factors, SharedImportance
 from gradpruner.storage import checked_tensors as tensor_files
 
 SHARE = share_of(0.2)

@@ -10,13 +10,13 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradpruner
-from gradpruner import arrival
-from gradpruner.arrival import Arrival, joined, one_ahead, to_host
-from gradpruner.estimators.exact import ExactReader
-from gradpruner.estimators.gradient import GradientReader
-from gradpruner.estimators.lora import LoraReader, _ldexp
 from gradpruner.inputs import Inputs
 from gradpruner.model.decoder import Decoder
+from gradpruner.probe import host_copies as arrival
+from gradpruner.probe.estimators.exact import ExactReader
+from gradpruner.probe.estimators.gradient import GradientReader
+from gradpruner.probe.estimators.lora import LoraReader, _ldexp
+from gradpruner.probe.host_copies import Arrival, joined, one_ahead, to_host
 
 
 class Calls(TorchDispatchMode):
@@ -221,7 +221,7 @@ def test_nothing_that_is_kept_lies_in_the_block_it_arrived_in(monkeypatch):
         blocks.append(to_host(tensors, dtype))
         return blocks[-1]
 
-    monkeypatch.setattr("gradpruner.estimators.lora.to_host", keeping)
+    monkeypatch.setattr("gradpruner.probe.estimators.lora.to_host", keeping)
     model = lora(llama())
     probe = gradpruner.Probe(model, factor_dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)

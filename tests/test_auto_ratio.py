@@ -18,9 +18,9 @@ from gradpruner.data import Example
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.evaluate import Evaluation
 from gradpruner.finetune import Recipe
-from gradpruner.igia import Igia
 from gradpruner.job import Job
 from gradpruner.pipeline import Run
+from gradpruner.probe.igia import Igia
 
 # twelve layers, the first one protected; in order 1, 2, 3, 30, 31, 32, 33, 330, 331, 332, 333
 SCORES = [9e9, 333.0, 1.0, 30.0, 331.0, 2.0, 31.0, 332.0, 3.0, 32.0, 330.0, 33.0]

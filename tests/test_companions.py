@@ -17,8 +17,8 @@ import gradpruner
 from gradpruner.card import is_ours
 from gradpruner.cli import main
 from gradpruner.companions import plan_of
-from gradpruner.igia import Igia
 from gradpruner.plan import Plan
+from gradpruner.probe.igia import Igia
 
 
 @pytest.fixture

@@ -21,11 +21,11 @@ import gradpruner
 from gradpruner.cli import main
 from gradpruner.compare import Compare
 from gradpruner.finetune import Recipe, add_adapters, check_comparable
-from gradpruner.igia import Igia
 from gradpruner.methods import METHODS, Clues
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.plan import Plan
+from gradpruner.probe.igia import Igia
 from gradpruner.probed import save_probed, with_probed
 
 MLP = [f"model.layers.{j}.mlp.{name}_proj" for j in range(3) for name in ("gate", "up", "down")]

@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import gradpruner
 from gradpruner import auto_ratio, compare, data, pipeline, stored, training_files
 from gradpruner.errors import CheckpointError, GradPrunerError
-from gradpruner.igia import Factors, Igia
 from gradpruner.inputs import load_inputs, save_inputs
+from gradpruner.probe.igia import Igia
+from gradpruner.probe.importance import Factors
 from gradpruner.results import Cost, Result, read_costs, read_results, write_costs, write_results
 from gradpruner.sparsity.masks import Masks
 from gradpruner.storage import tensor_files as shards

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gradpruner
-from gradpruner.igia import Dense, Igia
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.parameter_counts import count_parameters
+from gradpruner.probe.igia import Igia
+from gradpruner.probe.importance import Dense
 
 
 def igia_of(model, seed=0):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gradpruner
 from gradpruner import ops
-from gradpruner.igia import Dense, Factors
+from gradpruner.probe.importance import Dense, Factors
 
 LAYERS, STEPS, RANK = 8, 5, 4
 NAMES = [

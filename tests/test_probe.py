@@ -17,9 +17,9 @@ from transformers import GPT2Config, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 import gradpruner
-from gradpruner.estimators.lora import LoraReader
-from gradpruner.igia import Dense, Factors
 from gradpruner.model.decoder import Decoder
+from gradpruner.probe.estimators.lora import LoraReader
+from gradpruner.probe.importance import Dense, Factors
 
 
 def step(model, optimizer, seed, scale=1.0):

@@ -15,9 +15,9 @@ from torch import nn
 import gradpruner
 from gradpruner import probed
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, UnsupportedModel
-from gradpruner.igia import Igia
 from gradpruner.job import Job
 from gradpruner.presets import PRESETS, Settings
+from gradpruner.probe.igia import Igia
 from gradpruner.probed import save_probed, with_probed
 
 

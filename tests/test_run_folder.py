@@ -12,8 +12,8 @@ from gradpruner.auto_ratio import choose
 from gradpruner.compare import Compare
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.evaluate import Evaluation
-from gradpruner.igia import Igia
 from gradpruner.plan import Plan
+from gradpruner.probe.igia import Igia
 from gradpruner.storage.provenance import digest
 
 

@@ -25,9 +25,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import gradpruner
 from gradpruner import checkpoint, streaming
 from gradpruner.cli import main
-from gradpruner.igia import Factors, Igia
 from gradpruner.model import load as models
 from gradpruner.model.decoder import Decoder
+from gradpruner.probe.igia import Igia
+from gradpruner.probe.importance import Factors
 from gradpruner.storage import files
 from gradpruner.storage import tensor_files as shards
 
@@ -563,7 +564,7 @@ import resource, sys, threading
 from pathlib import Path
 import gradpruner, torch
 from gradpruner import streaming
-from gradpruner.igia import Igia
+from gradpruner.probe.igia import Igia
 torch.set_num_threads(1)
 torch.ones(1) + 1
 source, out, plan, igia, limits = sys.argv[1:]

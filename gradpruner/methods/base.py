@@ -12,13 +12,13 @@ from torch import nn
 
 from gradpruner import named_options as spelling
 from gradpruner.errors import InvalidArgument
-from gradpruner.igia import Igia
 from gradpruner.merge import apply
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.hidden_states import Batch
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan, select
+from gradpruner.probe.igia import Igia
 from gradpruner.sparsity.masks import Masks
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.errors import InvalidArgument
-from gradpruner.igia import Igia
 from gradpruner.model.decoder import Decoder, Weight, linear_modules
+from gradpruner.probe.igia import Igia
 from gradpruner.sparsity.allocation import allocate, check_allocation
 from gradpruner.sparsity.batches import Batch, need_full
 from gradpruner.sparsity.criteria import Criterion, parse_criterion

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 import gradpruner
 from gradpruner.cli import main
 from gradpruner.finetune import Recipe
-from gradpruner.igia import Igia
 from gradpruner.inputs import FILES
 from gradpruner.model.load import load_model
 from gradpruner.plan import Plan
+from gradpruner.probe.igia import Igia
 from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.saving import MASKS
 from gradpruner.stages import watch

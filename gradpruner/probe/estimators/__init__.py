@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gradpruner.igia import Dense, Factors
 from gradpruner.model.decoder import Weight
+from gradpruner.probe.importance import Dense, Factors
 
 
 class Reader(Protocol):

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradpruner import ops
-from gradpruner.arrival import joined, to_host
 from gradpruner.distributed.deepspeed import gradient_of
 from gradpruner.distributed.processes import Peers
 from gradpruner.distributed.sharding import whole
 from gradpruner.errors import ProbeError
-from gradpruner.igia import Dense, Factors, shared
 from gradpruner.model.decoder import Decoder, Weight, base_name
+from gradpruner.probe.host_copies import joined, to_host
+from gradpruner.probe.importance import Dense, Factors, shared
 
 INSTEAD = "estimator='exact' reads the frozen weights' own gradients, whatever adapts them"
 

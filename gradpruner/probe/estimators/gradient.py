@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradpruner import ops
-from gradpruner.arrival import Arrival, joined, one_ahead
 from gradpruner.distributed.deepspeed import gradient_of
 from gradpruner.distributed.processes import Peers, summed, together
 from gradpruner.distributed.sharding import Layout, local, rows_of, shard_group
 from gradpruner.errors import ProbeError
-from gradpruner.igia import Dense, Factors, shared
 from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.model.wrappers import peft_of
+from gradpruner.probe.host_copies import Arrival, joined, one_ahead
+from gradpruner.probe.importance import Dense, Factors, shared
 
 
 class GradientReader:

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from gradpruner.arrival import joined
 from gradpruner.errors import InvalidArgument, ProbeError
-from gradpruner.igia import Dense, Factors
 from gradpruner.model.decoder import Decoder, Weight, is_transposed, linear_modules
 from gradpruner.model.fused_linear import fuse, is_replaced, unfuse
 from gradpruner.ops.linear import WeightSquares
+from gradpruner.probe.host_copies import joined
+from gradpruner.probe.importance import Dense, Factors
 
 
 class ExactReader:

@@ -10,22 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.arrival import Arrival
 from gradpruner.checks import need_whole
-from gradpruner.closure import Arguments, ReadAfterClosure, check_one_gradient, closure_of
-from gradpruner.coverage import Coverage, share_range
 from gradpruner.distributed.deepspeed import factor_to_come, is_deepspeeds
 from gradpruner.distributed.fsdp import refuse_flat
 from gradpruner.distributed.processes import Peers, gone, is_lost, peers_of
 from gradpruner.errors import InvalidArgument, ModelMismatch, ProbeError
-from gradpruner.estimators import Reader
-from gradpruner.estimators.exact import ExactReader
-from gradpruner.estimators.gradient import AdamReader, GradientReader, why_not_adam
-from gradpruner.estimators.lora import LoraReader, has_lora
-from gradpruner.igia import Igia, shared
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.optimizers import unwrapped
 from gradpruner.model.parameter_counts import count_parameters
+from gradpruner.probe.closure import Arguments, ReadAfterClosure, check_one_gradient, closure_of
+from gradpruner.probe.coverage import Coverage, share_range
+from gradpruner.probe.estimators import Reader
+from gradpruner.probe.estimators.exact import ExactReader
+from gradpruner.probe.estimators.gradient import AdamReader, GradientReader, why_not_adam
+from gradpruner.probe.estimators.lora import LoraReader, has_lora
+from gradpruner.probe.host_copies import Arrival
+from gradpruner.probe.igia import Igia
+from gradpruner.probe.importance import shared
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Watch gradients, accumulate them, score the layers."""
