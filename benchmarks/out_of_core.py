@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from gradpruner.checkpoint.stored_model import StoredModel
 from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.ops import reference
@@ -36,7 +37,6 @@ from gradpruner.probe.importance import Factors
 from gradpruner.report.tables import table
 from gradpruner.storage.files import atomic_path
 from gradpruner.storage.tensor_files import Pending, bytes_of, holds_safetensors, read_folder, write_folder
-from gradpruner.stored import StoredModel
 
 SHAPE: dict[str, Any] = dict(
     vocab_size=128256,

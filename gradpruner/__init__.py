@@ -1,8 +1,9 @@
 """Cheaper LLM fine-tuning and serving: remove the decoder layers a task does not need (GradPruner, ICLR 2026)."""
 
 from gradpruner.attach import attach
-from gradpruner.card import model_card
-from gradpruner.checkpoint import save
+from gradpruner.checkpoint.card import model_card
+from gradpruner.checkpoint.hub import push_to_hub
+from gradpruner.checkpoint.save import save
 from gradpruner.cut import cut
 from gradpruner.errors import (
     CheckpointError,
@@ -12,7 +13,6 @@ from gradpruner.errors import (
     ProbeError,
     UnsupportedModel,
 )
-from gradpruner.hub import push_to_hub
 from gradpruner.merge import apply
 from gradpruner.model.optimizers import rebuild_optimizer
 from gradpruner.oneshot import prune

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradpruner.adapters import check_are_lora, check_can_be_fresh, describe, without_adapters
-from gradpruner.checkpoint import PLAN_FILE, save
+from gradpruner.checkpoint.save import PLAN_FILE, save
 from gradpruner.checks import need_whole, share_of
 from gradpruner.cut import check_wrappers, cut
 from gradpruner.distributed.processes import peers_of, together

@@ -289,7 +289,7 @@ def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.companions import masks_of
+    from gradpruner.checkpoint.companions import masks_of
     from gradpruner.presets import Settings
     from gradpruner.stages import watch
     from gradpruner.storage.files import need_writable
@@ -341,7 +341,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _apply(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.companions import masks_of, plan_of, save_from
+    from gradpruner.checkpoint.companions import masks_of, plan_of, save_from
     from gradpruner.merge import apply
     from gradpruner.model.load import DEMO_MODEL
     from gradpruner.plan import Plan
@@ -388,8 +388,8 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.checkpoint.companions import masks_of, plan_of, save_from
     from gradpruner.checkpoints import checkpoints_beside
-    from gradpruner.companions import masks_of, plan_of, save_from
     from gradpruner.divergence import explained
     from gradpruner.model.identity import identify
     from gradpruner.preflight import check_save
@@ -474,7 +474,7 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _push(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.hub import push_to_hub
+    from gradpruner.checkpoint.hub import push_to_hub
 
     url = push_to_hub(
         options.folder,

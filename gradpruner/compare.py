@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradpruner.checkpoint.companions import refuse_masks
+from gradpruner.checkpoint.masks import Masks
 from gradpruner.checkpoints import Checkpoints
-from gradpruner.companions import refuse_masks
 from gradpruner.data import Collator, Example, tokenize
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.evaluate import answers, macro_f1, perplexity, perplexity_of
@@ -39,7 +40,6 @@ from gradpruner.preflight import check_comparison
 from gradpruner.probe.igia import Igia
 from gradpruner.probed import IGIA, save_probed, with_probed
 from gradpruner.run_folder import MODEL, known_model, named, recorded
-from gradpruner.sparsity.masks import Masks
 from gradpruner.stages import tune, watch
 from gradpruner.storage.files import read_json, reading, write_json
 from gradpruner.storage.locks import claim, lock

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gradpruner.checkpoint import save
+from gradpruner.checkpoint.save import save
 from gradpruner.data import Collator
 from gradpruner.evaluate import generation_speed
 from gradpruner.finetune import Recipe, Row, add_adapters, answers_only, can_skip_logits, finish, train

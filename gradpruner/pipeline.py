@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.auto_ratio import AUTO, Choice, choose, hold_out, trial_rows
-from gradpruner.card import model_card, write_card
-from gradpruner.checkpoint import PLAN_FILE, save
-from gradpruner.companions import plan_of, refuse_masks
+from gradpruner.checkpoint.card import model_card, write_card
+from gradpruner.checkpoint.companions import plan_of, refuse_masks
+from gradpruner.checkpoint.save import PLAN_FILE, save
 from gradpruner.data import Collator, Example, tokenize
 from gradpruner.divergence import why_failed
 from gradpruner.errors import InvalidArgument, ModelMismatch

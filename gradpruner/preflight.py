@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from gradpruner.auto_ratio import AUTO, candidates
-from gradpruner.checkpoint import quiet
+from gradpruner.checkpoint.generation_config import saved_as_far_as_possible
+from gradpruner.checkpoint.save import quiet
 from gradpruner.checks import share_of
 from gradpruner.data import Collator, Example, tokenize
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, UnsupportedModel
 from gradpruner.evaluate import check_labels
-from gradpruner.generation_config import saved_as_far_as_possible
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.full_precision import check_full_precision
 from gradpruner.model.modes import evaluating

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from gradpruner.checkpoint import save
+from gradpruner.checkpoint.save import save
 from gradpruner.errors import CheckpointError
 from gradpruner.model.adapter_targets import as_named
 from gradpruner.model.wrappers import is_peft

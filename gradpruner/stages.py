@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gradpruner.checkpoint.masks import HoldSparsity, Masks
 from gradpruner.checkpoints import Checkpoints
 from gradpruner.data import Collator, Example, tokenize
 from gradpruner.divergence import explained
@@ -13,7 +14,6 @@ from gradpruner.evaluate import Evaluation, exact_match, perplexity, rouge_l, ro
 from gradpruner.finetune import Recipe, Row, Training, add_adapters, finish, train
 from gradpruner.preflight import check_rows
 from gradpruner.probe.igia import Igia
-from gradpruner.sparsity.masks import HoldSparsity, Masks
 from gradpruner.trainer import ProbeCallback
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,11 +14,15 @@ from typing import Any
 
 import torch
 
-from gradpruner.card import CARD_FILE, carry_card
-from gradpruner.checkpoint import PLAN_FILE, check_loaded, drop_missing_code, plan_in, quiet
+from gradpruner.checkpoint.card import carry_card
+from gradpruner.checkpoint.generation_config import rewrite
+from gradpruner.checkpoint.masks import Masks
+from gradpruner.checkpoint.other_files import _copy_others
+from gradpruner.checkpoint.save import PLAN_FILE, check_loaded, drop_missing_code, plan_in, quiet
+from gradpruner.checkpoint.save_sparse import MASKS, check_stored
+from gradpruner.checkpoint.stored_model import IN_MEMORY, StoredModel, config_of, load_empty
 from gradpruner.checks import share_of
 from gradpruner.errors import CheckpointError, UnsupportedModel
-from gradpruner.generation_config import rewrite
 from gradpruner.memory import free_memory
 from gradpruner.merge import check_fits, donors_of, merge_weight_, skipping_logits
 from gradpruner.model.decoder import Decoder, Weight
@@ -27,38 +30,13 @@ from gradpruner.model.extra_layers import generation_changes
 from gradpruner.model.logits import differ, logits_of, longer_input, say_what_is_not_passed
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
-from gradpruner.sparsity.masks import Masks
-from gradpruner.sparsity.saving import MASKS, check_stored
 from gradpruner.storage.files import atomic_folder, read_json, write_json
-from gradpruner.storage.links import names_of, stays
-from gradpruner.storage.provenance import RECORD
 from gradpruner.storage.tensor_files import Pending, Stored, bytes_of, checksum_of, read_folder, write_folder
-from gradpruner.stored import IN_MEMORY, StoredModel, config_of, load_empty
 from gradpruner.surgery import prepare
 
 logger = logging.getLogger(__name__)
 
 LARGEST_SHARD = 5 * 10**9  # bytes
-# of other weights, or able to hold code; they would describe the model as it was
-LEFT_BEHIND = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".pkl",
-    ".pickle",
-    ".msgpack",
-    ".h5",
-    ".gguf",
-    ".onnx",
-    ".state",
-    ".index.json",
-    MASKS,
-    CARD_FILE,
-    RECORD,
-)
-FOLDERS = ("additional_chat_templates",)  # of a tokenizer
 
 
 @dataclass(frozen=True)
@@ -214,21 +192,6 @@ def _write_config(model: Any, folder: Path) -> None:
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-
-
-def _copy_others(source: Path, folder: Path, *, code: bool) -> None:
-    files = [file for file in source.iterdir() if file.is_file()]
-    for name in FOLDERS:
-        if (source / name).is_dir():
-            (folder / name).mkdir()
-            files += [file for file in (source / name).iterdir() if file.is_file()]
-    left_behind = LEFT_BEHIND if code else (*LEFT_BEHIND, ".py")
-    for file in files:
-        names, copy = names_of(file, source), folder / file.relative_to(source)
-        if not stays(file, source) or any(name.startswith(".") or name.endswith(left_behind) for name in names):
-            continue
-        if not copy.exists():  # config.json is written already
-            shutil.copyfile(file, copy)
 
 
 def _cut_generation(folder: Path, plan: Plan, *, extra_gone: bool) -> None:

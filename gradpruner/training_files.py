@@ -14,6 +14,7 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradpruner.adapters import assign
+from gradpruner.checkpoint.stored_model import StoredModel
 from gradpruner.distributed.sharding import whole
 from gradpruner.errors import CheckpointError, InvalidArgument
 from gradpruner.model.decoder import Decoder, base_parameters, is_packed
@@ -21,7 +22,6 @@ from gradpruner.patch import Patch
 from gradpruner.plan import Plan
 from gradpruner.storage.files import read_json
 from gradpruner.storage.tensor_files import bytes_of
-from gradpruner.stored import StoredModel
 
 FOLDER = "gradpruner"  # in the Trainer's output_dir: plan, scores, and the cut base model of adapters
 # in a checkpoint made while the probe watches; safetensors under another ending, or servers would load it as weights

@@ -14,7 +14,8 @@ from torch import distributed
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import gradpruner
-from gradpruner import checkpoint, merge
+from gradpruner import merge
+from gradpruner.checkpoint import save as checkpoint
 from gradpruner.checks import share_of
 from gradpruner.distributed.sharding import is_sharded
 from gradpruner.merge import removing

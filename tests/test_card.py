@@ -16,9 +16,9 @@ from test_families import igia_of
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import gradpruner
-from gradpruner import card
+from gradpruner.checkpoint import card
+from gradpruner.checkpoint.other_files import uploaded_files
 from gradpruner.cli import main
-from gradpruner.hub import uploaded_files
 
 BASE = "acme/dense-1B"
 ROWS = [

@@ -14,7 +14,7 @@ from test_method import LAYERS, llama, lora
 from test_probe import run
 
 import gradpruner
-from gradpruner import checkpoint
+from gradpruner.checkpoint import save as checkpoint
 
 STOCK = """
 import json, sys

@@ -14,9 +14,9 @@ from test_cli import home  # noqa: F401  the fixture
 from test_families import igia_of
 
 import gradpruner
-from gradpruner.card import is_ours
+from gradpruner.checkpoint.card import is_ours
+from gradpruner.checkpoint.companions import plan_of
 from gradpruner.cli import main
-from gradpruner.companions import plan_of
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
 

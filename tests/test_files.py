@@ -11,7 +11,7 @@ import torch
 from test_families import igia_of
 
 import gradpruner
-from gradpruner.sparsity.masks import Masks
+from gradpruner.checkpoint.masks import Masks
 from gradpruner.storage import files
 
 

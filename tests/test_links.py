@@ -12,7 +12,7 @@ from test_card import hub  # noqa: F401  the fixture
 from test_data import make_tokenizer
 
 import gradpruner
-from gradpruner.hub import uploaded_files
+from gradpruner.checkpoint.other_files import uploaded_files
 from gradpruner.model.load import load_model
 from gradpruner.storage.links import check_links
 

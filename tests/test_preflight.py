@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, Lla
 
 import gradpruner
 from gradpruner import finetune, pipeline, preflight, stages
+from gradpruner.checkpoint.generation_config import savable
 from gradpruner.cli import main
 from gradpruner.compare import Compare
 from gradpruner.data import Example, tokenize
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
 from gradpruner.finetune import Recipe
-from gradpruner.generation_config import savable
 from gradpruner.job import Job
 from gradpruner.model.full_precision import check_full_precision, quantisation_of
 from gradpruner.pipeline import Run

@@ -23,7 +23,8 @@ from test_families import generate, igia_of
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gradpruner
-from gradpruner import checkpoint, streaming
+from gradpruner import streaming
+from gradpruner.checkpoint import save as checkpoint
 from gradpruner.cli import main
 from gradpruner.model import load as models
 from gradpruner.model.decoder import Decoder

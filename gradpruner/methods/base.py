@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from gradpruner import named_options as spelling
+from gradpruner.checkpoint.masks import Masks
 from gradpruner.errors import InvalidArgument
 from gradpruner.merge import apply
 from gradpruner.model.decoder import Decoder
@@ -19,7 +20,6 @@ from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan, select
 from gradpruner.probe.igia import Igia
-from gradpruner.sparsity.masks import Masks
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from gradpruner.checkpoint.masks import Masks
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods.base import METHODS, Clues, Method, register
 from gradpruner.model.hidden_states import Batch
 from gradpruner.plan import Plan
 from gradpruner.sparsity.criteria import parse_criterion
-from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.pruning import chosen, sparsify
 
 

@@ -1,10 +1,10 @@
 """Pruning below the layer: single weights, by magnitude, activation or gradient (docs/method.md, section 7)."""
 
+from gradpruner.checkpoint.masks import HoldSparsity, Masks
+from gradpruner.checkpoint.save_sparse import save_sparse
 from gradpruner.sparsity.gradients import gradient_norms
-from gradpruner.sparsity.masks import HoldSparsity, Masks
 from gradpruner.sparsity.pattern import Pattern
 from gradpruner.sparsity.pruning import sparsify
-from gradpruner.sparsity.saving import save_sparse
 from gradpruner.sparsity.semi_structured import to_semi_structured_
 
 __all__ = ["HoldSparsity", "Masks", "Pattern", "gradient_norms", "save_sparse", "sparsify", "to_semi_structured_"]

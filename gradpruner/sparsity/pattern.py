@@ -10,8 +10,8 @@ from fractions import Fraction
 from torch import Tensor
 
 from gradpruner import ops
+from gradpruner.checkpoint.mask_bits import pack
 from gradpruner.errors import InvalidArgument
-from gradpruner.sparsity.bits import pack
 
 WITHIN = ("row", "matrix")
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradpruner.checkpoint.masks import Masks
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.decoder import Decoder, Weight, linear_modules
 from gradpruner.probe.igia import Igia
@@ -16,7 +17,6 @@ from gradpruner.sparsity.batches import Batch, need_full
 from gradpruner.sparsity.criteria import Criterion, parse_criterion
 from gradpruner.sparsity.gradients import gradient_norms
 from gradpruner.sparsity.layerwise import Layerwise
-from gradpruner.sparsity.masks import Masks
 from gradpruner.sparsity.pattern import Pattern
 from gradpruner.sparsity.seen import Seen, Statistics
 from gradpruner.sparsity.weights import prunable

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gradpruner.sparsity.bits import unpack
+from gradpruner.checkpoint.mask_bits import unpack
 from gradpruner.sparsity.gradients import gradient_norms
 from gradpruner.sparsity.pruning import sparsify
 

@@ -9,12 +9,12 @@ import torch
 from test_cli import home  # noqa: F401  the fixture
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from gradpruner.checkpoint.masks import HoldSparsity, Masks
+from gradpruner.checkpoint.save_sparse import MASKS, save_sparse
 from gradpruner.cli import main
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.finetune import Recipe, add_adapters
-from gradpruner.sparsity.masks import HoldSparsity, Masks
 from gradpruner.sparsity.pruning import sparsify
-from gradpruner.sparsity.saving import MASKS, save_sparse
 
 
 def model_of(layers=2):

@@ -15,14 +15,14 @@ from test_cli import home  # noqa: F401  the fixture
 from transformers import AutoModelForCausalLM
 
 import gradpruner
+from gradpruner.checkpoint.masks import Masks
+from gradpruner.checkpoint.save_sparse import MASKS
 from gradpruner.cli import main
 from gradpruner.finetune import Recipe
 from gradpruner.inputs import FILES
 from gradpruner.model.load import load_model
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
-from gradpruner.sparsity.masks import Masks
-from gradpruner.sparsity.saving import MASKS
 from gradpruner.stages import watch
 from gradpruner.training_files import SNAPSHOT
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gradpruner import ops
+from gradpruner.checkpoint.mask_bits import pack, unpack
 from gradpruner.errors import InvalidArgument
-from gradpruner.sparsity.bits import pack, unpack
 from gradpruner.sparsity.pattern import Pattern, largest
 
 

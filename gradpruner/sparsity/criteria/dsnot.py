@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gradpruner import ops
+from gradpruner.checkpoint.mask_bits import pack, unpack
 from gradpruner.checks import need_whole
 from gradpruner.errors import InvalidArgument
-from gradpruner.sparsity.bits import pack, unpack
 from gradpruner.sparsity.criteria.base import CRITERIA, Criterion, Metric, register
 from gradpruner.sparsity.pattern import Pattern
 from gradpruner.sparsity.seen import MOMENTS, NORMS, Seen

@@ -12,25 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradpruner.card import is_ours, model_card, write_card
-from gradpruner.checkpoint import quiet, save
+from gradpruner.checkpoint.card import is_ours, model_card, write_card
+from gradpruner.checkpoint.masks import Masks
+from gradpruner.checkpoint.other_files import SENTENCEPIECE, UPLOADED, is_license, uploaded_files
+from gradpruner.checkpoint.save import quiet, save
+from gradpruner.checkpoint.save_sparse import MASKS, check_stored
+from gradpruner.checkpoint.stored_model import StoredModel
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 from gradpruner.memory import free_memory
 from gradpruner.model.logits import logits_of
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
-from gradpruner.sparsity.masks import Masks
-from gradpruner.sparsity.saving import MASKS, check_stored
-from gradpruner.storage.links import names_of, stays
 from gradpruner.storage.provenance import RECORD
-from gradpruner.storage.tensor_files import INDEX, SINGLE, holds_safetensors, read_folder
-from gradpruner.stored import StoredModel
-from gradpruner.streaming import FOLDERS
+from gradpruner.storage.tensor_files import INDEX, SINGLE, read_folder
 
-# nothing else leaves the machine: no pickle, no Python code, no optimizer state
-UPLOADED = (".safetensors", ".json", ".jinja", ".txt", ".md")
-SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-LICENSES = ("license", "notice", "use_policy")
 # of an earlier upload: vLLM and others read every *.safetensors they find, and transformers takes an adapter first
 REPLACED = (
     SINGLE,
@@ -131,23 +126,11 @@ def verify_folder(folder: Path) -> None:
         raise CheckpointError(f"the model in {folder} answers with numbers that are not finite")
 
 
-def uploaded_files(folder: Path) -> list[str]:
-    """What of a checkpoint folder may leave the machine, relative to it, sorted."""
-    weights = {tensor.file for tensor in read_folder(folder).values()} if holds_safetensors(folder) else set[Path]()
-    files = [file for file in folder.iterdir() if file.is_file() and not _is_stray(file, weights)]
-    files += [file for name in FOLDERS if (folder / name).is_dir() for file in (folder / name).iterdir()]
-    return sorted(str(file.relative_to(folder)) for file in files if _may_leave(file, folder))
-
-
 def _is_stray(file: Path, weights: Collection[Path]) -> bool:
     """Whether a server would take a file for weights, or for their index, though the model is stored without it."""
     if file.name == INDEX:
         return (file.parent / SINGLE).is_file()
     return file.suffix == ".safetensors" and file not in weights
-
-
-def _may_leave(file: Path, folder: Path) -> bool:
-    return file.is_file() and stays(file, folder) and all(map(_may_be_called, names_of(file, folder)))
 
 
 def _may_be_called(name: str) -> bool:
@@ -158,8 +141,3 @@ def _may_be_called(name: str) -> bool:
     if Path(name).suffix in UPLOADED or name in SENTENCEPIECE or name == MASKS:
         return True
     return is_license(name)
-
-
-def is_license(name: str) -> bool:
-    """Whether a file of this name holds the terms of a model."""
-    return not Path(name).suffix and name.lower().startswith(LICENSES)

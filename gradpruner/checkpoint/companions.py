@@ -10,15 +10,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from gradpruner.card import carry_card
-from gradpruner.checkpoint import PLAN_FILE, plan_in, save
+from gradpruner.checkpoint.card import carry_card
+from gradpruner.checkpoint.masks import Masks
+from gradpruner.checkpoint.other_files import is_license
+from gradpruner.checkpoint.save import PLAN_FILE, plan_in, save
+from gradpruner.checkpoint.save_sparse import MASKS
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
-from gradpruner.hub import is_license
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.load import DEMO_MODEL
 from gradpruner.plan import Plan
-from gradpruner.sparsity.masks import Masks
-from gradpruner.sparsity.saving import MASKS
 from gradpruner.storage.links import names_of
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from gradpruner.checkpoint.generation_config import saved_as_far_as_possible
 from gradpruner.distributed.processes import peers_of, together
 from gradpruner.distributed.sharding import is_sharded, whole
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, ModelMismatch
-from gradpruner.generation_config import saved_as_far_as_possible
 from gradpruner.memory import free_memory
 from gradpruner.model.empty_model import absent_counts
 from gradpruner.model.extra_layers import assign, say_what_is_gone

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from gradpruner import ops
+from gradpruner.checkpoint.mask_bits import pack, unpack
 from gradpruner.distributed.sharding import is_sharded
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.model.decoder import Decoder, is_packed
-from gradpruner.sparsity.bits import pack, unpack
 from gradpruner.storage.checked_tensors import read_checked, read_described, write_described
 
 FORMAT = "gradpruner.masks/2"

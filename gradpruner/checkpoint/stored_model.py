@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.checkpoint import check_loaded, quiet
+from gradpruner.checkpoint.save import check_loaded, quiet
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
 from gradpruner.model.config import layer_counts, text_config
 from gradpruner.model.decoder import Decoder, Weight, sample_positions

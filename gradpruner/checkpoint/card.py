@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from gradpruner.checkpoint import PLAN_FILE
+from gradpruner.checkpoint.save import PLAN_FILE
+from gradpruner.checkpoint.stored_model import config_of
 from gradpruner.errors import InvalidArgument, ModelMismatch
 from gradpruner.model.load import DEMO_MODEL
 from gradpruner.plan import Plan
@@ -21,7 +22,6 @@ from gradpruner.report.tables import markdown_table
 from gradpruner.storage.files import atomic_path, read_json
 from gradpruner.storage.links import check_links
 from gradpruner.storage.tensor_files import read_folder
-from gradpruner.stored import config_of
 
 CARD_FILE = "README.md"
 TAG = "gradpruner"  # marks a card as one of ours

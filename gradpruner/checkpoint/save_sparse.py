@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from gradpruner.checkpoint import save
+from gradpruner.checkpoint.masks import Masks
+from gradpruner.checkpoint.save import save
+from gradpruner.checkpoint.stored_model import StoredModel
 from gradpruner.errors import ModelMismatch, UnsupportedModel
 from gradpruner.plan import Plan
-from gradpruner.sparsity.masks import Masks
-from gradpruner.stored import StoredModel
 
 # its content is safetensors, but its name is not: servers take every *.safetensors, *.bin and *.pt for weights
 MASKS = "gradpruner.masks"
