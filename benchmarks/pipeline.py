@@ -22,12 +22,12 @@ from benchmarks.timing import WrongAnswer, quiet_collector
 from gradpruner.errors import GradPrunerError
 from gradpruner.finetune import Recipe, add_adapters
 from gradpruner.memory import peak_memory, reset_peak_memory
-from gradpruner.merge import merge_weight_
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.load import load_model
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.probe.igia import Igia
 from gradpruner.probe.importance import Dense, Factors
+from gradpruner.pruning.merge import merge_weight_
 from gradpruner.report.tables import table
 
 ROWS, LENGTH, RANK = 4, 256, 8

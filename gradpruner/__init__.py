@@ -4,7 +4,6 @@ from gradpruner.attach import attach
 from gradpruner.checkpoint.card import model_card
 from gradpruner.checkpoint.hub import push_to_hub
 from gradpruner.checkpoint.save import save
-from gradpruner.cut import cut
 from gradpruner.errors import (
     CheckpointError,
     GradPrunerError,
@@ -13,15 +12,16 @@ from gradpruner.errors import (
     ProbeError,
     UnsupportedModel,
 )
-from gradpruner.merge import apply
 from gradpruner.model.optimizers import rebuild_optimizer
 from gradpruner.oneshot import prune
 from gradpruner.ops import available_backends
-from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
 from gradpruner.probe.probe import Probe
-from gradpruner.streaming import apply_folder
+from gradpruner.pruning.apply import apply
+from gradpruner.pruning.apply_folder import apply_folder
+from gradpruner.pruning.cut import cut
+from gradpruner.pruning.patch import fit_patches
 from gradpruner.trainer import ProbeCallback
 
 __version__ = "0.1.0"

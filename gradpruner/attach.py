@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from gradpruner.adapters import check_are_lora, check_can_be_fresh, describe, without_adapters
 from gradpruner.checkpoint.save import PLAN_FILE, save
 from gradpruner.checks import need_whole, share_of
-from gradpruner.cut import check_wrappers, cut
 from gradpruner.distributed.processes import peers_of, together
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.inputs import FILES, Inputs, load_inputs, save_inputs
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.wrappers import altered_base, peft_of
-from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import Plan, gaps
-from gradpruner.preflight import check_plan, check_save
 from gradpruner.presets import Settings
 from gradpruner.probe.igia import SCORES, Igia
 from gradpruner.probe.probe import Probe
+from gradpruner.pruning.adapters import check_are_lora, check_can_be_fresh, describe, without_adapters
+from gradpruner.pruning.apply_folder import apply_folder
+from gradpruner.pruning.cut import check_wrappers, cut
+from gradpruner.pruning.patch import Patch, fit_patches
+from gradpruner.pruning.preflight import check_plan, check_save
 from gradpruner.storage.files import read_json, reading, write_json
-from gradpruner.streaming import apply_folder
 from gradpruner.training_files import (
     FOLDER,
     SNAPSHOT,

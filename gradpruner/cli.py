@@ -342,14 +342,14 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
 
 def _apply(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint.companions import masks_of, plan_of, save_from
-    from gradpruner.merge import apply
     from gradpruner.model.load import DEMO_MODEL
     from gradpruner.plan import Plan
-    from gradpruner.preflight import check_save
     from gradpruner.probe.igia import Igia
+    from gradpruner.pruning.apply import apply
+    from gradpruner.pruning.apply_folder import apply_folder
+    from gradpruner.pruning.preflight import check_save
     from gradpruner.storage.files import need_free
     from gradpruner.storage.tensor_files import holds_safetensors
-    from gradpruner.streaming import apply_folder
 
     plan = Plan.load(options.plan)
     # weights that are as they are wanted, in files that are read in place, need not be loaded
@@ -392,7 +392,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoints import checkpoints_beside
     from gradpruner.divergence import explained
     from gradpruner.model.identity import identify
-    from gradpruner.preflight import check_save
+    from gradpruner.pruning.preflight import check_save
     from gradpruner.sparsity import Masks
     from gradpruner.stages import tune
     from gradpruner.storage.files import need_free

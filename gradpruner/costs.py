@@ -18,12 +18,12 @@ from gradpruner.data import Collator
 from gradpruner.evaluate import generation_speed
 from gradpruner.finetune import Recipe, Row, add_adapters, answers_only, can_skip_logits, finish, train
 from gradpruner.memory import peak_memory, reset_peak_memory
-from gradpruner.merge import apply
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.load import load_model
 from gradpruner.operations import training_operations
 from gradpruner.plan import Plan
-from gradpruner.preflight import check_save
+from gradpruner.pruning.apply import apply
+from gradpruner.pruning.preflight import check_save
 from gradpruner.results import Cost
 
 STEPS, NEW_TOKENS = 8, 64

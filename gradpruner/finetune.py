@@ -23,7 +23,6 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gradpruner.adapter_removal import merged
 from gradpruner.checkpoints import Checkpoints, Completing, load_trained, save_trained, watched
 from gradpruner.checks import need_whole
 from gradpruner.divergence import has_diverged
@@ -37,6 +36,7 @@ from gradpruner.model.modes import evaluating
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.model.wrappers import is_peft
 from gradpruner.probe.coverage import Coverage
+from gradpruner.pruning.adapter_removal import merged
 from gradpruner.storage.provenance import digest
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """Gaps: which stretches of layers can go, by what is missing of them once they are patched (source: D).
 
-h leaves the last layer of a gap, r is what the best linear patch of the gap (see `gradpruner.patch`) leaves of it. The
+h leaves the last layer of a gap, r is what the best linear patch of the gap (see `gradpruner.pruning.patch`) leaves of it. The
 score of the gap, summed over tokens, is by kind
 
     residual   |r| / |h|
@@ -24,8 +24,8 @@ from gradpruner.model.decoder import Decoder
 from gradpruner.model.hidden_states import hidden
 from gradpruner.model.modes import evaluating
 from gradpruner.model.parameter_counts import count_parameters
-from gradpruner.patch import find_writer
 from gradpruner.plan import Plan, parameters_in, select
+from gradpruner.pruning.patch import find_writer
 
 LONGEST = 10  # layers of one gap
 TOKENS = 4096  # to fit the patches on, and as many others to judge them by

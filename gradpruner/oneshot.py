@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradpruner.adapter_removal import check_removable
 from gradpruner.errors import InvalidArgument
 from gradpruner.finetune import Recipe, add_adapters
-from gradpruner.merge import apply
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.wrappers import is_peft
-from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan
 from gradpruner.presets import Settings
 from gradpruner.probe.igia import Igia
 from gradpruner.probe.probe import Probe
+from gradpruner.pruning.adapter_removal import check_removable
+from gradpruner.pruning.apply import apply
+from gradpruner.pruning.patch import fit_patches
 
 
 def prune(

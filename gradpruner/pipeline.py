@@ -26,16 +26,16 @@ from gradpruner.errors import InvalidArgument, ModelMismatch
 from gradpruner.evaluate import Evaluation
 from gradpruner.finetune import Row, check_comparable, finish, schedule
 from gradpruner.job import Job, torch_dtype
-from gradpruner.merge import apply
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.identity import identify
 from gradpruner.model.load import load_model
-from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import Plan
 from gradpruner.preflight import check_run
 from gradpruner.probe.coverage import share_range
 from gradpruner.probe.igia import SCORES, Igia
 from gradpruner.probed import IGIA, save_probed, with_probed
+from gradpruner.pruning.apply import apply
+from gradpruner.pruning.patch import Patch, fit_patches
 from gradpruner.report.pages import html_report
 from gradpruner.report.plots import plot_layer_scores
 from gradpruner.run_folder import SETTINGS, SPEEDS, RunFolder, known_model, recorded

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from gradpruner.adapters import assign
 from gradpruner.checkpoint.stored_model import StoredModel
 from gradpruner.distributed.sharding import whole
 from gradpruner.errors import CheckpointError, InvalidArgument
 from gradpruner.model.decoder import Decoder, base_parameters, is_packed
-from gradpruner.patch import Patch
 from gradpruner.plan import Plan
+from gradpruner.pruning.adapters import assign
+from gradpruner.pruning.patch import Patch
 from gradpruner.storage.files import read_json
 from gradpruner.storage.tensor_files import bytes_of
 

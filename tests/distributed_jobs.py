@@ -14,14 +14,14 @@ from torch import distributed
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import gradpruner
-from gradpruner import merge
 from gradpruner.checkpoint import save as checkpoint
 from gradpruner.checks import share_of
 from gradpruner.distributed.sharding import is_sharded
-from gradpruner.merge import removing
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.wrappers import root_of
 from gradpruner.probe.importance import Dense, Factors, SharedImportance
+from gradpruner.pruning import apply as merge
+from gradpruner.pruning.apply import removing
 from gradpruner.storage import checked_tensors as tensor_files
 
 SHARE = share_of(0.2)

@@ -15,9 +15,9 @@ from tiny_configs import tiny_config
 from transformers import AutoModelForCausalLM, MixtralConfig, ZambaConfig
 
 import gradpruner
-from gradpruner import adapter_removal
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.finetune import finish
+from gradpruner.pruning import adapter_removal
 
 PLAN = gradpruner.Plan(6, drop=[1, 3, 4])
 TIED = {"tie_word_embeddings": True}

@@ -13,8 +13,8 @@ from adapter_loops import CASES
 from adapter_models import Case, is_here, llama, lora, options
 
 import gradpruner
-from gradpruner.merge import skipping_logits
 from gradpruner.model.decoder import Decoder, base_name
+from gradpruner.pruning.apply import skipping_logits
 
 ROWS = adapters_table.rows_in(adapters_table.TABLE.read_text())
 

@@ -11,7 +11,7 @@ from test_probe import run
 from torch import nn
 
 import gradpruner
-from gradpruner import merge
+from gradpruner.pruning import apply as merge
 
 
 def same_state(model, before):

@@ -12,8 +12,9 @@ from packaging.version import Version
 from tiny_configs import REGISTERED
 
 import gradpruner
-from gradpruner import merge, surgery
 from gradpruner.model import layer_config, logits
+from gradpruner.pruning import apply as merge
+from gradpruner.pruning import surgery
 
 PAGE = Path(__file__).parents[1] / "docs" / "decoders.md"
 # of each kind one: dense, MoE, hybrid, state space, shared weights, shared keys, per-layer embeddings, towers, encoders
@@ -131,7 +132,7 @@ def broken(step, monkeypatch):
 def test_the_walk_sees_a_broken_step(name, step, seen, monkeypatch):
     """With the package's own comparisons left out: those of the walk are enough."""
     assert examine("causal", name).status == WORKS
-    for module in ("gradpruner.merge", "gradpruner.checkpoint"):
+    for module in ("gradpruner.pruning.apply", "gradpruner.checkpoint"):
         monkeypatch.setattr(f"{module}.differ", lambda *_: None)
     broken(step, monkeypatch)
     if step == "rope":

@@ -21,8 +21,8 @@ import gradpruner
 from gradpruner import inputs
 from gradpruner.inputs import load_inputs
 from gradpruner.model.decoder import Decoder
-from gradpruner.patch import Patch, fit_patches
 from gradpruner.plan import gaps
+from gradpruner.pruning.patch import Patch, fit_patches
 from gradpruner.storage.checked_tensors import read_described, write_described
 from gradpruner.training_files import mark_of
 

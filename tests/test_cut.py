@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from training_runs import LAYERS, llama, lora, rows, same, tensors
 
 import gradpruner
-from gradpruner.adapters import describe, without_adapters
 from gradpruner.model.decoder import Decoder, Weight
-from gradpruner.patch import Patch, fit_patches
+from gradpruner.pruning.adapters import describe, without_adapters
+from gradpruner.pruning.patch import Patch, fit_patches
 
 PROBE = 4
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from gradpruner.checks import share_of
-from gradpruner.merge import merge_weight_
 from gradpruner.probe.importance import Dense, Factors
+from gradpruner.pruning.merge import merge_weight_
 
 WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
 

@@ -73,7 +73,7 @@ def test_a_model_that_is_saved_uncut_is_written_rightly_and_left_alone(tmp_path,
 def test_a_refused_cut_leaves_the_count(monkeypatch):
     model = build("deepseek_v3", num_nextn_predict_layers=1)
     before = model.config.to_dict()
-    monkeypatch.setattr(gradpruner.merge, "differ", lambda a, b, dtype: 1.0)
+    monkeypatch.setattr(gradpruner.pruning.apply, "differ", lambda a, b, dtype: 1.0)
     with pytest.raises(gradpruner.UnsupportedModel):
         gradpruner.apply(model, PLAN)
     assert model.config.to_dict() == before

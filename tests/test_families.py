@@ -111,8 +111,8 @@ def test_layers_of_different_structure_are_not_merged_by_hand():
 )
 def test_the_checks_see_what_goes_wrong_when_a_step_is_left_out(name, wrong, monkeypatch):
     """Break the surgery in the ways peers do: each must be refused, none may pass in silence."""
-    from gradpruner import surgery
     from gradpruner.model import layer_config
+    from gradpruner.pruning import surgery
 
     if wrong == "mlp_only_layers":
         cut = surgery.cut_config

@@ -19,7 +19,7 @@ from gradpruner.methods.block import distances
 from gradpruner.methods.held_out_loss import held_out_loss
 from gradpruner.methods.laco import _similarity_to_dense
 from gradpruner.model.decoder import Decoder
-from gradpruner.patch import fit_patches
+from gradpruner.pruning.patch import fit_patches
 
 PLAIN = ["drop-last", "shortgpt", "block", "random", "magnitude", "taylor", "loss"]
 EVERY = [*PLAIN, "laco:combine=2,interval=1"]

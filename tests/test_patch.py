@@ -16,11 +16,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import gradpruner
-from gradpruner import InvalidArgument, Plan, UnsupportedModel, merge
-from gradpruner import patch as patching
+from gradpruner import InvalidArgument, Plan, UnsupportedModel
 from gradpruner.model.decoder import Decoder, Weight
-from gradpruner.patch import RIDGES, Patch, fit_patches
 from gradpruner.plan import gaps
+from gradpruner.pruning import apply as merge
+from gradpruner.pruning import patch as patching
+from gradpruner.pruning.patch import RIDGES, Patch, fit_patches
 
 LAYERS = families.LAYERS
 BATCHES = [batch([9, 12, 6, 7], 1), batch([5, 11, 8], 2), batch([10, 8, 13, 12, 6], 3)]

@@ -23,13 +23,13 @@ from test_families import generate, igia_of
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gradpruner
-from gradpruner import streaming
 from gradpruner.checkpoint import save as checkpoint
 from gradpruner.cli import main
 from gradpruner.model import load as models
 from gradpruner.model.decoder import Decoder
 from gradpruner.probe.igia import Igia
 from gradpruner.probe.importance import Factors
+from gradpruner.pruning import apply_folder as streaming
 from gradpruner.storage import files
 from gradpruner.storage import tensor_files as shards
 

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
 import gradpruner
-from gradpruner import merge
 from gradpruner.checkpoint import save as checkpoint
+from gradpruner.pruning import apply as merge
 
 LAYERS, STEPS, PROBE = 8, 12, 5
 

@@ -11,8 +11,8 @@ from benchmarks.device_timing import time_call
 from benchmarks.gpu.session import Session
 from benchmarks.operations import SHAPES
 from benchmarks.released import Released
-from gradpruner.merge import merge_weight_
 from gradpruner.probe.importance import Factors
+from gradpruner.pruning.merge import merge_weight_
 
 RANK = 8
 

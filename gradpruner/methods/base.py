@@ -13,13 +13,13 @@ from torch import nn
 from gradpruner import named_options as spelling
 from gradpruner.checkpoint.masks import Masks
 from gradpruner.errors import InvalidArgument
-from gradpruner.merge import apply
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.hidden_states import Batch
 from gradpruner.model.parameter_counts import count_parameters
-from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan, select
 from gradpruner.probe.igia import Igia
+from gradpruner.pruning.apply import apply
+from gradpruner.pruning.patch import fit_patches
 
 
 @dataclass(frozen=True)

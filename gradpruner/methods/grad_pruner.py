@@ -10,12 +10,12 @@ from torch import nn
 from gradpruner.checks import need_whole
 from gradpruner.errors import InvalidArgument
 from gradpruner.gaps import KINDS, plan_gaps
-from gradpruner.merge import apply
 from gradpruner.methods.base import Clues, Method, register
-from gradpruner.patch import fit_patches
 from gradpruner.plan import Plan
 from gradpruner.presets import PRESETS, Settings
 from gradpruner.probe.igia import SCORES
+from gradpruner.pruning.apply import apply
+from gradpruner.pruning.patch import fit_patches
 
 
 @register

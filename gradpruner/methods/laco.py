@@ -14,11 +14,11 @@ from torch.nn.functional import cosine_similarity
 
 from gradpruner.checks import need_whole
 from gradpruner.errors import InvalidArgument, UnsupportedModel
-from gradpruner.merge import apply, check_fits
 from gradpruner.methods.base import Clues, Method, check_count, lowest, register
 from gradpruner.model.decoder import Decoder, base_parameters, is_packed
 from gradpruner.model.hidden_states import Batch, final_states, skipping
 from gradpruner.plan import Plan
+from gradpruner.pruning.apply import apply, check_fits
 
 SEQUENCES = 10
 FALLING = tuple(k / 20 for k in range(19, -21, -1))  # thresholds that are tried, 0.95 down to -1

@@ -24,15 +24,16 @@ from gradpruner.checkpoint.stored_model import IN_MEMORY, StoredModel, config_of
 from gradpruner.checks import share_of
 from gradpruner.errors import CheckpointError, UnsupportedModel
 from gradpruner.memory import free_memory
-from gradpruner.merge import check_fits, donors_of, merge_weight_, skipping_logits
 from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.model.extra_layers import generation_changes
 from gradpruner.model.logits import differ, logits_of, longer_input, say_what_is_not_passed
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
+from gradpruner.pruning.apply import check_fits, skipping_logits
+from gradpruner.pruning.merge import donors_of, merge_weight_
+from gradpruner.pruning.surgery import prepare
 from gradpruner.storage.files import atomic_folder, read_json, write_json
 from gradpruner.storage.tensor_files import Pending, Stored, bytes_of, checksum_of, read_folder, write_folder
-from gradpruner.surgery import prepare
 
 logger = logging.getLogger(__name__)
 

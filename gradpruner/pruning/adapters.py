@@ -197,3 +197,32 @@ def without_adapters(base: Any) -> Any:
     if hasattr(base, "generation_config"):  # a classifier has none
         plain.generation_config = base.generation_config
     return plain.train(base.training)
+
+
+@contextlib.contextmanager
+def _casting_inputs(base: nn.Module) -> Iterator[None]:
+    """Adapters take inputs of another dtype inside, as they do unless peft was told to leave that to autocast."""
+    off = [m for m in base.modules() if getattr(m, "cast_input_dtype_enabled", None) is False]
+    for module in off:
+        module.cast_input_dtype_enabled = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in off:
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def _adapters_off(base: nn.Module) -> Iterator[None]:
+    """peft's own `disable_adapter` fails where no layer with an adapter is left, and unfreezes what was frozen."""
+    wrappers: list[Any] = [m for m in base.modules() if hasattr(m, "enable_adapters") and not m.disable_adapters]
+    trains = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
+    try:
+        for wrapper in wrappers:
+            wrapper.enable_adapters(False)
+        yield
+    finally:
+        for wrapper in wrappers:
+            wrapper.enable_adapters(True)
+        for parameter, was in trains:
+            parameter.requires_grad_(was)

@@ -6,14 +6,11 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gradpruner import ops
-from gradpruner.adapter_removal import check_removable, check_unaltered, take_off
-from gradpruner.adapters import keeping_scales
 from gradpruner.checks import share_of
 from gradpruner.distributed.deepspeed import is_deepspeeds
 from gradpruner.distributed.fsdp import forget, refuse_flat, reshard
@@ -24,11 +21,14 @@ from gradpruner.model.decoder import Decoder, Weight, is_packed
 from gradpruner.model.hidden_states import pass_input_on
 from gradpruner.model.logits import differ, logits_of, longer_input, say_what_is_not_passed
 from gradpruner.model.wrappers import peft_of, root_of
-from gradpruner.patch import Patch, check_patches
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
-from gradpruner.probe.importance import Dense, Factors, SharedImportance
-from gradpruner.surgery import Replaced, prepare
+from gradpruner.probe.importance import SharedImportance
+from gradpruner.pruning.adapter_removal import check_removable, check_unaltered, take_off
+from gradpruner.pruning.adapters import _adapters_off, _casting_inputs, keeping_scales
+from gradpruner.pruning.merge import _fold
+from gradpruner.pruning.patch import Patch, check_patches
+from gradpruner.pruning.surgery import Replaced, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -193,37 +193,6 @@ def check_fits(
                 raise UnsupportedModel(f"layer {weight.layer} {weight.name} is on the meta device: it has no values")
 
 
-def donors_of(kept: Weight, donors: tuple[int, ...], igia: Igia) -> list[int]:
-    """The donor layers whose weight of this name has an importance, ascending; the others add nothing."""
-    return [donor for donor in donors if (donor, kept.name) in igia.importance]
-
-
-def _fold(
-    decoder: Decoder,
-    kept: Weight,
-    donors: tuple[int, ...],
-    igia: Igia,
-    share: Fraction,
-    scale: float,
-    undo: list[tuple[Tensor, Tensor]],
-) -> None:
-    """Merge one weight of the donors into that of the kept layer, all donors in one pass."""
-    stored = decoder.parameter(kept).data
-    found = donors_of(kept, donors, igia)
-    if not found:
-        return
-    own = {w.layer: w for w in decoder.weights if w.name == kept.name}
-    theirs = [decoder.parameter(own[donor]).data for donor in found]
-    rows = rows_of(stored)
-    if any(rows_of(their) != rows for their in theirs):
-        raise UnsupportedModel(f"layer {kept.layer} {kept.name} is sharded otherwise than in layers {found}")
-    parameter = local(stored)
-    undo.append((parameter, parameter.to("cpu", copy=True)))
-    values = [local(their).to(parameter.device) for their in theirs]
-    importance = [igia.importance[donor, kept.name] for donor in found]
-    merge_weight_(parameter, values, importance, share, scale, first=0 if rows is None else rows[0])
-
-
 def _add(decoder: Decoder, patch: Patch, undo: list[tuple[Tensor, Tensor]]) -> None:
     stored = decoder.parameter(patch.weight).data
     rows, parameter = rows_of(stored), local(stored)
@@ -231,55 +200,6 @@ def _add(decoder: Decoder, patch: Patch, undo: list[tuple[Tensor, Tensor]]) -> N
     undo.append((parameter, parameter.to("cpu", copy=True)))
     exact = torch.promote_types(parameter.dtype, change.dtype)  # float64 stays that
     parameter.copy_(parameter.to(exact) + change.to(parameter.device, exact))
-
-
-def merge_weight_(
-    weight: Tensor,
-    donors: list[Tensor],
-    importance: list[Factors | Dense],
-    share: Fraction,
-    scale: float,
-    *,
-    first: int = 0,
-) -> None:
-    """Merge donors, ascending, into one stored weight, 2-D or 3-D, in place (docs/method.md, section 3).
-
-    weight and donors may be some of the rows (3-D: of the experts) of the whole, from row `first` on; importance is
-    always of the whole, on any device.
-    """
-    if weight.ndim == 2:
-        _merge_matrix(weight, donors, importance, share, scale, first)
-        return
-    for expert in range(weight.shape[0]):  # 3-D: the top share of each expert
-        slices = [Dense(f.dense().f[first + expert]) for f in importance]
-        _merge_matrix(weight[expert], [v[expert] for v in donors], list(slices), share, scale, 0)
-
-
-def _merge_matrix(
-    weight: Tensor,
-    donors: list[Tensor],
-    importance: list[Factors | Dense],
-    share: Fraction,
-    scale: float,
-    first: int,
-) -> None:
-    rows, columns = weight.shape
-    scales = [float(scale)] * len(donors)
-    factors = [f.to(weight.device) for f in importance if isinstance(f, Factors)]
-    if len(factors) == len(importance):
-        edges = [ops.factor_threshold(f.a, f.b, int(share * f.b.shape[1] * columns)) for f in factors]
-        a, b = [f.a for f in factors], [f.b[:, first : first + rows] for f in factors]
-        values, indices = [v for v, _ in edges], [i - first * columns for _, i in edges]
-        ops.factor_sign_merge_(weight, donors, a, b, values, indices, scales)
-        return
-    parts, edges = [], []
-    for given in importance:
-        f = given.to(weight.device).dense().f
-        edges.append(ops.threshold(f, int(share * f.numel())))
-        parts.append(f if len(f) == rows else f[first : first + rows].clone())  # of the whole, one at a time
-    # an index below zero: the last tie that is kept lies in rows before these
-    values, indices = [v for v, _ in edges], [i - first * columns for _, i in edges]
-    ops.sign_merge_(weight, donors, parts, values, indices, scales)
 
 
 def skipping_logits(
@@ -298,35 +218,6 @@ def skipping_logits(
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def _casting_inputs(base: nn.Module) -> Iterator[None]:
-    """Adapters take inputs of another dtype inside, as they do unless peft was told to leave that to autocast."""
-    off = [m for m in base.modules() if getattr(m, "cast_input_dtype_enabled", None) is False]
-    for module in off:
-        module.cast_input_dtype_enabled = True  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module in off:
-            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
-
-
-@contextlib.contextmanager
-def _adapters_off(base: nn.Module) -> Iterator[None]:
-    """peft's own `disable_adapter` fails where no layer with an adapter is left, and unfreezes what was frozen."""
-    wrappers: list[Any] = [m for m in base.modules() if hasattr(m, "enable_adapters") and not m.disable_adapters]
-    trains = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
-    try:
-        for wrapper in wrappers:
-            wrapper.enable_adapters(False)
-        yield
-    finally:
-        for wrapper in wrappers:
-            wrapper.enable_adapters(True)
-        for parameter, was in trains:
-            parameter.requires_grad_(was)
 
 
 def _check_logits(expected: Tensor | None, actual: Tensor | None, dtype: torch.dtype) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.adapter_merge import check_mergeable, values_beside
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.model.decoder import Decoder, is_packed
 from gradpruner.model.logits import MERGED, differ, logits_of
 from gradpruner.model.rollback import restorer
 from gradpruner.model.wrappers import altered_base, peft_of, root_of
 from gradpruner.presets import ADAPTERS
+from gradpruner.pruning.adapter_merge import check_mergeable, values_beside
 
 logger = logging.getLogger(__name__)
 

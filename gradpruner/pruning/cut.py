@@ -11,19 +11,19 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradpruner.adapters import check_are_lora, check_can_be_fresh, make_fresh
 from gradpruner.checks import share_of
 from gradpruner.distributed.fsdp import reshard
 from gradpruner.errors import InvalidArgument, UnsupportedModel
-from gradpruner.merge import removing
 from gradpruner.model.decoder import Decoder, base_name
 from gradpruner.model.optimizers import check_optimizer, forget, replace, unwrapped
 from gradpruner.model.rollback import restorer
 from gradpruner.model.wrappers import peft_of, root_of, wrappers
-from gradpruner.patch import Patch
 from gradpruner.plan import Plan
 from gradpruner.presets import ADAPTERS
 from gradpruner.probe.igia import Igia
+from gradpruner.pruning.adapters import check_are_lora, check_can_be_fresh, make_fresh
+from gradpruner.pruning.apply import removing
+from gradpruner.pruning.patch import Patch
 
 
 def cut(
