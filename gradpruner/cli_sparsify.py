@@ -52,7 +52,7 @@ def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.preflight import check_rows
     from gradpruner.probe.igia import Igia
     from gradpruner.pruning.preflight import check_save
-    from gradpruner.sparsity.pruning import chosen, sparsify
+    from gradpruner.sparsity.sparsify import chosen, sparsify
     from gradpruner.storage.files import need_free
     from gradpruner.windows import consecutive, sampled, text_of, tokens_of
 

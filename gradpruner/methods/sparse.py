@@ -14,7 +14,7 @@ from gradpruner.methods.base import METHODS, Clues, Method, register
 from gradpruner.model.hidden_states import Batch
 from gradpruner.plan import Plan
 from gradpruner.sparsity.criteria import parse_criterion
-from gradpruner.sparsity.pruning import chosen, sparsify
+from gradpruner.sparsity.sparsify import chosen, sparsify
 
 
 @register

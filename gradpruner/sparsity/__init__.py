@@ -4,7 +4,7 @@ from gradpruner.checkpoint.masks import HoldSparsity, Masks
 from gradpruner.checkpoint.save_sparse import save_sparse
 from gradpruner.sparsity.gradients import gradient_norms
 from gradpruner.sparsity.pattern import Pattern
-from gradpruner.sparsity.pruning import sparsify
 from gradpruner.sparsity.semi_structured import to_semi_structured_
+from gradpruner.sparsity.sparsify import sparsify
 
 __all__ = ["HoldSparsity", "Masks", "Pattern", "gradient_norms", "save_sparse", "sparsify", "to_semi_structured_"]

@@ -13,8 +13,7 @@ from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.model.decoder import Decoder, linear_modules
 from gradpruner.model.fused_linear import fuse, is_replaced, unfuse
 from gradpruner.ops.linear import WeightSquares
-from gradpruner.sparsity.batches import Batch, need_full
-from gradpruner.sparsity.weights import prunable
+from gradpruner.sparsity.checks import Batch, need_full, prunable
 
 
 def gradient_norms(model: nn.Module, batches: Sequence[Batch], p: int = 2) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from gradpruner.errors import UnsupportedModel
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.modes import evaluating
-from gradpruner.sparsity.batches import Batch, need_full
+from gradpruner.sparsity.checks import Batch, need_full
 
 
 class Layerwise:

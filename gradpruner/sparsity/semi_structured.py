@@ -8,7 +8,7 @@ from torch.sparse import to_sparse_semi_structured
 
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.model.decoder import Decoder, linear_modules
-from gradpruner.sparsity.weights import prunable
+from gradpruner.sparsity.checks import prunable
 
 
 @torch.no_grad()

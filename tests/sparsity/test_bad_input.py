@@ -12,8 +12,8 @@ from gradpruner.oneshot import _watch
 from gradpruner.sparsity.criteria import parse_criterion
 from gradpruner.sparsity.gradients import gradient_norms
 from gradpruner.sparsity.pattern import Pattern
-from gradpruner.sparsity.pruning import sparsify
-from gradpruner.sparsity.seen import Seen
+from gradpruner.sparsity.sparsify import sparsify
+from gradpruner.sparsity.statistics import Seen
 
 PADDED = torch.tensor([[1, 2, 0]])
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradpruner.checkpoint.mask_bits import unpack
 from gradpruner.sparsity.gradients import gradient_norms
-from gradpruner.sparsity.pruning import sparsify
+from gradpruner.sparsity.sparsify import sparsify
 
 RATIO = 0.43
 

@@ -9,7 +9,7 @@ import transformers as hf
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.model.decoder import Decoder
 from gradpruner.sparsity.layerwise import Layerwise
-from gradpruner.sparsity.pruning import sparsify
+from gradpruner.sparsity.sparsify import sparsify
 
 SIZES = {
     "vocab_size": 67,

@@ -14,7 +14,7 @@ from gradpruner.checkpoint.save_sparse import MASKS, save_sparse
 from gradpruner.cli import main
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.finetune import Recipe, add_adapters
-from gradpruner.sparsity.pruning import sparsify
+from gradpruner.sparsity.sparsify import sparsify
 
 
 def model_of(layers=2):

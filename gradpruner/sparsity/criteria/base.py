@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradpruner import named_options as spelling
 from gradpruner.sparsity.pattern import Pattern
-from gradpruner.sparsity.seen import Seen
+from gradpruner.sparsity.statistics import Seen
 
 Terms = tuple[Tensor | None, Tensor | None, float]  # norms, grads, alpha: see `gradpruner.ops.weight_importance`
 

@@ -14,7 +14,7 @@ from gradpruner.checks import need_whole
 from gradpruner.errors import InvalidArgument
 from gradpruner.sparsity.criteria.base import CRITERIA, Criterion, Metric, register
 from gradpruner.sparsity.pattern import Pattern
-from gradpruner.sparsity.seen import MOMENTS, NORMS, Seen
+from gradpruner.sparsity.statistics import MOMENTS, NORMS, Seen
 
 INFINITY = float("inf")
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from gradpruner.errors import InvalidArgument
 from gradpruner.sparsity.criteria.base import Metric, Terms, register
-from gradpruner.sparsity.seen import NORMS, Seen
+from gradpruner.sparsity.statistics import NORMS, Seen
 
 
 @register

@@ -14,7 +14,7 @@ from gradpruner.checks import need_whole
 from gradpruner.errors import InvalidArgument
 from gradpruner.sparsity.criteria.base import Criterion, register
 from gradpruner.sparsity.pattern import Pattern, largest
-from gradpruner.sparsity.seen import HESSIAN, Seen
+from gradpruner.sparsity.statistics import HESSIAN, Seen
 
 
 @register

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradpruner.sparsity.criteria.base import Metric, Terms, register
-from gradpruner.sparsity.seen import NORMS, Seen
+from gradpruner.sparsity.statistics import NORMS, Seen
 
 
 @register

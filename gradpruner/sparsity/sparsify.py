@@ -13,13 +13,12 @@ from gradpruner.errors import InvalidArgument
 from gradpruner.model.decoder import Decoder, Weight, linear_modules
 from gradpruner.probe.igia import Igia
 from gradpruner.sparsity.allocation import allocate, check_allocation
-from gradpruner.sparsity.batches import Batch, need_full
+from gradpruner.sparsity.checks import Batch, need_full, prunable
 from gradpruner.sparsity.criteria import Criterion, parse_criterion
 from gradpruner.sparsity.gradients import gradient_norms
 from gradpruner.sparsity.layerwise import Layerwise
 from gradpruner.sparsity.pattern import Pattern
-from gradpruner.sparsity.seen import Seen, Statistics
-from gradpruner.sparsity.weights import prunable
+from gradpruner.sparsity.statistics import Seen, Statistics
 
 
 def chosen(method: str, pattern: str, ratio: float | None, allocation: str) -> tuple[Criterion, Pattern]:

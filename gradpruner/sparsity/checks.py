@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
 from gradpruner.distributed.sharding import is_sharded
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.model.decoder import Decoder, Weight, base_name, is_packed
@@ -22,3 +26,14 @@ def prunable(decoder: Decoder) -> list[Weight]:
         if is_packed(parameter) or is_sharded(parameter):
             raise UnsupportedModel(f"{path} is quantised or sharded: it cannot be pruned in place")
     return found
+
+
+Batch = Mapping[str, Tensor]
+
+
+def need_full(batches: Sequence[Batch], who: str) -> None:
+    """Raises InvalidArgument, with the name of `who` needs them, without batches or with padding in them."""
+    if not batches:
+        raise InvalidArgument(f"batches is empty; {who} expected at least one, with input_ids")
+    if any("attention_mask" in batch and not bool(batch["attention_mask"].all()) for batch in batches):
+        raise InvalidArgument("batches: some tokens are padding, which would count as text; expected full rows")
