@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradpruner.errors import InvalidArgument
-from gradpruner.gaps import KINDS, LONGEST, RIDGE, cheapest, gap_costs, plan_gaps
 from gradpruner.methods import Clues, parse_method
+from gradpruner.methods.patched_gaps import KINDS, LONGEST, RIDGE, cheapest, gap_costs, plan_gaps
 from gradpruner.model.decoder import Decoder
 
 LAYERS = 5

@@ -13,8 +13,8 @@ from families import build as build_family
 from test_method import lora
 
 import gradpruner
-from gradpruner.gaps import plan_gaps
 from gradpruner.methods.base import lowest
+from gradpruner.methods.patched_gaps import plan_gaps
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.parameter_counts import count_parameters
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from gradpruner.checks import need_whole
 from gradpruner.errors import InvalidArgument
-from gradpruner.gaps import KINDS, plan_gaps
 from gradpruner.methods.base import Clues, Method, register
+from gradpruner.methods.patched_gaps import KINDS, plan_gaps
 from gradpruner.plan import Plan
 from gradpruner.presets import PRESETS, Settings
 from gradpruner.probe.igia import SCORES
