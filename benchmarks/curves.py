@@ -21,9 +21,10 @@ from benchmarks.plots import blank, save
 from benchmarks.records import FOLDER, Timed, read, shown, timed, write
 from benchmarks.timing import quiet_collector
 from gradpruner.errors import GradPrunerError, InvalidArgument
-from gradpruner.finetune import Recipe, add_adapters
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.report.tables import table
+from gradpruner.training.finetune import add_adapters
+from gradpruner.training.recipe import Recipe
 
 CPU = torch.device("cpu")
 PAIRS, RANK, STEPS, WIDTH = 16, 8, 40, 1024  # what stays fixed while one of them grows

@@ -20,11 +20,12 @@ from transformers import TrainerCallback
 
 import gradpruner
 from benchmarks import plots, records
-from gradpruner.data import Collator, load_examples, tokenize
-from gradpruner.evaluate import exact_match
-from gradpruner.finetune import Recipe, add_adapters, schedule, train
 from gradpruner.model.load import load_model
 from gradpruner.report.tables import table as text_table
+from gradpruner.training.data import Collator, load_examples, tokenize
+from gradpruner.training.evaluate import exact_match
+from gradpruner.training.finetune import add_adapters, train
+from gradpruner.training.recipe import Recipe, schedule
 
 FOLDER = Path(__file__).parent / "results"
 

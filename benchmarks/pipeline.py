@@ -20,7 +20,6 @@ from benchmarks.records import FOLDER, Timed, ratios, read, timed, write
 from benchmarks.released import Released
 from benchmarks.timing import WrongAnswer, quiet_collector
 from gradpruner.errors import GradPrunerError
-from gradpruner.finetune import Recipe, add_adapters
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.load import load_model
@@ -29,6 +28,8 @@ from gradpruner.probe.igia import Igia
 from gradpruner.probe.importance import Dense, Factors
 from gradpruner.pruning.merge import merge_weight_
 from gradpruner.report.tables import table
+from gradpruner.training.finetune import add_adapters
+from gradpruner.training.recipe import Recipe
 
 ROWS, LENGTH, RANK = 4, 256, 8
 TOP = Fraction(1, 5)

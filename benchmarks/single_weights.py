@@ -26,10 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import records
-from gradpruner.data import Collator
 from gradpruner.demo_data import paragraphs
-from gradpruner.evaluate import perplexity
-from gradpruner.finetune import Recipe, schedule
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.model.identity import identify, sha256_of
 from gradpruner.model.load import load_model
@@ -39,7 +36,10 @@ from gradpruner.sparsity import gradient_norms, sparsify
 from gradpruner.stages import watch
 from gradpruner.storage.files import write_json
 from gradpruner.storage.provenance import RECORD, digest, is_made
-from gradpruner.windows import consecutive, sampled, tokens_of
+from gradpruner.training.data import Collator
+from gradpruner.training.evaluate import perplexity
+from gradpruner.training.recipe import Recipe, schedule
+from gradpruner.training.text_windows import consecutive, sampled, tokens_of
 
 FOLDER = Path(__file__).parent / "results"
 LENGTH = 512

@@ -22,9 +22,6 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks import plots
-from gradpruner.data import Collator, load_examples, split_examples, tokenize
-from gradpruner.evaluate import answers
-from gradpruner.finetune import Recipe, add_adapters, schedule, train
 from gradpruner.methods import Clues, parse_method
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.load import load_model
@@ -32,6 +29,10 @@ from gradpruner.plan import how_many
 from gradpruner.report.tables import table as text_table
 from gradpruner.stages import watch
 from gradpruner.storage.files import atomic_path
+from gradpruner.training.data import Collator, load_examples, split_examples, tokenize
+from gradpruner.training.evaluate import answers
+from gradpruner.training.finetune import add_adapters, train
+from gradpruner.training.recipe import Recipe, schedule
 
 FOLDER = Path(__file__).parent / "results"
 DENSE, COLOURS = "dense", ("#1b1f24", "#0072B2", "#E69F00", "#009E73", "#CC79A7")

@@ -1,6 +1,5 @@
 """Cheaper LLM fine-tuning and serving: remove the decoder layers a task does not need (GradPruner, ICLR 2026)."""
 
-from gradpruner.attach import attach
 from gradpruner.checkpoint.card import model_card
 from gradpruner.checkpoint.hub import push_to_hub
 from gradpruner.checkpoint.save import save
@@ -22,7 +21,8 @@ from gradpruner.pruning.apply import apply
 from gradpruner.pruning.apply_folder import apply_folder
 from gradpruner.pruning.cut import cut
 from gradpruner.pruning.patch import fit_patches
-from gradpruner.trainer import ProbeCallback
+from gradpruner.training.attach import attach
+from gradpruner.training.probe_callback import ProbeCallback
 
 __version__ = "0.1.0"
 

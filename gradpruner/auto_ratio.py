@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gradpruner.errors import GradPrunerError, InvalidArgument
-from gradpruner.evaluate import Evaluation
 from gradpruner.storage.files import read_json, reading, write_json
 from gradpruner.storage.provenance import MADE_FROM, is_made
+from gradpruner.training.evaluate import Evaluation
 
 AUTO = "auto"
 MAX_LOST = 0.01

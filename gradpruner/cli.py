@@ -244,8 +244,8 @@ def _add_backends(commands: Any) -> None:
 
 
 def _training(options: argparse.Namespace, recipe: Any, revision: str | None = None) -> tuple[Any, Any, list[Any]]:
-    from gradpruner.data import tokenize
-    from gradpruner.finetune import schedule
+    from gradpruner.training.data import tokenize
+    from gradpruner.training.recipe import schedule
 
     examples = given.examples(options)
     model, tokenizer = given.load(options, revision)
@@ -389,13 +389,13 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
 
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint.companions import masks_of, plan_of, save_from
-    from gradpruner.checkpoints import checkpoints_beside
-    from gradpruner.divergence import explained
     from gradpruner.model.identity import identify
     from gradpruner.pruning.preflight import check_save
     from gradpruner.sparsity import Masks
     from gradpruner.stages import tune
     from gradpruner.storage.files import need_free
+    from gradpruner.training.checkpoints import checkpoints_beside
+    from gradpruner.training.divergence import explained
 
     recipe = given.recipe(options)
     need_free(options.out, options.overwrite)
@@ -447,10 +447,10 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: list[Any]) -> dict[str, Any]:
-    from gradpruner.data import Collator
-    from gradpruner.evaluate import perplexity
     from gradpruner.preflight import check_rows
-    from gradpruner.windows import consecutive, text_of, tokens_of
+    from gradpruner.training.data import Collator
+    from gradpruner.training.evaluate import perplexity
+    from gradpruner.training.text_windows import consecutive, text_of, tokens_of
 
     rows = consecutive(tokens_of(text_of(examples), tokenizer, options.window), options.window)
     check_rows(model, tokenizer, rows)

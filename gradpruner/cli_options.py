@@ -120,7 +120,7 @@ def checkpoint_options(parser: argparse.ArgumentParser) -> None:
 
 def recipe(options: argparse.Namespace) -> Any:
     """What `recipe_options` say."""
-    from gradpruner.finetune import Recipe
+    from gradpruner.training.recipe import Recipe
 
     return Recipe(
         batch_size=options.batch_size,
@@ -164,7 +164,7 @@ def load(options: argparse.Namespace, revision: str | None = None) -> tuple[Any,
 
 def examples(options: argparse.Namespace) -> list[Any]:
     """The examples of --data."""
-    from gradpruner.data import load_examples
+    from gradpruner.training.data import load_examples
 
     return load_examples(
         options.data,
@@ -198,7 +198,7 @@ def say(options: argparse.Namespace) -> Any:
 
 def split(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """Training and test examples: of --test-data, or held out of --data."""
-    from gradpruner.data import is_file, load_examples, split_examples
+    from gradpruner.training.data import is_file, load_examples, split_examples
 
     train_examples, templates = examples(options), {"prompt": options.prompt, "answer": options.answer}
     if not options.test_data:

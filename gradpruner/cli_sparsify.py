@@ -54,7 +54,7 @@ def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.pruning.preflight import check_save
     from gradpruner.sparsity.sparsify import chosen, sparsify
     from gradpruner.storage.files import need_free
-    from gradpruner.windows import consecutive, sampled, text_of, tokens_of
+    from gradpruner.training.text_windows import consecutive, sampled, text_of, tokens_of
 
     need_free(options.out, options.overwrite)
     chosen(options.method, options.pattern, options.ratio, options.allocation)

@@ -24,11 +24,7 @@ from torch import nn
 
 from gradpruner.checkpoint.companions import refuse_masks
 from gradpruner.checkpoint.masks import Masks
-from gradpruner.checkpoints import Checkpoints
-from gradpruner.data import Collator, Example, tokenize
 from gradpruner.errors import GradPrunerError, InvalidArgument
-from gradpruner.evaluate import answers, macro_f1, perplexity, perplexity_of
-from gradpruner.finetune import Recipe, Row, check_comparable, schedule
 from gradpruner.job import Job, torch_dtype
 from gradpruner.methods import METHODS, Clues, GradPruner, Method, parse_method, spelled
 from gradpruner.model.decoder import Decoder
@@ -44,6 +40,11 @@ from gradpruner.stages import tune, watch
 from gradpruner.storage.files import read_json, reading, write_json
 from gradpruner.storage.locks import claim, lock
 from gradpruner.storage.provenance import MADE_FROM, digest, is_made
+from gradpruner.training.checkpoints import Checkpoints
+from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.training.evaluate import answers, macro_f1, perplexity, perplexity_of
+from gradpruner.training.finetune import check_comparable
+from gradpruner.training.recipe import Recipe, Row, schedule
 
 DENSE, OURS = "dense", spelled(GradPruner())
 FEW = 10  # classes: with more of them, macro-F1 is not what people look at

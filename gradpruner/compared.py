@@ -14,7 +14,6 @@ from gradpruner.bootstrap import paired_difference
 from gradpruner.compare import DENSE, OURS, SETTINGS, Cell, Compare, finished
 from gradpruner.comparison_report import write_comparison
 from gradpruner.costs import measure
-from gradpruner.divergence import why_failed
 from gradpruner.errors import InvalidArgument, ProbeError
 from gradpruner.methods import GradPruner
 from gradpruner.plan import Plan, how_many
@@ -24,6 +23,7 @@ from gradpruner.report.tables import table
 from gradpruner.results import Result, read_costs, write_costs, write_results
 from gradpruner.sensitivity import scored
 from gradpruner.storage.files import atomic_path, read_json, reading, write_json
+from gradpruner.training.divergence import why_failed
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import torch
 from gradpruner.auto_ratio import AUTO, MAX_LOST
 from gradpruner.checks import need_whole
 from gradpruner.errors import InvalidArgument
-from gradpruner.finetune import Recipe
 from gradpruner.presets import Settings
+from gradpruner.training.recipe import Recipe
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OF_AUTO = ("max_lost", "check_steps", "check_rows")

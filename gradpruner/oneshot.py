@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from gradpruner.errors import InvalidArgument
-from gradpruner.finetune import Recipe, add_adapters
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.wrappers import is_peft
 from gradpruner.plan import Plan
@@ -19,6 +18,8 @@ from gradpruner.probe.probe import Probe
 from gradpruner.pruning.adapter_removal import check_removable
 from gradpruner.pruning.apply import apply
 from gradpruner.pruning.patch import fit_patches
+from gradpruner.training.finetune import add_adapters
+from gradpruner.training.recipe import Recipe
 
 
 def prune(

@@ -20,11 +20,7 @@ from gradpruner.auto_ratio import AUTO, Choice, choose, hold_out, trial_rows
 from gradpruner.checkpoint.card import model_card, write_card
 from gradpruner.checkpoint.companions import plan_of, refuse_masks
 from gradpruner.checkpoint.save import PLAN_FILE, save
-from gradpruner.data import Collator, Example, tokenize
-from gradpruner.divergence import why_failed
 from gradpruner.errors import InvalidArgument, ModelMismatch
-from gradpruner.evaluate import Evaluation
-from gradpruner.finetune import Row, check_comparable, finish, schedule
 from gradpruner.job import Job, torch_dtype
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.identity import identify
@@ -44,6 +40,11 @@ from gradpruner.speeds import speeds_in_turns
 from gradpruner.stages import measure, tune, watch
 from gradpruner.storage.files import read_json, reading, write_json
 from gradpruner.storage.provenance import MADE_FROM, RECORD, digest, need_same
+from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.training.divergence import why_failed
+from gradpruner.training.evaluate import Evaluation
+from gradpruner.training.finetune import check_comparable, finish
+from gradpruner.training.recipe import Row, schedule
 
 
 class Run:

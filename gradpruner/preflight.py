@@ -11,15 +11,15 @@ from torch import nn
 
 from gradpruner.auto_ratio import AUTO, candidates
 from gradpruner.checks import share_of
-from gradpruner.data import Collator, Example, tokenize
 from gradpruner.errors import InvalidArgument
-from gradpruner.evaluate import check_labels
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.full_precision import check_full_precision
 from gradpruner.model.modes import evaluating
 from gradpruner.probe.igia import SCORES
 from gradpruner.pruning.preflight import check_plan, check_save
 from gradpruner.report.plots import new_figure
+from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.training.evaluate import check_labels
 
 if TYPE_CHECKING:
     from gradpruner.job import Job

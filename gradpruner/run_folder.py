@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradpruner.checkpoints import Checkpoints
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.identity import Identity, differences
 from gradpruner.storage.files import read_json, write_json
 from gradpruner.storage.provenance import MADE_FROM, digest, is_made
+from gradpruner.training.checkpoints import Checkpoints
 
 SETTINGS, MODEL, CHECKPOINTS = "run.json", "model", "checkpoints"
 # stages in their order, and the checkpoints of the last one

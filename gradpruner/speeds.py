@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gradpruner.evaluate import generation_speed
+from gradpruner.training.evaluate import generation_speed
 
 TURNS = 5
 

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradpruner.checkpoint.masks import HoldSparsity, Masks
-from gradpruner.checkpoints import Checkpoints
-from gradpruner.data import Collator, Example, tokenize
-from gradpruner.divergence import explained
 from gradpruner.errors import GradPrunerError
-from gradpruner.evaluate import Evaluation, exact_match, perplexity, rouge_l, rouge_scorer
-from gradpruner.finetune import Recipe, Row, Training, add_adapters, finish, train
 from gradpruner.preflight import check_rows
 from gradpruner.probe.igia import Igia
-from gradpruner.trainer import ProbeCallback
+from gradpruner.training.checkpoints import Checkpoints
+from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.training.divergence import explained
+from gradpruner.training.evaluate import Evaluation, exact_match, perplexity, rouge_l, rouge_scorer
+from gradpruner.training.finetune import Training, add_adapters, finish, train
+from gradpruner.training.probe_callback import ProbeCallback
+from gradpruner.training.recipe import Recipe, Row
 
 
 def watch(

@@ -9,11 +9,11 @@ import torch
 from test_data import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gradpruner import finetune
-from gradpruner.data import Example
-from gradpruner.finetune import Recipe
 from gradpruner.job import Job
 from gradpruner.pipeline import Run
+from gradpruner.training import finetune
+from gradpruner.training.data import Example
+from gradpruner.training.recipe import Recipe
 
 LAYERS, STEPS, PROBE = 4, 16, 4
 TRAIN = [Example(f"word {i % 7}:", "abc"[i % 3]) for i in range(30)]

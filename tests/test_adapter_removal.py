@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, ZambaConfig
 
 import gradpruner
 from gradpruner.errors import InvalidArgument, UnsupportedModel
-from gradpruner.finetune import finish
 from gradpruner.pruning import adapter_removal
+from gradpruner.training.finetune import finish
 
 PLAN = gradpruner.Plan(6, drop=[1, 3, 4])
 TIED = {"tie_word_embeddings": True}

@@ -10,13 +10,13 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradpruner
-from gradpruner.inputs import Inputs
 from gradpruner.model.decoder import Decoder
 from gradpruner.probe import host_copies as arrival
 from gradpruner.probe.estimators.exact import ExactReader
 from gradpruner.probe.estimators.gradient import GradientReader
 from gradpruner.probe.estimators.lora import LoraReader, _ldexp
 from gradpruner.probe.host_copies import Arrival, joined, one_ahead, to_host
+from gradpruner.training.probe_batches import Inputs
 
 
 class Calls(TorchDispatchMode):

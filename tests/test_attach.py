@@ -18,13 +18,13 @@ from training_runs import trainer as plain_trainer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, T5Config, Trainer, TrainerCallback
 
 import gradpruner
-from gradpruner import inputs
-from gradpruner.inputs import load_inputs
 from gradpruner.model.decoder import Decoder
 from gradpruner.plan import gaps
 from gradpruner.pruning.patch import Patch, fit_patches
 from gradpruner.storage.checked_tensors import read_described, write_described
-from gradpruner.training_files import mark_of
+from gradpruner.training import probe_batches as inputs
+from gradpruner.training.probe_batches import load_inputs
+from gradpruner.training.resume import mark_of
 
 SETTINGS = {
     "default": {},

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from gradpruner import pipeline, stages
 from gradpruner.auto_ratio import Trial, candidates, choose, gap, hold_out, search
 from gradpruner.cli import main
-from gradpruner.data import Example
 from gradpruner.errors import GradPrunerError, InvalidArgument
-from gradpruner.evaluate import Evaluation
-from gradpruner.finetune import Recipe
 from gradpruner.job import Job
 from gradpruner.pipeline import Run
 from gradpruner.probe.igia import Igia
+from gradpruner.training.data import Example
+from gradpruner.training.evaluate import Evaluation
+from gradpruner.training.recipe import Recipe
 
 # twelve layers, the first one protected; in order 1, 2, 3, 30, 31, 32, 33, 330, 331, 332, 333
 SCORES = [9e9, 333.0, 1.0, 30.0, 331.0, 2.0, 31.0, 332.0, 3.0, 32.0, 330.0, 33.0]

@@ -15,11 +15,12 @@ from test_data import make_tokenizer
 from test_finetune import plain, rows
 from training_runs import llama
 
-from gradpruner import checkpoints
-from gradpruner.checkpoints import Checkpoints
-from gradpruner.data import Collator
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
-from gradpruner.finetune import Recipe, add_adapters, schedule, train
+from gradpruner.training import checkpoints
+from gradpruner.training.checkpoints import Checkpoints
+from gradpruner.training.data import Collator
+from gradpruner.training.finetune import add_adapters, train
+from gradpruner.training.recipe import Recipe, schedule
 
 RECIPE = Recipe(batch_size=2, learning_rate=1e-2, warmup=0.25, rank=4)
 KINDS = {

@@ -348,7 +348,8 @@ def test_a_loss_that_rises_is_no_success(home, tmp_path, capsys):
 
 
 def test_a_run_that_diverged_says_so_everywhere(home, tmp_path, capsys, monkeypatch):
-    from gradpruner import divergence, pipeline
+    from gradpruner import pipeline
+    from gradpruner.training import divergence
 
     monkeypatch.setattr(divergence, "has_diverged", lambda losses: True)
     monkeypatch.setattr(pipeline, "speeds_in_turns", lambda *args: {"pruned": [3.0, 2.0, 4.0]})

@@ -25,11 +25,8 @@ import gradpruner
 from gradpruner import compare, compared, costs, sensitivity
 from gradpruner.cli import main
 from gradpruner.compare import DENSE, Cell, Compare, work_in_processes
-from gradpruner.data import Collator, Example, tokenize
 from gradpruner.errors import GradPrunerError, InvalidArgument
-from gradpruner.evaluate import exact_matches, perplexity
 from gradpruner.factors import FACTORS
-from gradpruner.finetune import Recipe, schedule
 from gradpruner.job import Job
 from gradpruner.methods import METHODS, GradPruner, parse_method
 from gradpruner.model.loss import IGNORED
@@ -37,6 +34,9 @@ from gradpruner.operations import training_operations
 from gradpruner.plan import Plan
 from gradpruner.results import Cost, Result, read_results
 from gradpruner.storage.locks import claim
+from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.training.evaluate import exact_matches, perplexity
+from gradpruner.training.recipe import Recipe, schedule
 
 LAYERS, STEPS, PROBE, BATCH, HELD_OUT = 6, 8, 3, 2, 6
 KIND = GradPruner().settings.kind  # by default, and another one

@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 import gradpruner
 from gradpruner.cli import main
 from gradpruner.compare import Compare
-from gradpruner.finetune import Recipe, add_adapters, check_comparable
 from gradpruner.methods import METHODS, Clues
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
 from gradpruner.probed import save_probed, with_probed
+from gradpruner.training.finetune import add_adapters, check_comparable
+from gradpruner.training.recipe import Recipe
 
 MLP = [f"model.layers.{j}.mlp.{name}_proj" for j in range(3) for name in ("gate", "up", "down")]
 ATTENTION = [f"model.layers.{j}.self_attn.{name}_proj" for j in range(8) for name in "qkvo"]

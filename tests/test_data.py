@@ -16,9 +16,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gradpruner.data import Collator, Example, load_examples, split_examples, tokenize
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.load import load_model
+from gradpruner.training.data import Collator, Example, load_examples, split_examples, tokenize
 
 
 def make_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:

@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 
 from gradpruner import demo_data
-from gradpruner.data import Example
 from gradpruner.demo_data import CHAPTERS, demo_examples, majority_share, paragraphs, shingles
 from gradpruner.errors import GradPrunerError
+from gradpruner.training.data import Example
 
 PROSE = (
     "The statement is used for {} and it must be one of the things that can be done in a block of {}, "

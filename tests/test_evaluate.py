@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gradpruner import evaluate
-from gradpruner.data import Collator, Example, tokenize
 from gradpruner.errors import InvalidArgument
-from gradpruner.evaluate import (
+from gradpruner.training import evaluate
+from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.training.evaluate import (
     Evaluation,
     answers,
     exact_match,

@@ -14,14 +14,15 @@ from test_data import make_tokenizer
 from training_runs import llama
 from transformers import TrainerCallback
 
-from gradpruner import finetune
-from gradpruner.data import Collator
-from gradpruner.divergence import explained, has_diverged, why_failed
 from gradpruner.errors import GradPrunerError, InvalidArgument
-from gradpruner.finetune import GROUPED, Recipe, add_adapters, finish, schedule, train
-from gradpruner.master_weights import float32_masters
 from gradpruner.model.loss import IGNORED
 from gradpruner.stages import watch
+from gradpruner.training import finetune
+from gradpruner.training.data import Collator
+from gradpruner.training.divergence import explained, has_diverged, why_failed
+from gradpruner.training.finetune import add_adapters, finish, train
+from gradpruner.training.master_weights import float32_masters
+from gradpruner.training.recipe import GROUPED, Recipe, schedule
 
 RECIPE = Recipe(batch_size=2, learning_rate=1e-2, warmup=0.25, rank=4)
 

@@ -13,17 +13,18 @@ from test_data import make_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig
 
 import gradpruner
-from gradpruner import finetune, pipeline, preflight, stages
+from gradpruner import pipeline, preflight, stages
 from gradpruner.checkpoint.generation_config import savable
 from gradpruner.cli import main
 from gradpruner.compare import Compare
-from gradpruner.data import Example, tokenize
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
-from gradpruner.finetune import Recipe
 from gradpruner.job import Job
 from gradpruner.model.full_precision import check_full_precision, quantisation_of
 from gradpruner.pipeline import Run
 from gradpruner.storage.files import need_writable
+from gradpruner.training import finetune
+from gradpruner.training.data import Example, tokenize
+from gradpruner.training.recipe import Recipe
 
 TRAIN = [Example(f"word {i % 7}:", "abc"[i % 3]) for i in range(30)]
 TEST = [Example("word 9:", "b"), Example("word 8:", "c")]

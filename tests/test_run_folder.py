@@ -11,10 +11,10 @@ from small_runs import LAYERS, PROBE, TEST, TRAIN, interrupting, job_of, run, wr
 from gradpruner.auto_ratio import choose
 from gradpruner.compare import Compare
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
-from gradpruner.evaluate import Evaluation
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
 from gradpruner.storage.provenance import digest
+from gradpruner.training.evaluate import Evaluation
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from typing import Any
 
 from benchmarks.gpu.session import Session
 from gradpruner.compare import DENSE, OURS, Compare, work_in_processes
-from gradpruner.data import Example, load_examples
-from gradpruner.finetune import Recipe
 from gradpruner.job import Job
+from gradpruner.training.data import Example, load_examples
+from gradpruner.training.recipe import Recipe
 
 PROMPT, ANSWER = "Question: {text}\nIntent:", "{category}"  # banking77
 EPOCHS, RATIO, HELD_OUT = 3, 0.4, 16

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu.session import Session
-from gradpruner.finetune import Recipe, add_adapters
+from gradpruner.training.finetune import add_adapters
+from gradpruner.training.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from gradpruner.errors import GradPrunerError, InvalidArgument, ModelMismatch, UnsupportedModel
-from gradpruner.finetune import Recipe, add_adapters
 from gradpruner.oneshot import _watch
 from gradpruner.sparsity.criteria import parse_criterion
 from gradpruner.sparsity.gradients import gradient_norms
 from gradpruner.sparsity.pattern import Pattern
 from gradpruner.sparsity.sparsify import sparsify
 from gradpruner.sparsity.statistics import Seen
+from gradpruner.training.finetune import add_adapters
+from gradpruner.training.recipe import Recipe
 
 PADDED = torch.tensor([[1, 2, 0]])
 

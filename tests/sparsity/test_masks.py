@@ -13,8 +13,9 @@ from gradpruner.checkpoint.masks import HoldSparsity, Masks
 from gradpruner.checkpoint.save_sparse import MASKS, save_sparse
 from gradpruner.cli import main
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
-from gradpruner.finetune import Recipe, add_adapters
 from gradpruner.sparsity.sparsify import sparsify
+from gradpruner.training.finetune import add_adapters
+from gradpruner.training.recipe import Recipe
 
 
 def model_of(layers=2):

@@ -18,13 +18,13 @@ import gradpruner
 from gradpruner.checkpoint.masks import Masks
 from gradpruner.checkpoint.save_sparse import MASKS
 from gradpruner.cli import main
-from gradpruner.finetune import Recipe
-from gradpruner.inputs import FILES
 from gradpruner.model.load import load_model
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
 from gradpruner.stages import watch
-from gradpruner.training_files import SNAPSHOT
+from gradpruner.training.probe_batches import FILES
+from gradpruner.training.recipe import Recipe
+from gradpruner.training.resume import SNAPSHOT
 
 # what vLLM, SGLang, TGI and the converters of llama.cpp look for in a folder
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.npz", "*.json")

@@ -18,7 +18,6 @@ from gradpruner.checkpoint.save import PLAN_FILE, save
 from gradpruner.checks import need_whole, share_of
 from gradpruner.distributed.processes import peers_of, together
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
-from gradpruner.inputs import FILES, Inputs, load_inputs, save_inputs
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.wrappers import altered_base, peft_of
 from gradpruner.plan import Plan, gaps
@@ -31,7 +30,8 @@ from gradpruner.pruning.cut import check_wrappers, cut
 from gradpruner.pruning.patch import Patch, fit_patches
 from gradpruner.pruning.preflight import check_plan, check_save
 from gradpruner.storage.files import read_json, reading, write_json
-from gradpruner.training_files import (
+from gradpruner.training.probe_batches import FILES, Inputs, load_inputs, save_inputs
+from gradpruner.training.resume import (
     FOLDER,
     SNAPSHOT,
     TRAINER_STATE,

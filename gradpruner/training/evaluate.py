@@ -1,6 +1,6 @@
 """How good and how fast a model is on the user's own data.
 
-Rows are what `gradpruner.data.tokenize` makes; labels other than -100 mark the tokens that count.
+Rows are what `gradpruner.training.data.tokenize` makes; labels other than -100 mark the tokens that count.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from gradpruner.errors import CheckpointError
 from gradpruner.probe.host_copies import Arrival, to_host
 from gradpruner.storage.checked_tensors import read_checked, read_described, write_described
 
-FORMAT = "gradpruner.inputs/1"
+FORMAT = "gradpruner.training.probe_batches/1"
 # one a process: each has seen batches of its own. Safetensors under another ending: these are no weights
 FILES = "gradpruner_inputs-*.state"
 TOKENS = 131_072  # at most, of each process; 2 MiB of token ids and mask

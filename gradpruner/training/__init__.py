@@ -1,0 +1,1 @@
+"""Data, recipe, fine-tuning, evaluation, the Trainer integration, resuming."""
