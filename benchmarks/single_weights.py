@@ -26,14 +26,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import records
-from gradpruner.demo_data import paragraphs
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.model.identity import identify, sha256_of
 from gradpruner.model.load import load_model
 from gradpruner.probe.igia import Igia
 from gradpruner.report.tables import table as text_table
+from gradpruner.run.demo_data import paragraphs
+from gradpruner.run.stages import watch
 from gradpruner.sparsity import gradient_norms, sparsify
-from gradpruner.stages import watch
 from gradpruner.storage.files import write_json
 from gradpruner.storage.provenance import RECORD, digest, is_made
 from gradpruner.training.data import Collator

@@ -27,7 +27,7 @@ from gradpruner.model.decoder import Decoder
 from gradpruner.model.load import load_model
 from gradpruner.plan import how_many
 from gradpruner.report.tables import table as text_table
-from gradpruner.stages import watch
+from gradpruner.run.stages import watch
 from gradpruner.storage.files import atomic_path
 from gradpruner.training.data import Collator, load_examples, split_examples, tokenize
 from gradpruner.training.evaluate import answers

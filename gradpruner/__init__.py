@@ -12,7 +12,6 @@ from gradpruner.errors import (
     UnsupportedModel,
 )
 from gradpruner.model.optimizers import rebuild_optimizer
-from gradpruner.oneshot import prune
 from gradpruner.ops import available_backends
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
@@ -21,6 +20,7 @@ from gradpruner.pruning.apply import apply
 from gradpruner.pruning.apply_folder import apply_folder
 from gradpruner.pruning.cut import cut
 from gradpruner.pruning.patch import fit_patches
+from gradpruner.run.oneshot import prune
 from gradpruner.training.attach import attach
 from gradpruner.training.probe_callback import ProbeCallback
 

@@ -254,8 +254,8 @@ def _training(options: argparse.Namespace, recipe: Any, revision: str | None = N
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.job import Job
-    from gradpruner.pipeline import Run
+    from gradpruner.run.job import Job
+    from gradpruner.run.run import Run
 
     job = Job(
         **given.job(options),
@@ -275,9 +275,9 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
-    from gradpruner.auto_ratio import trial_rows
     from gradpruner.report.tables import table
-    from gradpruner.run_table import comparison, notes
+    from gradpruner.run.auto_ratio import trial_rows
+    from gradpruner.run.summary import comparison, notes
 
     auto = results.get("auto")
     rows = results["rows"]
@@ -291,7 +291,7 @@ def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint.companions import masks_of
     from gradpruner.presets import Settings
-    from gradpruner.stages import watch
+    from gradpruner.run.stages import watch
     from gradpruner.storage.files import need_writable
 
     recipe = given.recipe(options)
@@ -391,8 +391,8 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint.companions import masks_of, plan_of, save_from
     from gradpruner.model.identity import identify
     from gradpruner.pruning.preflight import check_save
+    from gradpruner.run.stages import tune
     from gradpruner.sparsity import Masks
-    from gradpruner.stages import tune
     from gradpruner.storage.files import need_free
     from gradpruner.training.checkpoints import checkpoints_beside
     from gradpruner.training.divergence import explained
@@ -427,7 +427,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.stages import measure
+    from gradpruner.run.stages import measure
 
     examples = given.examples(options)
     model, tokenizer = given.load(options)
@@ -447,7 +447,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: list[Any]) -> dict[str, Any]:
-    from gradpruner.preflight import check_rows
+    from gradpruner.run.preflight import check_rows
     from gradpruner.training.data import Collator
     from gradpruner.training.evaluate import perplexity
     from gradpruner.training.text_windows import consecutive, text_of, tokens_of
@@ -464,7 +464,7 @@ def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: 
 def _report(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.compare import SETTINGS
     from gradpruner.compared import rewrite
-    from gradpruner.pipeline import write_report
+    from gradpruner.run.run import write_report
 
     folder = Path(options.folder)
     if (folder / SETTINGS).exists():
@@ -488,7 +488,7 @@ def _push(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _demo(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.demo import demo
+    from gradpruner.run.demo import demo
 
     return _results(demo(options.out, say=given.say(options), quiet=options.json), options.out)
 

@@ -68,7 +68,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.compare import Compare, work_in_processes
     from gradpruner.compared import write
-    from gradpruner.job import Job
+    from gradpruner.run.job import Job
     from gradpruner.sensitivity import variants
 
     job = Job(**given.job(options))
@@ -92,7 +92,7 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
 def _compare(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.compare import Compare, work_in_processes
     from gradpruner.compared import write
-    from gradpruner.job import Job
+    from gradpruner.run.job import Job
 
     train_examples, test_examples = given.split(options)
     comparison = Compare(

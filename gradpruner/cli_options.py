@@ -150,8 +150,8 @@ def job(options: argparse.Namespace) -> dict[str, Any]:
 
 def load(options: argparse.Namespace, revision: str | None = None) -> tuple[Any, Any]:
     """The model and its tokenizer. revision: see `load_model`."""
-    from gradpruner.job import torch_dtype
     from gradpruner.model.load import load_model
+    from gradpruner.run.job import torch_dtype
 
     return load_model(
         options.model,

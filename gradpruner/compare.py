@@ -25,18 +25,18 @@ from torch import nn
 from gradpruner.checkpoint.companions import refuse_masks
 from gradpruner.checkpoint.masks import Masks
 from gradpruner.errors import GradPrunerError, InvalidArgument
-from gradpruner.job import Job, torch_dtype
 from gradpruner.methods import METHODS, Clues, GradPruner, Method, parse_method, spelled
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.identity import identify
 from gradpruner.model.load import load_model
 from gradpruner.model.loss import IGNORED
 from gradpruner.plan import Plan, how_many
-from gradpruner.preflight import check_comparison
 from gradpruner.probe.igia import Igia
-from gradpruner.probed import IGIA, save_probed, with_probed
-from gradpruner.run_folder import MODEL, known_model, named, recorded
-from gradpruner.stages import tune, watch
+from gradpruner.run.folder import MODEL, known_model, named, recorded
+from gradpruner.run.job import Job, torch_dtype
+from gradpruner.run.preflight import check_comparison
+from gradpruner.run.probe_folder import IGIA, save_probed, with_probed
+from gradpruner.run.stages import tune, watch
 from gradpruner.storage.files import read_json, reading, write_json
 from gradpruner.storage.locks import claim, lock
 from gradpruner.storage.provenance import MADE_FROM, digest, is_made

@@ -18,9 +18,9 @@ from gradpruner.errors import InvalidArgument, ProbeError
 from gradpruner.methods import GradPruner
 from gradpruner.plan import Plan, how_many
 from gradpruner.probe.igia import SCORES, Igia
-from gradpruner.probed import IGIA
 from gradpruner.report.tables import table
 from gradpruner.results import Result, read_costs, write_costs, write_results
+from gradpruner.run.probe_folder import IGIA
 from gradpruner.sensitivity import scored
 from gradpruner.storage.files import atomic_path, read_json, reading, write_json
 from gradpruner.training.divergence import why_failed

@@ -1,4 +1,4 @@
-"""Tiny runs of `gradpruner.pipeline`, and a way to interrupt one in the middle of a training."""
+"""Tiny runs of `gradpruner.run.run`, and a way to interrupt one in the middle of a training."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from test_data import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gradpruner.job import Job
-from gradpruner.pipeline import Run
+from gradpruner.run.job import Job
+from gradpruner.run.run import Run
 from gradpruner.training import finetune
 from gradpruner.training.data import Example
 from gradpruner.training.recipe import Recipe

@@ -11,13 +11,14 @@ import torch
 from test_data import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gradpruner import pipeline, stages
-from gradpruner.auto_ratio import Trial, candidates, choose, gap, hold_out, search
 from gradpruner.cli import main
 from gradpruner.errors import GradPrunerError, InvalidArgument
-from gradpruner.job import Job
-from gradpruner.pipeline import Run
 from gradpruner.probe.igia import Igia
+from gradpruner.run import run as pipeline
+from gradpruner.run import stages
+from gradpruner.run.auto_ratio import Trial, candidates, choose, gap, hold_out, search
+from gradpruner.run.job import Job
+from gradpruner.run.run import Run
 from gradpruner.training.data import Example
 from gradpruner.training.evaluate import Evaluation
 from gradpruner.training.recipe import Recipe

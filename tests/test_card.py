@@ -299,11 +299,11 @@ def test_help_of_push_teaches_it(capsys):
 
 
 def test_a_run_leaves_a_card(pruned, tmp_path, monkeypatch):
-    from gradpruner import pipeline
-    from gradpruner.job import Job
     from gradpruner.model.identity import Identity
-    from gradpruner.pipeline import Run
-    from gradpruner.run_table import OF_THE_MACHINE, comparison
+    from gradpruner.run import run as pipeline
+    from gradpruner.run.job import Job
+    from gradpruner.run.run import Run
+    from gradpruner.run.summary import OF_THE_MACHINE, comparison
     from gradpruner.training.recipe import Recipe
 
     model, plan, igia = pruned

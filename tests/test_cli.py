@@ -164,7 +164,7 @@ def test_run_and_resume(home, tmp_path, capsys, monkeypatch):
     (out / "pruned.json").unlink()
     shutil.rmtree(out / "cut")
     before = contents(out)
-    from gradpruner import stages
+    from gradpruner.run import stages
 
     trained = []
     real = stages.train
@@ -348,7 +348,7 @@ def test_a_loss_that_rises_is_no_success(home, tmp_path, capsys):
 
 
 def test_a_run_that_diverged_says_so_everywhere(home, tmp_path, capsys, monkeypatch):
-    from gradpruner import pipeline
+    from gradpruner.run import run as pipeline
     from gradpruner.training import divergence
 
     monkeypatch.setattr(divergence, "has_diverged", lambda losses: True)
@@ -447,7 +447,7 @@ def test_a_full_disk(home, tmp_path, command):
 
 
 def test_interrupting_keeps_what_is_finished(home, tmp_path, capsys, monkeypatch):
-    from gradpruner import pipeline
+    from gradpruner.run import run as pipeline
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

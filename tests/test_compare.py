@@ -27,12 +27,12 @@ from gradpruner.cli import main
 from gradpruner.compare import DENSE, Cell, Compare, work_in_processes
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.factors import FACTORS
-from gradpruner.job import Job
 from gradpruner.methods import METHODS, GradPruner, parse_method
 from gradpruner.model.loss import IGNORED
 from gradpruner.operations import training_operations
 from gradpruner.plan import Plan
 from gradpruner.results import Cost, Result, read_results
+from gradpruner.run.job import Job
 from gradpruner.storage.locks import claim
 from gradpruner.training.data import Collator, Example, tokenize
 from gradpruner.training.evaluate import exact_matches, perplexity

@@ -25,7 +25,7 @@ from gradpruner.model.decoder import Decoder
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
-from gradpruner.probed import save_probed, with_probed
+from gradpruner.run.probe_folder import save_probed, with_probed
 from gradpruner.training.finetune import add_adapters, check_comparable
 from gradpruner.training.recipe import Recipe
 
@@ -246,7 +246,7 @@ def test_run_and_compare_refuse_before_anything_is_trained(home, source, tmp_pat
     def called(*args, **kwargs):
         raise AssertionError("something was trained")
 
-    monkeypatch.setattr("gradpruner.stages.train", called)
+    monkeypatch.setattr("gradpruner.run.stages.train", called)
     refused = pytest.raises(gradpruner.ProbeError, match=r"layers \[2, 4\] cannot be compared")
     experts = experts_in_the_place_of(source, tmp_path / "experts")
     for name, options in (("auto", {}), ("fixed", {"ratio": 0.4, "check_steps": None, "check_rows": None})):

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from gradpruner import demo_data
-from gradpruner.demo_data import CHAPTERS, demo_examples, majority_share, paragraphs, shingles
 from gradpruner.errors import GradPrunerError
+from gradpruner.run import demo_data
+from gradpruner.run.demo_data import CHAPTERS, demo_examples, majority_share, paragraphs, shingles
 from gradpruner.training.data import Example
 
 PROSE = (

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.model.loss import IGNORED
-from gradpruner.stages import watch
+from gradpruner.run.stages import watch
 from gradpruner.training import finetune
 from gradpruner.training.data import Collator
 from gradpruner.training.divergence import explained, has_diverged, why_failed

@@ -13,14 +13,15 @@ from test_data import make_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig
 
 import gradpruner
-from gradpruner import pipeline, preflight, stages
 from gradpruner.checkpoint.generation_config import savable
 from gradpruner.cli import main
 from gradpruner.compare import Compare
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
-from gradpruner.job import Job
 from gradpruner.model.full_precision import check_full_precision, quantisation_of
-from gradpruner.pipeline import Run
+from gradpruner.run import preflight, stages
+from gradpruner.run import run as pipeline
+from gradpruner.run.job import Job
+from gradpruner.run.run import Run
 from gradpruner.storage.files import need_writable
 from gradpruner.training import finetune
 from gradpruner.training.data import Example, tokenize

@@ -13,12 +13,12 @@ from test_probe import run
 from torch import nn
 
 import gradpruner
-from gradpruner import probed
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, UnsupportedModel
-from gradpruner.job import Job
 from gradpruner.presets import PRESETS, Settings
 from gradpruner.probe.igia import Igia
-from gradpruner.probed import save_probed, with_probed
+from gradpruner.run import probe_folder as probed
+from gradpruner.run.job import Job
+from gradpruner.run.probe_folder import save_probed, with_probed
 
 
 def trained(model=None, **options):

@@ -8,11 +8,11 @@ import shutil
 import pytest
 from small_runs import LAYERS, PROBE, TEST, TRAIN, interrupting, job_of, run, write_model
 
-from gradpruner.auto_ratio import choose
 from gradpruner.compare import Compare
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
+from gradpruner.run.auto_ratio import choose
 from gradpruner.storage.provenance import digest
 from gradpruner.training.evaluate import Evaluation
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradpruner import speeds
-from gradpruner.run_table import TURNS, comparison, notes, spread
-from gradpruner.speeds import speeds_in_turns
+from gradpruner.run import speeds
+from gradpruner.run.speeds import speeds_in_turns
+from gradpruner.run.summary import TURNS, comparison, notes, spread
 
 ROW = dict.fromkeys(
     ("exact_match", "perplexity", "step_seconds", "peak_bytes", "layers", "parameters", "checkpoint_bytes"), 1.0

@@ -551,7 +551,7 @@ def test_the_command_streams_a_folder_and_loads_anything_else(tmp_path, monkeypa
     def loaded(*args, **kwargs):
         raise gradpruner.InvalidArgument("it was loaded")
 
-    importlib.import_module("gradpruner.pipeline")  # which would keep the replacement, were it imported later
+    importlib.import_module("gradpruner.run.run")  # which would keep the replacement, were it imported later
     monkeypatch.setattr(models, "load_model", loaded)
     assert main([*options, "--out", str(tmp_path / "stream"), "--json"]) == 0
     text = capsys.readouterr().out

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.gpu.session import Session
 from gradpruner.compare import DENSE, OURS, Compare, work_in_processes
-from gradpruner.job import Job
+from gradpruner.run.job import Job
 from gradpruner.training.data import Example, load_examples
 from gradpruner.training.recipe import Recipe
 

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from gradpruner.errors import GradPrunerError, InvalidArgument, ModelMismatch, UnsupportedModel
-from gradpruner.oneshot import _watch
+from gradpruner.run.oneshot import _watch
 from gradpruner.sparsity.criteria import parse_criterion
 from gradpruner.sparsity.gradients import gradient_norms
 from gradpruner.sparsity.pattern import Pattern

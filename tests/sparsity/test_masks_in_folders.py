@@ -21,7 +21,7 @@ from gradpruner.cli import main
 from gradpruner.model.load import load_model
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
-from gradpruner.stages import watch
+from gradpruner.run.stages import watch
 from gradpruner.training.probe_batches import FILES
 from gradpruner.training.recipe import Recipe
 from gradpruner.training.resume import SNAPSHOT

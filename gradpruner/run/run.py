@@ -16,28 +16,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradpruner.auto_ratio import AUTO, Choice, choose, hold_out, trial_rows
 from gradpruner.checkpoint.card import model_card, write_card
 from gradpruner.checkpoint.companions import plan_of, refuse_masks
 from gradpruner.checkpoint.save import PLAN_FILE, save
 from gradpruner.errors import InvalidArgument, ModelMismatch
-from gradpruner.job import Job, torch_dtype
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.identity import identify
 from gradpruner.model.load import load_model
 from gradpruner.plan import Plan
-from gradpruner.preflight import check_run
 from gradpruner.probe.coverage import share_range
 from gradpruner.probe.igia import SCORES, Igia
-from gradpruner.probed import IGIA, save_probed, with_probed
 from gradpruner.pruning.apply import apply
 from gradpruner.pruning.patch import Patch, fit_patches
 from gradpruner.report.pages import html_report
 from gradpruner.report.plots import plot_layer_scores
-from gradpruner.run_folder import SETTINGS, SPEEDS, RunFolder, known_model, recorded
-from gradpruner.run_table import OF_THE_MACHINE, TURNS, comparison, notes
-from gradpruner.speeds import speeds_in_turns
-from gradpruner.stages import measure, tune, watch
+from gradpruner.run.auto_ratio import AUTO, Choice, choose, hold_out, trial_rows
+from gradpruner.run.folder import SETTINGS, SPEEDS, RunFolder, known_model, recorded
+from gradpruner.run.job import Job, torch_dtype
+from gradpruner.run.preflight import check_run
+from gradpruner.run.probe_folder import IGIA, save_probed, with_probed
+from gradpruner.run.speeds import speeds_in_turns
+from gradpruner.run.stages import measure, tune, watch
+from gradpruner.run.summary import OF_THE_MACHINE, TURNS, comparison, notes
 from gradpruner.storage.files import read_json, reading, write_json
 from gradpruner.storage.provenance import MADE_FROM, RECORD, digest, need_same
 from gradpruner.training.data import Collator, Example, tokenize

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from gradpruner.auto_ratio import AUTO, MAX_LOST
 from gradpruner.checks import need_whole
 from gradpruner.errors import InvalidArgument
 from gradpruner.presets import Settings
+from gradpruner.run.auto_ratio import AUTO, MAX_LOST
 from gradpruner.training.recipe import Recipe
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -24,7 +24,7 @@ class Job:
 
     preset, and what differs from it: see `Settings`. train_on: "answer" or "all" tokens. probe_steps: default
     1 % of the steps, at least 20 and at most half.
-    ratio: "auto" tries cuts (see `gradpruner.auto_ratio`) and loses at most max_lost, 0 to 1, of the dense score
+    ratio: "auto" tries cuts (see `gradpruner.run.auto_ratio`) and loses at most max_lost, 0 to 1, of the dense score
     (default 0.01) on check_rows training examples (default 10 %, at most 200) that nothing is trained on; every cut
     that is tried, and the dense model, is trained for check_steps extra steps (default: as many as the probe).
     save_steps: optimizer steps between two checkpoints of a stage that trains; default: see `Checkpoints`.

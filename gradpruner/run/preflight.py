@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gradpruner.auto_ratio import AUTO, candidates
 from gradpruner.checks import share_of
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.decoder import Decoder
@@ -18,11 +17,12 @@ from gradpruner.model.modes import evaluating
 from gradpruner.probe.igia import SCORES
 from gradpruner.pruning.preflight import check_plan, check_save
 from gradpruner.report.plots import new_figure
+from gradpruner.run.auto_ratio import AUTO, candidates
 from gradpruner.training.data import Collator, Example, tokenize
 from gradpruner.training.evaluate import check_labels
 
 if TYPE_CHECKING:
-    from gradpruner.job import Job
+    from gradpruner.run.job import Job
 
 Rows = Sequence[Mapping[str, Any]]
 

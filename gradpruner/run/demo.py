@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from gradpruner.demo_data import demo_examples, majority_share
-from gradpruner.job import Job
 from gradpruner.model.load import DEMO_MODEL
-from gradpruner.pipeline import Run
+from gradpruner.run.demo_data import demo_examples, majority_share
+from gradpruner.run.job import Job
+from gradpruner.run.run import Run
 from gradpruner.training.recipe import Recipe
 
 # Sized for less than ten minutes on two cores: SmolLM2-135M, 80 steps of 8 paragraphs of the Python reference.

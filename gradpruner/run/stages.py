@@ -7,8 +7,8 @@ from typing import Any
 
 from gradpruner.checkpoint.masks import HoldSparsity, Masks
 from gradpruner.errors import GradPrunerError
-from gradpruner.preflight import check_rows
 from gradpruner.probe.igia import Igia
+from gradpruner.run.preflight import check_rows
 from gradpruner.training.checkpoints import Checkpoints
 from gradpruner.training.data import Collator, Example, tokenize
 from gradpruner.training.divergence import explained
