@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from gradpruner import cli_options as given
-from gradpruner.factors import FACTORS
+from gradpruner.compare.sensitivity_factors import FACTORS
 
 METHODS = ("gradpruner", "shortgpt", "laco", "drop-last", "random", "magnitude", "taylor", "block", "loss")
 
@@ -66,10 +66,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.compare import Compare, work_in_processes
-    from gradpruner.compared import write
+    from gradpruner.compare.experiment import Compare, work_in_processes
+    from gradpruner.compare.outputs import write
+    from gradpruner.compare.sensitivity import variants
     from gradpruner.run.job import Job
-    from gradpruner.sensitivity import variants
 
     job = Job(**given.job(options))
     factors = {factor: getattr(options, f"{option}_values") for factor, (option, _, _) in FACTORS.items()}
@@ -90,8 +90,8 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _compare(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.compare import Compare, work_in_processes
-    from gradpruner.compared import write
+    from gradpruner.compare.experiment import Compare, work_in_processes
+    from gradpruner.compare.outputs import write
     from gradpruner.run.job import Job
 
     train_examples, test_examples = given.split(options)

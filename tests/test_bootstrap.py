@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from gradpruner.bootstrap import paired_difference
+from gradpruner.compare.bootstrap import paired_difference
 from gradpruner.errors import InvalidArgument
 
 

@@ -22,16 +22,18 @@ from test_data import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gradpruner
-from gradpruner import compare, compared, costs, sensitivity
 from gradpruner.cli import main
-from gradpruner.compare import DENSE, Cell, Compare, work_in_processes
+from gradpruner.compare import costs, sensitivity
+from gradpruner.compare import experiment as compare
+from gradpruner.compare import outputs as compared
+from gradpruner.compare.experiment import DENSE, Cell, Compare, work_in_processes
+from gradpruner.compare.operations import training_operations
+from gradpruner.compare.results import Cost, Result, read_results
+from gradpruner.compare.sensitivity_factors import FACTORS
 from gradpruner.errors import GradPrunerError, InvalidArgument
-from gradpruner.factors import FACTORS
 from gradpruner.methods import METHODS, GradPruner, parse_method
 from gradpruner.model.loss import IGNORED
-from gradpruner.operations import training_operations
 from gradpruner.plan import Plan
-from gradpruner.results import Cost, Result, read_results
 from gradpruner.run.job import Job
 from gradpruner.storage.locks import claim
 from gradpruner.training.data import Collator, Example, tokenize

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from gradpruner.comparison_report import PICTURES, write_comparison
-from gradpruner.comparison_tables import duration, quantity
+from gradpruner.compare.analysis import Comparison, headline
+from gradpruner.compare.page import PICTURES, write_comparison
+from gradpruner.compare.plots import method_styles, running_mean, settled, spaced
+from gradpruner.compare.results import Cost, Result, read_costs, read_results, write_costs, write_results
+from gradpruner.compare.tables import duration, quantity
 from gradpruner.errors import CheckpointError, InvalidArgument
-from gradpruner.figures import method_styles, running_mean, settled, spaced
 from gradpruner.plan import Plan
-from gradpruner.results import Cost, Result, read_costs, read_results, write_costs, write_results
-from gradpruner.verdict import Comparison, headline
 
 LAYERS = 30
 METHODS = {  # exact match lost at 40 %, and how steeply it falls

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 import gradpruner
 from gradpruner.cli import main
-from gradpruner.compare import Compare
+from gradpruner.compare.experiment import Compare
 from gradpruner.methods import METHODS, Clues
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.parameter_counts import count_parameters

@@ -21,13 +21,13 @@ from test_families import igia_of
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gradpruner
-from gradpruner import compare
 from gradpruner.checkpoint import stored_model as stored
 from gradpruner.checkpoint.masks import Masks
+from gradpruner.compare import experiment as compare
+from gradpruner.compare.results import Cost, Result, read_costs, read_results, write_costs, write_results
 from gradpruner.errors import CheckpointError, GradPrunerError
 from gradpruner.probe.igia import Igia
 from gradpruner.probe.importance import Factors
-from gradpruner.results import Cost, Result, read_costs, read_results, write_costs, write_results
 from gradpruner.run import auto_ratio
 from gradpruner.run import run as pipeline
 from gradpruner.storage import tensor_files as shards

@@ -14,7 +14,7 @@ from small_runs import TEST, TRAIN, interrupting, job_of, run, write_model
 from transformers import AutoModelForCausalLM
 
 from gradpruner.cli import main
-from gradpruner.compare import Compare
+from gradpruner.compare.experiment import Compare
 from gradpruner.errors import InvalidArgument
 from gradpruner.model import identity
 from gradpruner.model.identity import differences, identify

@@ -13,7 +13,7 @@ import pytest
 from small_runs import STEPS, TEST, TRAIN, interrupting, job_of, run, stopped, write_model
 
 from gradpruner.cli import main
-from gradpruner.compare import Compare
+from gradpruner.compare.experiment import Compare
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from small_runs import LAYERS, PROBE, TEST, TRAIN, interrupting, job_of, run, write_model
 
-from gradpruner.compare import Compare
+from gradpruner.compare.experiment import Compare
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.session import Session
-from gradpruner.compare import DENSE, OURS, Compare, work_in_processes
+from gradpruner.compare.experiment import DENSE, OURS, Compare, work_in_processes
 from gradpruner.run.job import Job
 from gradpruner.training.data import Example, load_examples
 from gradpruner.training.recipe import Recipe

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gradpruner.compare.analysis import DENSE, Comparison, cost_shares, near_paper, share_text, spread
+from gradpruner.compare.results import Cost
 from gradpruner.report.plots import STYLES, draw_layer_scores, new_figure, save_figure, style_axes, title_figure
-from gradpruner.results import Cost
-from gradpruner.verdict import DENSE, Comparison, cost_shares, near_paper, share_text, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

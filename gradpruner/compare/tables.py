@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradpruner.report.pages import escaped
-from gradpruner.results import Cost
-from gradpruner.verdict import (
+from gradpruner.compare.analysis import (
     DENSE,
     METRICS,
     Comparison,
@@ -20,6 +18,8 @@ from gradpruner.verdict import (
     signed,
     spread,
 )
+from gradpruner.compare.results import Cost
+from gradpruner.report.pages import escaped
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from gradpruner.factors import FACTORS
+from gradpruner.compare.analysis import DENSE
+from gradpruner.compare.results import Result
+from gradpruner.compare.sensitivity_factors import FACTORS
 from gradpruner.methods import GradPruner, parse_method, spelled
 from gradpruner.named_options import value_of
-from gradpruner.results import Result
-from gradpruner.verdict import DENSE
 
 
 def variants(factors: Mapping[str, Sequence[Any]], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:

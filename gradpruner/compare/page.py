@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradpruner import figures
-from gradpruner.comparison_tables import costs_table, counts_table, duration, losses_table, main_table, quantity
+from gradpruner.compare import plots as figures
+from gradpruner.compare.analysis import DENSE, EXACT_MATCH, Comparison, cost_shares, headline, share_text, spread
+from gradpruner.compare.results import Cost, Result
+from gradpruner.compare.tables import costs_table, counts_table, duration, losses_table, main_table, quantity
 from gradpruner.report.pages import CSS, base64_png, escaped, write_page
-from gradpruner.results import Cost, Result
-from gradpruner.verdict import DENSE, EXACT_MATCH, Comparison, cost_shares, headline, share_text, spread
 
 PICTURES = ("accuracy.png", "layers.png", "settling.png", "losses.png", "costs.png", "sensitivity.png")
 EXTRA_CSS = """

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from gradpruner.checkpoint.save import save
+from gradpruner.compare.operations import training_operations
+from gradpruner.compare.results import Cost
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.load import load_model
-from gradpruner.operations import training_operations
 from gradpruner.plan import Plan
 from gradpruner.pruning.apply import apply
 from gradpruner.pruning.preflight import check_save
-from gradpruner.results import Cost
 from gradpruner.training.data import Collator
 from gradpruner.training.evaluate import generation_speed
 from gradpruner.training.finetune import add_adapters, answers_only, can_skip_logits, finish, train

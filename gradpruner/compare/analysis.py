@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gradpruner.compare.results import Cost, Result
 from gradpruner.errors import InvalidArgument
-from gradpruner.results import Cost, Result
 
 DENSE, DEFAULT = "dense", "gradpruner"
 USUAL_RATIO = 0.4  # of the layers; the source's, and where its costs were measured (P)

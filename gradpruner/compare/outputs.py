@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradpruner.bootstrap import paired_difference
-from gradpruner.compare import DENSE, OURS, SETTINGS, Cell, Compare, finished
-from gradpruner.comparison_report import write_comparison
-from gradpruner.costs import measure
+from gradpruner.compare.bootstrap import paired_difference
+from gradpruner.compare.costs import measure
+from gradpruner.compare.experiment import DENSE, OURS, SETTINGS, Cell, Compare, finished
+from gradpruner.compare.page import write_comparison
+from gradpruner.compare.results import Result, read_costs, write_costs, write_results
+from gradpruner.compare.sensitivity import scored
 from gradpruner.errors import InvalidArgument, ProbeError
 from gradpruner.methods import GradPruner
 from gradpruner.plan import Plan, how_many
 from gradpruner.probe.igia import SCORES, Igia
 from gradpruner.report.tables import table
-from gradpruner.results import Result, read_costs, write_costs, write_results
 from gradpruner.run.probe_folder import IGIA
-from gradpruner.sensitivity import scored
 from gradpruner.storage.files import atomic_path, read_json, reading, write_json
 from gradpruner.training.divergence import why_failed
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 def write(comparison: Compare, *, costs: bool, sensitivity: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """Write results.csv, losses.csv, differences.csv, costs.csv (measured now if `costs`) and report.html.
 
-    sensitivity: rows of `gradpruner.sensitivity.variants` whose methods are those of the comparison. Returns what the
+    sensitivity: rows of `gradpruner.compare.sensitivity.variants` whose methods are those of the comparison. Returns what the
     command prints: a table, and the same as JSON.
     """
     if sensitivity:
