@@ -11,7 +11,7 @@ import torch
 from test_data import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gradpruner.cli import main
+from gradpruner.cli.main import main
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.probe.igia import Igia
 from gradpruner.run import run as pipeline

@@ -222,7 +222,7 @@ def test_the_rest_runs_where_one_variant_does_not_compile(install, tmp_path, set
 
 
 def test_backends_says_what_installing_left_out(tmp_path, monkeypatch, capsys):
-    from gradpruner.cli import main
+    from gradpruner.cli.main import main
 
     monkeypatch.setattr("gradpruner.ops.backends.BUILD_NOTE", str(tmp_path / "note.txt"))
     assert main(["backends"]) == 0 and "cpp build" not in capsys.readouterr().out

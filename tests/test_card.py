@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import gradpruner
 from gradpruner.checkpoint import card
 from gradpruner.checkpoint.other_files import uploaded_files
-from gradpruner.cli import main
+from gradpruner.cli.main import main
 
 BASE = "acme/dense-1B"
 ROWS = [

@@ -14,7 +14,7 @@ import torch
 from test_data import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gradpruner.cli import main
+from gradpruner.cli.main import main
 
 WORDS = ["red", "green", "blue"]
 

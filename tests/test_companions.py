@@ -16,7 +16,7 @@ from test_families import igia_of
 import gradpruner
 from gradpruner.checkpoint.card import is_ours
 from gradpruner.checkpoint.companions import plan_of
-from gradpruner.cli import main
+from gradpruner.cli.main import main
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
 

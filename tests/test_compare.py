@@ -22,7 +22,7 @@ from test_data import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gradpruner
-from gradpruner.cli import main
+from gradpruner.cli.main import main
 from gradpruner.compare import costs, sensitivity
 from gradpruner.compare import experiment as compare
 from gradpruner.compare import outputs as compared

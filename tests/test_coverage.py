@@ -18,7 +18,7 @@ from test_method import batch, llama, lora, trainable
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import gradpruner
-from gradpruner.cli import main
+from gradpruner.cli.main import main
 from gradpruner.compare.experiment import Compare
 from gradpruner.methods import METHODS, Clues
 from gradpruner.model.decoder import Decoder

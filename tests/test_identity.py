@@ -13,7 +13,7 @@ import torch
 from small_runs import TEST, TRAIN, interrupting, job_of, run, write_model
 from transformers import AutoModelForCausalLM
 
-from gradpruner.cli import main
+from gradpruner.cli.main import main
 from gradpruner.compare.experiment import Compare
 from gradpruner.errors import InvalidArgument
 from gradpruner.model import identity

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, Lla
 
 import gradpruner
 from gradpruner.checkpoint.generation_config import savable
-from gradpruner.cli import main
+from gradpruner.cli.main import main
 from gradpruner.compare.experiment import Compare
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
 from gradpruner.model.full_precision import check_full_precision, quantisation_of

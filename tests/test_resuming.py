@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small_runs import STEPS, TEST, TRAIN, interrupting, job_of, run, stopped, write_model
 
-from gradpruner.cli import main
+from gradpruner.cli.main import main
 from gradpruner.compare.experiment import Compare
 
 

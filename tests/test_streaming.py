@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gradpruner
 from gradpruner.checkpoint import save as checkpoint
-from gradpruner.cli import main
+from gradpruner.cli.main import main
 from gradpruner.model import load as models
 from gradpruner.model.decoder import Decoder
 from gradpruner.probe.igia import Igia

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 
 from gradpruner.checkpoint.masks import HoldSparsity, Masks
 from gradpruner.checkpoint.save_sparse import MASKS, save_sparse
-from gradpruner.cli import main
+from gradpruner.cli.main import main
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.sparsity.sparsify import sparsify
 from gradpruner.training.finetune import add_adapters

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import gradpruner
 from gradpruner.checkpoint.masks import Masks
 from gradpruner.checkpoint.save_sparse import MASKS
-from gradpruner.cli import main
+from gradpruner.cli.main import main
 from gradpruner.model.load import load_model
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from gradpruner import cli_options as given
+from gradpruner.cli import options as given
 from gradpruner.compare.sensitivity_factors import FACTORS
 
 METHODS = ("gradpruner", "shortgpt", "laco", "drop-last", "random", "magnitude", "taylor", "block", "loss")

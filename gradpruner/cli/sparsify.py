@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gradpruner import cli_options as given
+from gradpruner.cli import options as given
 
 METHODS = ("magnitude", "wanda", "gblm", "sparsegpt", "igia", "dsnot")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner import __version__
-from gradpruner import cli_options as given
-from gradpruner.cli_compare import add_compare, add_sensitivity
-from gradpruner.cli_sparsify import add_sparsify
+from gradpruner.cli import options as given
+from gradpruner.cli.compare import add_compare, add_sensitivity
+from gradpruner.cli.sparsify import add_sparsify
 from gradpruner.errors import GradPrunerError, InvalidArgument
 
 
