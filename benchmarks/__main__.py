@@ -9,12 +9,12 @@ import time
 
 import torch
 
-from benchmarks.implementations import implementations
-from benchmarks.limits import Limits
-from benchmarks.operations import OPERATIONS, SHAPES, cases
+from benchmarks.ops.cases import OPERATIONS, SHAPES, cases
+from benchmarks.ops.implementations import implementations
+from benchmarks.ops.limits import Limits
+from benchmarks.ops.timing import measure, quiet_collector
 from benchmarks.plots import plot
 from benchmarks.records import Result, default_path, machine, results, table_rows, update
-from benchmarks.timing import measure, quiet_collector
 from gradpruner.errors import GradPrunerError
 from gradpruner.ops import available_backends
 from gradpruner.report.tables import table

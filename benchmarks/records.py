@@ -15,8 +15,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 
-from benchmarks.operations import Case
-from benchmarks.timing import Measured
+from benchmarks.ops.cases import Case
+from benchmarks.ops.timing import Measured
 from gradpruner.errors import CheckpointError, InvalidArgument
 from gradpruner.storage.files import atomic_path
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.implementations import Implementation, implementations
-from benchmarks.operations import OPERATIONS, SHAPES, Shapes
-from benchmarks.timing import Runner
+from benchmarks.ops.base import Implementation
+from benchmarks.ops.cases import OPERATIONS, SHAPES, Shapes
+from benchmarks.ops.implementations import implementations
+from benchmarks.ops.timing import Runner
 
 DEVICE = torch.device("cpu")
 SMALL = Shapes(((192, 576),), SHAPES["smollm2"].layers)

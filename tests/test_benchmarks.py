@@ -12,15 +12,17 @@ import torch
 from test_method import NAMES, llama
 
 import gradpruner
-from benchmarks import curves, pipeline, records
+from benchmarks import records
 from benchmarks.__main__ import main
-from benchmarks.implementations import Implementation, Ours, Reference, implementations
-from benchmarks.limits import Limits
-from benchmarks.operations import OPERATIONS, SHAPES, TOLERANCE, Count, Shapes, cases, product_tolerance
-from benchmarks.plain_torch import _kth_value, _sampled_value, _top_value
+from benchmarks.ops.base import Implementation
+from benchmarks.ops.cases import OPERATIONS, SHAPES, TOLERANCE, Count, Shapes, cases, product_tolerance
+from benchmarks.ops.implementations import Ours, Reference, implementations
+from benchmarks.ops.limits import Limits
+from benchmarks.ops.plain_torch import _kth_value, _sampled_value, _top_value
+from benchmarks.ops.timing import Measured, WrongAnswer, measure, quiet_collector
 from benchmarks.plots import plot
 from benchmarks.records import Result, read, results, table_rows, update, write
-from benchmarks.timing import Measured, WrongAnswer, measure, quiet_collector
+from benchmarks.runs import curves, pipeline
 from gradpruner.errors import CheckpointError, InvalidArgument
 
 CPU = torch.device("cpu")
@@ -427,7 +429,7 @@ def test_a_budget_leaves_rows_out_and_says_which(monkeypatch, capsys):
         ("--skip ours", "skip = 'ours'; accepted are released"),
         ("--also nowhere:Nothing", "expected package.module:Class"),
         ("--also gradpruner:Plan", "expected a subclass of Implementation"),
-        ("--also benchmarks.released:Released", "a name is taken twice"),
+        ("--also benchmarks.ops.released:Released", "a name is taken twice"),
         pytest.param(
             "--device cuda", "torch sees no GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")
         ),

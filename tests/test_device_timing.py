@@ -9,14 +9,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import device_timing, limits, records, timing
-from benchmarks.device_timing import LONGEST_SLEEP, SLEEP, Clock, launches, peak_bytes, time_call
-from benchmarks.implementations import Implementation, Reference
-from benchmarks.limits import Limits
-from benchmarks.operations import OPERATIONS, SHAPES, Count, Normal
-from benchmarks.plain_torch import _weight_gradient
+from benchmarks import records
+from benchmarks.ops import device_timing, limits, timing
+from benchmarks.ops.base import Implementation
+from benchmarks.ops.cases import OPERATIONS, SHAPES, Count, Normal
+from benchmarks.ops.device_timing import LONGEST_SLEEP, SLEEP, Clock, launches, peak_bytes, time_call
+from benchmarks.ops.implementations import Reference
+from benchmarks.ops.limits import Limits
+from benchmarks.ops.plain_torch import _weight_gradient
+from benchmarks.ops.timing import measure
 from benchmarks.records import results, table_rows
-from benchmarks.timing import measure
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

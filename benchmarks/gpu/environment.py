@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.device_timing import time_call
 from benchmarks.gpu.session import Session
+from benchmarks.ops.device_timing import time_call
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate")

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 
 from benchmarks.gpu.session import Session
-from benchmarks.implementations import implementations
-from benchmarks.limits import Limits
-from benchmarks.operations import OPERATIONS, SHAPES, Shapes, cases
+from benchmarks.ops.cases import OPERATIONS, SHAPES, Shapes, cases
+from benchmarks.ops.implementations import implementations
+from benchmarks.ops.limits import Limits
+from benchmarks.ops.timing import measure, quiet_collector
 from benchmarks.records import results
-from benchmarks.timing import measure, quiet_collector
 
 COMPILED = ("square_accumulate_", "sign_merge_", "weight_importance")  # a product's compilation takes minutes to tune
 REPEATS = 5

@@ -7,10 +7,10 @@ from fractions import Fraction
 
 import torch
 
-from benchmarks.device_timing import time_call
 from benchmarks.gpu.session import Session
-from benchmarks.operations import SHAPES
-from benchmarks.released import Released
+from benchmarks.ops.cases import SHAPES
+from benchmarks.ops.device_timing import time_call
+from benchmarks.ops.released import Released
 from gradpruner.probe.importance import Factors
 from gradpruner.pruning.merge import merge_weight_
 

@@ -1,6 +1,6 @@
 """Every Triton kernel compiles ahead of time, without a GPU, for every target, as it is launched.
 
-The cases and the reading of the binaries are `benchmarks.compiled`'s, which the static table shows too. What must not
+The cases and the reading of the binaries are `benchmarks.static.compiled`'s, which the static table shows too. What must not
 get worse: no register spills, 16-byte loads where a kernel streams, tensor cores where it multiplies matrices, the
 occupancy that the kernels were laid out for.
 """
@@ -25,8 +25,8 @@ from gradpruner.kernels import device, gram_norm, square_accumulate
 if device.INTERPRETED:
     pytest.skip("the interpreter excludes compilation in one process", allow_module_level=True)
 
-from benchmarks.compiled import CASES, TARGETS
-from benchmarks.static_limits import LIMITS, occupancy
+from benchmarks.static.compiled import CASES, TARGETS
+from benchmarks.static.occupancy import LIMITS, occupancy
 
 # Warps of those a processor can hold, in percent, by the start of a case's name. Set by counting registers: see the
 # static table.

@@ -1,8 +1,8 @@
 """Perplexity after single weights went: every criterion and pattern, over seeds of the calibration, dense beside them.
 
-python -m benchmarks.single_weights PUBMEDQA --processes 2
+python -m benchmarks.runs.single_weights PUBMEDQA --processes 2
 
-PUBMEDQA: a folder of train.jsonl and test.jsonl, see benchmarks/pubmedqa.py. Calibrated on 128 windows of 512 tokens of
+PUBMEDQA: a folder of train.jsonl and test.jsonl, see benchmarks/runs/pubmedqa.py. Calibrated on 128 windows of 512 tokens of
 its training contexts; judged on its test contexts and on the Python reference manual, which no criterion saw. What
 the CSV holds already is not made again.
 """

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.out_of_core --folder DIR`: `gradpruner apply` on a model that its memory limit cannot hold.
+"""`python -m benchmarks.runs.out_of_core --folder DIR`: `gradpruner apply` on a model that its memory limit cannot hold.
 
 A synthetic checkpoint with the layer shapes of Llama-3.1-70B is pruned by the command in a process under
 RLIMIT_DATA: once to the end; once killed with SIGKILL when half is written; and once more after that.
@@ -82,7 +82,7 @@ class Measured:
 
 def main() -> int:
     """Make, run, check, delete; print one table and write the CSV."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.out_of_core", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.runs.out_of_core", description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, metavar="DIR", help="on a disk with 50 GB free")
     parser.add_argument("--layers", type=int, default=12, metavar="N", help="12 (default) or more")
     parser.add_argument("--limit", type=float, default=2.0, metavar="X", help="RLIMIT_DATA in layers (default 2)")

@@ -1,6 +1,6 @@
 """One Trainer run that starts dense and ends pruned, beside the two-stage way on the same data and number of steps.
 
-python -m benchmarks.one_run --data train.csv --test-data test.csv --prompt 'Question: {text}\\nIntent:' \
+python -m benchmarks.runs.one_run --data train.csv --test-data test.csv --prompt 'Question: {text}\\nIntent:' \
     --answer '{category}'
 """
 

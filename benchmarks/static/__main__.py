@@ -1,8 +1,8 @@
 """`python -m benchmarks.static`: what can be known of every kernel without a card. Predicted and counted only.
 
 No number in it may be taken for a measurement. The code's part comes from ahead-of-time compiles as launched
-(`benchmarks.compiled`), the occupancy from published limits (`benchmarks.static_limits`), bytes and operations from
-counting (`benchmarks.static_counts`). Writes `benchmarks/results/static.csv`: one row an op, shape and target, with its
+(`benchmarks.static.compiled`), the occupancy from published limits (`benchmarks.static.occupancy`), bytes and operations from
+counting (`benchmarks.static.counts`). Writes `benchmarks/results/static.csv`: one row an op, shape and target, with its
 main kernel; then one row for every other kernel and target.
 """
 
@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compiled import CASES, TARGETS, Code
-from benchmarks.static_counts import CARDS, Count, counts
-from benchmarks.static_limits import LIMITS, occupancy
+from benchmarks.static.compiled import CASES, TARGETS, Code
+from benchmarks.static.counts import CARDS, Count, counts
+from benchmarks.static.occupancy import LIMITS, occupancy
 from gradpruner.report.tables import table
 
 RESULT = Path(__file__).parent / "results" / "static.csv"

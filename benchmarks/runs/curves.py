@@ -1,4 +1,4 @@
-"""`python -m benchmarks.curves`: how time and memory grow with rank, steps, width and depth, on a log-log plot."""
+"""`python -m benchmarks.runs.curves`: how time and memory grow with rank, steps, width and depth, on a log-log plot."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradpruner
-from benchmarks.implementations import Ours
+from benchmarks.ops.implementations import Ours
+from benchmarks.ops.timing import quiet_collector
 from benchmarks.plots import blank, save
 from benchmarks.records import FOLDER, Timed, read, shown, timed, write
-from benchmarks.timing import quiet_collector
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.report.tables import table
@@ -194,7 +194,7 @@ def table_rows(points: Sequence[Point]) -> list[dict[str, Any]]:
 
 def main() -> int:
     """Measure every curve, print the table, write results/curves.csv and draw it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.curves", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.runs.curves", description=__doc__)
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="timed rounds (default 7)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     options = parser.parse_args()
@@ -214,7 +214,7 @@ def main() -> int:
         write(FOLDER / "curves.csv", points)
         print(f"wrote {plot(FOLDER / 'curves.csv')}")
     except GradPrunerError as error:
-        print(f"benchmarks.curves: {error}", file=sys.stderr)
+        print(f"benchmarks.runs.curves: {error}", file=sys.stderr)
         return 1
     return 0
 

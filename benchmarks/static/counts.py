@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.operations import SHAPES, STEPS
+from benchmarks.ops.cases import SHAPES, STEPS
 from gradpruner.kernels.gram_norm import split_count
 from gradpruner.kernels.threshold import BLOCK, log_stretch
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.pubmedqa FOLDER OUT`: PubMedQA's labelled questions as train.jsonl and test.jsonl.
+"""`python -m benchmarks.runs.pubmedqa FOLDER OUT`: PubMedQA's labelled questions as train.jsonl and test.jsonl.
 
 FOLDER holds ori_pqal.json and test_ground_truth.json, as https://github.com/pubmedqa/pubmedqa has them; the official
 test ids are the test set. Columns: question, context, conclusion (the long answer), decision (yes, no or maybe).

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.pipeline`: what the probe costs a training step; the merge stage beside the released way."""
+"""`python -m benchmarks.runs.pipeline`: what the probe costs a training step; the merge stage beside the released way."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import gradpruner
-from benchmarks.device_timing import Clock
+from benchmarks.ops.device_timing import Clock
+from benchmarks.ops.released import Released
+from benchmarks.ops.timing import WrongAnswer, quiet_collector
 from benchmarks.records import FOLDER, Timed, ratios, read, timed, write
-from benchmarks.released import Released
-from benchmarks.timing import WrongAnswer, quiet_collector
 from gradpruner.errors import GradPrunerError
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.model.decoder import Decoder
@@ -230,7 +230,7 @@ def merge_stage(model: nn.Module, steps: int, rounds: int, *, plan: gradpruner.P
 
 def main() -> int:
     """Run the stages asked for, print a table, write results/pipeline.csv."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.runs.pipeline", description=__doc__)
     parser.add_argument("stage", nargs="*", help="probe, merge (default: both)")
     parser.add_argument("--pairs", type=int, default=15, metavar="N", help="steps with and without (default 15)")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds of the merge (default 7)")
@@ -256,7 +256,7 @@ def main() -> int:
         kept = [each for each in read(path, Stage) if each.stage not in stages] if path.exists() else []
         write(path, [*kept, *found])
     except GradPrunerError as error:
-        print(f"benchmarks.pipeline: {error}", file=sys.stderr)
+        print(f"benchmarks.runs.pipeline: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.device_timing import SLEEP, Call, Clock
-from benchmarks.implementations import Implementation
-from benchmarks.operations import Answer, Case, Normal
+from benchmarks.ops.base import Implementation
+from benchmarks.ops.cases import Answer, Case, Normal
+from benchmarks.ops.device_timing import SLEEP, Call, Clock
 from gradpruner.errors import GradPrunerError
 from gradpruner.memory import peak_memory, reset_peak_memory
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.implementations import Implementation, Tensors
+from benchmarks.ops.base import Implementation, Tensors
 
 LARGEST_STEP = 1 << 36  # entries times rank, on a CPU
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.implementations import Implementation, Tensors
+from benchmarks.ops.base import Implementation, Tensors
 
 
 def _panels(matrix: Tensor, entries: int | None = None) -> Iterator[slice]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.device_timing import Clock
-from benchmarks.operations import Count, Normal
+from benchmarks.ops.cases import Count, Normal
+from benchmarks.ops.device_timing import Clock
 
 SMALLEST, LARGEST = 4 << 20, 768 << 20  # bytes that the bandwidth is measured over; the largest is 3 x 64 Mi floats
 
