@@ -23,10 +23,10 @@ from gradpruner.pruning.patch import fit_patches
 from gradpruner.run.oneshot import prune
 from gradpruner.training.attach import attach
 from gradpruner.training.probe_callback import ProbeCallback
-
-__version__ = "0.1.0"
+from gradpruner.version import __version__
 
 __all__ = [
+    "__version__",
     "CheckpointError",
     "GradPrunerError",
     "Igia",

@@ -20,14 +20,13 @@ from transformers import TrainerCallback
 
 import gradpruner
 from benchmarks import plots, records
+from benchmarks.records import FOLDER
 from gradpruner.model.load import load_model
 from gradpruner.report.tables import table as text_table
 from gradpruner.training.data import Collator, load_examples, tokenize
 from gradpruner.training.evaluate import exact_match
 from gradpruner.training.finetune import add_adapters, train
 from gradpruner.training.recipe import Recipe, schedule
-
-FOLDER = Path(__file__).parent / "results"
 
 
 class Clock(TrainerCallback):

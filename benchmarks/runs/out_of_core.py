@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.records import FOLDER
 from gradpruner.checkpoint.stored_model import StoredModel
 from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.model.parameter_counts import count_parameters
@@ -52,7 +53,7 @@ BLOCK = 1_000_003  # random values of a weight before they repeat: prime, so tha
 STEPS, RANK = 4, 8  # of the importance's factors
 TOP = 0.2
 CHECKED = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")  # small enough for the float64 reference
-RESULTS = Path(__file__).parent / "results" / "out_of_core.csv"
+RESULTS = FOLDER / "out_of_core.csv"
 
 
 @dataclass

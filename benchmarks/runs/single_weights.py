@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import records
+from benchmarks.records import FOLDER
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.model.identity import identify, sha256_of
 from gradpruner.model.load import load_model
@@ -41,7 +42,6 @@ from gradpruner.training.evaluate import perplexity
 from gradpruner.training.recipe import Recipe, schedule
 from gradpruner.training.text_windows import consecutive, sampled, tokens_of
 
-FOLDER = Path(__file__).parent / "results"
 LENGTH = 512
 DENSE = "dense"
 FREE = ("magnitude",)  # goes by no sample: one seed is all

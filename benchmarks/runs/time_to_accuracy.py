@@ -22,6 +22,7 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks import plots
+from benchmarks.records import FOLDER
 from gradpruner.methods import Clues, parse_method
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.load import load_model
@@ -34,7 +35,6 @@ from gradpruner.training.evaluate import answers
 from gradpruner.training.finetune import add_adapters, train
 from gradpruner.training.recipe import Recipe, schedule
 
-FOLDER = Path(__file__).parent / "results"
 DENSE, COLOURS = "dense", ("#1b1f24", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
 

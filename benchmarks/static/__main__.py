@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.records import FOLDER
 from benchmarks.static.compiled import CASES, TARGETS, Code
 from benchmarks.static.counts import CARDS, Count, counts
 from benchmarks.static.occupancy import LIMITS, occupancy
 from gradpruner.report.tables import table
 
-RESULT = Path(__file__).parent / "results" / "static.csv"
+RESULT = FOLDER / "static.csv"
 NOTICE = "Predicted from compiled code and counted by hand. No number in it may be taken for a measurement."
 
 

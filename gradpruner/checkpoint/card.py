@@ -22,6 +22,7 @@ from gradpruner.report.tables import markdown_table
 from gradpruner.storage.files import atomic_path, read_json
 from gradpruner.storage.links import check_links
 from gradpruner.storage.tensor_files import read_folder
+from gradpruner.version import __version__
 
 CARD_FILE = "README.md"
 TAG = "gradpruner"  # marks a card as one of ours
@@ -289,8 +290,6 @@ def _loading(name: str | None) -> str:
 
 
 def _method() -> str:
-    from gradpruner import __version__  # the package imports this module
-
     return (
         "## How it was made\n\n"
         f"With [GradPruner]({PAPER}) (ICLR 2026, arXiv 2601.19503), as `gradpruner` {__version__} implements it: the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from gradpruner.checkpoint.card import is_ours, model_card, write_card
 from gradpruner.checkpoint.masks import Masks
-from gradpruner.checkpoint.other_files import SENTENCEPIECE, UPLOADED, is_license, uploaded_files
+from gradpruner.checkpoint.other_files import uploaded_files
 from gradpruner.checkpoint.save import quiet, save
 from gradpruner.checkpoint.save_sparse import MASKS, check_stored
 from gradpruner.checkpoint.stored_model import StoredModel
@@ -23,7 +23,6 @@ from gradpruner.memory import free_memory
 from gradpruner.model.logits import logits_of
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
-from gradpruner.storage.provenance import RECORD
 from gradpruner.storage.tensor_files import INDEX, SINGLE, read_folder
 
 # of an earlier upload: vLLM and others read every *.safetensors they find, and transformers takes an adapter first
@@ -124,20 +123,3 @@ def verify_folder(folder: Path) -> None:
     logits = logits_of(model)
     if logits is not None and not bool(torch.isfinite(logits).all()):
         raise CheckpointError(f"the model in {folder} answers with numbers that are not finite")
-
-
-def _is_stray(file: Path, weights: Collection[Path]) -> bool:
-    """Whether a server would take a file for weights, or for their index, though the model is stored without it."""
-    if file.name == INDEX:
-        return (file.parent / SINGLE).is_file()
-    return file.suffix == ".safetensors" and file not in weights
-
-
-def _may_be_called(name: str) -> bool:
-    if name.startswith("."):
-        return False
-    if name == RECORD:  # of the run that wrote the folder
-        return False
-    if Path(name).suffix in UPLOADED or name in SENTENCEPIECE or name == MASKS:
-        return True
-    return is_license(name)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from gradpruner.checkpoint.card import CARD_FILE
-from gradpruner.checkpoint.hub import _is_stray, _may_be_called
 from gradpruner.checkpoint.save_sparse import MASKS
 from gradpruner.storage.links import names_of, stays
 from gradpruner.storage.provenance import RECORD
 from gradpruner.storage.tensor_files import (
+    INDEX,
+    SINGLE,
     holds_safetensors,
     read_folder,
 )
@@ -39,7 +41,7 @@ LEFT_BEHIND = (
 FOLDERS = ("additional_chat_templates",)  # of a tokenizer
 
 
-def _copy_others(source: Path, folder: Path, *, code: bool) -> None:
+def copy_others(source: Path, folder: Path, *, code: bool) -> None:
     files = [file for file in source.iterdir() if file.is_file()]
     for name in FOLDERS:
         if (source / name).is_dir():
@@ -79,3 +81,20 @@ def _may_leave(file: Path, folder: Path) -> bool:
 def is_license(name: str) -> bool:
     """Whether a file of this name holds the terms of a model."""
     return not Path(name).suffix and name.lower().startswith(LICENSES)
+
+
+def _is_stray(file: Path, weights: Collection[Path]) -> bool:
+    """Whether a server would take a file for weights, or for their index, though the model is stored without it."""
+    if file.name == INDEX:
+        return (file.parent / SINGLE).is_file()
+    return file.suffix == ".safetensors" and file not in weights
+
+
+def _may_be_called(name: str) -> bool:
+    if name.startswith("."):
+        return False
+    if name == RECORD:  # of the run that wrote the folder
+        return False
+    if Path(name).suffix in UPLOADED or name in SENTENCEPIECE or name == MASKS:
+        return True
+    return is_license(name)

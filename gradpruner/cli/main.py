@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gradpruner import __version__
 from gradpruner.cli import options as given
 from gradpruner.cli.compare import add_compare, add_sensitivity
 from gradpruner.cli.sparsify import add_sparsify
 from gradpruner.errors import GradPrunerError, InvalidArgument
+from gradpruner.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -232,7 +232,7 @@ def sha256_of(path: Path) -> str:
 
 def _version(package: str) -> str:
     if package == "gradpruner":
-        from gradpruner import __version__
+        from gradpruner.version import __version__
 
         return __version__
     try:

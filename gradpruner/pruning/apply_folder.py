@@ -17,7 +17,7 @@ import torch
 from gradpruner.checkpoint.card import carry_card
 from gradpruner.checkpoint.generation_config import rewrite
 from gradpruner.checkpoint.masks import Masks
-from gradpruner.checkpoint.other_files import _copy_others
+from gradpruner.checkpoint.other_files import copy_others
 from gradpruner.checkpoint.save import PLAN_FILE, check_loaded, drop_missing_code, plan_in, quiet
 from gradpruner.checkpoint.save_sparse import MASKS, check_stored
 from gradpruner.checkpoint.stored_model import IN_MEMORY, StoredModel, config_of, load_empty
@@ -106,7 +106,7 @@ def apply_folder(
         totals = {"total_parameters": stored.model.num_parameters()}
         checksums = write_folder(temporary, list(pending.values()), _largest_shard(stored), totals)
         _write_config(stored.model, temporary)
-        _copy_others(source, temporary, code=trust_remote_code)
+        copy_others(source, temporary, code=trust_remote_code)
         drop_missing_code(temporary)
         _cut_generation(temporary, plan, extra_gone=bool(surgery.gone))
         rewrite(temporary)
