@@ -7,6 +7,8 @@ import gc
 import os
 from typing import Any
 
+pytest_plugins = ["cli_home", "local_hub"]  # fixtures: home, hub
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: of several workers, each computes on one thread
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from example_runs import checked, write_inputs
 from peft import LoraConfig, get_peft_model
-from test_data import make_tokenizer
-from training_runs import LAYERS
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-
-import gradpruner
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 README = EXAMPLES.parent / "README.md"
@@ -23,37 +19,6 @@ NEEDS = {"sft_trainer": "trl", "qlora": "bitsandbytes"}
 @pytest.fixture
 def inputs(tmp_path):
     return write_inputs(tmp_path)
-
-
-def write_inputs(folder):
-    """Model folder, data file and output folder of an example, as strings."""
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer(bos=True)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    rows = [{"text": f"row {i} says that {i} and {i} are {2 * i}"} for i in range(80)]
-    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder / "model"), str(folder / "texts.jsonl"), str(folder / "out")
-
-
-def checked(folder):
-    """The checkpoint that an example wrote, by the stock class."""
-    plan = gradpruner.Plan.load(Path(folder) / "gradpruner.json")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert plan.layers == LAYERS and model.config.num_hidden_layers == len(plan.kept) == 5
-    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
-    return model
 
 
 @pytest.mark.parametrize("name", ["plain_loop", "trainer", "sft_trainer", "full_fine_tuning", "qlora"])

