@@ -9,7 +9,7 @@ import platform
 import re
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -18,7 +18,7 @@ import torch
 from benchmarks.ops.cases import Case
 from benchmarks.ops.timing import Measured
 from gradpruner.errors import CheckpointError, InvalidArgument
-from gradpruner.storage.files import atomic_path
+from gradpruner.storage.csv_files import write_lines
 
 FOLDER = Path(__file__).parent / "results"
 Record = TypeVar("Record")
@@ -213,12 +213,10 @@ def write(path: str | os.PathLike[str], records: Sequence[Any]) -> None:
     """Write dataclass records of one type, atomically. Raises CheckpointError if the disk is full."""
     if not records:
         raise InvalidArgument("records is empty; expected at least one result")
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        names = [field.name for field in fields(records[0])]
-        last = [field.name for field in fields(Timed) if field.name in names]
-        writer = csv.DictWriter(file, [name for name in names if name not in last] + last)
-        writer.writeheader()
-        writer.writerows(asdict(record) for record in records)
+    names = [field.name for field in fields(records[0])]
+    last = [field.name for field in fields(Timed) if field.name in names]
+    names = [name for name in names if name not in last] + last
+    write_lines(path, names, ([getattr(record, name) for name in names] for record in records))
 
 
 def read(path: str | os.PathLike[str], record: type[Record]) -> list[Record]:

@@ -1,20 +1,66 @@
-"""One check for every argument that is a whole number."""
+"""Checks of arguments. Each raises InvalidArgument with the argument's name, what was given and what is accepted."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
+from typing import TypeGuard
 
 from gradpruner.errors import InvalidArgument
 
 
-def need_whole(name: str, value: object, least: int, what: str = "a whole number") -> None:
-    """Raise InvalidArgument unless `value` is an int, not a bool, of `least` or more. what: what it stands for."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether a value is an int and not a bool, which Python counts among them."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is an int or a float and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_int(name: str, value: object, least: int, what: str = "a whole number") -> None:
+    """Refuse everything but an int of `least` or more.
+
+    Args:
+        name: the argument, as the caller wrote it.
+        value: what was given.
+        least: the smallest number that is accepted.
+        what: how the message describes the number, e.g. "a number of steps".
+
+    Raises:
+        InvalidArgument: `value` is a bool, no int, or less than `least`.
+    """
+    if not is_int(value) or value < least:
         raise InvalidArgument(f"{name} = {value!r}; expected {what}, {least} or more")
 
 
-def share_of(top: float) -> Fraction:
-    """The share `top` as it was written, not its nearest double: floor(0.57 * 100) is 57. Raises InvalidArgument."""
-    if isinstance(top, bool) or not isinstance(top, (int, float, Fraction)) or not 0 < top <= 1:
-        raise InvalidArgument(f"top = {top!r}; accepted is a share above 0 and up to 1")
-    return Fraction(str(top))
+def check_bool(name: str, value: object) -> None:
+    """Refuse everything but True and False. Raises InvalidArgument."""
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{name} = {value!r}; accepted are True and False")
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Refuse a value that is not one of `choices`. Raises InvalidArgument, which lists them."""
+    accepted = list(choices)
+    if value not in accepted:
+        raise InvalidArgument(f"{name} = {value!r}; accepted are {', '.join(accepted)}")
+
+
+def exact_share(name: str, value: object) -> Fraction:
+    """A share as it was written, not its nearest double, so that floor(0.57 * 100) is 57.
+
+    Args:
+        name: the argument, as the caller wrote it.
+        value: a number above 0 and up to 1.
+
+    Returns:
+        The share as a fraction.
+
+    Raises:
+        InvalidArgument: `value` is no such number.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)) or not 0 < value <= 1:
+        raise InvalidArgument(f"{name} = {value!r}; accepted is a share above 0 and up to 1")
+    return Fraction(str(value))

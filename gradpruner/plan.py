@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from gradpruner.checks import is_number
 from gradpruner.errors import CheckpointError, InvalidArgument
 from gradpruner.storage.files import read_json, write_json
 
@@ -248,7 +249,7 @@ def how_many(layers: int, ratio: float) -> int:
 
 
 def _check_ratio(ratio: object) -> None:
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
+    if not is_number(ratio) or not 0 < ratio < 1:
         raise InvalidArgument(f"ratio = {ratio!r}; accepted is a share above 0 and below 1")
 
 

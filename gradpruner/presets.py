@@ -6,8 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from gradpruner.checks import need_whole
-from gradpruner.errors import InvalidArgument
+from gradpruner.checks import check_bool, check_choice, check_int
 
 ADAPTERS = ("keep", "discard")
 
@@ -32,17 +31,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check what no later stage checks before time is spent."""
-        if self.adapters not in ADAPTERS:
-            raise InvalidArgument(f"adapters = {self.adapters!r}; accepted are {', '.join(ADAPTERS)}")
-        if not isinstance(self.patch, bool):
-            raise InvalidArgument(f"patch = {self.patch!r}; accepted are True and False")
-        need_whole("rank_factor", self.rank_factor, 1)
+        check_choice("adapters", self.adapters, ADAPTERS)
+        check_bool("patch", self.patch)
+        check_int("rank_factor", self.rank_factor, 1)
 
     @classmethod
     def of(cls, preset: str = "default", **changed: Any) -> Settings:
         """A preset with those of `changed` that are not None. Raises InvalidArgument."""
-        if preset not in PRESETS:
-            raise InvalidArgument(f"preset = {preset!r}; accepted are {', '.join(PRESETS)}")
+        check_choice("preset", preset, PRESETS)
         return dataclasses.replace(PRESETS[preset], **{k: v for k, v in changed.items() if v is not None})
 
 

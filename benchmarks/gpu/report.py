@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradpruner.storage.csv_files import write_dicts
 from gradpruner.storage.files import atomic_path, write_json
 
 Row = Mapping[str, Any]
@@ -30,11 +30,7 @@ def write_report(folder: Path, rows: Sequence[Row], outcomes: Mapping[str, Any])
     write_json(folder / "report.json", {"outcomes": dict(outcomes), "rows": list(rows)})
     of_kernels = [row for row in rows if row["part"] == "kernels"]
     if of_kernels:
-        names = list(dict.fromkeys(name for row in of_kernels for name in row))
-        with atomic_path(folder / "kernels.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(of_kernels)
+        write_dicts(folder / "kernels.csv", of_kernels)
     for name, draw in (("kernels", _kernels), ("training", _training), ("sweep", _sweep), ("accuracy", _accuracy)):
         found = [row for row in rows if row["part"] == name]
         if found:

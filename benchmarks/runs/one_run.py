@@ -7,7 +7,6 @@ python -m benchmarks.runs.one_run --data train.csv --test-data test.csv --prompt
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from benchmarks import plots, records
 from benchmarks.records import FOLDER
 from gradpruner.model.load import load_model
 from gradpruner.report.tables import table as text_table
+from gradpruner.storage.csv_files import write_lines
 from gradpruner.training.data import Collator, load_examples, tokenize
 from gradpruner.training.evaluate import exact_match
 from gradpruner.training.finetune import add_adapters, train
@@ -143,10 +143,8 @@ def main() -> int:
             for i, (loss, seconds) in enumerate(zip(clock.losses, clock.seconds, strict=True))
         ]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["way", "step", "loss", "seconds"])
-        writer.writerows((way, step, round(loss, 4), round(seconds, 4)) for way, step, loss, seconds in lines)
+    rounded = [(way, step, round(loss, 4), round(seconds, 4)) for way, step, loss, seconds in lines]
+    write_lines(options.out, ["way", "step", "loss", "seconds"], rounded)
     draw(options.out.with_suffix(".svg"), curves, options.probe_steps)
     print(f"{records.machine(torch.device('cpu'))}; {options.steps} steps of {options.batch_size}, {len(tests)} rows")
     print(text_table(table))

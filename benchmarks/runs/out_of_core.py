@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import os
 import platform
 import resource
@@ -36,7 +35,7 @@ from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
 from gradpruner.probe.importance import Factors
 from gradpruner.report.tables import table
-from gradpruner.storage.files import atomic_path
+from gradpruner.storage.csv_files import write_dicts
 from gradpruner.storage.tensor_files import Pending, bytes_of, holds_safetensors, read_folder, write_folder
 
 SHAPE: dict[str, Any] = dict(
@@ -142,10 +141,7 @@ def _measure(work: Path, layers: int, limit: float) -> int:
         "checkpoint_bytes": size,
     }
     RESULTS.parent.mkdir(exist_ok=True)
-    with atomic_path(RESULTS) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*asdict(rows[0]), *machine])
-        writer.writeheader()
-        writer.writerows({**asdict(row), **machine} for row in rows)
+    write_dicts(RESULTS, [{**asdict(row), **machine} for row in rows])
     print(RESULTS)
     good = [(row.exit, row.out_exists, row.out_loads, row.leftovers) for row in rows]
     return 0 if good == [(0, True, True, 0), (-signal.SIGKILL, False, False, 1), (0, True, True, 0)] else 1

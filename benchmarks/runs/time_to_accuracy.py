@@ -9,7 +9,6 @@ Time is that of training, of the probe, of choosing and of cutting; looking at t
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import os
 import time
@@ -29,7 +28,7 @@ from gradpruner.model.load import load_model
 from gradpruner.plan import how_many
 from gradpruner.report.tables import table as text_table
 from gradpruner.run.stages import watch
-from gradpruner.storage.files import atomic_path
+from gradpruner.storage.csv_files import write_dicts
 from gradpruner.training.data import Collator, load_examples, split_examples, tokenize
 from gradpruner.training.evaluate import answers
 from gradpruner.training.finetune import add_adapters, train
@@ -179,10 +178,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
         jobs = [pool.apply_async(curve, (method, options)) for method in (DENSE, *options.methods)]
         points = [point for job in jobs for point in job.get()]
-    with atomic_path(options.out) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(asdict(points[0])), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(point) for point in points)
+    write_dicts(options.out, [asdict(point) for point in points])
     draw(options.out.with_suffix(".svg"), points)
     print(text_table(when(points)))
 

@@ -8,10 +8,7 @@ main kernel; then one row for every other kernel and target.
 
 from __future__ import annotations
 
-import csv
-import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from benchmarks.records import FOLDER
@@ -19,6 +16,7 @@ from benchmarks.static.compiled import CASES, TARGETS, Code
 from benchmarks.static.counts import CARDS, Count, counts
 from benchmarks.static.occupancy import LIMITS, occupancy
 from gradpruner.report.tables import table
+from gradpruner.storage.csv_files import write_dicts
 
 RESULT = FOLDER / "static.csv"
 NOTICE = "Predicted from compiled code and counted by hand. No number in it may be taken for a measurement."
@@ -74,21 +72,11 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
-def write(path: Path, found: list[dict[str, Any]]) -> None:
-    """Write the rows as CSV, whole or not at all; columns a row has not are empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(found[0]), restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
-    os.replace(partial, path)
-
-
 def main() -> int:
     """Print both halves and write the file."""
     found = rows()
-    write(RESULT, found)
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    write_dicts(RESULT, found)
     kernels = {(row["kernel"], row["target"]): row for row in found}
     code_names = [
         "kernel",

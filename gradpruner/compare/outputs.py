@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import statistics
 from collections import Counter
@@ -22,7 +21,8 @@ from gradpruner.plan import Plan, how_many
 from gradpruner.probe.igia import SCORES, Igia
 from gradpruner.report.tables import table
 from gradpruner.run.probe_folder import IGIA
-from gradpruner.storage.files import atomic_path, read_json, reading, write_json
+from gradpruner.storage.csv_files import write_lines
+from gradpruner.storage.files import read_json, reading, write_json
 from gradpruner.training.divergence import why_failed
 
 logger = logging.getLogger(__name__)
@@ -61,12 +61,12 @@ def _rewritten(folder: Path) -> dict[str, Any]:
     losses = {(c["method"], c["count"], c["seed"]): c["training"]["losses"] for c in found}
     differences = _differences(found)
     write_results(folder / "results.csv", results)
-    _write_rows(
+    write_lines(
         folder / "losses.csv",
         ("method", "count", "seed", "step", "loss"),
         [(*key, step, loss) for key, values in losses.items() for step, loss in enumerate(values, 1)],
     )
-    _write_rows(
+    write_lines(
         folder / "differences.csv",
         ("method", "count", "difference", "low", "high"),
         [tuple(row.values()) for row in differences],
@@ -238,8 +238,3 @@ def _rows(results: Sequence[Result], differences: Sequence[Mapping[str, Any]]) -
             }
         )
     return [{k: v for k, v in row.items() if any(other[k] not in (None, "") for other in rows)} for row in rows]
-
-
-def _write_rows(path: Path, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([names, *rows])

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from gradpruner.errors import CheckpointError, InvalidArgument
-from gradpruner.storage.files import atomic_path
+from gradpruner.storage.csv_files import read_objects, write_objects
 
 
 @dataclass(frozen=True)
@@ -55,65 +51,21 @@ class Cost:
     train_flops: float
 
 
-Row = TypeVar("Row", Result, Cost)
-READERS: dict[str, Callable[[str], Any]] = {
-    "str": str,
-    "int": int,
-    "float": float,
-    "float | None": lambda cell: float(cell) if cell else None,
-}
-
-
 def write_results(path: str | os.PathLike[str], results: Sequence[Result]) -> None:
     """Write one line a result, atomically. Raises CheckpointError if the file cannot be written."""
-    _write(path, Result, results)
+    write_objects(path, Result, results)
 
 
 def read_results(path: str | os.PathLike[str]) -> list[Result]:
     """The opposite of `write_results`. Raises InvalidArgument if there is no file, CheckpointError if a bad one."""
-    return _read(path, Result)
+    return read_objects(path, Result)
 
 
 def write_costs(path: str | os.PathLike[str], costs: Sequence[Cost]) -> None:
     """Write one line a size, atomically. Raises CheckpointError if the file cannot be written."""
-    _write(path, Cost, costs)
+    write_objects(path, Cost, costs)
 
 
 def read_costs(path: str | os.PathLike[str]) -> list[Cost]:
     """The opposite of `write_costs`. Raises InvalidArgument if there is no file, CheckpointError if a bad one."""
-    return _read(path, Cost)
-
-
-def _write(path: str | os.PathLike[str], kind: type[Row], rows: Sequence[Row]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(field.name for field in fields(kind))
-        writer.writerows(astuple(row) for row in rows)
-
-
-def _read(path: str | os.PathLike[str], kind: type[Row]) -> list[Row]:
-    what = f"a {kind.__name__.lower()}s file"
-    try:
-        with Path(path).open(encoding="utf-8", newline="") as file:
-            lines = list(csv.reader(file, strict=True))
-    except OSError as error:
-        raise InvalidArgument(f"{str(path)!r} cannot be read as {what}: {error.strerror}") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not {what}: {error}") from None
-    names = [field.name for field in fields(kind)]
-    if not lines or lines[0] != names:
-        raise CheckpointError(f"{path} is not {what}: expected the columns {','.join(names)}")
-    return [_row(path, number, line, kind) for number, line in enumerate(lines[1:], 2)]
-
-
-def _row(path: str | os.PathLike[str], number: int, line: Sequence[str], kind: type[Row]) -> Row:
-    columns = fields(kind)
-    if len(line) != len(columns):
-        raise CheckpointError(f"{path}, row {number}: {len(line)} cells; expected {len(columns)}")
-    values: list[Any] = []
-    for field, cell in zip(columns, line, strict=True):
-        try:
-            values.append(READERS[str(field.type)](cell))
-        except ValueError:
-            raise CheckpointError(f"{path}, row {number}: {field.name} = {cell!r}; expected {field.type}") from None
-    return kind(*values)
+    return read_objects(path, Cost)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from gradpruner.checks import need_whole
+from gradpruner.checks import check_int
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods.base import Clues, Method, register
 from gradpruner.methods.patched_gaps import KINDS, plan_gaps
@@ -47,7 +47,7 @@ class GradPruner(Method):
             raise InvalidArgument(f"kind = {self.settings.kind!r}; accepted are {', '.join((*SCORES, *KINDS))}")
         for name, least in (("probe_steps", 1), ("rank", 0)):
             if getattr(self, name) is not None:
-                need_whole(name, getattr(self, name), least)
+                check_int(name, getattr(self, name), least)
         if self.share is not None and not 0 < self.share <= 1:
             raise InvalidArgument(f"share = {self.share!r}; accepted is above 0 and up to 1")
 

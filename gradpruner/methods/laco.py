@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from gradpruner.checks import need_whole
+from gradpruner.checks import check_int, is_number
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.methods.base import Clues, Method, check_count, lowest, register
 from gradpruner.model.decoder import Decoder, base_parameters, is_packed
@@ -50,8 +50,8 @@ class Laco(Method):
     def __post_init__(self) -> None:
         """Check the options."""
         for option, least in (("combine", 2), ("interval", 1), ("low", 0)):
-            need_whole(option, getattr(self, option), least)
-        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+            check_int(option, getattr(self, option), least)
+        number = is_number(self.threshold)
         if self.threshold is not None and not (number and -1 <= self.threshold <= 1):
             raise InvalidArgument(f"threshold = {self.threshold!r}; accepted are none and -1 to 1")
 

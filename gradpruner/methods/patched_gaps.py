@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradpruner.checks import check_choice
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.model.decoder import Decoder
-from gradpruner.model.hidden_states import hidden
-from gradpruner.model.modes import evaluating
+from gradpruner.model.hidden_states import leaving_state
+from gradpruner.model.modes import evaluating, to_device
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.plan import Plan, parameters_in, select
 from gradpruner.pruning.patch import find_writer
@@ -49,8 +50,7 @@ def plan_gaps(
     model: dense, as the probe left it. batches: keyword arguments of the model, those of the probe; each costs a
     forward. kind "gap" needs labels and a backward, too; .grad is left alone. Raises InvalidArgument, UnsupportedModel.
     """
-    if kind not in KINDS:
-        raise InvalidArgument(f"kind = {kind!r}; accepted are {', '.join(KINDS)}")
+    check_choice("kind", kind, KINDS)
     decoder, protected = Decoder(model, layers), sorted(set(protect))
     total = len(decoder.layers)
     select([0.0] * total, count=count, merge=0, protect=protected)  # for what it refuses
@@ -98,7 +98,7 @@ def gap_costs(decoder: Decoder, batches: Iterable[Mapping[str, Any]], kind: str)
     device = next(decoder.base.parameters()).device
     with evaluating(decoder.given), torch.set_grad_enabled(seen.graded):
         for batch in batches:
-            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            moved = to_device(batch, device)
             if not seen.writers:
                 with torch.no_grad():
                     seen.find(moved)
@@ -146,7 +146,7 @@ class _Seen:
         ]
 
         def on_layer(module: nn.Module, args: Any, output: Any) -> None:
-            state = hidden(output)
+            state = leaving_state(output)
             if self.graded and not state.requires_grad:  # nothing before it trains
                 state.requires_grad_(True)
             states.append(state)

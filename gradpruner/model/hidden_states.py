@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.model.decoder import Decoder
-from gradpruner.model.modes import evaluating
+from gradpruner.model.modes import evaluating, to_device
 
+Batch = Mapping[str, Tensor]
 Seen = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
@@ -22,7 +23,7 @@ def moved(decoder: Decoder, batches: Sequence[Batch], name: str) -> Iterator[dic
         raise InvalidArgument(f"{name} is empty; expected at least one batch")
     device = next(decoder.base.parameters()).device
     for batch in batches:
-        yield {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        yield to_device(batch, device)
 
 
 def watch(decoder: Decoder, batches: Sequence[Batch], seen: Seen) -> None:
@@ -35,8 +36,8 @@ def watch(decoder: Decoder, batches: Sequence[Batch], seen: Seen) -> None:
 
     def hook(index: int) -> Callable[..., None]:
         def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            entering = args[0] if args else kwargs["hidden_states"]
-            leaving = output if isinstance(output, Tensor) else output[0]
+            entering = entering_state(args, kwargs)
+            leaving = leaving_state(output)
             for hidden in (entering, leaving):
                 _check(hidden, mask)
             seen(index, entering, leaving, mask)
@@ -140,14 +141,19 @@ def _without_head(decoder: Decoder, inputs: dict[str, Any]) -> Any:
         return decoder.body(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
 
 
-Batch = Mapping[str, Tensor]
-
-
 def pass_input_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    hidden = args[0] if args else kwargs["hidden_states"]
-    return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
+    """A forward hook that makes a layer return the hidden state it was given."""
+    state = entering_state(args, kwargs)
+    return state if isinstance(output, Tensor) else (state, *output[1:])
 
 
-def hidden(output: Any) -> Tensor:
+def entering_state(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden state among the arguments of a decoder layer."""
+    state: Tensor = args[0] if args else kwargs["hidden_states"]
+    return state
+
+
+def leaving_state(output: Any) -> Tensor:
     """The hidden state in what a decoder layer returns."""
-    return output if isinstance(output, Tensor) else output[0]
+    state: Tensor = output if isinstance(output, Tensor) else output[0]
+    return state

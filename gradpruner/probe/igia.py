@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gradpruner.checks import check_choice
 from gradpruner.distributed.processes import together
 from gradpruner.errors import InvalidArgument, ProbeError
 from gradpruner.model.decoder import Weight
@@ -75,8 +76,7 @@ class Igia:
         kind: "squared" (P eq. 4), "norm" (C) or "normalized" (D). A layer that was not watched has 0 (see `watched`).
         Raises ProbeError if no step was usable, or every gradient was zero; InvalidArgument for another kind.
         """
-        if kind not in SCORES:
-            raise InvalidArgument(f"kind = {kind!r}; accepted are {', '.join(SCORES)}")
+        check_choice("kind", kind, SCORES)
         squares = self.square_norms[:steps]
         if not bool((squares > 0).any()):
             raise ProbeError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.checks import need_whole
+from gradpruner.checks import check_choice, check_int
 from gradpruner.distributed.deepspeed import factor_to_come, is_deepspeeds
 from gradpruner.distributed.fsdp import refuse_flat
 from gradpruner.distributed.processes import Peers, gone, is_lost, peers_of
@@ -63,8 +63,7 @@ class Probe:
         micro_batches: int = 1,
         group: Any = None,
     ) -> None:
-        if estimator not in ESTIMATORS:
-            raise InvalidArgument(f"estimator = {estimator!r}; accepted are {', '.join(ESTIMATORS)}")
+        check_choice("estimator", estimator, ESTIMATORS)
         if factor_dtype not in (torch.float32, torch.bfloat16):
             raise InvalidArgument(f"factor_dtype = {factor_dtype}; accepted are torch.float32 and torch.bfloat16")
         self._peers = peers_of(group)
@@ -122,7 +121,7 @@ class Probe:
         resume: the `snapshot` of a probe that was interrupted: its steps count, and this one goes on from them.
         Raises InvalidArgument, ModelMismatch where the snapshot is of another model.
         """
-        need_whole("steps", steps, 1, "a number of optimizer steps")
+        check_int("steps", steps, 1, "a number of optimizer steps")
         if self._handles or self._igia is not None:
             raise InvalidArgument("this probe is already watching, or has finished; make a new one")
         optimizer = unwrapped(optimizer)  # hooks belong on the one that really steps

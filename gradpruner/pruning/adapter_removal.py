@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.errors import InvalidArgument, UnsupportedModel
+from gradpruner.checks import check_choice
+from gradpruner.errors import UnsupportedModel
 from gradpruner.model.decoder import Decoder, is_packed
 from gradpruner.model.logits import MERGED, differ, logits_of
 from gradpruner.model.rollback import restorer
@@ -21,8 +22,7 @@ logger = logging.getLogger(__name__)
 
 def check_removable(decoder: Decoder, adapters: str) -> None:
     """Raises InvalidArgument or UnsupportedModel where the adapters cannot be taken off as `adapters` says."""
-    if adapters not in ADAPTERS:
-        raise InvalidArgument(f"adapters = {adapters!r}; accepted are {', '.join(ADAPTERS)}")
+    check_choice("adapters", adapters, ADAPTERS)
     peft, base = peft_of(decoder.given), decoder.base
     if peft is None:
         if any(hasattr(module, "adapter_layer_names") for module in base.modules()):

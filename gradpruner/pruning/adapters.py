@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gradpruner.errors import UnsupportedModel
 from gradpruner.model.decoder import CHECKPOINTED, base_name
+from gradpruner.model.modes import keeping_grad_flags
 
 FRESH_INITS = (True, "gaussian")  # of LoraConfig.init_lora_weights: those that leave the base weights alone
 
@@ -216,13 +217,11 @@ def _casting_inputs(base: nn.Module) -> Iterator[None]:
 def _adapters_off(base: nn.Module) -> Iterator[None]:
     """peft's own `disable_adapter` fails where no layer with an adapter is left, and unfreezes what was frozen."""
     wrappers: list[Any] = [m for m in base.modules() if hasattr(m, "enable_adapters") and not m.disable_adapters]
-    trains = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
-    try:
-        for wrapper in wrappers:
-            wrapper.enable_adapters(False)
-        yield
-    finally:
-        for wrapper in wrappers:
-            wrapper.enable_adapters(True)
-        for parameter, was in trains:
-            parameter.requires_grad_(was)
+    with keeping_grad_flags(base):
+        try:
+            for wrapper in wrappers:
+                wrapper.enable_adapters(False)
+            yield
+        finally:
+            for wrapper in wrappers:
+                wrapper.enable_adapters(True)

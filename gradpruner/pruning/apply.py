@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradpruner.checks import share_of
+from gradpruner.checks import exact_share
 from gradpruner.distributed.deepspeed import is_deepspeeds
 from gradpruner.distributed.fsdp import forget, refuse_flat, reshard
 from gradpruner.distributed.processes import Peers, peers_of, together
@@ -66,7 +66,7 @@ def apply(
     decoder = Decoder(model, layers)
     check_removable(decoder, adapters)
     acting = peft_of(model) if adapters == "keep" else None
-    with removing(decoder, plan, igia, share_of(top), weight, patches, acting=acting) as removal:
+    with removing(decoder, plan, igia, exact_share("top", top), weight, patches, acting=acting) as removal:
         take_off(decoder, adapters, removal.logits, removal.tokens)
     return decoder.base
 

@@ -21,7 +21,7 @@ from gradpruner.checkpoint.other_files import copy_others
 from gradpruner.checkpoint.save import PLAN_FILE, check_loaded, drop_missing_code, plan_in, quiet
 from gradpruner.checkpoint.save_sparse import MASKS, check_stored
 from gradpruner.checkpoint.stored_model import IN_MEMORY, StoredModel, config_of, load_empty
-from gradpruner.checks import share_of
+from gradpruner.checks import exact_share
 from gradpruner.errors import CheckpointError, UnsupportedModel
 from gradpruner.memory import free_memory
 from gradpruner.model.decoder import Decoder, Weight
@@ -89,7 +89,7 @@ def apply_folder(
     the stock class; where the dense model fits in memory twice, also the logits, against the dense model with the
     same layers skipped. Raises InvalidArgument, ModelMismatch, UnsupportedModel, CheckpointError.
     """
-    share, source = share_of(top), Path(source)
+    share, source = exact_share("top", top), Path(source)
     stored = StoredModel(source, trust_remote_code=trust_remote_code)
     check_fits(stored.decoder, plan, igia, stored.samples)
     masks, earlier = _kept_masks(stored, source, plan), plan_in(source, len(stored.decoder.layers))

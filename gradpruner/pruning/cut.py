@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradpruner.checks import share_of
+from gradpruner.checks import check_choice, exact_share
 from gradpruner.distributed.fsdp import reshard
-from gradpruner.errors import InvalidArgument, UnsupportedModel
+from gradpruner.errors import UnsupportedModel
 from gradpruner.model.decoder import Decoder, base_name
 from gradpruner.model.optimizers import check_optimizer, forget, replace, unwrapped
 from gradpruner.model.rollback import restorer
@@ -52,12 +52,11 @@ def cut(
     Nothing is changed unless everything succeeds. Raises InvalidArgument, ModelMismatch, UnsupportedModel.
     """
     check_wrappers(model)
-    decoder, peft, share = Decoder(model, layers), peft_of(model), share_of(top)
+    decoder, peft, share = Decoder(model, layers), peft_of(model), exact_share("top", top)
     inner = unwrapped(optimizer)
     if inner is not None:
         check_optimizer(inner)
-    if adapters not in ADAPTERS:
-        raise InvalidArgument(f"adapters = {adapters!r}; accepted are {', '.join(ADAPTERS)}")
+    check_choice("adapters", adapters, ADAPTERS)
     if peft is not None:
         (check_are_lora if adapters == "keep" else check_can_be_fresh)(peft)
     root = root_of(model)

@@ -21,8 +21,8 @@ from gradpruner.distributed.fsdp import resharding
 from gradpruner.distributed.processes import Peers, peers_of, summed, together
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.model.decoder import Decoder, Weight, is_linear, is_packed, linear_modules
-from gradpruner.model.hidden_states import hidden
-from gradpruner.model.modes import evaluating
+from gradpruner.model.hidden_states import leaving_state
+from gradpruner.model.modes import evaluating, to_device
 from gradpruner.model.wrappers import root_of, wrappers
 from gradpruner.plan import Plan, gaps
 
@@ -115,7 +115,7 @@ def _asked(model: nn.Module) -> nn.Module:
 
 
 def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items() if k != "labels"}
+    return to_device(batch, device, labels=False)
 
 
 def _forward(model: nn.Module, batch: Mapping[str, Any]) -> None:
@@ -168,10 +168,10 @@ class _Fit:
         self._entered = args[0].detach()
 
     def _on_layer(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._left = hidden(output).detach()
+        self._left = leaving_state(output).detach()
 
     def _on_end(self, module: nn.Module, args: Any, output: Any) -> None:
-        target = hidden(output).detach().float()
+        target = leaving_state(output).detach().float()
         with torch.autocast(target.device.type, enabled=False):  # the sums need their precision
             self._add(target)
         self._entered = self._left = torch.empty(0)
@@ -293,7 +293,7 @@ def find_writer(decoder: Decoder, layer: int, forward: Callable[[], None]) -> tu
     order: list[str] = []
     handles = [m.register_forward_hook(lambda *_, name=n: order.append(name)) for n, m in names.items()]
     states: list[Tensor] = []
-    handles.append(decoder.layers[layer].register_forward_hook(lambda *a: states.append(hidden(a[2]).detach())))
+    handles.append(decoder.layers[layer].register_forward_hook(lambda *a: states.append(leaving_state(a[2]).detach())))
     try:
         forward()
         if not order:

@@ -7,14 +7,11 @@ import html
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gradpruner.errors import InvalidArgument
 from gradpruner.report.tables import _columns, _is_numeric, _shown
 from gradpruner.storage.files import atomic_path
-
-if TYPE_CHECKING:
-    pass
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #f3f5f7; --line: #d5dae0; }

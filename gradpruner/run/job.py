@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gradpruner.checks import need_whole
+from gradpruner.checks import check_choice, check_int, is_number
 from gradpruner.errors import InvalidArgument
 from gradpruner.presets import Settings
 from gradpruner.run.auto_ratio import AUTO, MAX_LOST
@@ -64,7 +64,7 @@ class Job:
             raise InvalidArgument(f"probe_steps = {self.probe_steps!r}; accepted are 1 to {self.steps - 1}")
         self._check_auto()
         if self.save_steps is not None:
-            need_whole("save_steps", self.save_steps, 1, "a number of optimizer steps")
+            check_int("save_steps", self.save_steps, 1, "a number of optimizer steps")
         _ = self.settings
 
     def _check_auto(self) -> None:
@@ -78,7 +78,7 @@ class Job:
         if self.count is not None or self.of != "layers":
             name = "of" if self.count is None else "count"
             raise InvalidArgument(f"ratio = 'auto' counts layers itself; {name} = {getattr(self, name)!r} is too much")
-        if isinstance(self.bound, bool) or not isinstance(self.bound, (int, float)) or not 0 <= self.bound <= 1:
+        if not is_number(self.bound) or not 0 <= self.bound <= 1:
             raise InvalidArgument(f"max_lost = {self.max_lost!r}; accepted is a share from 0 to 1")
         for name, most in (("check_steps", self.steps - self.probing), ("check_rows", None)):
             value = getattr(self, name)
@@ -129,6 +129,5 @@ class Job:
 
 def torch_dtype(name: str) -> Any:
     """Dtype of a name, "auto" as it is. Raises InvalidArgument."""
-    if name not in DTYPES:
-        raise InvalidArgument(f"dtype = {name!r}; accepted are {', '.join(DTYPES)}")
+    check_choice("dtype", name, DTYPES)
     return name if name == "auto" else getattr(torch, name)

@@ -10,6 +10,7 @@ from torch import nn
 
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.decoder import Decoder
+from gradpruner.model.modes import to_device
 from gradpruner.model.wrappers import is_peft
 from gradpruner.plan import Plan
 from gradpruner.presets import Settings
@@ -77,7 +78,7 @@ def _watch(
         probe.check_comparable()
         for batch in batches:
             seen.append(batch)
-            moved = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+            moved = to_device(batch, device)
             loss = model(**moved).loss
             if loss is None:
                 raise InvalidArgument("batches: the model returned no loss; expected batches with labels")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gradpruner.checks import share_of
+from gradpruner.checks import check_choice, exact_share
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.full_precision import check_full_precision
@@ -35,9 +35,8 @@ def check_run(job: Job, model: Any, tokenizer: Any, folder: Path, examples: Mapp
     """
     check_full_precision(model, job.source)
     settings, decoder = job.settings, Decoder(model)
-    share_of(settings.top)
-    if settings.kind not in SCORES:
-        raise InvalidArgument(f"kind = {settings.kind!r}; accepted are {', '.join(SCORES)}")
+    exact_share("top", settings.top)
+    check_choice("kind", settings.kind, SCORES)
     if job.ratio == AUTO:
         check_plan(decoder, count=1, merge=0)
         candidates([0.0] * len(decoder.layers), least=settings.merge if isinstance(settings.merge, int) else 1)

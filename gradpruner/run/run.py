@@ -111,8 +111,8 @@ class Run:
             base_model=self.job.source,
             results=of_the_model,
             trust_remote_code=self.job.trust_remote_code,
-            **scored,
-        )  # type: ignore[arg-type]
+            **scored,  # type: ignore[arg-type]
+        )
         write_card(self.folder / "model", card)
         return results
 

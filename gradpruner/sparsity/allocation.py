@@ -8,6 +8,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from gradpruner.checks import check_choice
 from gradpruner.errors import InvalidArgument
 
 ALLOCATIONS = ("uniform", "alphapruning")
@@ -46,8 +47,7 @@ def alphapruning(exponents: Sequence[float], entries: Sequence[int], ratio: floa
 
 def check_allocation(allocation: str) -> None:
     """Raises InvalidArgument for one that is not known."""
-    if allocation not in ALLOCATIONS:
-        raise InvalidArgument(f"allocation = {allocation!r}; accepted are {', '.join(ALLOCATIONS)}")
+    check_choice("allocation", allocation, ALLOCATIONS)
 
 
 def allocate(weights: Mapping[int, Sequence[Tensor]], ratio: Fraction, allocation: str) -> dict[int, float]:

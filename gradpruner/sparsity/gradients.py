@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.model.decoder import Decoder, linear_modules
 from gradpruner.model.fused_linear import fuse, is_replaced, unfuse
+from gradpruner.model.modes import evaluating, keeping_grad_flags
 from gradpruner.ops.linear import WeightSquares
 from gradpruner.sparsity.checks import Batch, need_full, prunable
 
@@ -83,14 +84,6 @@ def _folding(
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no parameter trains: the fused backward folds the gradients of weights that do not."""
-    modes = [(module, module.training) for module in model.modules()]
-    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval().requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, flag in trains:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
+    with keeping_grad_flags(model), evaluating(model), torch.enable_grad():
+        model.requires_grad_(False)
+        yield

@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gradpruner.errors import UnsupportedModel
 from gradpruner.model.decoder import Decoder
-from gradpruner.model.modes import evaluating
+from gradpruner.model.hidden_states import leaving_state
+from gradpruner.model.modes import evaluating, to_device
 from gradpruner.sparsity.checks import Batch, need_full
 
 
@@ -66,7 +67,7 @@ class Layerwise:
             return pass_on
 
         layers, device = self._decoder.layers, next(self._decoder.base.parameters()).device
-        inputs = {name: t.to(device) for name, t in batch.items() if name != "labels"}
+        inputs = to_device(batch, device, labels=False)
         try:
             for layer in layers:
                 layer.forward = passing(layer)
@@ -131,7 +132,7 @@ class Layerwise:
         args, kwargs = _mapped(lambda value: _moved(value, device), self._given[number][self.next])
         with evaluating(layer):
             output = layer(self._hidden[number].to(device), *args, **kwargs)
-        return output if isinstance(output, Tensor) else output[0]
+        return leaving_state(output)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

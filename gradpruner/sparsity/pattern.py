@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradpruner import ops
 from gradpruner.checkpoint.mask_bits import pack
+from gradpruner.checks import is_number
 from gradpruner.errors import InvalidArgument
 
 WITHIN = ("row", "matrix")
@@ -37,7 +38,7 @@ class Pattern:
             raise InvalidArgument(f"pattern = {self.within!r}; expected N:M with N from 1 to M - 1")
         if m and self.ratio is None:
             return
-        number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
+        number = is_number(self.ratio)
         if not number or not 0 <= self.ratio < 1:  # type: ignore[operator]
             raise InvalidArgument(f"ratio = {self.ratio!r}; accepted is a share of the weights, from 0 to below 1")
         if m and Fraction(str(self.ratio)) != 1 - Fraction(n, m):

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradpruner.checkpoint.save import PLAN_FILE, save
-from gradpruner.checks import need_whole, share_of
+from gradpruner.checks import check_choice, check_int, exact_share
 from gradpruner.distributed.processes import peers_of, together
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.model.decoder import Decoder
@@ -83,13 +83,12 @@ def attach(
     """
     if not isinstance(trainer, Trainer):
         raise InvalidArgument(f"trainer is a {type(trainer).__name__}; expected a transformers.Trainer")
-    need_whole("steps", steps, 1, "a number of optimizer steps")
+    check_int("steps", steps, 1, "a number of optimizer steps")
     if any(isinstance(callback, PruneCallback) for callback in trainer.callback_handler.callbacks):
         raise InvalidArgument("trainer: gradpruner is attached already; expected a Trainer without it")
     settings = Settings.of(preset, kind=kind, merge=merge, top=top, weight=weight, patch=patch, adapters=adapters)
-    share_of(settings.top)
-    if settings.kind not in SCORES:
-        raise InvalidArgument(f"kind = {settings.kind!r}; accepted are {', '.join(SCORES)}")
+    exact_share("top", settings.top)
+    check_choice("kind", settings.kind, SCORES)
     wanted = dict(
         ratio=None if count is not None else ratio, count=count, of=of, merge=settings.merge, protect=tuple(protect)
     )

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from gradpruner.checks import need_whole
+from gradpruner.checks import check_int
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.model.identity import Identity, sha256_of
 from gradpruner.storage.files import read_json, write_json
@@ -53,7 +53,7 @@ class Checkpoints:
     def __post_init__(self) -> None:
         """Check the interval."""
         if self.every is not None:
-            need_whole("save_steps", self.every, 1, "a number of optimizer steps")
+            check_int("save_steps", self.every, 1, "a number of optimizer steps")
 
     def also_from(self, **digests: str) -> Checkpoints:
         """Return the same, with more digests."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gradpruner.checks import need_whole
+from gradpruner.checks import check_int
 from gradpruner.errors import InvalidArgument
 
 Row = Mapping[str, Any]
@@ -41,7 +41,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Check every value by name."""
         for name, least in (("batch_size", 1), ("accumulation", 1), ("rank", 0), ("alpha", 1), ("seed", 0)):
-            need_whole(name, getattr(self, name), least)
+            check_int(name, getattr(self, name), least)
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise InvalidArgument(f"{name} = {getattr(self, name)!r}; expected a number above 0")
@@ -72,7 +72,7 @@ def schedule(rows: Sequence[Row], steps: int, recipe: Recipe) -> list[Row]:
     """
     if not rows:
         raise InvalidArgument("rows is empty; expected at least one training example")
-    need_whole("steps", steps, 1, "a number of optimizer steps")
+    check_int("steps", steps, 1, "a number of optimizer steps")
     shuffler, ordered = random.Random(recipe.seed), list[Row]()
     while len(ordered) < steps * recipe.rows_a_step:
         epoch = list(rows)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradpruner.checks import need_whole
+from gradpruner.checks import check_int
 from gradpruner.errors import InvalidArgument
 from gradpruner.training.data import Example
 
@@ -21,7 +21,7 @@ def text_of(examples: Sequence[Example]) -> str:
 
 def tokens_of(text: str, tokenizer: Any, length: int) -> list[int]:
     """All tokens of the text. Raises InvalidArgument if it has fewer than `length`, a window's, or that is below 2."""
-    need_whole("length", length, 2, "a number of tokens")
+    check_int("length", length, 2, "a number of tokens")
     tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]
     if len(tokens) < length:
         raise InvalidArgument(f"data has {len(tokens)} tokens; expected {length} or more, one window")
@@ -39,7 +39,7 @@ def sampled(tokens: Sequence[int], length: int, count: int, seed: int) -> list[d
 
     Raises InvalidArgument.
     """
-    need_whole("samples", count, 1)
+    check_int("samples", count, 1)
     places = random.Random(seed)
     starts = [places.randrange(len(tokens) - length + 1) for _ in range(count)]
     return [{"input_ids": torch.tensor([tokens[s : s + length]])} for s in starts]

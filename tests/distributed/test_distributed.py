@@ -10,7 +10,7 @@ import distributed_jobs
 import pytest
 import torch
 
-from gradpruner.checks import share_of
+from gradpruner.checks import exact_share
 from gradpruner.probe.importance import Dense, Factors
 from gradpruner.pruning.merge import merge_weight_
 
@@ -60,12 +60,12 @@ def test_rows_are_merged_as_in_the_whole(stored, cuts):
         else:
             importance.append(Dense(torch.randint(0, 4, shape, generator=generator).float()))
     whole = weight.clone()
-    merge_weight_(whole, donors, importance, share_of(0.3), 1.0)
+    merge_weight_(whole, donors, importance, exact_share("top", 0.3), 1.0)
     parts, first = [], 0
     for count in cuts:
         rows = slice(first, first + count)
         part = weight[rows].clone()
-        merge_weight_(part, [d[rows] for d in donors], importance, share_of(0.3), 1.0, first=first)
+        merge_weight_(part, [d[rows] for d in donors], importance, exact_share("top", 0.3), 1.0, first=first)
         parts.append(part)
         first += count
     assert not torch.equal(whole, weight)

@@ -124,6 +124,6 @@ def check_merged_weights(dtype, stored):
 
 @pytest.mark.parametrize(("p", "size", "k"), [(0.57, 100, 57), (0.2, 7, 1), (0.29, 100, 29), (1, 5, 5), (0.07, 100, 7)])
 def test_k_is_exact_integer_arithmetic(p, size, k):
-    from gradpruner.checks import share_of
+    from gradpruner.checks import exact_share
 
-    assert int(share_of(p) * size) == k
+    assert int(exact_share("top", p) * size) == k

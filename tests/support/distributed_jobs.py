@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 import gradpruner
 from gradpruner.checkpoint import save as checkpoint
-from gradpruner.checks import share_of
+from gradpruner.checks import exact_share
 from gradpruner.distributed.sharding import is_sharded
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.wrappers import root_of
@@ -24,7 +24,7 @@ from gradpruner.pruning import apply as merge
 from gradpruner.pruning.apply import removing
 from gradpruner.storage import checked_tensors as tensor_files
 
-SHARE = share_of(0.2)
+SHARE = exact_share("top", 0.2)
 
 
 def all_of(value):

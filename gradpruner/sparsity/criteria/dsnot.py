@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradpruner import ops
 from gradpruner.checkpoint.mask_bits import pack, unpack
-from gradpruner.checks import need_whole
+from gradpruner.checks import check_int, is_number
 from gradpruner.errors import InvalidArgument
 from gradpruner.sparsity.criteria.base import CRITERIA, Criterion, Metric, register
 from gradpruner.sparsity.pattern import Pattern
@@ -44,8 +44,8 @@ class DsNoT(Criterion):
         """Check the options."""
         if self.start not in ("magnitude", "wanda"):
             raise InvalidArgument(f"start = {self.start!r}; accepted are magnitude and wanda")
-        need_whole("cycles", self.cycles, 0)
-        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
+        check_int("cycles", self.cycles, 0)
+        number = is_number(self.threshold)
         if not number or not self.threshold >= 0:
             raise InvalidArgument(f"threshold = {self.threshold!r}; expected a number, 0 or more")
         if not isinstance(self.overshoot, bool):

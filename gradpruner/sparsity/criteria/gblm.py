@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from gradpruner.checks import is_number
 from gradpruner.errors import InvalidArgument
 from gradpruner.sparsity.criteria.base import Metric, Terms, register
 from gradpruner.sparsity.statistics import NORMS, Seen
@@ -28,7 +29,7 @@ class Gblm(Metric):
         """Check the options."""
         if self.p not in (1, 2) or isinstance(self.p, bool):
             raise InvalidArgument(f"p = {self.p!r}; accepted are 1 and 2, the norm over samples")
-        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        number = is_number(self.alpha)
         if not number or not 0 < self.alpha < float("inf"):
             raise InvalidArgument(f"alpha = {self.alpha!r}; expected a number above 0")
         if not isinstance(self.activations, bool):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradpruner import ops
 from gradpruner.checkpoint.mask_bits import pack, unpack
-from gradpruner.checks import need_whole
+from gradpruner.checks import check_int, is_number
 from gradpruner.errors import InvalidArgument
 from gradpruner.sparsity.criteria.base import Criterion, register
 from gradpruner.sparsity.pattern import Pattern, largest
@@ -34,8 +34,8 @@ class SparseGpt(Criterion):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        need_whole("block", self.block, 1, "a number of columns")
-        if isinstance(self.damping, bool) or not isinstance(self.damping, (int, float)) or not 0 < self.damping < 1:
+        check_int("block", self.block, 1, "a number of columns")
+        if not is_number(self.damping) or not 0 < self.damping < 1:
             raise InvalidArgument(f"damping = {self.damping!r}; accepted is a share above 0 and below 1")
 
     def prune_(self, weight: Tensor, seen: Seen, pattern: Pattern) -> Tensor:
