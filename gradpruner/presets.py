@@ -12,7 +12,7 @@ ADAPTERS = ("keep", "discard")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Preset:
     """kind, merge: see `Igia.plan`. top, weight, adapters: see `apply`. patch: see `fit_patches`.
 
     rank_factor: how many times the recipe's rank the adapters of the cut model have, see `Recipe.widened`.
@@ -36,13 +36,13 @@ class Settings:
         check_int("rank_factor", self.rank_factor, 1)
 
     @classmethod
-    def of(cls, preset: str = "default", **changed: Any) -> Settings:
+    def of(cls, preset: str = "default", **changed: Any) -> Preset:
         """A preset with those of `changed` that are not None. Raises InvalidArgument."""
         check_choice("preset", preset, PRESETS)
         return dataclasses.replace(PRESETS[preset], **{k: v for k, v in changed.items() if v is not None})
 
 
 PRESETS = {
-    "default": Settings(),
-    "paper": Settings("squared", "auto", 0.2, 1.0, patch=False, adapters="discard", rank_factor=1),
+    "default": Preset(),
+    "paper": Preset("squared", "auto", 0.2, 1.0, patch=False, adapters="discard", rank_factor=1),
 }

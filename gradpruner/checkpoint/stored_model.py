@@ -19,7 +19,7 @@ from gradpruner.model.decoder import Decoder, Weight, sample_positions
 from gradpruner.model.full_precision import WANTED, quantisation_of
 from gradpruner.model.load import refusing
 from gradpruner.storage.links import check_links
-from gradpruner.storage.tensor_files import Stored, read_folder
+from gradpruner.storage.tensor_files import TensorInFile, read_folder
 
 IN_MEMORY = "load the model in memory instead: gradpruner.apply, or a --dtype on the command line"
 MOST_WITHOUT_TENSORS = 1000  # layers; those that share everything have no tensors of their own
@@ -74,8 +74,8 @@ class StoredModel:
         self.roles = {name: role for name, role in roles.items() if role.parameter in parameters}
         self.tensors = {name: stored[name] for name in self.roles}
         self.unused = sorted(stored.keys() - self.roles.keys())
-        self.whole: dict[str, Stored] = {}
-        self._parts: dict[str, list[tuple[Role, Stored]]] = {}
+        self.whole: dict[str, TensorInFile] = {}
+        self._parts: dict[str, list[tuple[Role, TensorInFile]]] = {}
         for name, role in self.roles.items():
             if role.converter is not None:
                 self._parts.setdefault(role.parameter, []).append((role, stored[name]))
@@ -126,7 +126,7 @@ class StoredModel:
         places = [self._place(name, weight.shape, position) for position in positions]
         return torch.cat([stored.read_entries([position]).to(dtype) for stored, position in places])
 
-    def _place(self, name: str, shape: tuple[int, ...], position: int) -> tuple[Stored, int]:
+    def _place(self, name: str, shape: tuple[int, ...], position: int) -> tuple[TensorInFile, int]:
         """Where an entry of an expert weight is stored, one matrix an expert, or several to be put one below another.
 
         Raises UnsupportedModel for any other way of making the parameter out of what is stored.
@@ -148,7 +148,7 @@ class StoredModel:
         raise AssertionError("a row below the last")
 
 
-def _stacks(parts: list[tuple[Role, Stored]]) -> list[list[Stored]]:
+def _stacks(parts: list[tuple[Role, TensorInFile]]) -> list[list[TensorInFile]]:
     """Matrices by source, then expert, if that is all that is done to them; else nothing."""
     converter = parts[0][0].converter if parts else None
     if converter is None:
@@ -157,7 +157,7 @@ def _stacks(parts: list[tuple[Role, Stored]]) -> list[list[Stored]]:
     done = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
     if done != [("MergeModulelist", 0), ("Concatenate", 1)][: 1 if len(sources) == 1 else 2]:
         return []
-    stacks: list[list[Stored]] = [[] for _ in sources]
+    stacks: list[list[TensorInFile]] = [[] for _ in sources]
     for role, stored in parts:
         stacks[sources.index(role.pattern)].append(stored)
     if not all(stacks):
@@ -181,7 +181,7 @@ def _role(model: Any, name: str, parameters: dict[str, Tensor]) -> Role:
     return Role(parameter, next(step for step in converters if pattern in step.source_patterns), pattern)
 
 
-def load_empty(kind: Any, config: Any, stored: Mapping[str, Stored]) -> tuple[Any, dict[str, Any]]:
+def load_empty(kind: Any, config: Any, stored: Mapping[str, TensorInFile]) -> tuple[Any, dict[str, Any]]:
     """The stock class's model of these stored tensors on the meta device, and transformers' loading info.
 
     The names, shapes and dtypes of the tensors are given to it, not the files: it would map all of them at once.
@@ -204,7 +204,7 @@ def load_empty(kind: Any, config: Any, stored: Mapping[str, Stored]) -> tuple[An
         raise CheckpointError(f"the checkpoint does not load: {error}") from error
 
 
-def _check_head_sizes(folder: Path, config: Any, stored: Mapping[str, Stored]) -> None:
+def _check_head_sizes(folder: Path, config: Any, stored: Mapping[str, TensorInFile]) -> None:
     """Raises CheckpointError where a head is wider than any stored tensor: its table of angles may take gigabytes."""
     widest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
     for name, value in vars(text_config(config)).items():

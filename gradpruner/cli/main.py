@@ -290,7 +290,7 @@ def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint.companions import masks_of
-    from gradpruner.presets import Settings
+    from gradpruner.presets import Preset
     from gradpruner.run.stages import watch
     from gradpruner.storage.files import need_writable
 
@@ -306,7 +306,7 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
         quiet=options.json,
         masks=masks_of(options.model, model),
     )
-    kind = Settings.of().kind  # what `plan` goes by unless it is asked for another
+    kind = Preset.of().kind  # what `plan` goes by unless it is asked for another
     scores = igia.layer_scores(kind)
     igia.save(options.out)
     return {
@@ -325,11 +325,11 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.presets import Settings
+    from gradpruner.presets import Preset
     from gradpruner.probe.igia import Igia
 
     igia = Igia.load(options.igia)
-    chosen = Settings.of(**given.choice(options))
+    chosen = Preset.of(**given.choice(options))
     plan = igia.plan(**given.amount(options), kind=chosen.kind, merge=chosen.merge)
     plan.save(options.out)
     margin, stability = igia.margin(plan, chosen.kind), igia.stability(plan, chosen.kind)

@@ -48,7 +48,7 @@ def measure(
 
     Seconds are medians; peaks are what was held beyond the process before the model came; generation is of 64 tokens,
     greedily, one sequence; operations: see `training_operations`, of one training step.
-    rank_factor: of the adapters of what is cut, see `Settings`. loading: arguments of `load_model`. rows: in order,
+    rank_factor: of the adapters of what is cut, see `Preset`. loading: arguments of `load_model`. rows: in order,
     those of at least 8 steps. A plan's merging is left out: it changes values, which cost nothing.
     Raises InvalidArgument where the disk has no room for a checkpoint.
     """

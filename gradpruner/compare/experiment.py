@@ -35,7 +35,7 @@ from gradpruner.probe.igia import Igia
 from gradpruner.run.folder import MODEL, known_model, named, recorded
 from gradpruner.run.job import Job, torch_dtype
 from gradpruner.run.preflight import check_comparison
-from gradpruner.run.probe_folder import IGIA, save_probed, with_probed
+from gradpruner.run.probe_folder import IGIA, load_probed_model, save_probe
 from gradpruner.run.stages import tune, watch
 from gradpruner.storage.files import read_json, reading, write_json
 from gradpruner.storage.locks import claim, lock
@@ -223,7 +223,7 @@ class Compare:
             if method.probed or method.settled("adapters") == "keep":
                 about["probe"] = self._probe(method, tokenizer, cell.seed).name
             if method.settled("adapters") == "keep":
-                model = with_probed(model, self.folder / "probes" / about["probe"])
+                model = load_probed_model(model, self.folder / "probes" / about["probe"])
             clues = self._clues(method, model, tokenizer, rows[: probing * recipe.rows_a_step], cell.seed)
             self.say(f"{cell.title}: choosing")
             plan = self._plan(method, clues, cell)
@@ -290,7 +290,7 @@ class Compare:
                 if method.scored:
                     check_comparable(model, recipe)
                 watched, igia = watch(model, tokenizer, rows, recipe, of_steps=self.job.steps, quiet=True)
-                save_probed(path, igia, watched, made_from=self._made_from)
+                save_probe(path, igia, watched, made_from=self._made_from)
         return path
 
     def _probe_recipe(self, method: Method, seed: int) -> Recipe:

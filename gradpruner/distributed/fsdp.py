@@ -36,7 +36,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def forget(root: nn.Module, removed: list[nn.Module]) -> None:
+def release_shards(root: nn.Module, removed: list[nn.Module]) -> None:
     """Let go of modules that are no longer part of an FSDP root, so that their memory is free again.
 
     torch finds the sharded modules at the root's first forward and keeps their states for good.

@@ -116,7 +116,7 @@ def lowest(decoder: Decoder, scores: Sequence[float], count: int) -> Plan:
 class Dropping(Method):
     """A method that only chooses which layers go; nothing is added to those that stay, unless it is asked for.
 
-    patch, adapters, rank_factor: see `Settings`. As published, none of them has any.
+    patch, adapters, rank_factor: see `Preset`. As published, none of them has any.
     """
 
     patch: bool = False

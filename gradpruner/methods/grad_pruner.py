@@ -12,7 +12,7 @@ from gradpruner.errors import InvalidArgument
 from gradpruner.methods.base import Clues, Method, register
 from gradpruner.methods.patched_gaps import KINDS, plan_gaps
 from gradpruner.plan import Plan
-from gradpruner.presets import PRESETS, Settings
+from gradpruner.presets import PRESETS, Preset
 from gradpruner.probe.igia import SCORES
 from gradpruner.pruning.apply import apply
 from gradpruner.pruning.patch import fit_patches
@@ -23,7 +23,7 @@ from gradpruner.pruning.patch import fit_patches
 class GradPruner(Method):
     """This package's own method.
 
-    preset, and what differs from it: see `Settings`. probe_steps, rank, share: of the probe, where they are not those
+    preset, and what differs from it: see `Preset`. probe_steps, rank, share: of the probe, where they are not those
     of the comparison: its steps, its adapters' rank, the share of the data it sees. Raises InvalidArgument.
     """
 
@@ -52,9 +52,9 @@ class GradPruner(Method):
             raise InvalidArgument(f"share = {self.share!r}; accepted is above 0 and up to 1")
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> Preset:
         """What the options come to."""
-        return Settings.of(
+        return Preset.of(
             self.preset,
             kind=self.kind,
             merge=self.merge,

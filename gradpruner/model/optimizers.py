@@ -54,7 +54,7 @@ def rebuild_optimizer(optimizer: Any, model: nn.Module) -> Any:
         )
     group = _group_of_new(inner) if new else {}
     alive = {id(p) for p in trainable.values()}
-    forget(inner, {id(p) for p in _parameters(inner)} - alive)
+    drop_state(inner, {id(p) for p in _parameters(inner)} - alive)
     if new:
         group["params"] += new.values()
         if "param_names" in group:
@@ -75,7 +75,7 @@ def check_optimizer(optimizer: Any) -> None:
             )
 
 
-def forget(optimizer: Any, gone: Collection[int], fresh: Collection[int] = ()) -> None:
+def drop_state(optimizer: Any, gone: Collection[int], fresh: Collection[int] = ()) -> None:
     """Take parameters out of the groups, and the memory of these and of fresh ones out of the state.
 
     gone, fresh: ids of parameters.

@@ -10,7 +10,7 @@ import torch
 
 from gradpruner.errors import CheckpointError
 from gradpruner.model.decoder import Weight
-from gradpruner.storage.tensor_files import Stored
+from gradpruner.storage.tensor_files import TensorInFile
 
 LARGEST = 2**63 - 1  # a count of parameters that a damaged file may claim and arithmetic still takes
 
@@ -57,7 +57,7 @@ def checked_fields(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_tensors(path: Path, weights: tuple[Weight, ...], stored: Mapping[str, Stored]) -> None:
+def check_tensors(path: Path, weights: tuple[Weight, ...], stored: Mapping[str, TensorInFile]) -> None:
     """Raises CheckpointError unless every tensor is the norms' or an importance of one of the weights."""
     if len({(weight.layer, weight.name) for weight in weights}) != len(weights):
         raise CheckpointError(f"{path} is corrupted: it names a weight twice")

@@ -13,7 +13,7 @@ from gradpruner import ops
 from gradpruner.distributed.processes import Peers
 from gradpruner.model.decoder import Weight
 from gradpruner.storage.checked_tensors import read_checked
-from gradpruner.storage.tensor_files import Stored
+from gradpruner.storage.tensor_files import TensorInFile
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class StoredImportance(Mapping[tuple[int, str], Factors | Dense]):
     def __init__(
         self,
         weights: Iterable[Weight],
-        stored: Mapping[str, Stored],
+        stored: Mapping[str, TensorInFile],
         crc32: Mapping[str, int],
         exponents: Mapping[str, list[int]],
     ) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradpruner.checks import exact_share
 from gradpruner.distributed.deepspeed import is_deepspeeds
-from gradpruner.distributed.fsdp import forget, refuse_flat, reshard
+from gradpruner.distributed.fsdp import refuse_flat, release_shards, reshard
 from gradpruner.distributed.processes import Peers, peers_of, together
 from gradpruner.distributed.sharding import local, rows_of
 from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
@@ -145,7 +145,7 @@ def removing(
             parameter.copy_(before)
         raise
     if root is not None:
-        forget(root, removed)
+        release_shards(root, removed)
 
 
 def _peers_of(root: nn.Module | None, igia: Igia | None) -> Peers | None:

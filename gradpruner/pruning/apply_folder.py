@@ -33,7 +33,7 @@ from gradpruner.pruning.apply import check_fits, skipping_logits
 from gradpruner.pruning.merge import donors_of, merge_weight_
 from gradpruner.pruning.surgery import prepare
 from gradpruner.storage.files import atomic_folder, read_json, write_json
-from gradpruner.storage.tensor_files import Pending, Stored, bytes_of, checksum_of, read_folder, write_folder
+from gradpruner.storage.tensor_files import Pending, TensorInFile, bytes_of, checksum_of, read_folder, write_folder
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ LARGEST_SHARD = 5 * 10**9  # bytes
 class Merge:
     """One kept weight that is folded into: where it and its donors are stored, and how they are added."""
 
-    kept: Stored
-    donors: tuple[Stored, ...]
+    kept: TensorInFile
+    donors: tuple[TensorInFile, ...]
     names: tuple[tuple[int, str], ...]  # of the donors' importance
     dtype: torch.dtype  # that the model is loaded in
     igia: Igia
@@ -156,7 +156,7 @@ def _merges(stored: StoredModel, plan: Plan, igia: Igia, share: Fraction, scale:
     return found
 
 
-def _whole(stored: StoredModel, weight: Weight) -> Stored:
+def _whole(stored: StoredModel, weight: Weight) -> TensorInFile:
     name = stored.parameter_name(weight)
     if name not in stored.whole:
         raise UnsupportedModel(f"{name!r}, to be merged, is stored in another form than the model has it: {IN_MEMORY}")
@@ -204,7 +204,7 @@ def _cut_generation(folder: Path, plan: Plan, *, extra_gone: bool) -> None:
             write_json(file, {**fields, **changes})
 
 
-def _check_bytes(written: dict[str, Stored], checksums: dict[str, int]) -> None:
+def _check_bytes(written: dict[str, TensorInFile], checksums: dict[str, int]) -> None:
     if written.keys() != checksums.keys():
         raise CheckpointError(f"the files do not hold {sorted(written.keys() ^ checksums.keys())[:3]} as written")
     for name, tensor in written.items():
@@ -228,7 +228,7 @@ def _check_same_model(expected: Any, again: Any, info: dict[str, Any]) -> None:
 
 
 def _check_logits(
-    kind: Any, source: Path, folder: Path, plan: Plan, replaced: dict[str, Stored], trust_remote_code: bool
+    kind: Any, source: Path, folder: Path, plan: Plan, replaced: dict[str, TensorInFile], trust_remote_code: bool
 ) -> None:
     """Compare the written model with the dense one, merged weights put in and removed layers skipped."""
     with quiet():

@@ -15,7 +15,7 @@ from gradpruner.checks import check_choice, exact_share
 from gradpruner.distributed.fsdp import reshard
 from gradpruner.errors import UnsupportedModel
 from gradpruner.model.decoder import Decoder, base_name
-from gradpruner.model.optimizers import check_optimizer, forget, replace, unwrapped
+from gradpruner.model.optimizers import check_optimizer, drop_state, replace, unwrapped
 from gradpruner.model.rollback import restorer
 from gradpruner.model.wrappers import peft_of, root_of, wrappers
 from gradpruner.plan import Plan
@@ -72,7 +72,7 @@ def cut(
     if inner is not None:
         for old, new, part in removal.replaced:
             replace(inner, old, new, part)
-        forget(inner, gone, {id(p) for p in fresh})
+        drop_state(inner, gone, {id(p) for p in fresh})
     for wrapper in wrappers(model):
         if isinstance(wrapper, DistributedDataParallel):
             _rewrap(wrapper)

@@ -9,7 +9,7 @@ import torch
 
 from gradpruner.checks import check_choice, check_int, is_number
 from gradpruner.errors import InvalidArgument
-from gradpruner.presets import Settings
+from gradpruner.presets import Preset
 from gradpruner.run.auto_ratio import AUTO, MAX_LOST
 from gradpruner.training.recipe import Recipe
 
@@ -22,7 +22,7 @@ PROBE_SHARE, PROBE_LEAST = 0.01, 20  # P: the first 1 % of the steps; below 20 t
 class Job:
     """One run. source: what `load_model` takes. steps: optimizer steps in all, the probe's included.
 
-    preset, and what differs from it: see `Settings`. train_on: "answer" or "all" tokens. probe_steps: default
+    preset, and what differs from it: see `Preset`. train_on: "answer" or "all" tokens. probe_steps: default
     1 % of the steps, at least 20 and at most half.
     ratio: "auto" tries cuts (see `gradpruner.run.auto_ratio`) and loses at most max_lost, 0 to 1, of the dense score
     (default 0.01) on check_rows training examples (default 10 %, at most 200) that nothing is trained on; every cut
@@ -98,9 +98,9 @@ class Job:
         return min(self.probing, self.steps - self.probing) if self.check_steps is None else self.check_steps
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> Preset:
         """What preset and options come to."""
-        return Settings.of(
+        return Preset.of(
             self.preset,
             kind=self.kind,
             merge=self.merge,

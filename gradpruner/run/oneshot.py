@@ -13,7 +13,7 @@ from gradpruner.model.decoder import Decoder
 from gradpruner.model.modes import to_device
 from gradpruner.model.wrappers import is_peft
 from gradpruner.plan import Plan
-from gradpruner.presets import Settings
+from gradpruner.presets import Preset
 from gradpruner.probe.igia import Igia
 from gradpruner.probe.probe import Probe
 from gradpruner.pruning.adapter_removal import check_removable
@@ -35,14 +35,14 @@ def prune(
     """Train LoRA adapters for up to `steps` batches, score the layers, and return the smaller model.
 
     batches: keyword arguments of the model with labels in them, as a data loader yields; one is one optimizer step.
-    preset, and in settings what differs from it: see `Settings`. A PEFT model's own adapters are used, and treated as
+    preset, and in settings what differs from it: see `Preset`. A PEFT model's own adapters are used, and treated as
     the new ones are: kept in the weights, or discarded. The plan is `.gradpruner_plan` of the result.
     Raises InvalidArgument, UnsupportedModel, ProbeError (no usable step; layers that cannot be compared by what is
     watched, before the first step); a plain model is then as it was.
     """
     if "rank_factor" in settings:
         raise InvalidArgument("rank_factor belongs to what trains the smaller model; prune only returns it")
-    chosen = Settings.of(preset, **settings)
+    chosen = Preset.of(preset, **settings)
     recipe, wrapped = Recipe(), is_peft(model)
     check_removable(Decoder(model), chosen.adapters)  # better told now than after the probe
     trains = [(p, p.requires_grad) for p in model.parameters()]

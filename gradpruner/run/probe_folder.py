@@ -20,7 +20,7 @@ from gradpruner.storage.provenance import RECORD
 IGIA, ADAPTERS, MODEL = "igia.safetensors", "adapters", "model"
 
 
-def save_probed(
+def save_probe(
     folder: str | os.PathLike[str], igia: Igia, model: nn.Module, *, made_from: Mapping[str, str] | None = None
 ) -> None:
     """Write igia.safetensors and the adapters, or the whole model where that was trained; all or nothing.
@@ -37,8 +37,8 @@ def save_probed(
             write_json(inside / RECORD, dict(made_from))
 
 
-def with_probed(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """The plain dense model with the adapters of `save_probed` around it, or the trained model in its place.
+def load_probed_model(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """The plain dense model with the adapters of `save_probe` around it, or the trained model in its place.
 
     Raises CheckpointError if the folder holds neither.
     """

@@ -34,7 +34,7 @@ from gradpruner.run.auto_ratio import AUTO, Choice, choose, hold_out, trial_rows
 from gradpruner.run.folder import SETTINGS, SPEEDS, RunFolder, known_model, recorded
 from gradpruner.run.job import Job, torch_dtype
 from gradpruner.run.preflight import check_run
-from gradpruner.run.probe_folder import IGIA, save_probed, with_probed
+from gradpruner.run.probe_folder import IGIA, load_probed_model, save_probe
 from gradpruner.run.speeds import speeds_in_turns
 from gradpruner.run.stages import measure, tune, watch
 from gradpruner.run.summary import OF_THE_MACHINE, TURNS, comparison, notes
@@ -134,7 +134,7 @@ class Run:
                 of_steps=self.job.steps,
                 quiet=self.quiet,
             )
-            save_probed(self._probed, igia, watched, made_from=self._kept.settings)
+            save_probe(self._probed, igia, watched, made_from=self._kept.settings)
         return Igia.load(self._probed / IGIA)
 
     def plan(self) -> Plan:
@@ -267,7 +267,7 @@ class Run:
         """The dense model, inside the adapters that the probe trained where these are kept."""
         model, tokenizer = self._load_dense()
         self._earlier = plan_of(self.job.source, model, self._identity.revision)
-        return with_probed(model, self._probed) if self.job.settings.adapters == "keep" else model, tokenizer
+        return load_probed_model(model, self._probed) if self.job.settings.adapters == "keep" else model, tokenizer
 
     def _smaller(self, plan: Plan) -> tuple[Any, Any]:
         chosen = self.job.settings

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradpruner.errors import CheckpointError
 from gradpruner.storage.files import atomic_path, parse_json
-from gradpruner.storage.tensor_files import Stored, bytes_of, read_header
+from gradpruner.storage.tensor_files import TensorInFile, bytes_of, read_header
 
 DESCRIPTION, CHECKSUM = "gradpruner", "gradpruner_crc32"  # in the metadata of the file
 
@@ -34,7 +34,7 @@ def write_described(path: str | os.PathLike[str], tensors: Mapping[str, Tensor],
             raise OSError(str(error)) from error
 
 
-def read_described(path: Path, kind: str, form: str) -> tuple[dict[str, Stored], dict[str, Any]]:
+def read_described(path: Path, kind: str, form: str) -> tuple[dict[str, TensorInFile], dict[str, Any]]:
     """The tensors, left in the file, and the description. kind: what to call the file; form: the "format" it must have.
 
     Raises CheckpointError if the file is another one or damaged; what the description says has still to be checked.
@@ -53,7 +53,7 @@ def read_described(path: Path, kind: str, form: str) -> tuple[dict[str, Stored],
     return stored, description
 
 
-def read_checked(stored: Stored, checksums: Mapping[str, int]) -> Tensor:
+def read_checked(stored: TensorInFile, checksums: Mapping[str, int]) -> Tensor:
     """One tensor. Raises CheckpointError where its checksum does not match."""
     tensor = stored.read()
     if zlib.crc32(bytes_of(tensor)) != checksums[stored.name]:

@@ -50,7 +50,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorInFile:
     """Where one tensor lies: its file, and the offset of its first byte in it."""
 
     name: str
@@ -131,7 +131,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
-def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, TensorInFile], dict[str, str]]:
     """Every tensor of one file by name, and the file's metadata. Raises CheckpointError if it is no sound file."""
     try:
         size = path.stat().st_size
@@ -152,7 +152,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
                 raise ValueError(f"{name!r} has a negative or fractional size")
             if math.prod(max(n, 1) for n in shape) > LARGEST_TENSOR:
                 raise ValueError(f"{name!r} has a shape that no tensor can have")
-            tensors[name] = Stored(name, DTYPES[entry["dtype"]], shape, path, 8 + length + begin)
+            tensors[name] = TensorInFile(name, DTYPES[entry["dtype"]], shape, path, 8 + length + begin)
             if end - begin != tensors[name].size:
                 raise ValueError(f"{name!r} has {end - begin} bytes; its shape needs {tensors[name].size}")
             spans.append((begin, end, name))
@@ -175,7 +175,7 @@ def holds_safetensors(folder: Path) -> bool:
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
-def read_folder(folder: Path) -> dict[str, Stored]:
+def read_folder(folder: Path) -> dict[str, TensorInFile]:
     """Every tensor of a checkpoint folder, in the order of the files and of the bytes in them.
 
     One file, or the shards that the index names; the file goes first, as it does in transformers.
@@ -188,7 +188,7 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     index = read_json(folder / INDEX, "index").get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
         raise CheckpointError(f"{folder / INDEX} has no weight_map from names to files")
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorInFile] = {}
     for file in sorted(set(index.values())):
         if Path(file).name != file:
             raise CheckpointError(f"{folder / INDEX} names {file!r}; expected a file in the same folder")
@@ -204,7 +204,7 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def _by_offset(tensors: Mapping[str, Stored]) -> list[tuple[str, Stored]]:
+def _by_offset(tensors: Mapping[str, TensorInFile]) -> list[tuple[str, TensorInFile]]:
     return sorted(tensors.items(), key=lambda item: item[1].offset)
 
 
@@ -271,7 +271,7 @@ def _write(file: BinaryIO, tensor: Pending) -> int:
     return checksum
 
 
-def checksum_of(stored: Stored) -> int:
+def checksum_of(stored: TensorInFile) -> int:
     """CRC-32 of a tensor's bytes."""
     checksum = 0
     for part in stored.chunks():

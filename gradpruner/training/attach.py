@@ -21,7 +21,7 @@ from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch, U
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.wrappers import altered_base, peft_of
 from gradpruner.plan import Plan, gaps
-from gradpruner.presets import Settings
+from gradpruner.presets import Preset
 from gradpruner.probe.igia import SCORES, Igia
 from gradpruner.probe.probe import Probe
 from gradpruner.pruning.adapters import check_are_lora, check_can_be_fresh, describe, without_adapters
@@ -75,7 +75,7 @@ def attach(
     patch: gaps are patched on the probe's batches, of which each process keeps up to 131,072 tokens in host memory. A
     quantised base and an encoder-decoder cannot be patched: that is logged, and refused where patch=True is given.
 
-    ratio, count, of, protect: see `Igia.plan`. preset, and kind to adapters for what differs from it: see `Settings`.
+    ratio, count, of, protect: see `Igia.plan`. preset, and kind to adapters for what differs from it: see `Preset`.
     The rest: see `Probe`.
     Returns the callback, whose `plan` and `igia` can be read after the cut. Raises InvalidArgument, UnsupportedModel,
     ProbeError where layers cannot be compared by what the probe would watch; what only the prepared model shows (its
@@ -86,7 +86,7 @@ def attach(
     check_int("steps", steps, 1, "a number of optimizer steps")
     if any(isinstance(callback, PruneCallback) for callback in trainer.callback_handler.callbacks):
         raise InvalidArgument("trainer: gradpruner is attached already; expected a Trainer without it")
-    settings = Settings.of(preset, kind=kind, merge=merge, top=top, weight=weight, patch=patch, adapters=adapters)
+    settings = Preset.of(preset, kind=kind, merge=merge, top=top, weight=weight, patch=patch, adapters=adapters)
     exact_share("top", settings.top)
     check_choice("kind", settings.kind, SCORES)
     wanted = dict(
@@ -112,7 +112,7 @@ class PruneCallback(TrainerCallback):
         self,
         trainer: Trainer,
         steps: int,
-        settings: Settings,
+        settings: Preset,
         wanted: dict[str, Any],
         options: dict[str, Any],
         *,

@@ -24,7 +24,7 @@ from gradpruner.model.decoder import Decoder
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
-from gradpruner.run.probe_folder import save_probed, with_probed
+from gradpruner.run.probe_folder import load_probed_model, save_probe
 from gradpruner.training.finetune import add_adapters, check_comparable
 from gradpruner.training.recipe import Recipe
 
@@ -229,8 +229,8 @@ def test_adapters_are_on_every_linear_of_dense_and_expert_layers(name, tmp_path)
     igia = Igia(
         "-", "lora", 6, tuple(decoder.weights), torch.ones(1, len(decoder.weights)).double(), ("",) * 6, (1,) * 6, 6
     )
-    save_probed(tmp_path / "probe", igia, model)
-    again = with_probed(moe(name), tmp_path / "probe")
+    save_probe(tmp_path / "probe", igia, model)
+    again = load_probed_model(moe(name), tmp_path / "probe")
     assert torch.equal(again(input_ids=ids).logits, expected)
 
 

@@ -14,11 +14,11 @@ from torch import nn
 
 import gradpruner
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, UnsupportedModel
-from gradpruner.presets import PRESETS, Settings
+from gradpruner.presets import PRESETS, Preset
 from gradpruner.probe.igia import Igia
 from gradpruner.run import probe_folder as probed
 from gradpruner.run.job import Job
-from gradpruner.run.probe_folder import save_probed, with_probed
+from gradpruner.run.probe_folder import load_probed_model, save_probe
 
 
 def trained(model=None, **options):
@@ -145,12 +145,12 @@ def test_a_failed_cut_keeps_the_adapters_where_they_are(monkeypatch):
 def test_adapters_are_written_and_read_again(tmp_path, dtype):
     model = trained(llama(dtype))
     igia, before = run(copy.deepcopy(model)), snapshot(model)[0]
-    save_probed(tmp_path / "probe", igia, model)
+    save_probe(tmp_path / "probe", igia, model)
     assert sorted(p.name for p in (tmp_path / "probe").iterdir()) == ["adapters", "igia.safetensors"]
     read = Igia.load(tmp_path / "probe" / probed.IGIA)
     assert torch.equal(read.layer_scores(), igia.layer_scores()) and read.model == igia.model
     plain = llama(dtype)
-    again = with_probed(plain, tmp_path / "probe")
+    again = load_probed_model(plain, tmp_path / "probe")
     assert again.get_base_model() is plain and same_state(again, before)
     plan = gradpruner.Plan(LAYERS, drop=[1, 5])
     kept = gradpruner.apply(again, plan, adapters="keep")
@@ -160,15 +160,15 @@ def test_adapters_are_written_and_read_again(tmp_path, dtype):
 def test_a_model_trained_in_full_is_written_and_read_again(tmp_path):
     model = llama()
     igia = run(model)
-    save_probed(tmp_path / "probe", igia, model)
+    save_probe(tmp_path / "probe", igia, model)
     assert sorted(p.name for p in (tmp_path / "probe").iterdir()) == ["igia.safetensors", "model"]
     dense = llama()
     dense.set_attn_implementation("eager")
-    again = with_probed(dense, tmp_path / "probe")
+    again = load_probed_model(dense, tmp_path / "probe")
     assert same_state(again, model.state_dict()) and not same_state(again, llama().state_dict())
     assert type(again) is type(model) and again is not dense
     assert again.config._attn_implementation == "eager"  # as the dense model was loaded
-    half = with_probed(llama(torch.bfloat16), tmp_path / "probe")
+    half = load_probed_model(llama(torch.bfloat16), tmp_path / "probe")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
@@ -181,35 +181,35 @@ def test_nothing_is_left_of_a_probe_that_cannot_be_written(tmp_path, monkeypatch
 
     monkeypatch.setattr(type(model), "save_pretrained", fail)
     with pytest.raises(CheckpointError, match="could not write"):
-        save_probed(tmp_path / "probe", igia, model)
+        save_probe(tmp_path / "probe", igia, model)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_without_a_probe_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="neither adapters nor a model of a probe"):
-        with_probed(llama(), tmp_path)
+        load_probed_model(llama(), tmp_path)
 
 
 def test_presets():
-    assert Settings.of() == Settings() == PRESETS["default"]
-    assert Settings().adapters == "keep" and Settings().patch is True and Settings().rank_factor == 4
-    paper = Settings.of("paper")
+    assert Preset.of() == Preset() == PRESETS["default"]
+    assert Preset().adapters == "keep" and Preset().patch is True and Preset().rank_factor == 4
+    paper = Preset.of("paper")
     assert (paper.kind, paper.merge, paper.top, paper.weight) == ("squared", "auto", 0.2, 1.0)
     assert paper.patch is False and paper.adapters == "discard" and paper.rank_factor == 1  # the paper has none
 
 
 def test_what_differs_from_a_preset():
-    assert Settings.of("paper", patch=True, top=None) == Settings("squared", "auto", 0.2, 1.0, True, "discard", 1)
-    assert Settings.of("default", merge=0, adapters="discard") == Settings(merge=0, adapters="discard")
-    assert Settings.of("default", patch=False).patch is False  # false is said, none is not
+    assert Preset.of("paper", patch=True, top=None) == Preset("squared", "auto", 0.2, 1.0, True, "discard", 1)
+    assert Preset.of("default", merge=0, adapters="discard") == Preset(merge=0, adapters="discard")
+    assert Preset.of("default", patch=False).patch is False  # false is said, none is not
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Settings.of("papers"), "preset = 'papers'; accepted are default, paper"),
-        (lambda: Settings(adapters="both"), "adapters = 'both'; accepted are keep, discard"),
-        (lambda: Settings.of("paper", patch=1), "patch = 1; accepted are True and False"),
+        (lambda: Preset.of("papers"), "preset = 'papers'; accepted are default, paper"),
+        (lambda: Preset(adapters="both"), "adapters = 'both'; accepted are keep, discard"),
+        (lambda: Preset.of("paper", patch=1), "patch = 1; accepted are True and False"),
         (lambda: Job("model", 40, preset="best"), "preset = 'best'"),
         (lambda: Job("model", 40, adapters="both"), "adapters = 'both'"),
     ],
@@ -222,7 +222,7 @@ def test_wrong_settings_are_refused_before_time_is_spent(make, message):
 
 def test_a_job_says_what_its_preset_comes_to():
     job = Job("model", 40, preset="paper", weight=0.5)
-    assert job.settings == Settings("squared", "auto", 0.2, 0.5, False, "discard", 1)
+    assert job.settings == Preset("squared", "auto", 0.2, 0.5, False, "discard", 1)
     assert {k: job.to_dict()[k] for k in vars(job.settings)} == vars(job.settings)
 
 
