@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import dataclasses
 import json
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from word_tokenizers import make_tokenizer
 
+from gradpruner.compare import experiment
 from gradpruner.compare.experiment import Compare
+from gradpruner.compare.results import Result, read_results
+from gradpruner.methods import GradPruner
 from gradpruner.run.job import Job
 from gradpruner.training.data import Example
 from gradpruner.training.recipe import Recipe
 
 LAYERS, STEPS, PROBE, BATCH, HELD_OUT = 6, 8, 3, 2, 6
-
-
 TRAIN = [Example(f"word {i % 7} of {i}:", "abc"[i % 3]) for i in range(50)]
-
-
 TEST = [Example(f"word {i % 5} of {i}:", "abc"[i % 3]) for i in range(100, 121)]
 
 
@@ -62,3 +65,52 @@ def comparison(home, out, methods=USED, seeds=SEEDS, train=TRAIN, test=TEST, **c
     return Compare(
         job(home, **changed), train, test, out, methods=methods, seeds=seeds, **{"held_out": HELD_OUT, **options}
     )
+
+
+KIND = GradPruner().settings.kind  # by default, and another one
+OTHER = "norm" if KIND != "norm" else "squared"
+
+
+@contextlib.contextmanager
+def counting():
+    """Calls of `tune` and `watch` in `experiment`: their rows and recipes."""
+    calls = {"tune": [], "watch": []}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in calls:
+            real = getattr(experiment, name)
+
+            def spy(model, tokenizer, rows, recipe, _name=name, _real=real, **options):
+                calls[_name].append({"rows": list(rows), "recipe": recipe, "options": options})
+                return _real(model, tokenizer, rows, recipe, **options)
+
+            patch.setattr(experiment, name, spy)
+        yield calls
+
+
+def files(folder, names=("results.csv", "losses.csv", "differences.csv")):
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def results(folder):
+    """Everything but wall time."""
+    return [dataclasses.replace(result, seconds=0.0) for result in read_results(folder / "results.csv")]
+
+
+def lines(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def cell(method, right, count=2, seed=0):
+    return {"method": method, "count": count, "seed": seed, "right": right}
+
+
+def loading(home, attention="eager"):
+    return {"source": str(home / "model"), "dtype": "float32", "attention": attention, "trust_remote_code": False}
+
+
+USUAL = {"probe_steps": 20, "rank": 8, "share": 1.0}
+
+
+def result(method, score, seed=0, count=2):
+    return Result(method, count, 0.4, seed, score, None, 1.0, 9, 4, 10, "4 5", "", 8, 1.0, 1.0, 1.0)

@@ -1,0 +1,31 @@
+"""A comparison that several files look at, made once."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from small_comparisons import comparison, counting, make_home
+
+from gradpruner.compare import outputs
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="session")
+def base(home, tmp_path_factory):
+    """A finished comparison, what was written of it, and the calls that made it."""
+    out, said = tmp_path_factory.mktemp("base") / "out", []
+    with counting() as calls:
+        made = comparison(home, out, say=said.append)
+        made.work()
+    return made, outputs.write(made, costs=False), calls, said
+
+
+@pytest.fixture
+def copied(base, tmp_path):
+    shutil.copytree(base[0].folder, tmp_path / "out")
+    return tmp_path / "out"

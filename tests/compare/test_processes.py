@@ -1,0 +1,100 @@
+"""A comparison by several processes, of which some die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_comparisons import LAYERS, comparison, counting, results
+
+from gradpruner.compare import experiment, outputs
+from gradpruner.compare.experiment import work_in_processes
+from gradpruner.compare.results import read_results
+from gradpruner.errors import GradPrunerError, InvalidArgument
+from gradpruner.storage.locks import claim
+
+
+def test_a_wrong_ratio_is_told_before_processes_start(home, tmp_path):
+    made = comparison(home, tmp_path / "out", ratios=(0.05,))
+    with pytest.raises(InvalidArgument, match=r"ratio = 0\.05 of 6 layers rounds to none"):
+        work_in_processes(made, 2)
+
+
+def test_two_processes_find_what_one_finds(base, home, tmp_path):
+    made = comparison(home, tmp_path / "out")
+    work_in_processes(made, 2)
+    outputs.write(made, costs=False)
+    assert results(made.folder) == results(base[0].folder)
+    for name in ("losses.csv", "differences.csv"):
+        assert (made.folder / name).read_bytes() == (base[0].folder / name).read_bytes()
+
+
+DYING = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+import small_comparisons
+from gradpruner.compare import experiment
+real, calls = experiment.tune, []
+def dying(*args, **options):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **options)
+experiment.tune = dying
+small_comparisons.comparison(Path({home!r}), {out!r}).work()
+"""
+
+
+def test_killed_and_resumed(base, home, tmp_path):
+    out = tmp_path / "out"
+    code = DYING.format(path=[str(Path(__file__).parent), *sys.path], home=str(home), out=str(out))
+    died = subprocess.run([sys.executable, "-c", code], env=os.environ.copy(), capture_output=True, text=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
+    assert len(list((out / "cells").iterdir())) == 3
+    unfinished = comparison(home, out).cells(LAYERS)[3]
+    with claim(out / "locks" / unfinished.name) as mine:
+        assert mine  # the dead hold nothing
+    with counting() as calls:
+        made = comparison(home, out)
+        made.work()
+        outputs.write(made, costs=False)
+    assert len(calls["tune"]) == len(base[2]["tune"]) - 3 and len(calls["watch"]) == 1
+    assert results(out) == results(base[0].folder)
+    for name in ("losses.csv", "differences.csv"):
+        assert (out / name).read_bytes() == (base[0].folder / name).read_bytes()
+
+
+def test_what_another_is_making_is_left_to_it(copied, home):
+    made = comparison(home, copied)
+    lost = made.cells(LAYERS)[4]
+    (copied / "cells" / f"{lost.name}.json").unlink()
+    with claim(copied / "locks" / lost.name) as mine:
+        assert mine
+        made.work()
+        assert not (copied / "cells" / f"{lost.name}.json").exists() and len(made.finished()) == 7
+        outputs.write(made, costs=False)  # of what there is
+        assert len(read_results(copied / "results.csv")) == 7
+    with counting() as calls:
+        made.work()
+    assert len(made.finished()) == 8 and calls["tune"] == []  # it was trained, only its cell was lost
+
+
+def test_a_failed_process_is_told_of(home, tmp_path, monkeypatch):
+    class Child:
+        exitcode = 1
+
+        def __init__(self, target, args):
+            assert target is experiment._child and args[1:] in ((0, 2), (1, 2))
+
+        start = join = lambda self: None
+
+    monkeypatch.setattr(experiment.multiprocessing, "get_context", lambda kind: type("Spawn", (), {"Process": Child}))
+    with pytest.raises(GradPrunerError, match="2 of 2 processes failed"):
+        work_in_processes(comparison(home, tmp_path / "out"), 2)
