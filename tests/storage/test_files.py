@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import stat
 
-import model_families as families
+import model_families
 import pytest
 import torch
 from model_families import igia_of
+from stored_models import content
 
 import gradpruner
 from gradpruner.checkpoint.masks import Masks
@@ -27,8 +30,8 @@ def mode(path):
 
 
 def test_every_file_and_folder_has_the_permissions_of_new_ones(umask, tmp_path):
-    model = families.build(families.CONFIGS["llama"]())
-    plan = gradpruner.Plan(families.LAYERS, drop=[1, 3])
+    model = model_families.build(model_families.CONFIGS["llama"]())
+    plan = gradpruner.Plan(model_families.LAYERS, drop=[1, 3])
     igia_of(model).save(tmp_path / "igia.safetensors")
     plan.save(tmp_path / "plan.json")
     Masks({"a": torch.zeros(2, 1, dtype=torch.uint8)}, {"a": 8}).save(tmp_path / "masks.safetensors")
@@ -83,3 +86,38 @@ def test_a_planted_work_folder_never_becomes_the_target(how, tmp_path):
 def test_a_folder_that_cannot_be_written_to_is_told_as_such(tmp_path):
     with pytest.raises(gradpruner.CheckpointError, match="could not write"):
         files.write_json(tmp_path / ("x" * 250), {})
+
+
+def test_only_leftovers_that_are_ours_and_dead_are_removed(tmp_path):
+    def leftover(name, lock=True, **inside):
+        (tmp_path / name).mkdir(mode=0o700)
+        if lock:
+            with (tmp_path / name / files.LOCK).open("w+b") as file:
+                file.write(files._proof(tmp_path / name, file.fileno()))
+        for folder in inside:
+            (tmp_path / name / folder).mkdir()
+            (tmp_path / name / folder / "file").write_text(name)
+        return tmp_path / name
+
+    dead, alive = leftover(".small.aaaaaaaa", new=True), leftover(".small.bbbbbbbb", new=True)
+    strange, other = leftover(".small.cccccccc", lock=False), leftover(".small.x.dddddddd")
+    with (alive / files.LOCK).open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with files.atomic_folder(tmp_path / "small") as temporary:
+            (temporary / "x").touch()
+    assert not dead.exists() and alive.exists() and strange.exists() and other.exists()
+    # killed between moving the old folder away and naming the new one: the old one comes back
+    shutil.rmtree(tmp_path / "small")
+    leftover(".small.eeeeeeee", new=True, old=True)
+    with (
+        pytest.raises(gradpruner.InvalidArgument, match="not empty"),
+        files.atomic_folder(tmp_path / "small"),
+    ):
+        pass
+    assert content(tmp_path / "small") == {"file": b".small.eeeeeeee"}
+    # killed after that: the old one goes
+    leftover(".small.ffffffff", old=True)
+    with files.atomic_folder(tmp_path / "small", overwrite=True) as temporary:
+        (temporary / "y").touch()
+    assert content(tmp_path / "small") == {"y": b""}
+    assert not [p for p in tmp_path.iterdir() if p.name[-1] in "aef"]
