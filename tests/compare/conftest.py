@@ -29,3 +29,19 @@ def base(home, tmp_path_factory):
 def copied(base, tmp_path):
     shutil.copytree(base[0].folder, tmp_path / "out")
     return tmp_path / "out"
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is saved while a test runs, by its file's name."""
+    from matplotlib.figure import Figure
+
+    seen = {}
+    savefig = Figure.savefig
+
+    def save(self, path, **options):
+        seen[path.name.split(".png")[0].lstrip(".")] = self
+        savefig(self, path, **options, dpi=40)  # soon done
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return seen
