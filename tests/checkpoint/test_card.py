@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-import model_families as families
+import model_families
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
@@ -27,7 +27,7 @@ ROWS = [
 
 @pytest.fixture
 def pruned():
-    model = families.build(families.CONFIGS["llama"]())
+    model = model_families.build(model_families.CONFIGS["llama"]())
     igia = igia_of(model)
     plan = igia.plan(count=3, merge=1)
     return gradpruner.apply(model, plan, igia), plan, igia
@@ -59,7 +59,7 @@ def test_the_card_says_what_was_done(pruned, folder):
     assert f"kept: {list(plan.kept)}" in text and f"dropped: {list(plan.drop)}" in text
     ((layer, target),) = plan.merge.items()
     assert f"| {layer} | {igia.layer_scores()[layer]:.4g} | merged into {target} |" in text
-    total = sum(p.numel() for p in families.build(families.CONFIGS["llama"]()).parameters())
+    total = sum(p.numel() for p in model_families.build(model_families.CONFIGS["llama"]()).parameters())
     small = sum(p.numel() for p in model.parameters())
     assert "| decoder layers | 6 | 3 | 50.0% |" in text
     assert f"| {total / 1e6:.1f} | {small / 1e6:.1f} | {1 - small / total:.1%} |" in text

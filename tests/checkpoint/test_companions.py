@@ -6,7 +6,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
-import model_families as families
+import model_families
 import pytest
 from huggingface_hub import HfApi, ModelCard
 from model_families import igia_of
@@ -21,7 +21,7 @@ from gradpruner.probe.igia import Igia
 
 @pytest.fixture
 def pruned():
-    model = families.build(families.CONFIGS["llama"]())
+    model = model_families.build(model_families.CONFIGS["llama"]())
     igia = igia_of(model)
     plan = igia.plan(count=3, merge=1, kind="norm")
     return gradpruner.apply(model, plan, igia), plan, igia
@@ -163,9 +163,9 @@ def test_a_model_of_the_hub_has_its_plan_there(tmp_path, monkeypatch):
 
     plan = Plan(6, drop=[1, 2, 3])
     plan.save(tmp_path / "gradpruner.json")
-    config = families.CONFIGS["llama"]()
+    config = model_families.CONFIGS["llama"]()
     config.num_hidden_layers = 3
-    model = families.build(config)
+    model = model_families.build(config)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda source, name, revision: str(tmp_path / name))
     assert plan_of("me/small", model) == plan
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import model_families as families
+import model_families
 import pytest
 import torch
 import transformers as hf
@@ -23,10 +23,10 @@ from word_tokenizers import word_tokenizer
 import gradpruner
 from gradpruner.storage.tensor_files import read_folder
 
-GQA = families.GQA
+GQA = model_families.GQA
 SWA = dict(use_sliding_window=True, sliding_window=5)
 CONFIGS = {
-    **{name: families.CONFIGS[name] for name in families.CONFIGS if name not in ("qwen2", "qwen3")},
+    **{name: model_families.CONFIGS[name] for name in model_families.CONFIGS if name not in ("qwen2", "qwen3")},
     "qwen2-no-window": lambda: hf.Qwen2Config(**GQA, use_sliding_window=False, sliding_window=5, max_window_layers=3),
     "qwen2-every-window": lambda: hf.Qwen2Config(**GQA, **SWA, max_window_layers=0),
     "qwen3-no-window": lambda: hf.Qwen3Config(**GQA, head_dim=8),
@@ -38,8 +38,8 @@ IGNORE_LAYER_TYPES = ("qwen2", "qwen3", "qwen3_moe")
 
 
 def pruned(config, folder: Path, drop=DROP, **options) -> Path:
-    model = families.build(config)
-    plan = gradpruner.Plan(families.LAYERS, drop=drop)
+    model = model_families.build(config)
+    plan = gradpruner.Plan(model_families.LAYERS, drop=drop)
     return gradpruner.save(gradpruner.apply(model, plan), folder, plan=plan, **options)
 
 
@@ -79,7 +79,7 @@ def vllm_windows(config) -> list[int | None]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_vllm_reads_is_what_was_kept(name, tmp_path):
     dense = CONFIGS[name]()
-    model = families.build(dense)
+    model = model_families.build(dense)
     total = model.config.get_text_config().num_hidden_layers
     before, kept = model.config.get_text_config(), [j for j in range(total) if j not in DROP]
     folder = pruned(dense, tmp_path / "small")
@@ -120,7 +120,7 @@ def test_what_vllm_reads_is_what_was_kept(name, tmp_path):
 @pytest.mark.parametrize("name", ["qwen3-moe-sparse-step", "qwen3-moe-mlp-only"])
 @pytest.mark.parametrize("drop", [[1, 3, 4], [0, 2], [5]], ids=str)
 def test_vllm_builds_experts_where_experts_are_stored(name, drop, tmp_path):
-    folder = pruned(families.CONFIGS[name](), tmp_path / "small", drop=drop)
+    folder = pruned(model_families.CONFIGS[name](), tmp_path / "small", drop=drop)
     config, tensors = text_of(folder), read_folder(folder)
     for layer in range(config.num_hidden_layers):
         # vllm/model_executor/models/qwen3_moe.py, Qwen3MoeDecoderLayer
@@ -134,7 +134,7 @@ def test_vllm_builds_experts_where_experts_are_stored(name, drop, tmp_path):
 
 def test_windows_of_some_qwen2_layers_stay_refused_by_vllm(tmp_path):
     """Qwen2Model knows no window of a layer; only max_window_layers tells it that the config has some."""
-    config = families.CONFIGS["qwen2"]()  # layers 3, 4, 5 of 6 have windows
+    config = model_families.CONFIGS["qwen2"]()  # layers 3, 4, 5 of 6 have windows
     with pytest.raises(ValueError, match="some but all"):
         vllm_windows(config)
     small = text_of(pruned(config, tmp_path / "small", drop=[0, 3]))
@@ -145,21 +145,21 @@ def test_windows_of_some_qwen2_layers_stay_refused_by_vllm(tmp_path):
 @pytest.mark.parametrize(("drop", "right"), [([1, 3, 4], False), ([1, 2], True), ([4, 5], True)])
 def test_vllm_gives_gpt_oss_the_right_windows_only_if_they_still_alternate(drop, right, tmp_path):
     """No config can tell it: docs/serving.md says so, and what to do."""
-    small = text_of(pruned(families.CONFIGS["gpt-oss"](), tmp_path / "small", drop=drop))
+    small = text_of(pruned(model_families.CONFIGS["gpt-oss"](), tmp_path / "small", drop=drop))
     assert (vllm_windows(small) == windows(small)) == right
 
 
 def test_windows_of_some_qwen2_layers_are_never_mistaken_for_none(tmp_path):
     """With 3 of 6 layers kept, of which one has a window, an uncut max_window_layers = 3 reads as "no windows"."""
-    small = text_of(pruned(families.CONFIGS["qwen2"](), tmp_path / "small", drop=[0, 3, 4]))
+    small = text_of(pruned(model_families.CONFIGS["qwen2"](), tmp_path / "small", drop=[0, 3, 4]))
     with pytest.raises(ValueError, match="some but all"):
         vllm_windows(small)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "cohere2"])
 def test_full_attention_alone_gets_no_window_in_vllm(name, tmp_path):
-    drop = [j for j, kind in enumerate(families.MIXED) if kind == "sliding_attention"]
-    small = text_of(pruned(families.CONFIGS[name](), tmp_path / "small", drop=drop))
+    drop = [j for j, kind in enumerate(model_families.MIXED) if kind == "sliding_attention"]
+    small = text_of(pruned(model_families.CONFIGS[name](), tmp_path / "small", drop=drop))
     assert set(kinds(small)) == {"full_attention"}
     # transformers 5 accepts no null there for these families; a window as long as the context is none
     assert all(window is None or window >= small.max_position_embeddings for window in vllm_windows(small))
@@ -171,11 +171,11 @@ def chat(tmp_path_factory):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(), eos_token="</s>", pad_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     root = tmp_path_factory.mktemp("onward")
-    model = families.build(hf.LlamaConfig(**{**GQA, "vocab_size": 6, "pad_token_id": 0}))
+    model = model_families.build(hf.LlamaConfig(**{**GQA, "vocab_size": 6, "pad_token_id": 0}))
     model.generation_config.max_new_tokens = 3
     model.generation_config.repetition_penalty = 1.25
     gradpruner.save(model, root / "dense", tokenizer=tokenizer)
-    plan = gradpruner.Plan(families.LAYERS, drop=DROP)
+    plan = gradpruner.Plan(model_families.LAYERS, drop=DROP)
     gradpruner.apply_folder(root / "dense", root / "streamed", plan)
     gradpruner.save(gradpruner.apply(model, plan), root / "small", tokenizer=tokenizer, plan=plan)
     return root
@@ -218,7 +218,7 @@ def test_gguf_holds_the_same_model(name, tmp_path):
 
     model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
     if name == "tiny":
-        model = families.build(hf.LlamaConfig(**{**GQA, "vocab_size": len(tokenizer), "hidden_size": 64}))
+        model = model_families.build(hf.LlamaConfig(**{**GQA, "vocab_size": len(tokenizer), "hidden_size": 64}))
     layers = model.config.num_hidden_layers
     plan = gradpruner.Plan(layers, drop=list(range(1, layers, 3)))
     folder = gradpruner.save(gradpruner.apply(model, plan), tmp_path / "small", tokenizer=tokenizer, plan=plan)

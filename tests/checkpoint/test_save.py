@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-import model_families as families
+import model_families
 import pytest
 import torch
 from model_families import generate
@@ -44,7 +44,7 @@ def test_stock_transformers_alone_generates_token_for_token(tmp_path):
     igia = run(model)
     smaller = gradpruner.apply(model, igia.plan(0.4), igia).eval()
     gradpruner.save(smaller, tmp_path / "small", plan=igia.plan(0.4))
-    ids = families.tokens() % 61
+    ids = model_families.tokens() % 61
     stock = subprocess.run(
         [sys.executable, "-c", STOCK, str(tmp_path / "small"), json.dumps(ids.tolist())],
         capture_output=True,
@@ -106,7 +106,7 @@ def test_what_does_not_read_back_is_never_named(how, large, tmp_path, monkeypatc
 
 
 def test_a_config_that_changes_the_logits_is_never_named(tmp_path, monkeypatch):
-    model = families.build(families.CONFIGS["smollm3"]())
+    model = model_families.build(model_families.CONFIGS["smollm3"]())
     real = type(model).save_pretrained
 
     def broken(self, folder):

@@ -95,6 +95,6 @@ def test_an_engine_is_not_watched_by_hooks(accessors):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_zero_1_to_3_in_two_processes(tmp_path):
-    import distributed_jobs
+    import deepspeed_jobs
 
-    distributed_equality.check(distributed_jobs.deepspeed_stages, 2, tmp_path)
+    distributed_equality.check(deepspeed_jobs.deepspeed_stages, 2, tmp_path)

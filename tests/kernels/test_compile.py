@@ -1,8 +1,8 @@
 """Every Triton kernel compiles ahead of time, without a GPU, for every target, as it is launched.
 
-The cases and the reading of the binaries are `benchmarks.static.compiled`'s, which the static table shows too. What must not
-get worse: no register spills, 16-byte loads where a kernel streams, tensor cores where it multiplies matrices, the
-occupancy that the kernels were laid out for.
+The cases and the reading of the binaries are those of `benchmarks.static.compiled`, which the static table shows too.
+What must not get worse: no register spills, 16-byte loads where a kernel streams, tensor cores where it multiplies
+matrices, the occupancy that the kernels were laid out for.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 
-import model_families as families
+import model_families
 import pytest
 import torch
 from auto_runs import make_source
@@ -179,13 +179,13 @@ def test_a_probe_that_only_looks_is_not_refused(tmp_path):
 
 
 def moe(name="qwen3-moe-sparse-step"):
-    return families.build(families.CONFIGS[name]())
+    return model_families.build(model_families.CONFIGS[name]())
 
 
 def test_fused_experts_are_said_to_be_hardly_watched(tmp_path, caplog):
     model = add_adapters(moe("mixtral"), Recipe(rank=2))
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
-    ids = families.tokens()
+    ids = model_families.tokens()
     with caplog.at_level(logging.WARNING), gradpruner.Probe(model).watching(optimizer, 2) as probe:
         for _ in range(2):
             model(input_ids=ids, labels=ids).loss.backward()
@@ -224,7 +224,7 @@ def test_adapters_are_on_every_linear_of_dense_and_expert_layers(name, tmp_path)
         for name_, parameter in model.named_parameters():
             if "lora_B" in name_:
                 parameter.normal_()
-    ids = families.tokens()
+    ids = model_families.tokens()
     expected = model(input_ids=ids).logits
     igia = Igia(
         "-", "lora", 6, tuple(decoder.weights), torch.ones(1, len(decoder.weights)).double(), ("",) * 6, (1,) * 6, 6
@@ -245,7 +245,7 @@ def test_older_files_have_a_watched_share_and_no_adapters(tmp_path):
 def experts_in_the_place_of(folder, place):
     """A model of dense and expert layers, with the tokenizer of another."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = families.CONFIGS["qwen3-moe-sparse-step"]()
+    config = model_families.CONFIGS["qwen3-moe-sparse-step"]()
     config.vocab_size = len(tokenizer)
     AutoModelForCausalLM.from_config(config).save_pretrained(place)
     tokenizer.save_pretrained(place)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 
-import model_families as families
+import model_families
 import pytest
 import torch
 from model_families import igia_of
@@ -12,7 +12,7 @@ from tiny_llama import LAYERS, batch, llama, lora, trainable
 from torch import nn
 
 import gradpruner
-from gradpruner.pruning import apply as merge
+from gradpruner.pruning import apply
 
 
 def test_peft_in_plain_model_out():
@@ -86,7 +86,7 @@ def test_all_or_nothing(stage, monkeypatch):
     before, config = snapshot(model)
     layers = list(model.get_base_model().model.layers)
     if stage == "second merge":
-        calls, real = [], merge._merge_matrix
+        calls, real = [], apply._merge_matrix
 
         def fail_later(*args):
             calls.append(1)
@@ -94,15 +94,15 @@ def test_all_or_nothing(stage, monkeypatch):
                 raise torch.OutOfMemoryError("out of memory")
             real(*args)
 
-        monkeypatch.setattr(merge, "_merge_matrix", fail_later)
+        monkeypatch.setattr(apply, "_merge_matrix", fail_later)
     elif stage == "cut":
 
         def interrupted(*args):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(merge, "_check_logits", interrupted)
+        monkeypatch.setattr(apply, "_check_logits", interrupted)
     else:
-        monkeypatch.setattr(merge, "differ", lambda a, b, dtype: 1.0)
+        monkeypatch.setattr(apply, "differ", lambda a, b, dtype: 1.0)
     with pytest.raises((torch.OutOfMemoryError, KeyboardInterrupt, gradpruner.UnsupportedModel)):
         gradpruner.apply(model, plan, igia)
     assert same_state(model, before) and model.config.to_dict() == config
@@ -126,7 +126,9 @@ def test_a_plan_or_igia_of_another_model_is_refused():
     with pytest.raises(gradpruner.ModelMismatch, match="the igia was made from"):
         gradpruner.apply(other, by_hand, igia)
     with pytest.raises(gradpruner.ModelMismatch, match="another shape"):
-        gradpruner.apply(families.build(families.CONFIGS["gpt2"]()), gradpruner.Plan(6, drop=[1], model=plan.model))
+        gradpruner.apply(
+            model_families.build(model_families.CONFIGS["gpt2"]()), gradpruner.Plan(6, drop=[1], model=plan.model)
+        )
     with pytest.raises(gradpruner.ModelMismatch, match="30 decoder layers; the model has 8"):
         gradpruner.apply(llama(), gradpruner.Plan(30, drop=[6]))
     assert same_state(other, before)
@@ -148,9 +150,9 @@ def test_unknown_importance_and_missing_igia_are_refused():
 
 
 def test_experts_are_merged_expert_by_expert():
-    model = families.build(families.CONFIGS["mixtral"]())
+    model = model_families.build(model_families.CONFIGS["mixtral"]())
     dense, igia = copy.deepcopy(model), igia_of(model)
-    smaller = gradpruner.apply(model, gradpruner.Plan(families.LAYERS, merge=[2]), igia, top=0.25)
+    smaller = gradpruner.apply(model, gradpruner.Plan(model_families.LAYERS, merge=[2]), igia, top=0.25)
     name = "mlp.experts.down_proj"
     w, v = (dense.model.layers[j].get_parameter(name) for j in (1, 2))
     f = igia.importance[2, name].f

@@ -13,8 +13,7 @@ from tiny_configs import REGISTERED
 
 import gradpruner
 from gradpruner.model import layer_config, logits
-from gradpruner.pruning import apply as merge
-from gradpruner.pruning import surgery
+from gradpruner.pruning import apply, surgery
 
 PAGE = Path(__file__).parents[2] / "docs" / "decoders.md"
 # of each kind one: dense, MoE, hybrid, state space, shared weights, shared keys, per-layer embeddings, towers, encoders
@@ -98,7 +97,7 @@ def test_the_page_lists_every_registered_architecture():
 
 
 def broken(step, monkeypatch):
-    prepare, changes = merge.prepare, layer_config._changes
+    prepare, changes = apply.prepare, layer_config._changes
 
     def unnumbered(decoder, kept):  # layers keep the index they had
         planned = prepare(decoder, kept)
@@ -110,13 +109,13 @@ def broken(step, monkeypatch):
         return {**found, "no_rope_layers": [1 - rope for rope in found["no_rope_layers"]]}
 
     if step == "numbers":
-        monkeypatch.setattr(merge, "prepare", unnumbered)
+        monkeypatch.setattr(apply, "prepare", unnumbered)
     elif step == "rope":
         monkeypatch.setattr(layer_config, "_changes", flipped)
     elif step == "layers":  # the kept layers are not those of the plan
-        monkeypatch.setattr(merge, "prepare", lambda decoder, kept: prepare(decoder, tuple(k or 1 for k in kept)))
+        monkeypatch.setattr(apply, "prepare", lambda decoder, kept: prepare(decoder, tuple(k or 1 for k in kept)))
     elif step == "merge":
-        monkeypatch.setattr(merge, "_fold", lambda *_: None)
+        monkeypatch.setattr(apply, "_fold", lambda *_: None)
 
 
 @pytest.mark.parametrize(

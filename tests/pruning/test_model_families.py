@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-import model_families as families
+import model_families
 import pytest
 import torch
 from model_families import generate, igia_of
@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 import gradpruner
 
 
-@pytest.mark.parametrize("name", families.CONFIGS)
+@pytest.mark.parametrize("name", model_families.CONFIGS)
 def test_apply_save_reload_generate(name, tmp_path):
-    model, ids = families.build(families.CONFIGS[name]()), families.tokens()
+    model, ids = model_families.build(model_families.CONFIGS[name]()), model_families.tokens()
     dense, shared_config = copy.deepcopy(model), model.config
     before = model.config.to_dict()
-    plan = gradpruner.Plan(families.LAYERS, drop=[1, 3, 4])
-    expected = families.skipped_logits(model, plan.removed, ids)
+    plan = gradpruner.Plan(model_families.LAYERS, drop=[1, 3, 4])
+    expected = model_families.skipped_logits(model, plan.removed, ids)
     small = gradpruner.apply(model, plan)
     assert small is model and small.config.num_hidden_layers == 3
     assert shared_config.to_dict() == before  # a config that another model may share is left alone
@@ -35,9 +35,9 @@ def test_apply_save_reload_generate(name, tmp_path):
     assert len(dense.state_dict()) > len(again.state_dict())
 
 
-@pytest.mark.parametrize("name", families.CONFIGS)
+@pytest.mark.parametrize("name", model_families.CONFIGS)
 def test_merge_auto_folds_only_into_the_same_structure(name, tmp_path):
-    model, ids = families.build(families.CONFIGS[name]()), families.tokens()
+    model, ids = model_families.build(model_families.CONFIGS[name]()), model_families.tokens()
     igia = igia_of(model)
     plan = igia.plan(count=3, merge="auto")
     structures = igia.structures
@@ -46,26 +46,26 @@ def test_merge_auto_folds_only_into_the_same_structure(name, tmp_path):
     small = gradpruner.apply(model, plan, igia)
     with torch.no_grad():
         merged = small(input_ids=ids, use_cache=False).logits
-    assert torch.equal(merged, families.skipped_logits(dense, plan.removed, ids)) == (not plan.merge)
+    assert torch.equal(merged, model_families.skipped_logits(dense, plan.removed, ids)) == (not plan.merge)
     gradpruner.save(small, tmp_path / "small")
 
 
-@pytest.mark.parametrize("name", families.REFUSED)
+@pytest.mark.parametrize("name", model_families.REFUSED)
 def test_a_rule_on_the_index_that_cannot_be_carried_over_is_refused(name):
-    model = families.build(families.REFUSED[name]())
+    model = model_families.build(model_families.REFUSED[name]())
     before = copy.deepcopy(model)
     with pytest.raises(gradpruner.UnsupportedModel, match="depends on the layer's index"):
-        gradpruner.apply(model, gradpruner.Plan(families.LAYERS, drop=[1, 3]))
+        gradpruner.apply(model, gradpruner.Plan(model_families.LAYERS, drop=[1, 3]))
     assert model.config.to_dict() == before.config.to_dict()
     for (name_a, a), (name_b, b) in zip(model.state_dict().items(), before.state_dict().items(), strict=True):
         assert name_a == name_b and torch.equal(a, b)
 
 
 def test_layers_of_different_structure_are_not_merged_by_hand():
-    model = families.build(families.CONFIGS["qwen3-moe-sparse-step"]())
+    model = model_families.build(model_families.CONFIGS["qwen3-moe-sparse-step"]())
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(gradpruner.UnsupportedModel, match="layer 3 differs in structure from layer 2"):
-        gradpruner.apply(model, gradpruner.Plan(families.LAYERS, merge=[3]), igia_of(model))
+        gradpruner.apply(model, gradpruner.Plan(model_families.LAYERS, merge=[3]), igia_of(model))
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
@@ -96,7 +96,7 @@ def test_the_checks_see_what_goes_wrong_when_a_step_is_left_out(name, wrong, mon
         monkeypatch.setattr(surgery, "_equal", lambda a, b: True)
     else:
         monkeypatch.setattr(layer_config, "PER_LAYER", tuple(n for n in layer_config.PER_LAYER if n != wrong))
-    model = families.build(families.CONFIGS[name]())
+    model = model_families.build(model_families.CONFIGS[name]())
     # unnumbered layers have the right logits: what breaks is the step with a cache
     with pytest.raises(gradpruner.UnsupportedModel):
-        gradpruner.apply(model, gradpruner.Plan(families.LAYERS, drop=[1, 3]))
+        gradpruner.apply(model, gradpruner.Plan(model_families.LAYERS, drop=[1, 3]))

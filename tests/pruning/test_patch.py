@@ -3,119 +3,23 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import weakref
 
-import model_families as families
+import model_families
 import pytest
 import torch
-from model_families import igia_of
 from module_states import assert_same, everything
 from peft import LoraConfig, get_peft_model
+from plain_patches import BATCHES, LAYERS, WRITERS, check, least_squares, recorded, weighted
 from torch import nn
-from transformers import AutoModelForCausalLM
 from uneven_models import batch, build
 
 import gradpruner
-from gradpruner import InvalidArgument, Plan, UnsupportedModel
+from gradpruner import InvalidArgument, Plan
 from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.plan import gaps
-from gradpruner.pruning import apply as merge
-from gradpruner.pruning import patch as patching
-from gradpruner.pruning.patch import RIDGES, Patch, fit_patches
-
-LAYERS = families.LAYERS
-BATCHES = [batch([9, 12, 6, 7], 1), batch([5, 11, 8], 2), batch([10, 8, 13, 12, 6], 3)]
-WRITERS = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj", "falcon": "mlp.dense_4h_to_h"}
-
-
-def test_a_patch_does_not_round_a_float64_weight():
-    model = families.build(families.CONFIGS["llama"]()).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1e-12 * torch.randn_like(parameter))
-    path = "mlp.down_proj.weight"
-    before = model.model.layers[0].get_parameter(path).detach().clone()
-    change = torch.randn(before.shape) * 1e-2
-    weight = Weight(0, path, tuple(before.shape))
-    gradpruner.apply(model, Plan(LAYERS, drop=[1]), patches=[Patch(weight, 1, change, 0.5)])
-    assert torch.equal(model.model.layers[0].get_parameter(path), before + change.double())
-
-
-class Recorder(nn.Module):
-    """In the place of a linear: keeps what enters it."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.linear, self.entered = linear, []
-
-    def forward(self, x):
-        self.entered.append(x)
-        return self.linear(x)
-
-
-def recorded(model, path, layer, end, batches):
-    """Of every row: the writer's input, the layer's output, the target; real tokens only, in float64."""
-    copied = copy.deepcopy(model).double().eval()
-    decoder = Decoder(copied)
-    parent, _, leaf = path.rpartition(".")
-    recorder = Recorder(decoder.layers[layer].get_submodule(path))
-    setattr(decoder.layers[layer].get_submodule(parent), leaf, recorder)
-    body = copied.get_submodule(decoder.path.rpartition(".")[0])
-    setattr(body, next(n for n in ("norm", "ln_f") if hasattr(body, n)), nn.Identity())  # states as layers leave them
-    rows = []
-    for inputs in batches:
-        with torch.no_grad():
-            states = copied(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs.get("attention_mask"),
-                use_cache=False,
-                output_hidden_states=True,
-            ).hidden_states
-        for row, ids in enumerate(inputs["input_ids"]):
-            real = inputs["attention_mask"][row].bool() if "attention_mask" in inputs else torch.ones(len(ids)).bool()
-            rows.append([t[row][real] for t in (recorder.entered[-1], states[layer + 1], states[end + 1])])
-    return rows
-
-
-def weighted(rows):
-    x, error = [], []
-    for entered, left, target in rows:
-        for position in range(len(target)):
-            size = target[position].norm()
-            x.append(entered[position] / size)
-            error.append((target[position] - left[position]) / size)
-    return torch.stack(x), torch.stack(error)
-
-
-def least_squares(x, error, ridge):
-    """(in, out)"""
-    inputs = x.shape[1]
-    penalty = ridge * float(x.square().sum()) / inputs  # times the mean square of an input, over all tokens
-    stacked = torch.cat([x, penalty**0.5 * torch.eye(inputs, dtype=x.dtype)])
-    return torch.linalg.lstsq(stacked, torch.cat([error, torch.zeros(inputs, error.shape[1], dtype=x.dtype)])).solution
-
-
-def plain_patch(model, path, layer, end, batches):
-    """The change (in, out) and the share left on every fifth row."""
-    rows = recorded(model, path, layer, end, batches)
-    fitted = weighted([row for number, row in enumerate(rows) if number % 5 != 4])
-    x, error = weighted([row for number, row in enumerate(rows) if number % 5 == 4])
-    shares = {}
-    for ridge in (1e-3, 1e-2, 1e-1, 1.0, 10.0):
-        change = least_squares(*fitted, ridge)
-        shares[ridge] = float((error - x @ change).square().sum() / error.square().sum())
-    best = min(shares, key=shares.get)
-    return least_squares(*weighted(rows), best), shares[best]
-
-
-def check(patch, model, path, layer, end, batches):
-    change, left = plain_patch(model, path, layer, end, batches)
-    assert (patch.weight.layer, patch.weight.name, patch.end) == (layer, f"{path}.weight", end)
-    assert patch.change.dtype == torch.float32 and patch.change.shape == patch.weight.shape
-    got = (patch.change if patch.weight.transposed else patch.change.T).double()
-    assert float((got - change).norm()) < 1e-3 * float(change.norm())
-    assert patch.left == pytest.approx(left, rel=1e-3) and 0 < left < 1
+from gradpruner.pruning import patch as patch_module
+from gradpruner.pruning.patch import RIDGES, fit_patches
 
 
 @pytest.mark.parametrize(("name", "transposed"), [("llama", False), ("gpt2", True), ("falcon", False)])
@@ -141,7 +45,7 @@ def test_every_gap_has_its_own_fit():
 def test_gaps_that_do_not_fit_beside_each_other_are_fitted_in_passes(room, passes, monkeypatch):
     model, plan = build(), Plan(LAYERS, drop=[1, 3, 5])
     at_once = fit_patches(model, plan, BATCHES)
-    held, alive, add = [], weakref.WeakSet(), patching._Fit._add
+    held, alive, add = [], weakref.WeakSet(), patch_module._Fit._add
 
     def adding(fit, target):
         add(fit, target)
@@ -149,8 +53,8 @@ def test_gaps_that_do_not_fit_beside_each_other_are_fitted_in_passes(room, passe
         alive.add(fit)
         assert len({fit.end for fit in alive if fit._sums[0]}) <= -(-3 // passes)
 
-    monkeypatch.setattr(patching, "_room", lambda model: room)
-    monkeypatch.setattr(patching._Fit, "_add", adding)
+    monkeypatch.setattr(patch_module, "_room", lambda model: room)
+    monkeypatch.setattr(patch_module._Fit, "_add", adding)
     model.register_forward_pre_hook(lambda *_: held.append(set()))
     in_passes = fit_patches(model, plan, iter(BATCHES))  # an iterator can be asked but once
     assert len(held) == 2 * 3 + passes * len(BATCHES)  # two of one row find each writer
@@ -173,19 +77,19 @@ def test_room_is_counted_for_both_layouts_and_one_gap_always_fits():
             (2 * size, [[0, 4], [7]]),
             (float("inf"), [[0, 4, 7]]),
         ]:
-            assert patching._passes(writers(transposed), room) == want
-    assert patching._passes({}, 0) == []
-    assert patching._room(nn.Linear(2, 2)) == float("inf")
+            assert patch_module._passes(writers(transposed), room) == want
+    assert patch_module._passes({}, 0) == []
+    assert patch_module._room(nn.Linear(2, 2)) == float("inf")
 
 
 def test_sums_grow_in_place(monkeypatch):
-    places, add = [], patching._Fit._add
+    places, add = [], patch_module._Fit._add
 
     def adding(fit, target):
         add(fit, target)
         places.append([part.data_ptr() for sums in fit._sums for part in sums])
 
-    monkeypatch.setattr(patching._Fit, "_add", adding)
+    monkeypatch.setattr(patch_module._Fit, "_add", adding)
     fit_patches(build(), Plan(LAYERS, drop=[2]), BATCHES)
     assert len(places) == len(BATCHES) and all(place == places[0] for place in places)
 
@@ -225,7 +129,7 @@ def test_a_gap_at_the_very_start_is_left_alone():
 
 def test_what_is_linear_is_reproduced():
     """Layer 3 adds a linear map of what enters layer 2's writer: with the patch, layer 2 does the same alone."""
-    model, ids = build(), families.tokens(rows=40, length=14)
+    model, ids = build(), model_families.tokens(rows=40, length=14)
     layers, writer = model.model.layers, model.model.layers[2].mlp.down_proj
     kept, linear = {}, writer.forward
     mixing = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * 0.3
@@ -357,61 +261,6 @@ def test_half_precision_finds_its_writer_too(name, dtype):
     assert torch.equal(stored, (weight.float() + half.change).to(dtype))  # added in float32, rounded once
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_patched_cut_is_verified_and_reloads_bit_for_bit(name, tmp_path):
-    model, plan = build(name), Plan(LAYERS, drop=[1, 4, 5])
-    dense = copy.deepcopy(model)
-    patches = fit_patches(model, plan, BATCHES)
-    assert [p.weight.layer for p in patches] == [0, 3]
-    smaller = gradpruner.apply(model, plan, patches=patches)
-    for new, old in enumerate(plan.kept):
-        for path, got in Decoder(smaller).layers[new].named_parameters():
-            want = Decoder(dense).layers[old].get_parameter(path).detach()
-            mine = [p.change for p in patches if (p.weight.layer, p.weight.name) == (old, path)]
-            assert torch.equal(got, want + mine[0] if mine else want), (old, path)
-    gradpruner.save(smaller, tmp_path / "small", plan=plan)
-    again, state = AutoModelForCausalLM.from_pretrained(tmp_path / "small").state_dict(), smaller.state_dict()
-    assert again.keys() == state.keys() and all(torch.equal(again[k], v) for k, v in state.items())
-
-
-def test_a_patch_brings_the_cut_model_closer():
-    model, plan = build(), Plan(LAYERS, drop=[2, 3])
-    ids = families.tokens(rows=48, length=14)
-    patches = fit_patches(model, plan, [{"input_ids": rows} for rows in ids[:40].split(8)])
-
-    def states(seen):
-        with torch.no_grad():
-            return seen(input_ids=ids[40:], use_cache=False, output_hidden_states=True).hidden_states
-
-    target = states(model)[4]
-    cut, patched = (states(gradpruner.apply(copy.deepcopy(model), plan, patches=p))[2] for p in ((), patches))
-    error = [float(((s - target).norm(dim=-1) / target.norm(dim=-1)).square().mean()) for s in (cut, patched)]
-    assert error[1] < 0.5 * error[0] and patches[0].left < 0.6
-
-
-def test_patches_of_another_plan_are_refused():
-    model, plan = build(), Plan(LAYERS, drop=[2, 3])
-    patches = fit_patches(model, plan, BATCHES)
-    before = everything(model)
-    unknown = dataclasses.replace(patches[0].weight, name="mlp.no_proj.weight")
-    for other, given, message in [
-        (Plan(LAYERS, drop=[2]), patches, r"layer 1 mlp.down_proj.weight up to layer 3 does not belong to a gap"),
-        (Plan(LAYERS, drop=[4]), patches, "does not belong"),
-        (Plan(LAYERS, drop=[1, 2, 3]), patches, "does not belong"),
-        (plan, [Patch(unknown, 3, patches[0].change, 0.5)], "no_proj.* does not belong"),
-        (plan, [patches[0], patches[0]], "not the only one of its gap"),
-    ]:
-        with pytest.raises(InvalidArgument, match=message):
-            gradpruner.apply(model, other, patches=given)
-    with pytest.raises(InvalidArgument, match="the plan is for 5 decoder layers; the model has 6"):
-        fit_patches(model, Plan(5, drop=[2]), BATCHES)
-    Decoder(model).parameter(patches[0].weight).quant_state = object()  # as bitsandbytes marks its own
-    with pytest.raises(UnsupportedModel, match=r"mlp.down_proj.weight: the weight is quantised"):
-        gradpruner.apply(model, plan, patches=patches)
-    assert fit_patches(model, plan, BATCHES) == []
-    assert_same(everything(model), before)
-
-
 def test_no_batches_are_refused():
     model = build()
     before = everything(model)
@@ -422,27 +271,6 @@ def test_no_batches_are_refused():
 
 def test_too_few_rows_to_hold_any_out_give_no_patch():
     assert fit_patches(build(), Plan(LAYERS, drop=[2]), [batch([9, 12, 6, 7], 1)]) == []
-
-
-def test_a_weight_that_was_merged_and_patched_is_put_back(monkeypatch):
-    model, plan = build(), Plan(LAYERS, drop=[3], merge=[2])
-    igia, patches = igia_of(model), fit_patches(model, plan, BATCHES)
-    assert [p.weight.layer for p in patches] == [1] and plan.donors == {1: (2,)}
-    before = everything(model)
-
-    def fail(*args):
-        merged = model.model.layers[1].mlp.down_proj.weight
-        assert not torch.equal(merged, before["values"]["model.layers.1.mlp.down_proj.weight"])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(merge, "_check_logits", fail)
-    with pytest.raises(KeyboardInterrupt):
-        gradpruner.apply(model, plan, igia, patches=patches)
-    assert_same(everything(model), before)
-    monkeypatch.undo()
-    merged = gradpruner.apply(copy.deepcopy(model), plan, igia).model.layers[1].mlp.down_proj.weight
-    both = gradpruner.apply(model, plan, igia, patches=patches).model.layers[1].mlp.down_proj.weight
-    assert torch.equal(both, merged + patches[0].change)
 
 
 def with_adapters(model):

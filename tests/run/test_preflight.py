@@ -9,7 +9,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig
+from preflight_runs import LONG, RECIPE, TEST, TRAIN, config_of, run, write
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from word_tokenizers import make_tokenizer
 
 import gradpruner
@@ -21,69 +22,8 @@ from gradpruner.model.full_precision import check_full_precision, quantisation_o
 from gradpruner.run import preflight, stages
 from gradpruner.run import run as pipeline
 from gradpruner.run.job import Job
-from gradpruner.run.run import Run
 from gradpruner.storage.files import need_writable
-from gradpruner.training import finetune
-from gradpruner.training.data import Example, tokenize
-from gradpruner.training.recipe import Recipe
-
-TRAIN = [Example(f"word {i % 7}:", "abc"[i % 3]) for i in range(30)]
-TEST = [Example("word 9:", "b"), Example("word 8:", "c")]
-LONG = [*TEST, Example("word 7:", "a long answer of many tokens " * 9)]
-RECIPE = Recipe(batch_size=4, learning_rate=1e-3, rank=2)
-
-
-def config_of(tokenizer, **changed):
-    given = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaConfig(**{**given, **changed})
-
-
-def write(folder, config, tokenizer=None):
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    (tokenizer or make_tokenizer()).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("home")
-    write(folder / "model", config_of(make_tokenizer()))
-    (folder / "data.jsonl").write_text(
-        "".join(json.dumps({"prompt": e.prompt, "completion": e.answer}) + "\n" for e in TRAIN)
-    )
-    return folder
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    """Every training that begins, each refused: what is checked before must not come so far."""
-    begun = []
-
-    def train(*args, **options):
-        begun.append(args)
-        raise AssertionError("trained")
-
-    for module in (finetune, stages):
-        monkeypatch.setattr(module, "train", train)
-    return begun
-
-
-def run(source, out, test=TEST, train=TRAIN, **options):
-    job = Job(str(source), 6, RECIPE, **{"probe_steps": 2, "ratio": 0.5, "max_length": 48, **options})
-    return Run(job, train, test, out, quiet=True)
-
+from gradpruner.training.data import Example
 
 REFUSED = {
     "a test answer that does not fit": ({"test": LONG}, "test examples: max_length is 48"),
@@ -99,27 +39,27 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_run_is_refused_before_it_trains(case, home, tmp_path, trained):
+def test_a_run_is_refused_before_it_trains(case, base_home, tmp_path, trained):
     options, message = REFUSED[case]
     with pytest.raises(InvalidArgument) as caught:
-        run(home / "model", tmp_path / "out", **options).everything()
+        run(base_home / "model", tmp_path / "out", **options).everything()
     assert message in str(caught.value) and not trained
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.json"]
     # the folder is not spoilt: the same one goes on with what is right
     with pytest.raises(AssertionError, match="trained"):
-        run(home / "model", tmp_path / "out").everything()
+        run(base_home / "model", tmp_path / "out").everything()
 
 
-def test_settings_stay_what_they_were_where_a_stage_is_done(home, tmp_path):
-    first = run(home / "model", tmp_path / "out")
+def test_settings_stay_what_they_were_where_a_stage_is_done(base_home, tmp_path):
+    first = run(base_home / "model", tmp_path / "out")
     (first.folder / "dense.json").write_text("{}")
     with pytest.raises(InvalidArgument, match="another max_length"):
-        run(home / "model", tmp_path / "out", max_length=64)
+        run(base_home / "model", tmp_path / "out", max_length=64)
 
 
-def test_a_comparison_is_refused_before_it_trains(home, tmp_path, trained):
+def test_a_comparison_is_refused_before_it_trains(base_home, tmp_path, trained):
     def compare(**options):
-        job = Job(str(home / "model"), 6, RECIPE, probe_steps=2, **options)
+        job = Job(str(base_home / "model"), 6, RECIPE, probe_steps=2, **options)
         return Compare(job, TRAIN, LONG, tmp_path / "out", methods=["drop-last"], held_out=4)
 
     with pytest.raises(InvalidArgument, match="test examples: max_length is 48, but the answer of example 3"):
@@ -130,22 +70,22 @@ def test_a_comparison_is_refused_before_it_trains(home, tmp_path, trained):
         compare(max_length=48)
 
 
-def test_a_report_without_matplotlib_is_refused_before_it_trains(home, tmp_path, trained, monkeypatch):
+def test_a_report_without_matplotlib_is_refused_before_it_trains(base_home, tmp_path, trained, monkeypatch):
     import sys
 
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] or ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InvalidArgument, match="pip install gradpruner"):
-        run(home / "model", tmp_path / "out").everything()
+        run(base_home / "model", tmp_path / "out").everything()
     assert not trained
 
 
-def test_a_folder_that_cannot_be_written_to_or_is_too_small(home, tmp_path, trained, monkeypatch):
-    model, tokenizer = gradpruner.model.load.load_model(home / "model")
+def test_a_folder_that_cannot_be_written_to_or_is_too_small(base_home, tmp_path, trained, monkeypatch):
+    model, tokenizer = gradpruner.model.load.load_model(base_home / "model")
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
     with pytest.raises(InvalidArgument, match=r"0\.00 GB are free on its disk; expected"):
-        run(home / "model", tmp_path / "out").everything()
+        run(base_home / "model", tmp_path / "out").everything()
     monkeypatch.undo()
 
     def full(folder):
@@ -155,90 +95,6 @@ def test_a_folder_that_cannot_be_written_to_or_is_too_small(home, tmp_path, trai
     with pytest.raises(CheckpointError, match=r"could not write a checkpoint to .*No space left"):
         preflight.check_save(model, tokenizer, tmp_path / "new" / "folder")
     assert not trained and [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-# tokens and positions outside the model's tables
-
-
-def test_a_padding_token_that_the_model_has_no_embedding_of(home, tmp_path, trained):
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"pad_token": "<added>"})
-    assert tokenizer.pad_token_id == len(make_tokenizer())
-    source = write(tmp_path / "model", config_of(make_tokenizer()), tokenizer)
-    for call in (
-        lambda: run(source, tmp_path / "out").everything(),
-        lambda: stages.tune(*gradpruner.model.load.load_model(source), [], RECIPE),
-        lambda: stages.watch(*gradpruner.model.load.load_model(source), [], RECIPE),
-        lambda: stages.measure(
-            *gradpruner.model.load.load_model(source), TEST, max_length=48, train_on="answer", batch_size=2
-        ),
-    ):
-        with pytest.raises(InvalidArgument, match=r"pads with token \d+, but the model has embeddings for \d+ tokens"):
-            call()
-    assert not trained
-
-
-def test_tokens_that_the_model_has_no_embedding_of(home, tmp_path, trained):
-    tokenizer = make_tokenizer()
-    source = write(tmp_path / "model", config_of(tokenizer, vocab_size=100), tokenizer)  # ids of letters are above
-    with pytest.raises(InvalidArgument, match=r"data has the token .*embeddings for 100 tokens, 0 to 99"):
-        run(source, tmp_path / "out").everything()
-    data = tmp_path / "data.txt"
-    data.write_text("words and words " * 40)
-    for command in (
-        ["probe", "--steps", "2", "--out", str(tmp_path / "igia")],
-        ["finetune", "--steps", "2", "--out", str(tmp_path / "tuned")],
-        ["evaluate"],
-        ["evaluate", "--window", "16"],
-        ["sparsify", "--max-length", "16", "--samples", "2", "--out", str(tmp_path / "sparse")],
-    ):
-        assert main([command[0], "--model", str(source), "--data", str(data), *command[1:]]) == 2, command
-    assert not trained
-
-
-def test_tokens_that_never_occur_do_no_harm(home):
-    """Gemma 3's tokenizer knows one image token more than its text model."""
-    model, tokenizer = gradpruner.model.load.load_model(home / "model")
-    tokenizer.add_tokens(["<image>"])
-    assert len(tokenizer) > model.config.vocab_size
-    preflight.check_rows(model, tokenizer, tokenize(TEST, tokenizer, max_length=48))
-    with pytest.raises(InvalidArgument, match="data has the token '<image>'"):
-        preflight.check_rows(model, tokenizer, tokenize([Example("<image>", "a")], tokenizer, max_length=48))
-
-
-@pytest.mark.parametrize("length", [30, 33])
-def test_rows_longer_than_a_table_of_positions(length):
-    """30 positions are enough for 30 tokens, and not for their padding to a multiple of 8; RoPE has no table."""
-    tokenizer = make_tokenizer()
-    rows = [{"input_ids": [5] * length, "labels": [5] * length}]
-    sizes = dict(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2)
-    table = AutoModelForCausalLM.from_config(GPT2Config(**sizes, n_positions=30))
-    with pytest.raises(InvalidArgument, match="positions for 30; expected 24 or less"):
-        preflight.check_rows(table, tokenizer, rows)
-    preflight.check_rows(AutoModelForCausalLM.from_config(GPT2Config(**sizes, n_positions=40)), tokenizer, rows)
-    rope = AutoModelForCausalLM.from_config(config_of(tokenizer, max_position_embeddings=8))
-    preflight.check_rows(rope, tokenizer, rows)
-
-
-def test_an_answer_without_a_token_is_refused():
-    class Deaf:
-        """Knows no digits, as a tokenizer without an unknown token drops what it does not know."""
-
-        eos_token_id, bos_token_id = 2, 1
-
-        def __call__(self, texts, add_special_tokens=True):
-            one = isinstance(texts, str)
-            ids = [[3 for c in text if not c.isdigit()] for text in ([texts] if one else texts)]
-            return {"input_ids": ids[0] if one else ids}
-
-        def tokenize(self, text):
-            return list(text)
-
-    with pytest.raises(InvalidArgument, match=r"the answer of example 2 \('7'\) has no tokens"):
-        tokenize([Example("a ", "b"), Example("a ", "7")], Deaf(), max_length=9)
-
-
-# quantised weights
 
 
 @pytest.fixture(scope="module")
@@ -258,8 +114,8 @@ def packed(tmp_path_factory):
     return folder / "model"
 
 
-def test_a_base_in_4_bits_is_refused_with_the_way_out(packed, home, tmp_path, trained, capsys):
-    data, plan = ["--data", str(home / "data.jsonl")], tmp_path / "plan.json"
+def test_a_base_in_4_bits_is_refused_with_the_way_out(packed, base_home, tmp_path, trained, capsys):
+    data, plan = ["--data", str(base_home / "data.jsonl")], tmp_path / "plan.json"
     gradpruner.Plan(4, drop=[1]).save(plan)
     model, out, steps = ["--model", str(packed)], ["--out", str(tmp_path / "out")], ["--steps", "4"]
     calls = {
@@ -270,7 +126,7 @@ def test_a_base_in_4_bits_is_refused_with_the_way_out(packed, home, tmp_path, tr
         "apply": ["apply", *model, "--plan", str(plan), *out],
         "apply in memory": ["apply", *model, "--plan", str(plan), "--dtype", "float32", *out],
     }
-    (tmp_path / "many.jsonl").write_text((home / "data.jsonl").read_text() * 3)
+    (tmp_path / "many.jsonl").write_text((base_home / "data.jsonl").read_text() * 3)
     calls["compare"][4] = str(tmp_path / "many.jsonl")
     for name, call in calls.items():
         assert main(call) in (1, 2), name
@@ -287,8 +143,8 @@ def test_a_base_in_4_bits_is_refused_with_the_way_out(packed, home, tmp_path, tr
     assert not (tmp_path / "saved").exists()
 
 
-def test_weights_in_float8_are_quantised_too(home, tmp_path):
-    model, _ = gradpruner.model.load.load_model(home / "model")
+def test_weights_in_float8_are_quantised_too(base_home, tmp_path):
+    model, _ = gradpruner.model.load.load_model(base_home / "model")
     check_full_precision(model)
     weight = model.model.layers[1].mlp.up_proj.weight
     weight.data = weight.data.to(torch.float8_e4m3fn)
@@ -313,15 +169,12 @@ def test_how_a_config_says_that_weights_are_packed(known, said):
     assert quantisation_of(config) == said
 
 
-# what is in use, or not there
-
-
-def test_places_that_cannot_be_written_to_are_found_before_training(home, tmp_path, trained, capsys):
+def test_places_that_cannot_be_written_to_are_found_before_training(base_home, tmp_path, trained, capsys):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "precious.txt").write_text("precious")
     gradpruner.Plan(4, drop=[1]).save(tmp_path / "plan.json")
-    base = ["--model", str(home / "model")]
-    data = ["--data", str(home / "data.jsonl"), "--steps", "2"]
+    base = ["--model", str(base_home / "model")]
+    data = ["--data", str(base_home / "data.jsonl"), "--steps", "2"]
     for call, message in (
         (["finetune", *base, *data, "--out", str(tmp_path / "used")], "exists and is not empty"),
         (
@@ -348,18 +201,15 @@ def test_places_that_cannot_be_written_to_are_found_before_training(home, tmp_pa
     assert (tmp_path / "file").read_text() == "kept" and not (tmp_path / "new").exists()
 
 
-def test_rouge_without_its_package_is_refused_before_anything_is_measured(home, monkeypatch):
+def test_rouge_without_its_package_is_refused_before_anything_is_measured(base_home, monkeypatch):
     import sys
 
     for name in ("rouge_score", "rouge_score.rouge_scorer"):
         monkeypatch.setitem(sys.modules, name, None)
-    model, tokenizer = gradpruner.model.load.load_model(home / "model")
+    model, tokenizer = gradpruner.model.load.load_model(base_home / "model")
     monkeypatch.setattr(stages, "exact_match", lambda *args, **options: pytest.fail("measured"))
     with pytest.raises(InvalidArgument, match="pip install gradpruner"):
         stages.measure(model, tokenizer, TEST, max_length=48, train_on="answer", batch_size=2, rouge_tokens=4)
-
-
-# generation configs
 
 
 GREEDY = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 7, "repetition_penalty": 1.1}
@@ -374,9 +224,9 @@ def test_what_of_a_generation_config_can_be_saved():
 
 
 @pytest.mark.parametrize("how", ["save", "apply_folder"])
-def test_a_generation_config_that_is_read_and_not_written(how, home, tmp_path, caplog):
+def test_a_generation_config_that_is_read_and_not_written(how, base_home, tmp_path, caplog):
     source = tmp_path / "model"
-    shutil.copytree(home / "model", source)
+    shutil.copytree(base_home / "model", source)
     written = json.loads((source / "generation_config.json").read_text())
     (source / "generation_config.json").write_text(json.dumps({**written, **GREEDY}))
     model, tokenizer = gradpruner.model.load.load_model(source)
@@ -395,10 +245,10 @@ def test_a_generation_config_that_is_read_and_not_written(how, home, tmp_path, c
     assert model.generation_config is own and own.temperature == 0.6
 
 
-def test_a_chat_model_goes_through_a_whole_run(home, tmp_path, monkeypatch):
+def test_a_chat_model_goes_through_a_whole_run(base_home, tmp_path, monkeypatch):
     """Its generation config has no padding token, so load_model sets one: transformers then refuses to write it."""
     source = tmp_path / "model"
-    shutil.copytree(home / "model", source)
+    shutil.copytree(base_home / "model", source)
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **GREEDY}))
     speeds = {"dense": [1.0], "pruned": [2.0]}
     monkeypatch.setattr(pipeline, "speeds_in_turns", lambda *args: speeds)
@@ -407,8 +257,8 @@ def test_a_chat_model_goes_through_a_whole_run(home, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "model" / "generation_config.json").is_file()
 
 
-def test_a_failure_to_write_says_why(home, tmp_path, monkeypatch):
-    model, _ = gradpruner.model.load.load_model(home / "model")
+def test_a_failure_to_write_says_why(base_home, tmp_path, monkeypatch):
+    model, _ = gradpruner.model.load.load_model(base_home / "model")
 
     def refuse(*args, **options):
         raise NotImplementedError

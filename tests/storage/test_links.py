@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 
-import model_families as families
+import model_families
 import pytest
 from huggingface_hub import HfApi
 from word_tokenizers import make_tokenizer
@@ -22,7 +22,7 @@ PLAN = gradpruner.Plan(6, drop=[1, 2])
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "model"
     plan = gradpruner.Plan(7, drop=[6])  # for the card
-    model = families.build(families.CONFIGS["llama"]())
+    model = model_families.build(model_families.CONFIGS["llama"]())
     return gradpruner.save(model, folder, tokenizer=make_tokenizer(), plan=plan)
 
 

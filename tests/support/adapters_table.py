@@ -1,4 +1,7 @@
-"""Writes docs/adapters.md: `python tests/support/adapters_table.py` runs every case, the slow ones too, in a few minutes."""
+"""Write docs/adapters.md: `python tests/support/adapters_table.py` runs every case, the slow ones too.
+
+This takes a few minutes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from adapter_models import Case, Row
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "adapters.md"
 HEAD = """# Adapters, optimizers and training loops
 
-Written by `python tests/support/adapters_table.py`, which runs every row; `tests/pruning/test_adapters.py` runs them again and
+Written by `python tests/support/adapters_table.py`, which runs every row; \
+`tests/pruning/test_adapters.py` runs them again and
 compares.
 
 Each row is a random model of six layers, trained for four steps under the probe:

@@ -324,7 +324,8 @@ def table(outcomes: list[Outcome]) -> str:
         "",
         f"What `gradpruner.apply` does with every architecture that [transformers]({ADDRESS}) {hf.__version__} "
         "registers for causal language modelling, image and text to text, or sequence to sequence. Written by "
-        "`python tests/support/architecture_matrix.py --table docs/decoders.md`; a slow test compares this page with what it finds.",
+        "`python tests/support/architecture_matrix.py --table docs/decoders.md`; a slow test compares this page with "
+        "what it finds.",
         "",
         f"Of each, a random model with {LAYERS} decoder layers is built; of those that can be built, layers are "
         "removed that are not the last (layers 1, 3 and 4, or the first other choice that is accepted), one of them "

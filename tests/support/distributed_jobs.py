@@ -8,51 +8,23 @@ import signal
 import distributed_equality as equality
 import pytest
 import torch
-from distributed_equality import ESTIMATORS, LAYERS, SCORES, WEIGHTS, WRAPPERS, make, plan_of, probed, step, values_of
+from distributed_equality import ESTIMATORS, SCORES, WEIGHTS, WRAPPERS, make, plan_of, probed, step, values_of
 from safetensors.torch import load_file
+from shared_importance import all_of, assert_same_importance, stored_bytes
 from torch import distributed
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import gradpruner
-from gradpruner.checkpoint import save as checkpoint
+from gradpruner.checkpoint import save
 from gradpruner.checks import exact_share
 from gradpruner.distributed.sharding import is_sharded
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.wrappers import root_of
-from gradpruner.probe.importance import Dense, Factors, SharedImportance
-from gradpruner.pruning import apply as merge
+from gradpruner.pruning import apply
 from gradpruner.pruning.apply import removing
-from gradpruner.storage import checked_tensors as tensor_files
+from gradpruner.storage import checked_tensors
 
 SHARE = exact_share("top", 0.2)
-
-
-def all_of(value):
-    """The value of every process."""
-    values = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values
-
-
-def stored_bytes(importance):
-    """What this process holds of an importance."""
-    if not isinstance(importance, SharedImportance):
-        return sum(t.nbytes for kept in importance.values() for t in kept.parts.values())
-    total = 0
-    for bring in importance._fetch.values():
-        for held in bring.args:
-            parts = held.parts.values() if isinstance(held, (Factors, Dense)) else [held]
-            total += sum(t.nbytes for t in parts if isinstance(t, torch.Tensor) and not t.is_meta)
-    return total
-
-
-def assert_same_importance(some, other, rel=1e-6):
-    assert sorted(some) == sorted(other) and len(some) == 7 * LAYERS
-    for key in some:
-        kept, wanted = some[key], other[key]
-        assert type(kept) is type(wanted) and kept.exponents == wanted.exponents
-        for name, tensor in kept.parts.items():
-            torch.testing.assert_close(tensor, wanted.parts[name], rtol=rel, atol=0)
 
 
 def equal(folder):
@@ -81,8 +53,8 @@ def same_as_one_process(folder, wrapper, estimator):
     # one process writes
     written = []
     with pytest.MonkeyPatch.context() as patch:
-        save_file = tensor_files.save_file
-        patch.setattr(tensor_files, "save_file", lambda *a, **o: (written.append(1), save_file(*a, **o)))
+        save_file = checked_tensors.save_file
+        patch.setattr(checked_tensors, "save_file", lambda *a, **o: (written.append(1), save_file(*a, **o)))
         seen.save(folder / "igia.safetensors")
     assert all_of(len(written)) == [1] + [0] * (size - 1)
     loaded = gradpruner.Igia.load(folder / "igia.safetensors")
@@ -106,8 +78,8 @@ def same_as_one_process(folder, wrapper, estimator):
         assert changed == (old in plan.donors)
     # the checkpoint
     with pytest.MonkeyPatch.context() as patch:
-        calls, write = [], checkpoint._write
-        patch.setattr(checkpoint, "_write", lambda *a: (calls.append(1), write(*a)))
+        calls, write = [], save._write
+        patch.setattr(save, "_write", lambda *a: (calls.append(1), write(*a)))
         gradpruner.save(small, folder / "shared", plan=plan)
     assert all_of(len(calls)) == [1] + [0] * (size - 1)
     if rank == 0:
@@ -199,7 +171,7 @@ def all_or_nothing():
     before = values_of(model)
     with pytest.MonkeyPatch.context() as patch:
         if distributed.get_rank() == 1:
-            patch.setattr(merge, "differ", lambda *a: 1.0)
+            patch.setattr(apply, "differ", lambda *a: 1.0)
         with pytest.raises(gradpruner.UnsupportedModel, match="logits"):
             gradpruner.apply(model, plan_of(seen), seen)
     after = values_of(model)
@@ -311,7 +283,7 @@ def failed_saves(folder):
         def fails(*args):
             raise gradpruner.CheckpointError("it reloads otherwise")
 
-        patch.setattr(checkpoint, "verify", fails)  # process 0 alone comes to it
+        patch.setattr(save, "verify", fails)  # process 0 alone comes to it
         with pytest.raises(gradpruner.CheckpointError, match="it reloads otherwise") as caught:
             gradpruner.save(small, folder / "refused")
     assert str(caught.value).startswith("process 0") == (distributed.get_rank() != 0)
@@ -358,52 +330,3 @@ def step_without_report(model, optimizer, seed):
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-
-
-def deepspeed_stages(folder):
-    import deepspeed
-
-    os.environ |= {"LOCAL_RANK": str(distributed.get_rank()), "DS_ACCELERATOR": "cpu"}
-    deepspeed.init_distributed("gloo")
-    for stage in (1, 2, 3):
-        for estimator in ("lora", "gradient"):
-            runs = [deepspeed_probe(estimator, stage) for stage in (None, stage)]
-            assert runs[0].model == runs[1].model and plan_of(runs[0]) == plan_of(runs[1])
-            torch.testing.assert_close(runs[1].square_norms, runs[0].square_norms, rtol=1e-4, atol=1e-12)
-            assert_same_importance(runs[1].importance, runs[0].importance, rel=1e-2)
-            assert sum(all_of(stored_bytes(runs[1].importance))) == stored_bytes(runs[0].importance)
-
-
-def deepspeed_probe(estimator, stage):
-    """float32, clipped at 0.3; in one process with plain torch, or by an engine in all of them."""
-    import deepspeed
-
-    model = make(estimator)[0].float()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.05)
-    if stage is not None:
-        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-        config = {
-            "train_micro_batch_size_per_gpu": 2,
-            "zero_optimization": zero,
-            "gradient_clipping": 0.3,
-            "zero_allow_untested_optimizer": True,
-        }
-        model, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    probe = gradpruner.Probe(model, estimator=estimator, group=False if stage is None else None)
-    for i in range(3):
-        ids = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(i))
-        if stage is not None:
-            ids = ids.chunk(distributed.get_world_size())[distributed.get_rank()]
-        loss = model(input_ids=ids, labels=ids).loss
-        if stage is None:
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 0.3)
-            probe.record(optimizer)
-            optimizer.step()
-            optimizer.zero_grad()
-        else:
-            model.backward(loss)
-            probe.record(model.optimizer)
-            model.step()
-    return probe.igia

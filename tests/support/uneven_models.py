@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import model_families as families
+import model_families
 import torch
 
 from gradpruner.model.decoder import Decoder
@@ -24,7 +24,7 @@ def batch(lengths, seed, left=False):
 
 
 def build(name="llama", seed=0):
-    model = families.build(families.CONFIGS[name](), seed)
+    model = model_families.build(model_families.CONFIGS[name](), seed)
     with torch.no_grad():  # layers that do more, each its own share: nothing is nearly equal
         for index, layer in enumerate(Decoder(model).layers):
             for parameter in layer.parameters():

@@ -1,0 +1,185 @@
+"""The harness compares like with like, and gives a wrong answer no time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from benchmark_results import CPU, ODD
+
+from benchmarks.ops.base import Implementation
+from benchmarks.ops.cases import OPERATIONS, TOLERANCE, Shapes, product_tolerance
+from benchmarks.ops.implementations import Ours, Reference, implementations
+from benchmarks.ops.timing import measure
+
+EAGER = implementations(skip=["compiled"])
+
+
+class Mine(Implementation):
+    """What somebody else's class looks like."""
+
+    name = "mine"
+
+    def threshold(self, igia, k):
+        return igia.flatten().topk(k).values[-1]
+
+
+class OwnSums(Implementation):
+    name = "wrong"
+
+    def gram_norm(self, a, b):
+        return torch.stack([(bi @ ai).square().sum() for ai, bi in zip(a, b, strict=True)]) * (1 + 3 * TOLERANCE)
+
+    def square_accumulate_(self, igia, grad):
+        igia.copy_(grad.float().square())
+
+    def outer_square_accumulate_(self, igia, a, b):
+        igia += b @ a
+
+    def wgrad_square_accumulate_(self, igia, x, dy, grad):
+        g = dy.float().T @ x.float()
+        igia += g.square()
+        return g.sum()
+
+    def threshold(self, igia, k):
+        return igia.flatten().topk(k + 1).values[-1]
+
+    def sign_merge_(self, weight, donors, igias, values, indices, scales):
+        for donor, f, value in zip(donors, igias, values, strict=True):
+            weight += (f > value) * donor  # signs not looked at
+
+    def factor_merge(self, weight, donor, a, b, k):
+        Ours(CPU).factor_merge(weight, donor, a, b, k + k // 100 + 2)
+
+    def weight_importance(self, weight, norms, grads, alpha):
+        return weight.float().abs() * (norms if grads is None else norms + grads) * (1 + 3 * TOLERANCE)
+
+    def prune_groups_(self, weight, norms, grads, alpha, kept, group):
+        return Ours(CPU).prune_groups_(weight, None, grads, alpha, kept, group)  # norms not looked at
+
+    def apply_mask_(self, weight, mask):
+        Ours(CPU).apply_mask_(weight, mask ^ 128)
+
+    def wgrad_abs_accumulate_(self, total, x, dy):
+        total += dy.float().T @ x.float()
+
+
+class WrongMask(Implementation):
+    name = "wrong"
+
+    def threshold(self, igia, k):
+        return (igia < igia.flatten().kthvalue(k + 1).values).float()  # as many, but the smallest
+
+    def prune_groups_(self, weight, norms, grads, alpha, kept, group):
+        return ~Ours(CPU).prune_groups_(weight, norms, grads, alpha, kept, group)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_implementation_agrees_with_the_reference(op):
+    for case in OPERATIONS[op](ODD):
+        measured = measure(case, EAGER, 1, CPU)
+        names = [each.name for each in measured]
+        assert names[0] == "reference" and {"released", "ours"} <= set(names)
+        assert any(each.kind == "torch" for each in measured)
+        assert all(each.seconds and min(each.seconds) > 0 for each in measured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_compiled_torch_agrees_with_the_reference(op):
+    classes = [each for each in implementations() if each.name in ("reference", "compiled", "ours")]
+    for case in OPERATIONS[op](Shapes(((33, 70),), 2)):
+        compiled = [each for each in measure(case, classes, 1, CPU) if each.name == "compiled"]
+        assert len(compiled) == (op not in ("gram_norm", "threshold", "prune_groups_"))
+
+
+class WrongTie(Implementation):
+    name = "wrong"
+
+    def threshold(self, igia, k):
+        value, index = Ours(CPU).threshold(igia, k)
+        return value, index - 1  # without ties the value's own place: nothing equal is kept
+
+
+class Raising(Implementation):
+    name = "raising"
+
+    def threshold(self, igia, k):
+        raise RuntimeError("\nat 7:3:\n  tl.dot(a, b)\nK >= 16\n")
+
+
+class Tiring(Mine):
+    name = "tiring"
+    calls = 0
+
+    def threshold(self, igia, k):
+        Tiring.calls += 1
+        if Tiring.calls == 4:  # the first call, the one for the memory, a round, and then
+            raise MemoryError("no more")
+        return super().threshold(igia, k)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("wrong", [OwnSums, WrongMask, WrongTie])
+def test_a_wrong_implementation_has_no_time(op, wrong):
+    if not hasattr(wrong, op):
+        pytest.skip("not wrong there")
+    for case in OPERATIONS[op](ODD):
+        reference, found, ours = measure(case, [Reference, wrong, Ours], 1, CPU)
+        assert found.error.startswith("wrong: ") and not found.seconds and math.isnan(found.first_s)
+        assert not reference.error and not ours.error and ours.seconds
+
+
+def test_what_raises_has_no_time_and_the_others_go_on(capsys):
+    case = next(OPERATIONS["threshold"](ODD))
+    Tiring.calls = 0
+    found = {each.name: each for each in measure(case, [Reference, Raising, Tiring, Ours], 3, CPU)}
+    assert found["raising"].error == "RuntimeError: at 7:3: ... K >= 16"
+    assert found["tiring"].error == "MemoryError: no more" and not found["tiring"].seconds
+    assert len(found["ours"].seconds) == 3 and not found["ours"].error
+    assert "tl.dot(a, b)" in capsys.readouterr().err
+
+
+def test_nothing_is_timed_that_could_not_be_checked(capsys):
+    class Failing(Raising):
+        name, kind = "reference", "reference"
+
+    case = next(OPERATIONS["threshold"](ODD))
+    reference, ours = measure(case, [Failing, Ours], 1, CPU)
+    assert reference.error.startswith("RuntimeError") and ours.error == "not run: the reference failed"
+    no_data = replace(case, make=lambda normal: normal(-1))
+    assert [each.error for each in measure(no_data, [Reference, Ours], 1, CPU)][1] == ours.error
+
+
+def test_only_sums_over_tokens_on_a_gpu_may_be_further_off():
+    assert product_tolerance(CPU) == TOLERANCE < product_tolerance(torch.device("cuda")) == 5e-5
+
+
+def test_every_call_starts_from_the_same_state():
+    """Wrong from the second call on would go unseen: but there is nothing to go wrong if the state is put back."""
+    seen = []
+
+    class Watching(Implementation):
+        name = "watching"
+
+        def square_accumulate_(self, igia, grad):
+            seen.append(float(igia.sum()))
+            igia += grad.float() ** 2
+
+    measure(next(OPERATIONS["square_accumulate_"](ODD)), [Reference, Watching, Ours], 3, CPU)
+    assert len(seen) == 5 and len(set(seen)) == 1
+
+
+def test_memory_of_a_call_is_seen():
+    class Hungry(Mine):
+        name = "hungry"
+
+        def threshold(self, igia, k):
+            held = torch.ones(16 << 20)  # 64 MiB
+            return super().threshold(igia, k) * held[0]
+
+    case = next(OPERATIONS["threshold"](ODD))
+    extra = {each.name: each.extra_bytes for each in measure(case, [Reference, Mine, Hungry, Ours], 1, CPU)}
+    assert 60 << 20 < extra["hungry"] < 80 << 20 and extra["mine"] < 8 << 20
