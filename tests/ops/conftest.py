@@ -1,16 +1,21 @@
 """Every test in this folder runs on every backend this process can run, the CPU's in each instruction set.
 
-The Triton interpreter has to be switched on before Triton is imported, so it has a process of its own:
-`test_interpreter.py` starts this same folder there. GRADPRUNER_TEST_DEVICE=cuda runs the folder's cases on a card,
-through the Triton backend alone.
+By default only a diagonal of each test's parameters runs, on every backend: see `diagonal.py`. `-m "slow or not slow"`
+runs the whole matrix of dtypes, shapes and special values.
+
+The Triton interpreter has to be switched on before Triton is imported, so it is a command of its own:
+`TRITON_INTERPRET=1 python -m pytest tests/ops`. GRADPRUNER_TEST_DEVICE=cuda runs the folder on a card, the whole
+matrix, through the Triton backend alone.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from diagonal import thin_out
 from on_device import DEVICE, on_device
 
 from gradpruner import ops
@@ -18,6 +23,12 @@ from gradpruner import ops
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 BACKENDS = ["triton"] if INTERPRETING or DEVICE else ["reference", *(f"cpp-{name}" for name in INSTRUCTION_SETS)]
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
+def pytest_collection_modifyitems(items):
+    if not DEVICE:
+        thin_out([item for item in items if item.path.parent == Path(__file__).parent])
 
 
 @pytest.fixture(params=BACKENDS)
