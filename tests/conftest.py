@@ -7,6 +7,8 @@ import gc
 import os
 from typing import Any
 
+import pytest
+
 pytest_plugins = ["cli_home", "local_hub"]  # fixtures: home, hub
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: of several workers, each computes on one thread
@@ -18,3 +20,11 @@ def pytest_collection_finish(session: Any) -> None:
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # else native libraries report leaks at the end
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: Any, nextitem: Any) -> None:
+    """After each file, the same for what the file has imported."""
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()

@@ -30,6 +30,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=300,
     )
 
 
@@ -143,7 +144,9 @@ def install(tmp_path):
         if stubbed:
             environment["PYTHONPATH"] = str(stub)
         command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "lib"), *options]
-        result = subprocess.run(command, cwd=tmp_path / "source", env=environment, capture_output=True, text=True)
+        result = subprocess.run(
+            command, cwd=tmp_path / "source", env=environment, capture_output=True, text=True, timeout=300
+        )
         return result, (tmp_path / "source" if "--inplace" in options else tmp_path / "lib") / "gradpruner"
 
     return run

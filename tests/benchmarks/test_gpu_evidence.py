@@ -14,7 +14,7 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu.accuracy import joined
 from benchmarks.gpu.isolation import run_apart
 from benchmarks.gpu.parts import PARTS, Part
-from gradpruner.model import load as models
+from gradpruner.model import load
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "--out",
         str(folder),
     ]
-    return subprocess.run([*line, *arguments], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([*line, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 def outcomes(folder: Path) -> dict[str, str]:
@@ -42,6 +42,12 @@ def outcomes(folder: Path) -> dict[str, str]:
     return {name: outcome["how"] for name, outcome in report["outcomes"].items()}
 
 
+def test_a_part_that_is_asked_for_runs_alone(tmp_path):
+    ran = run(tmp_path / "out", "--only", "environment")
+    assert outcomes(tmp_path / "out") == {"environment": "ok"} and ran.returncode == 0, ran.stdout[-4000:]
+
+
+@pytest.mark.slow
 def test_every_part_of_the_dry_run_ends_well(tmp_path):
     ran = run(tmp_path)
     assert outcomes(tmp_path) == {part.name: "ok" for part in PARTS if part.by_default}, ran.stdout[-4000:]
@@ -58,6 +64,7 @@ def test_every_part_of_the_dry_run_ends_well(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_the_sweep_that_is_asked_for(tmp_path):
     ran = run(tmp_path / "out", "--only", "sweep")
     assert outcomes(tmp_path / "out") == {"sweep": "ok"}, ran.stdout[-4000:]
@@ -66,7 +73,7 @@ def test_the_sweep_that_is_asked_for(tmp_path):
 
 @pytest.mark.slow  # it loads a real model from GGUF several times
 def test_the_accuracy_that_is_asked_for(tmp_path):
-    whole, pieces = models._demo_gguf().read_bytes(), tmp_path / "pieces"
+    whole, pieces = load._demo_gguf().read_bytes(), tmp_path / "pieces"
     pieces.mkdir()
     for name, part in (("a", whole[: len(whole) // 2]), ("b", whole[len(whole) // 2 :])):
         (pieces / name).write_bytes(part)
@@ -78,7 +85,7 @@ def test_the_accuracy_that_is_asked_for(tmp_path):
 
 
 def hang(session) -> None:
-    subprocess.run(["sleep", "600"])
+    subprocess.run(["sleep", "600"], timeout=700)
 
 
 def test_a_part_that_hangs_is_killed_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
@@ -95,7 +102,7 @@ def test_what_a_killed_part_started_is_killed_too(tmp_path):
     marker = tmp_path / "still here"
 
     def start_a_child() -> None:
-        subprocess.run(["sh", "-c", f"sleep 2; touch '{marker}'"])
+        subprocess.run(["sh", "-c", f"sleep 2; touch '{marker}'"], timeout=60)
 
     assert run_apart(start_a_child, 0.3, tmp_path / "log.txt").how == "killed at its limit"
     time.sleep(2.5)

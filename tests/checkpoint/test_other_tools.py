@@ -227,6 +227,7 @@ def test_gguf_holds_the_same_model(name, tmp_path):
         [CONVERTER, str(folder), "--outtype", kind, "--outfile", str(tmp_path / "small.gguf")],
         check=True,
         capture_output=True,
+        timeout=300,
     )
     again, _ = load_model(tmp_path / "small.gguf", dtype=torch.float32)
     written = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

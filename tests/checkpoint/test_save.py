@@ -51,6 +51,7 @@ def test_stock_transformers_alone_generates_token_for_token(tmp_path):
         text=True,
         check=False,
         cwd=tmp_path,
+        timeout=300,
     )
     assert stock.returncode == 0, stock.stderr[-2000:]
     cached, uncached = json.loads(stock.stdout)

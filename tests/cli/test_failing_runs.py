@@ -118,7 +118,10 @@ def test_a_model_that_is_no_decoder(home, tmp_path, capsys):
 @pytest.mark.parametrize(
     "command",
     [
-        ["apply", "--model", "model", "--plan", "plan.json", "--igia", "igia.safetensors", "--out", "small"],
+        pytest.param(
+            ["apply", "--model", "model", "--plan", "plan.json", "--igia", "igia.safetensors", "--out", "small"],
+            marks=pytest.mark.slow,
+        ),
         [
             "apply",
             "--model",
@@ -132,19 +135,22 @@ def test_a_model_that_is_no_decoder(home, tmp_path, capsys):
             "--overwrite",
         ],
         ["plan", "igia.safetensors", "--count", "3", "--out", "plan.json"],
-        [
-            "probe",
-            "--model",
-            "model",
-            "--data",
-            "data.jsonl",
-            "--steps",
-            "3",
-            "--batch-size",
-            "4",
-            "--out",
-            "igia.safetensors",
-        ],
+        pytest.param(
+            [
+                "probe",
+                "--model",
+                "model",
+                "--data",
+                "data.jsonl",
+                "--steps",
+                "3",
+                "--batch-size",
+                "4",
+                "--out",
+                "igia.safetensors",
+            ],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["apply", "apply over an old one", "plan", "probe"],
 )
@@ -160,6 +166,7 @@ def test_a_full_disk(home, tmp_path, command):
         cwd=here,
         capture_output=True,
         text=True,
+        timeout=300,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )

@@ -31,7 +31,7 @@ def test_shards_with_replicas_and_as_accelerate_cuts_them(tmp_path):
 @pytest.mark.parametrize(
     ("job", "code"),
     [
-        (distributed_jobs.killed_in_training, -signal.SIGKILL),
+        pytest.param(distributed_jobs.killed_in_training, -signal.SIGKILL, marks=pytest.mark.slow),
         (distributed_jobs.killed_at_the_end, -signal.SIGKILL),
         (distributed_jobs.failed_in_training, 1),
     ],

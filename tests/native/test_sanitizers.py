@@ -88,7 +88,7 @@ def same_addresses() -> list[str]:
     """The prefix that runs a program without address randomisation, more bits of which than a runtime expects stop
     it before main: "unexpected memory mapping"."""
     prefix = ["setarch", platform.machine(), "-R"]
-    if shutil.which("setarch") and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
+    if shutil.which("setarch") and subprocess.run([*prefix, "true"], capture_output=True, timeout=60).returncode == 0:
         return prefix
     return []
 
@@ -99,6 +99,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
+        timeout=900,
     )
 
 
@@ -107,7 +108,7 @@ def need_runtime(build: dict[str, Any], sanitizer: Sanitizer, folder: Path) -> N
     source, program = folder / "faulty.cpp", folder / "faulty"
     source.write_text(sanitizer.faulty + "\n")
     command = f"{build['compiler']()} -O1 -g {sanitizer.flags} -pthread {source} -o {program}"
-    compiled = subprocess.run(command, shell=True, capture_output=True, text=True)
+    compiled = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=900)
     if compiled.returncode != 0:
         pytest.skip(f"no runtime for {sanitizer.flags}: {compiled.stderr.strip()[-300:]}")
     result = run(program)
@@ -169,7 +170,7 @@ def test_the_kernels_are_clean(build, tmp_path, names):
         need_runtime(build, SANITIZERS[name], tmp_path)
         flags.append(SANITIZERS[name].flags)
     (tmp_path / "build.ninja").write_text(build_file(build, " ".join(flags)))
-    compiled = subprocess.run([build["ninja"](), "-C", str(tmp_path)], capture_output=True, text=True)
+    compiled = subprocess.run([build["ninja"](), "-C", str(tmp_path)], capture_output=True, text=True, timeout=900)
     assert compiled.returncode == 0, compiled.stdout + compiled.stderr
     scope = "threads" if names == ("thread",) else "all"
     variants = build["variants"]()

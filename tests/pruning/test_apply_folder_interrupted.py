@@ -42,7 +42,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["new", "over an old one"])
+@pytest.mark.parametrize(
+    "old", [pytest.param(False, marks=pytest.mark.slow, id="new"), pytest.param(True, id="over an old one")]
+)
 def test_killed_half_way_leaves_nothing_that_loads_and_a_rerun_clears_up(old, tmp_path, capsys):
     source, out = dense("llama", tmp_path / "dense"), tmp_path / "stream"
     DROP.save(tmp_path / "plan.json")
@@ -66,7 +68,7 @@ def test_killed_half_way_leaves_nothing_that_loads_and_a_rerun_clears_up(old, tm
     if not old:
         shutil.rmtree(out)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert (content(out) == {"precious.txt": b"precious"}) if old else not out.exists()
     with pytest.raises((OSError, ValueError)):
@@ -142,7 +144,9 @@ def test_memory_stays_under_three_layers_weights(tmp_path):
     assert end > 6 * layer
     # the first shows that the limit is one: a weight of 16 MiB and its two donors do not fit in it
     limits = f"{20 << 20},{3 * layer}"
-    run = subprocess.run([sys.executable, "-c", LIMITED, *arguments, limits], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITED, *arguments, limits], capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0 and run.stdout == "MemoryError False\ndone\n", run.stderr[-2000:]
     assert {p.name for p in tmp_path.iterdir()} == {"dense", "small", "plan.json", "igia.safetensors"}
 

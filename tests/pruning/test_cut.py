@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import os
 import socket
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from forkserver import forking
 from own_loops import PROBE, probe_and_cut, stepper, trainable
 from peft import PeftModel
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -219,10 +219,9 @@ def ddp_run(rank, world, port, queue, adapters):
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
-@pytest.mark.parametrize("adapters", ["discard", "keep"])
+@pytest.mark.parametrize("adapters", [pytest.param("discard", marks=pytest.mark.slow), "keep"])
 def test_distributed_data_parallel_goes_on_with_a_reducer_for_what_is_left(adapters):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_runs", "test_cut"])
+    context = forking()
     results = {}
     for world in (1, 2):
         with socket.socket() as free:

@@ -126,7 +126,9 @@ def test_a_killed_run_goes_on(moment, rank, source, tmp_path, monkeypatch):
     code = DYING.format(
         path=[str(Path(__file__).parent), *sys.path], source=source, out=str(out), recipe=recipe, moment=moment
     )
-    died = subprocess.run([sys.executable, "-c", code], env=os.environ.copy(), capture_output=True, text=True)
+    died = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ.copy(), capture_output=True, text=True, timeout=300
+    )
     assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
     steps = interrupting(monkeypatch)
     found = run(source, out, recipe=recipe, save_steps=3).dense()

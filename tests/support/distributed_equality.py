@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from forkserver import forking
 from peft import LoraConfig, get_peft_model
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -190,21 +190,6 @@ class Gathered:
 
 # launching
 
-PREPARED = False
-
-
-def context():
-    """Processes are forked off one that has imported everything once."""
-    global PREPARED
-    found = multiprocessing.get_context("forkserver")
-    if not PREPARED:
-        here = Path(__file__).resolve().parent
-        was = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parents[1]), *([was] if was else [])])
-        found.set_forkserver_preload(["distributed_equality"])
-        PREPARED = True
-    return found
-
 
 def worker(job, rank, world, folder, timeout):
     torch.set_num_threads(1)
@@ -229,7 +214,7 @@ def worker(job, rank, world, folder, timeout):
 def launch(job, world, folder, timeout=60, limit=300):
     """Run `job(folder)` in `world` processes. Returns their exit codes and what those that failed had to say."""
     folder.mkdir(parents=True, exist_ok=True)
-    processes = [context().Process(target=worker, args=(job, r, world, folder, timeout)) for r in range(world)]
+    processes = [forking().Process(target=worker, args=(job, r, world, folder, timeout)) for r in range(world)]
     for process in processes:
         process.start()
     end = time.monotonic() + limit

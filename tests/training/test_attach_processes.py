@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import shutil
@@ -13,19 +12,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from example_runs import checked, write_inputs
+from forkserver import forking
 from training_runs import LAYERS, PROBE, SETTINGS, STEPS, trainer
 
 import gradpruner
 from gradpruner.model.decoder import Decoder
 
-RUNS = [
-    ("ddp", "lora", "default"),
+# DDP first: accelerate goes on to shard in a process where it was told to once
+RUNS = [("ddp", "lora", "default"), ("fsdp2", "lora", "default")]
+MORE_RUNS = [
     ("ddp", "full", "merging"),
     ("ddp", "lora", "paper"),
     ("fsdp2", "full", "merging"),
-    ("fsdp2", "lora", "default"),
     ("fsdp2", "lora", "paper"),
 ]
+SLOW_RUNS = [pytest.param(run, marks=pytest.mark.slow) for run in MORE_RUNS]
 
 
 def shard(made):
@@ -59,7 +60,7 @@ def one_run(wrapper, kind, chosen, folder, resume=None):
     return callback.plan, {name: tensor.clone() for name, tensor in whole.items()}
 
 
-def worker(rank, port, folder, inputs, queue):
+def worker(rank, port, folder, chosen, inputs, queue):
     os.environ.update(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
@@ -72,7 +73,7 @@ def worker(rank, port, folder, inputs, queue):
     )
     torch.set_num_threads(1)
     found = {}
-    for run in RUNS:
+    for run in chosen:
         out = Path(folder, "-".join(run))
         plan, final = one_run(*run, out)
         found[run] = plan.to_dict(), {name: tensor.numpy() for name, tensor in final.items()}
@@ -93,54 +94,75 @@ def worker(rank, port, folder, inputs, queue):
     queue.put((rank, found))
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_runs", "test_attach_processes"])
+def in_two_processes(chosen, folder):
+    """The folder, and of each process the plan and the final weights of the chosen runs."""
+    context = forking()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     queue, inputs = context.Queue(), write_inputs(folder)
-    processes = [context.Process(target=worker, args=(rank, port, str(folder), inputs, queue)) for rank in range(2)]
+    processes = [
+        context.Process(target=worker, args=(rank, port, str(folder), chosen, inputs, queue)) for rank in range(2)
+    ]
     for process in processes:
         process.start()
-    found = dict(queue.get(timeout=900) for _ in processes)
+    found = dict(queue.get(timeout=600) for _ in processes)
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
     return folder, found
 
 
+@pytest.fixture(scope="module")
+def finished_runs(tmp_path_factory):
+    """Finished runs by name: the two of RUNS together, the slow ones together."""
+    groups = {}
+
+    def get(run):
+        chosen = RUNS if run in RUNS else MORE_RUNS
+        if run not in groups:
+            groups.update(dict.fromkeys(chosen, in_two_processes(chosen, tmp_path_factory.mktemp("runs"))))
+        return groups[run]
+
+    return get
+
+
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
-@pytest.mark.parametrize("run", RUNS, ids="-".join)
-def test_every_process_ends_with_the_same_smaller_model(run, runs):
+@pytest.mark.parametrize("run", [*RUNS, *SLOW_RUNS], ids="-".join)
+def test_every_process_ends_with_the_same_smaller_model(run, finished_runs):
     """That each of them resumed to the same weights, the processes have checked themselves."""
-    folder, found = runs
+    folder, found = finished_runs(run)
     (plan, first), (other, second) = (found[rank][run] for rank in range(2))
     assert plan == other and len(plan["kept"]) == LAYERS - 3
     assert first.keys() == second.keys() and all((first[n] == second[n]).all() for n in first)
     assert gradpruner.Plan.load(folder / "-".join(run) / "gradpruner" / "plan.json").to_dict() == plan
 
 
-@pytest.mark.parametrize(("kind", "chosen"), [("lora", "default"), ("full", "merging"), ("lora", "paper")])
-def test_sharded_and_replicated_runs_agree(kind, chosen, runs):
-    _, found = runs
+@pytest.mark.parametrize(
+    ("kind", "chosen"),
+    [
+        ("lora", "default"),
+        pytest.param("full", "merging", marks=pytest.mark.slow),
+        pytest.param("lora", "paper", marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_and_replicated_runs_agree(kind, chosen, finished_runs):
+    _, found = finished_runs(("ddp", kind, chosen))
     (plan, replicated), (other, sharded) = (found[0][wrapper, kind, chosen] for wrapper in ("ddp", "fsdp2"))
     assert plan["drop"] == other["drop"] and plan["merge"] == other["merge"]
     for name, value in replicated.items():
         torch.testing.assert_close(torch.from_numpy(value), torch.from_numpy(sharded[name]), rtol=1e-3, atol=1e-4)
 
 
-def test_the_example_of_accelerate_and_fsdp2(runs):
-    folder, _ = runs
+def test_the_example_of_accelerate_and_fsdp2(finished_runs):
+    folder, _ = finished_runs(RUNS[0])
     checked(folder / "out")
 
 
-def test_the_base_of_a_sharded_run_is_an_ordinary_checkpoint(runs):
+def test_the_base_of_a_sharded_run_is_an_ordinary_checkpoint(finished_runs):
     from transformers import AutoModelForCausalLM
 
-    folder, found = runs
+    folder, found = finished_runs(RUNS[0])
     (base,) = (folder / "fsdp2-lora-default" / "gradpruner").glob("base-*")
     stored = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
     trained = found[0]["fsdp2", "lora", "default"][1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 import signal
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import training_runs
 from attached_runs import Stop, run_and_die, trainer
+from forkserver import forking
 from peft import AutoPeftModelForCausalLM
 from training_runs import LAYERS, PROBE, STEPS, same, tensors
 from transformers import AutoModelForCausalLM
@@ -96,13 +96,20 @@ def test_stock_tools_load_a_checkpoint_made_after_the_cut(kind, step, finished):
             assert torch.equal(made.model.eval()(input_ids=ids).logits, again(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("moment", ["probe", "apply", "save of the base", "save of step 3", "save of step 6"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("probe", marks=pytest.mark.slow),
+        "apply",
+        pytest.param("save of the base", marks=pytest.mark.slow),
+        "save of step 3",
+        pytest.param("save of step 6", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed_as_if_nothing_had_happened(moment, finished, tmp_path):
     chosen = "merging" if moment in ("apply", "save of step 6") else "default"
     _, callback, _, final = finished("lora", chosen)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_runs", "attached_runs"])
-    process = context.Process(target=run_and_die, args=(str(tmp_path), chosen, moment))
+    process = forking().Process(target=run_and_die, args=(str(tmp_path), chosen, moment))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL and not (tmp_path / "survived").exists()
