@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from gradpruner.checks import check_choice
 from gradpruner.errors import InvalidArgument
 
 Named = TypeVar("Named")
@@ -22,8 +23,7 @@ def parse(text: str, known: Mapping[str, type[Named]]) -> Named:
         InvalidArgument: `text` names an unknown class or option, or the class refuses a value.
     """
     name, _, rest = text.partition(":")
-    if name not in known:
-        raise InvalidArgument(f"method = {name!r}; accepted are {', '.join(sorted(known))}")
+    check_choice("method", name, sorted(known))
     fields = [field.name for field in dataclasses.fields(known[name])]  # type: ignore[arg-type]
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):

@@ -57,7 +57,7 @@ def without_extra(config: Any) -> Any:
     return new
 
 
-def say_what_is_gone(counts: Sequence[tuple[Any, str, int]]) -> None:
+def log_counts_set_to_zero(counts: Sequence[tuple[Any, str, int]]) -> None:
     """Log which fields were set to 0, and why."""
     if counts:
         named = ", ".join(f"{name} = {value}" for _, name, value in counts)

@@ -62,7 +62,7 @@ class Identity:
             if not path.is_file() or (_stamp(path) != stamp and sha256_of(path) != self.content[name]):
                 raise InvalidArgument(
                     f"source {self.source!r}: {name} was replaced while it was in use; expected the same model in all "
-                    "stages. Put it back, or start anew in another folder"
+                    "stages. Put it back, or start again in another folder"
                 )
 
 

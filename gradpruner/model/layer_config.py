@@ -80,15 +80,20 @@ def cut_config(config: Any, kept: tuple[int, ...], layers: int) -> Any:
     overrides = old.to_dict().get("per_layer_config")  # what single layers have of their own, by index
     if overrides:
         text.per_layer_config = None
-    changes: dict[str, Any] = {}
-    for rule in RULES:
-        changes |= rule(old, kept, layers)
-    for name, value in changes.items():
+    for name, value in _changes(old, kept, layers).items():
         _set(text, name, value)
     if overrides:
         own = {int(layer): values for layer, values in overrides.items()}
         text.per_layer_config = {i: own[layer] for i, layer in enumerate(kept) if layer in own}
     return new
+
+
+def _changes(old: Any, kept: tuple[int, ...], layers: int) -> dict[str, Any]:
+    """The fields that all rules change, with their new values."""
+    changes: dict[str, Any] = {}
+    for rule in RULES:
+        changes |= rule(old, kept, layers)
+    return changes
 
 
 def _set(text: Any, name: str, value: Any) -> None:
@@ -206,13 +211,13 @@ def _periods(old: Any, kept: tuple[int, ...], layers: int) -> dict[str, Any]:
     for name in PERIODS:
         period, offset = getattr(old, f"{name}_period", None), getattr(old, f"{name}_offset", None)
         if isinstance(period, int) and isinstance(offset, int):
-            regular = _period_of([layer % period == offset for layer in kept])
+            regular = _period([layer % period == offset for layer in kept])
             if regular is not None:
                 changes |= {f"{name}_period": regular[0], f"{name}_offset": regular[1]}
     return changes
 
 
-def _period_of(chosen: list[bool]) -> tuple[int, int] | None:
+def _period(chosen: list[bool]) -> tuple[int, int] | None:
     """The smallest period, with its offset, that chooses exactly these layers, or None."""
     for period in range(1, len(chosen) + 2):
         for offset in range(period):

@@ -115,7 +115,7 @@ def windows_of(config: Any) -> dict[str, int]:
     return windows
 
 
-def say_what_is_not_passed(config: Any) -> None:
+def log_unchecked_windows(config: Any) -> None:
     """Log the windows that are too long for the comparison of logits."""
     longer = {name: size for name, size in windows_of(config).items() if size > LONGEST}
     if longer:

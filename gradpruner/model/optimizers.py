@@ -79,9 +79,9 @@ def check_optimizer(optimizer: Any) -> None:
     for name, value in vars(optimizer).items():
         if name not in ("param_groups", "state") and any(isinstance(p, nn.Parameter) for p in _inside(value)):
             raise InvalidArgument(
-                f"optimizer {type(optimizer).__name__} keeps parameters in its attribute {name!r} too, of which some "
-                "would be gone: expected one that keeps them in its param_groups alone. Make a new optimizer, and a "
-                "new scheduler, for the smaller model"
+                f"optimizer {type(optimizer).__name__} keeps parameters in its attribute {name!r} too, and some "
+                "of them would no longer be in the model: expected one that keeps them in its param_groups alone. Make "
+                "a new optimizer, and a new scheduler, for the smaller model"
             )
 
 
@@ -122,8 +122,8 @@ def replace(optimizer: Any, old: nn.Parameter, new: nn.Parameter, part: Callable
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
     if any(value.shape != old.shape for value in tensors.values()):  # 8-bit states are in blocks of another shape
         logger.warning(
-            f"{type(optimizer).__name__} begins anew for one parameter of shape {tuple(new.shape)}: its state is not "
-            "in the shape of the parameter, so the part of the removed layers cannot be taken out"
+            f"{type(optimizer).__name__} starts without state for one parameter of shape {tuple(new.shape)}: its state "
+            "is not in the shape of the parameter, so the part of the removed layers cannot be taken out"
         )
     elif state:
         optimizer.state[new] = {**state, **{name: part(value) for name, value in tensors.items()}}

@@ -53,9 +53,8 @@ def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     if not a:
         return torch.zeros(0, dtype=torch.float64)
     device = a[0].device
-    for i, (ai, bi) in enumerate(
-        zip(a, b, strict=True)
-    ):  # hundreds of pairs per step: build a message only where it is needed
+    # A step has hundreds of pairs. So messages are built only where they are needed.
+    for i, (ai, bi) in enumerate(zip(a, b, strict=True)):
         if ai.ndim != 2 or bi.ndim != 2 or ai.size(0) != bi.size(1):
             shapes = f"{tuple(ai.shape)} and {tuple(bi.shape)}"
             raise InvalidArgument(f"pair {i} has shapes {shapes}; expected (r, in) and (out, r)")

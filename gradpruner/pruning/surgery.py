@@ -24,7 +24,7 @@ from gradpruner.errors import UnsupportedModel
 from gradpruner.model.config import text_config
 from gradpruner.model.decoder import CHECKPOINTED, Decoder
 from gradpruner.model.empty_model import absent_counts, build_empty, shapes_of
-from gradpruner.model.extra_layers import generation_changes, say_what_is_gone, without_extra
+from gradpruner.model.extra_layers import generation_changes, log_counts_set_to_zero, without_extra
 from gradpruner.model.layer_config import cut_config, renumber_modules
 
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number")
@@ -79,7 +79,7 @@ class Surgery:
                 assign(owner, own, nn.Parameter(part(whole), whole.requires_grad))
                 self.replaced.append((whole, getattr(owner, own), part))
             assign(parent, leaf, nn.ModuleList([old_layers[i] for i in self.kept]))
-            say_what_is_gone(self.gone)
+            log_counts_set_to_zero(self.gone)
         except BaseException:
             restore()
             raise
