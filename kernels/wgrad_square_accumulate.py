@@ -13,7 +13,7 @@ tile is done in parts.
 The tile is not tuned at run time. It decides in what order products are added, so a choice by timing would make the
 scores depend on what else the machine does. Each trial would also add into igia and grad.
 
-Source: docs/method.md, section 1, "The estimator \"exact\"".
+Source: docs/method.md, section 1 (the estimator "exact").
 """
 
 from __future__ import annotations

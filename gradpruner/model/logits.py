@@ -41,7 +41,7 @@ def logits_of(model: nn.Module, tokens: int | None = None) -> Tensor | None:
     The result has up to three parts, one behind the other:
 
     1. the logits of `TOKENS` tokens,
-    2. those of the last token computed with a cache of the others, as in generation, if the model can do that,
+    2. those of one more token, computed with a cache of the others as in generation, if the model can do that,
     3. those of the last tokens of a longer input that is padded on the left, if the config names windows or chunks
        of attention.
 

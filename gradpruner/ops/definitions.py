@@ -156,7 +156,7 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
     Raises:
         InvalidArgument: dtypes, shapes or devices do not fit.
 
-    Source: docs/method.md, section 1, "The estimator \"exact\"".
+    Source: docs/method.md, section 1 (the estimator "exact").
     """
     need_tokens(x, dy)
     need_same_device(x, dy)

@@ -2,7 +2,7 @@
 
 The unit is one backward call: one micro-batch, on one process, before clipping.
 
-Source: docs/method.md, section 1, "The estimator \"exact\"".
+Source: docs/method.md, section 1 (the estimator "exact").
 """
 
 from __future__ import annotations
