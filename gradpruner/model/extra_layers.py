@@ -61,7 +61,9 @@ def log_counts_set_to_zero(counts: Sequence[tuple[Any, str, int]]) -> None:
     """Log which fields were set to 0, and why."""
     if counts:
         named = ", ".join(f"{name} = {value}" for _, name, value in counts)
-        logger.warning(f"config.{named}: the model has no such layers, transformers does not load them; it says 0 now")
+        logger.warning(
+            f"config.{named}: the model has no such layers, since transformers does not load them; it is 0 now"
+        )
 
 
 def generation_changes(fields: Mapping[str, Any], kept: Sequence[int], *, extra_gone: bool) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def final_states(decoder: Decoder, batches: Sequence[Batch]) -> Iterator[Tensor]
         mask = real_tokens(decoder, inputs)
         final = getattr(_forward_without_head(decoder, inputs), "last_hidden_state", None)
         if final is None:
-            raise UnsupportedModel(f"{type(decoder.base).__name__} does not tell its last hidden state")
+            raise UnsupportedModel(f"{type(decoder.base).__name__} does not return its last hidden state")
         _check_state(final, mask)
         yield final.masked_fill(~mask[..., None], 0).cpu()
 
