@@ -10,8 +10,8 @@ namespace gradpruner {
 
 namespace {
 
-constexpr double kDeviations = 3;  // a miss costs time, not exactness
-constexpr uint32_t kBucket = 1 << 15;  // patterns, 1/256 of a value
+constexpr double kDeviations = 3;  // a wrong guess costs time, but the result stays exact
+constexpr uint32_t kBucket = 1 << 15;  // so many bit patterns, which are 1/256 of a value
 
 double variance_of_mean(const std::vector<double>& values) {
   if (values.size() < 2) return 0;
@@ -23,8 +23,8 @@ double variance_of_mean(const std::vector<double>& values) {
   return squares / static_cast<double>(values.size() - 1) / static_cast<double>(values.size());
 }
 
-// How far the share of entries above `pivot` may be from the sample's. Rows and columns differ from each other in
-// a weight (some outputs matter more), so they are what was sampled, not the entries.
+// How far the share of entries above `pivot` may be from that of the sample. The rows of a weight differ from each
+// other, and so do its columns (some outputs matter more). So rows and columns were sampled, not single entries.
 double share_error(const Sample& sample, float pivot) {
   std::vector<double> by_row(static_cast<size_t>(sample.rows));
   std::vector<double> by_col(static_cast<size_t>(sample.cols));
@@ -36,7 +36,7 @@ double share_error(const Sample& sample, float pivot) {
       col += above / static_cast<double>(sample.rows);
     }
   }
-  // The variance within rows and columns is in both, and counts once.
+  // Both variances contain that within rows and columns, which counts once.
   double share = 0;
   for (double row : by_row) share += row;
   share /= static_cast<double>(sample.rows);
@@ -49,7 +49,7 @@ double share_error(const Sample& sample, float pivot) {
 }  // namespace
 
 Bracket guess_bracket(const Sample& sample, double share_kept) {
-  // Positive floats by the first bits of their patterns: finer than a bracket needs to be.
+  // Positive floats by the first bits of their patterns. This is finer than a bracket needs.
   std::vector<int32_t> counts(kInfinity / kBucket + 1);
   int64_t positive = 0;
   for (float entry : sample.entries) {
@@ -60,7 +60,7 @@ Bracket guess_bracket(const Sample& sample, double share_kept) {
   }
   const auto total = static_cast<double>(sample.entries.size());
   const double positive_share = static_cast<double>(positive) / total;
-  // The bucket of the entry that so large a share is not smaller than.
+  // The bucket of the entry above which this share of the entries lies.
   const auto ranked = [&](double share) {
     auto left = static_cast<int64_t>(share * total);
     auto bucket = static_cast<uint32_t>(counts.size() - 1);

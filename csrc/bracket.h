@@ -11,10 +11,10 @@ namespace gradpruner {
 struct Bracket {
   uint32_t low = kSmallestPositive;
   uint32_t high = kInfinity;
-  double share = 0;  // of all entries that is expected inside, where that was guessed
+  double share = 0;  // of all entries, expected inside; 0 if it was not estimated
 };
 
-// Holds the k-th largest of the whole with high probability; the caller must check that it does.
+// The bracket holds the k-th largest entry with high probability. The caller must check that it does.
 Bracket guess_bracket(const Sample& sample, double share_kept);
 
 }  // namespace gradpruner

@@ -21,7 +21,7 @@ void* offset(void* data, DType dtype, int64_t index) {
   return static_cast<char*>(data) + index * element_size(dtype);
 }
 
-// body(first, length, chunk) for every chunk of `count` entries.
+// Calls body(first, length, chunk) for every chunk of `count` entries.
 template <class Body>
 void for_chunks(int64_t count, double work_per_entry, int threads, const Body& body) {
   const int64_t chunks = (count + kChunk - 1) / kChunk;

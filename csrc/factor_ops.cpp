@@ -1,4 +1,4 @@
-// Ops on importance that exists one tile at a time.
+// Ops on an importance that is given by its factors. It is rebuilt one tile at a time.
 #include <algorithm>
 #include <vector>
 
@@ -12,7 +12,7 @@ namespace gradpruner {
 
 namespace {
 
-// One step is over sooner than the memory it is added to arrives: tiles are wide, to walk along rows.
+// One step takes less time than loading the memory that it is added to. So tiles are wide, to walk along rows.
 constexpr int64_t kBandRows = 48;
 constexpr int64_t kBandCols = 4096;
 

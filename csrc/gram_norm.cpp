@@ -1,4 +1,4 @@
-// ||b a||_F^2 = sum((b^T b) * (a a^T)): two small Gram matrices a pair, pairs spread over threads.
+// ||b a||_F^2 = sum((b^T b) * (a a^T)): two small Gram matrices per pair. Pairs are spread over threads.
 #include <algorithm>
 
 #include "kernels.h"

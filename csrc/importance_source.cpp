@@ -11,10 +11,11 @@ namespace gradpruner {
 
 namespace {
 
-// Of an array, one entry in so many is sampled, in runs: a cache line costs the same for one entry and for all.
+// Of an array, one entry in so many is sampled. Samples are runs, since a cache line costs the same for one entry
+// as for all.
 constexpr int64_t kSampleShare = 256;
 constexpr int64_t kSampleRun = 64;
-// Of a matrix to be rebuilt, about one row and one column in so many, but as many as tell something.
+// Of a matrix that is rebuilt, about one row and one column in so many are sampled, but at least so many.
 constexpr int64_t kSampleStep = 12;
 constexpr int64_t kFewestSampled = 128;
 constexpr int64_t kMostSampled = 512;
@@ -28,7 +29,7 @@ class ArraySource final : public ImportanceSource {
   int64_t grain() const override { return kChunk; }
   int workers() const override { return workers_; }
 
-  // Runs of neighbours, which cost one cache line for many entries.
+  // Runs of neighbours: many entries cost one cache line.
   Sample sample() const override {
     const int64_t cols = std::min(kSampleRun, count_);
     constexpr int64_t kFewest = kFewestSampled * kFewestSampled, kMost = kMostSampled * kMostSampled;
@@ -107,7 +108,7 @@ class FactorSource final : public ImportanceSource {
     return std::max<int64_t>(1, count / std::clamp(count / kSampleStep, kFewestSampled, kMostSampled));
   }
 
-  // body(worker, tile, f) for the tiles of `factors` that hold rows of [first_row, end_row).
+  // Calls body(worker, tile, f) for the tiles of `factors` that hold rows of [first_row, end_row).
   template <class Body>
   void for_tiles(const Factors& factors, int64_t first_row, int64_t end_row, const Body& body,
                  const std::atomic<bool>* stop = nullptr) const {

@@ -15,11 +15,13 @@ using namespace gradpruner;
 namespace {
 
 using Address = uintptr_t;
-// Address and element type of a and b; then rank, in, out.
+// The tuples are made in gradpruner/ops/cpp.py, where each field has a name.
+//
+// Address and element type of a and b, then rank, in, out.
 using PairTuple = std::tuple<Address, int, Address, int, int64_t, int64_t, int64_t>;
 // Addresses of a (steps, rank, in) and b (steps, out, rank), element type, steps, rank, in, out.
 using FactorTuple = std::tuple<Address, Address, int, int64_t, int64_t, int64_t, int64_t>;
-// Address of the donor, of its importance, threshold value and index, scale.
+// Address of the donor, address or factors of its importance, value and index of the threshold, scale.
 using DonorTuple = std::tuple<Address, Address, float, int64_t, double>;
 using FactorDonorTuple = std::tuple<Address, FactorTuple, float, int64_t, double>;
 // Address and element type of the weight, out, in, addresses of norms and grads (0 for none), alpha.

@@ -31,20 +31,20 @@ Threshold threshold(const float* igia, int64_t count, int64_t k, int threads);
 Threshold factor_threshold(const Factors& factors, int64_t k, int threads);
 
 void weight_importance(const WeightImportance& of, float* found, int threads);
-// mask (out, ceil(in / 8)), one bit an entry; group divides in.
+// mask (out, ceil(in / 8)) has one bit per entry. group divides in.
 void prune_groups(const WeightImportance& by, int64_t kept, int64_t group, uint8_t* mask, int threads);
 void apply_mask(void* weight, DType dtype, int64_t out, int64_t in, const uint8_t* mask, int threads);
 
 struct Donor {
   const void* weight;
-  const float* igia;  // null where the factors stand for it
+  const float* igia;  // the importance; null if the factors stand for it
   Factors factors;
   Threshold threshold;
   double scale;
 };
 
 void sign_merge(void* weight, DType dtype, int64_t count, const std::vector<Donor>& donors, int threads);
-// All donors' factors stand for matrices of the weight's shape.
+// The factors of every donor stand for a matrix of the weight's shape.
 void factor_sign_merge(void* weight, DType dtype, const std::vector<Donor>& donors, int threads);
 
 int64_t element_size(DType dtype);

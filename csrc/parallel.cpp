@@ -17,8 +17,9 @@ namespace {
 // Starting a thread costs about as much as this many simple operations.
 constexpr double kWorkPerThread = 1 << 17;
 
-// The OpenMP runtime that torch has loaded, under the name that every such runtime gives it. Its threads keep their
-// cores busy for milliseconds after each of torch's own loops, waiting for more: other threads would have to share.
+// The function of the OpenMP runtime that torch has loaded, under the name that it has in every such runtime. The
+// threads of torch wait for more work for milliseconds after each loop, and keep their cores busy. Other threads would
+// have to share the cores with them.
 using Team = void(void (*body)(void*), void* argument, unsigned threads, unsigned flags);
 Team* waiting_team() {
   static Team* const team = reinterpret_cast<Team*>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
@@ -57,7 +58,7 @@ void parallel_for(int workers, int64_t items, const std::function<void(int worke
     try {
       for (int worker = 1; worker < workers; ++worker) threads.emplace_back(run);
     } catch (const std::system_error&) {
-      // No more threads to be had: those that started do the work.
+      // The system gives no more threads. Those that started do the work.
     }
     run();
     for (std::thread& thread : threads) thread.join();

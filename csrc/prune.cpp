@@ -1,4 +1,4 @@
-// Ops on single weights: rows spread over threads.
+// Ops on single weights. Rows are spread over threads.
 #include <algorithm>
 
 #include "kernels.h"
@@ -20,7 +20,7 @@ class RowChunks {
   int workers(int threads, double work_per_entry) const {
     return worker_count(threads, count_, static_cast<double>(rows_) * static_cast<double>(width_) * work_per_entry);
   }
-  // body(worker, first row, rows).
+  // Calls body(worker, first row, rows) for every chunk.
   template <class Body>
   void walk(int workers, const Body& body) const {
     parallel_for(workers, count_, [&](int worker, int64_t chunk) {

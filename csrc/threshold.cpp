@@ -1,8 +1,8 @@
 // The exact k-th largest entry and its last kept tie.
 //
-// A large source is sampled first. The sample gives a bracket that is all but sure to hold the answer, so one pass
-// counts what lies above the bracket and collects what lies inside. Where the guess fails, or ties are too many to
-// collect, a radix selection on the bit patterns (11 + 11 + 10 bits) finds the same answer in more passes.
+// A large source is sampled first. The sample gives a bracket that holds the answer almost certainly. So one pass
+// counts the entries above the bracket and collects those inside. If the guess fails, or if there are too many
+// ties to collect, a radix selection on the bit patterns (11 + 11 + 10 bits) finds the same answer in more passes.
 #include <algorithm>
 #include <atomic>
 #include <functional>
@@ -22,7 +22,7 @@ namespace gradpruner {
 
 namespace {
 
-constexpr int64_t kSmall = 1 << 18;  // as many entries are collected without a thought
+constexpr int64_t kSmall = 1 << 18;  // up to so many entries are collected without a bracket
 constexpr int64_t kMostIndexed = int64_t{1} << 32;  // a candidate's index has 32 bits
 constexpr uint32_t kBuckets = 1 << 12;
 constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
@@ -47,12 +47,12 @@ struct Candidate {
   uint32_t index;
 };
 
-// The most important first; of equals, the one with the lower index.
+// The most important first. Of equal ones, that with the lower index.
 bool precedes(const Candidate& left, const Candidate& right) {
   return left.bits != right.bits ? left.bits > right.bits : left.index < right.index;
 }
 
-// Adds up one table of counts for each worker.
+// Sums the tables of counts, of which every worker has one.
 std::vector<int64_t> add_up(const std::vector<std::vector<int64_t>>& tables) {
   std::vector<int64_t> total = tables.front();
   for (size_t worker = 1; worker < tables.size(); ++worker) {
@@ -90,7 +90,7 @@ class Selection {
     return shift;
   }
 
-  // One part a worker; nothing if there are more candidates than `limit`.
+  // Returns one part per worker, or nothing if there are more candidates than `limit`.
   std::optional<std::vector<Candidates>> collect(Bracket bracket, int64_t first, int64_t end, int64_t limit) const {
     std::vector<Candidates> parts(static_cast<size_t>(source_.workers()));
     const double expected = 1.2 * bracket.share * static_cast<double>(end - first) / source_.workers();
@@ -125,7 +125,7 @@ class Selection {
     return parts;
   }
 
-  // Nothing if the bracket does not hold the answer. The k-th largest is first narrowed down to one of many buckets.
+  // Returns nothing if the bracket does not hold the answer. First finds the bucket of the k-th largest.
   static std::optional<Threshold> pick(const std::vector<Candidates>& parts, Bracket bracket, int64_t first,
                                        int64_t k) {
     int64_t above = 0, seen = 0;

@@ -1,5 +1,5 @@
-// Plain data shared by every translation unit. No functions: what is compiled for a newer instruction set must
-// not leave behind an inline function that the linker may pick for an older one.
+// Plain data shared by every translation unit. There are no functions here: a file that is compiled for a newer
+// instruction set must not leave an inline function behind that the linker may choose for an older one.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ struct Factors {
   DType dtype;
   int64_t steps, rank;
   int64_t out, in;     // of the arrays
-  int64_t rows, cols;  // of the matrix that is looked at
+  int64_t rows, cols;  // of the matrix or the sample
   int64_t row_step, col_step;
 };
 
@@ -30,8 +30,8 @@ struct Tile {
   int64_t rows, cols;  // that lie inside the matrix
 };
 
-// g = dy^T x of x (tokens, in) and dy (tokens, out). igia and grad (out, in) may be null; `finite` says that x and dy
-// are; `absolute` that igia gets abs(g) and not g ** 2, and that no sum is wanted.
+// g = dy^T x of x (tokens, in) and dy (tokens, out). igia and grad (out, in) may be null. `finite`: x and dy are
+// finite. `absolute`: igia gets abs(g) and not g ** 2, and no sum is wanted.
 struct WeightGradient {
   const void* x;
   const void* dy;
@@ -44,7 +44,7 @@ struct WeightGradient {
   bool absolute;
 };
 
-// What single weights (out, in) are judged by: norms (in) and grads (out, in) may be null.
+// What the importance of single weights (out, in) is computed from. norms (in) and grads (out, in) may be null.
 struct WeightImportance {
   void* weight;
   DType dtype;
@@ -76,10 +76,10 @@ constexpr int64_t kTileRows = 96;
 constexpr int64_t kTileCols = 256;
 constexpr int64_t kTileSize = kTileRows * kTileCols;
 
-// Room before and after a row that is ranked, read but never used.
+// Floats before and after a row that is ranked. They are read, but their values do not matter.
 constexpr int64_t kRowMargin = 64;
 
-// The tile of the weight gradient: taller, since its columns are packed anew for each.
+// The tile of the weight gradient. It is taller, since the columns of x are packed again for every tile.
 constexpr int64_t kGradientRows = 192;
 constexpr int64_t kGradientCols = 512;
 

@@ -1,4 +1,4 @@
-// Which instruction set runs. Chosen at load time by what the machine has, or by name.
+// Chooses the instruction set: at load time by what the machine has, or by name.
 #ifdef GRADPRUNER_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -47,7 +47,7 @@ struct Variant {
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
 
-// A compiler may lack a variant and know the better ones, which ask for the same and more.
+// A compiler may lack one variant and know a better one. The better one needs what the other needs, and more.
 #if defined(GRADPRUNER_AVX512) || defined(GRADPRUNER_AVX512BF16) || defined(GRADPRUNER_AMX)
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -59,7 +59,7 @@ bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf1
 #endif
 
 #ifdef GRADPRUNER_AMX
-// Linux makes room for the registers of the matrix unit only in a process that asked for it.
+// On Linux, a process must ask for permission to use the registers of the matrix unit.
 bool may_use_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

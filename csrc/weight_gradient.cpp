@@ -1,4 +1,4 @@
-// The fused weight gradient: tiles spread over threads.
+// The fused weight gradient. Tiles are spread over threads.
 #include <numeric>
 #include <vector>
 
@@ -11,7 +11,7 @@
 namespace gradpruner {
 
 double weight_gradient(const WeightGradient& call, int threads) {
-  // Down the columns: neighbours share the tokens of x, which then stay in the cache.
+  // Tiles go down the columns. Neighbours share the tokens of x, which stay in the cache.
   const TileGrid grid(call.in, call.out, kGradientCols, kGradientRows);
   const double entries = static_cast<double>(call.in) * static_cast<double>(call.out);
   const double work = static_cast<double>(call.tokens + 1) * entries;
@@ -23,7 +23,7 @@ double weight_gradient(const WeightGradient& call, int threads) {
     const Tile tile{turned.col, turned.row, turned.cols, turned.rows};
     sums[static_cast<size_t>(number)] = kernels().weight_gradient_tile(call, tile, scratch.of(worker));
   });
-  // In the order of the tiles, so that the sum does not depend on the threads.
+  // Summed in the order of the tiles, so that the sum does not depend on the threads.
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 

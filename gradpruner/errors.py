@@ -1,10 +1,10 @@
-"""The errors this package raises on purpose. All of them derive from `GradPrunerError`."""
+"""The errors that this package raises on purpose. All derive from `GradPrunerError`."""
 
 from __future__ import annotations
 
 
 class GradPrunerError(Exception):
-    """Base class: `except GradPrunerError` catches whatever this package refuses to do."""
+    """The base class: `except GradPrunerError` catches everything this package refuses."""
 
 
 class InvalidArgument(GradPrunerError, ValueError):
@@ -12,16 +12,16 @@ class InvalidArgument(GradPrunerError, ValueError):
 
 
 class UnsupportedModel(GradPrunerError):
-    """The model has no decoder layers, or a layer cannot be removed without changing the others."""
+    """The model has no decoder layers, or layers that cannot be removed correctly."""
 
 
 class ModelMismatch(GradPrunerError):
-    """A plan, an igia or a checkpoint belongs to another model than the one it is applied to."""
+    """A plan, an igia or a checkpoint belongs to another model."""
 
 
 class ProbeError(GradPrunerError):
-    """The probe cannot read the gradients it needs, or has seen no usable step."""
+    """The probe cannot read the gradients that it needs, or has seen no usable step."""
 
 
 class CheckpointError(GradPrunerError):
-    """A file is missing, corrupted, or failed its verification; nothing was written."""
+    """A file is missing, damaged, or failed its verification. Nothing was written."""

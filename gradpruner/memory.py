@@ -1,4 +1,7 @@
-"""Peak memory of a stretch of work: the GPU's where there is one, else the process's."""
+"""Measure memory: the peak of a stretch of work, and how much is free.
+
+The peak is that of the GPU if there is one, otherwise that of the process.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,22 @@ import torch
 
 
 def reset_peak_memory() -> None:
-    """Begin a new stretch, with what earlier ones left behind given back to the system."""
+    """Begin a new stretch of work. Memory that earlier ones freed is given back to the system."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
-    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory, which would count as used
+    with contextlib.suppress(OSError, AttributeError):  # glibc keeps freed memory, which counts as used
         ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):  # Linux: 5 resets the peak resident set size
+    with contextlib.suppress(OSError):  # on Linux, 5 resets the peak resident set size
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:
-    """Bytes at the highest point since `reset_peak_memory` (since the process began, where that cannot be reset)."""
+    """Return the most bytes that were in use since `reset_peak_memory`.
+
+    Where the system cannot reset the peak, it is that since the process began.
+    """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     with contextlib.suppress(OSError):
@@ -36,14 +42,18 @@ def peak_memory() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still use: of the machine's, its cgroup's, and its own limits, the least."""
-    free = [_limit_left(resource.RLIMIT_DATA, "VmData"), _limit_left(resource.RLIMIT_AS, "VmSize"), _cgroup_left()]
-    free.append(_kilobytes(Path("/proc/meminfo"), "MemAvailable"))
-    known = [amount for amount in free if amount is not None]
+    """Return how many bytes this process may still use.
+
+    It is the least of what the machine, the cgroup and the limits of the process leave.
+    """
+    limits = [_limit_left(resource.RLIMIT_DATA, "VmData"), _limit_left(resource.RLIMIT_AS, "VmSize"), _cgroup_left()]
+    limits.append(_kilobytes(Path("/proc/meminfo"), "MemAvailable"))
+    known = [amount for amount in limits if amount is not None]
     return max(0, min(known)) if known else int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
 
 
 def _kilobytes(file: Path, name: str) -> int | None:
+    """Return, in bytes, what a file of /proc says of a name in kB."""
     with contextlib.suppress(OSError):
         for line in file.read_text().splitlines():
             if line.startswith(f"{name}:"):
@@ -52,7 +62,10 @@ def _kilobytes(file: Path, name: str) -> int | None:
 
 
 def _limit_left(limit: int, used: str) -> int | None:
-    """What a limit on this process leaves, halved: a loader maps a file as well as copying it."""
+    """Return half of what a limit of the process leaves.
+
+    Half, because a loader maps a file and copies it too.
+    """
     soft, _ = resource.getrlimit(limit)
     if soft == resource.RLIM_INFINITY:
         return None
@@ -60,7 +73,10 @@ def _limit_left(limit: int, used: str) -> int | None:
 
 
 def _cgroup_left(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What the memory limits of this process's cgroups leave, cached files that can go counted as free."""
+    """Return what the memory limits of the process's cgroups leave.
+
+    Cached files count as free if the system can drop them.
+    """
     left: list[int] = []
     with contextlib.suppress(OSError):
         for line in process.read_text().splitlines():
@@ -73,7 +89,7 @@ def _cgroup_left(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/
             else:
                 continue
             group = top / path.lstrip("/")
-            # in a container the path may be the host's: then its limit is that of the root seen from inside
+            # in a container, the path may be that of the host: then the root, as seen from inside, has the limit
             for folder in (group, *group.parents):
                 if folder.is_relative_to(top):
                     left += _group_left(folder, *names)

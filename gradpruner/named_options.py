@@ -1,4 +1,4 @@
-"""Names with options, "gblm:p=1,alpha=10": dataclasses from text and back, by a registry of their names."""
+"""Names with options, such as "gblm:p=1,alpha=10": dataclasses from text and back."""
 
 from __future__ import annotations
 
@@ -6,16 +6,24 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from gradpruner.checks import check_choice
 from gradpruner.errors import InvalidArgument
 
 Named = TypeVar("Named")
 
 
 def parse(text: str, known: Mapping[str, type[Named]]) -> Named:
-    """What `known` has under "name", or under "name:option=value,option=value" with these. Raises InvalidArgument."""
+    """Make a dataclass object from its name and its options.
+
+    Args:
+        text: "name" or "name:option=value,option=value". An option that is not named has its default.
+        known: the dataclasses by name.
+
+    Raises:
+        InvalidArgument: `text` names an unknown class or option, or the class refuses a value.
+    """
     name, _, rest = text.partition(":")
-    if name not in known:
-        raise InvalidArgument(f"method = {name!r}; accepted are {', '.join(sorted(known))}")
+    check_choice("method", name, sorted(known))
     fields = [field.name for field in dataclasses.fields(known[name])]  # type: ignore[arg-type]
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
@@ -28,7 +36,14 @@ def parse(text: str, known: Mapping[str, type[Named]]) -> Named:
 
 
 def spelled(name: str, thing: Any) -> str:
-    """The opposite of `parse`: the name and every option that is not as by default."""
+    """Return the text from which `parse` makes an object.
+
+    It has the name, and the options that differ from their defaults.
+
+    Args:
+        name: the name of its class in the registry.
+        thing: the dataclass object.
+    """
     changed = [
         f"{field.name}={_text(getattr(thing, field.name))}"
         for field in dataclasses.fields(thing)
@@ -38,7 +53,7 @@ def spelled(name: str, thing: Any) -> str:
 
 
 def value_of(text: str) -> Any:
-    """What an option's text means: a truth value, nothing, a number, or else itself."""
+    """Return what an option's text means: a bool, None, a number, or else the text itself."""
     words: dict[str, Any] = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]

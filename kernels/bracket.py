@@ -1,4 +1,8 @@
-"""A bracket around the k-th largest from a sample, and the candidates: the entries that lie in it."""
+"""Steps 1 and 2 of a selection (see `selection`): the bracket, and the candidates in it.
+
+The bracket is two values that probably lie around the k-th largest entry. A sample gives them. The candidates are the
+entries that lie in the bracket. An entry is known by the bits of its float32 value, which order as the values do.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +26,13 @@ from gradpruner.kernels.selection_state import (
     WIDEST,
 )
 
-FILL = tl.constexpr(0.9)  # of the buffer that the bracket is to fill; the rest is for the sample's error
-NO_END = tl.constexpr(1 << 62)  # a rank past every sample
+FILL = tl.constexpr(0.9)  # share of the buffer that the bracket should fill; the rest is for the error of the sample
+NO_END = tl.constexpr(1 << 62)  # a rank that no sample reaches
 
 
 @triton.jit
 def sample_window(state):
-    """SAMPLES, and the window of this pass over the sample: BASE, int32, and SHIFT."""
+    """Load SAMPLES, and the window of this pass over the sample: BASE (int32) and SHIFT."""
     samples = tl.load(state + SAMPLES)
     shift = tl.where(samples == 0, WIDEST, tl.load(state + SHIFT))
     return samples, tl.load(state + BASE).to(tl.int32), shift.to(tl.int32)
@@ -36,7 +40,10 @@ def sample_window(state):
 
 @triton.jit
 def add_sample(bits, counted, base, shift, histogram):
-    """Count the entries of a part of the sample that lie in the window, zeros too. bits: int32 (ROWS, COLS)."""
+    """Count the entries of a part of the sample that lie in the window. Zeros count too.
+
+    bits: int32 (ROWS, COLS).
+    """
     bucket = (bits - base) >> shift
     inside = counted & (bits >= base) & (bucket < BINS)
     add_to_buckets(tl.where(inside, bucket, 0), inside, histogram)
@@ -44,7 +51,7 @@ def add_sample(bits, counted, base, shift, histogram):
 
 @triton.jit
 def end_sample(samples, base, shift, histogram, state, k, entries, capacity):
-    """After each of the two passes over the sample: the last program brings the ends of the bracket closer."""
+    """End a pass over the sample: the last program brings the ends of the bracket closer."""
     if is_last(state):
         top, bottom = tl.load(state + HIGH), tl.load(state + LOW)
         bucket = BINS - 1 - tl.arange(0, BINS)
@@ -60,10 +67,10 @@ def end_sample(samples, base, shift, histogram, state, k, entries, capacity):
 
 @triton.jit
 def widen(bucket, count, seen, sampled, state, k, entries, capacity):
-    """From coarse counts: the ranks of the bracket's ends, and the window that holds both.
+    """Find the ranks of the bracket's ends from coarse counts, and the window that holds both.
 
-    The bracket reaches as far on both sides of the k-th largest as the buffer allows. An end that the sample does
-    not reach is open, and the window is then that of the other end.
+    The bracket reaches as far to both sides of the k-th largest entry as the buffer allows. If the sample does not
+    reach one end, that end is open. The window is then that of the other end.
     """
     share = sampled.to(tl.float64) / entries
     margin = share * capacity * (FILL / 2)
@@ -83,7 +90,7 @@ def widen(bucket, count, seen, sampled, state, k, entries, capacity):
 
 @triton.jit
 def close(seen, counted, top, bottom, base, shift, state):
-    """From fine counts: the bits of the bracket's ends."""
+    """Find the bits of the bracket's ends from fine counts."""
     past_top = BINS - tl.sum((seen < top).to(tl.int64), axis=0)
     high = tl.minimum(base + (past_top << shift) - 1, LARGEST)
     high = tl.where(top < 1, LARGEST, high)
@@ -96,20 +103,24 @@ def close(seen, counted, top, bottom, base, shift, state):
 
 @triton.jit
 def bits_of(number):
-    """How many bits hold a number below 2 ** 32; 0 for 0 and less."""
+    """Return how many bits hold a number below 2 ** 32. It is 0 for 0 and less."""
     return tl.sum(((tl.full((32,), 1, tl.int64) << tl.arange(0, 32)) <= number).to(tl.int64), axis=0)
 
 
 @triton.jit
 def collect(bits, first, far, state, keys, capacity, index_bits):
-    """Count a block's entries above the bracket and append the keys of those inside it.
+    """Count a block's entries above the bracket, and append the keys of those inside it.
 
-    bits: int32 (ROWS, COLS). An entry's flat index is first + its row's `far` + its column. A key orders as the rule
-    does, smallest first: the distance of the value from the bracket's upper end, then the flat index. Few entries are
-    inside, so every row hands over its largest, one a turn. Rows are short: a thread holds them, and turns are few.
+    bits: int32 (ROWS, COLS). The flat index of an entry is first + far of its row + its column.
+
+    A key is the distance of the value from the bracket's upper end, followed by the flat index. The entry that the
+    rule takes first has the smallest key.
+
+    Few entries are inside. So every row hands over its largest entry, one per turn. Rows are short, so that one thread
+    holds a row and there are few turns.
     """
     low, high = tl.load(state + LOW).to(tl.int32), tl.load(state + HIGH).to(tl.int32)
-    # Both counts in one number, so that one sum serves: a block has fewer than 2 ** 15 entries.
+    # Both counts in one number, so that one sum serves. A block has fewer than 2 ** 15 entries.
     counts = tl.sum(tl.where(bits > high, 1 << 16, (bits >= low).to(tl.int32)), axis=1)
     both = tl.sum(counts, axis=0)
     tl.atomic_add(state + ABOVE, (both >> 16).to(tl.int64), sem="relaxed")
@@ -118,7 +129,7 @@ def collect(bits, first, far, state, keys, capacity, index_bits):
     at = tl.minimum(place, capacity).to(tl.int32) + tl.cumsum(in_row, axis=0) - in_row
     left = tl.where(bits > high, -1, bits)
     for turn in range(tl.max(in_row, axis=0)):
-        # The leftmost of equal ones: threads that share a row would otherwise each find another, and lose one for all.
+        # The leftmost of equal entries. Threads that share a row would otherwise find different ones, and lose some.
         most, col = tl.max(left, axis=1, return_indices=True)
         key = ((high - most).to(tl.int64) << index_bits) + (first + (far + col))
         tl.store(keys + at + turn, key, mask=(most >= low) & (at + turn < capacity))

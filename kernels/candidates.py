@@ -1,4 +1,7 @@
-"""The exact choice among the candidates, by their keys: three rounds, of which the second mostly has the answer."""
+"""Step 3 of a selection (see `selection`): the exact choice among the candidates.
+
+It goes by their keys, in up to three rounds. Mostly the second round has the answer.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,18 @@ from gradpruner.kernels.selection_state import (
     WITHIN,
 )
 
-ROUNDS = tl.constexpr(3)  # the first two decide 22 bits of a key: of the value, and where many tie of the index too
+ROUNDS = tl.constexpr(3)  # the first two decide 22 bits of a key: of the value, then, if many tie, of the index
 LONGEST = tl.constexpr(62)  # bits of a key
-FEW = tl.constexpr(2048)  # keys that one program searches
+FEW = tl.constexpr(2048)  # so many keys are searched by one program
 ROWS, COLS = tl.constexpr(8), tl.constexpr(128)  # a block of candidates
 
 
 @triton.jit
 def candidates_hold(state, k, capacity, index_bits):
-    """Whether the k-th largest is one of the candidates and all of them have keys; how many of them are kept."""
+    """Whether the k-th largest is a candidate and all candidates have keys; how many are kept."""
     found = tl.load(state + FOUND)
     wanted = k - tl.load(state + ABOVE)
-    if tl.load(state + LOW) == 1:  # nothing positive lies below: with fewer than k of them, all are kept
+    if tl.load(state + LOW) == 1:  # nothing positive lies below the bracket: with fewer than k entries, all are kept
         wanted = tl.minimum(wanted, found)
     whole = (found <= capacity) & (tl.load(state + VALUE_BITS) + index_bits <= LONGEST)
     return whole & (wanted >= 1) & (wanted <= found), wanted
@@ -49,10 +52,11 @@ def narrow(
     wanted,
     index_bits,
 ):
-    """One round: count the keys of the window and take a bucket; or store the boundary and raise DONE.
+    """Do one round: narrow the window of keys, or store the boundary and set DONE.
 
-    Once FEW are left, all programs copy them together and the last one searches them. If the last round finds more,
-    one program searches all candidates, which takes long and is as exact.
+    While many keys are in the window, all programs count them in buckets, and the last one takes a bucket as the new
+    window. Once FEW are left, all programs copy them to one place and the last one searches them. If there are more
+    in the last round, one program searches all candidates. That takes long and is as exact.
     """
     found, high = tl.load(state + FOUND), tl.load(state + HIGH)
     taken, floor = tl.load(state + TAKEN), tl.load(state + FLOOR)
@@ -80,7 +84,7 @@ def narrow(
 
 @triton.jit
 def gather(keys, few_keys, state, start, found, floor, left):
-    """Append a block's keys of the window to those that are searched, in any order."""
+    """Copy a block's keys of the window to those that are searched, in any order."""
     at = start + tl.arange(0, ROWS * COLS)
     key = tl.load(keys + at, mask=at < found, other=0)
     far = key - floor
@@ -92,9 +96,10 @@ def gather(keys, few_keys, state, start, found, floor, left):
 
 @triton.jit
 def search(keys, count, floor, left, wanted, high, index_bits, state, value, index):
-    """The boundary from the wanted-th smallest key of the window, bit by bit from its highest on. One program.
+    """Find the wanted-th smallest key of the window, and store the boundary.
 
-    A bit is one comparison for each key and one sum; a sort of as many keys compares them more often.
+    One program does this. It decides one bit of the key after the other, from the highest on. A bit takes one
+    comparison per key and one sum. A sort of as many keys compares them more often.
     """
     one = tl.full((), 1, tl.int64)
     base = tl.zeros((), tl.int64)

@@ -1,4 +1,4 @@
-"""What every launcher needs from the device: a check, the right current device, tables of addresses."""
+"""What every launch needs: a check of the device, the current device, tables of addresses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradpruner.kernels.numeric import widen
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
-# Decided when the kernels were decorated, so read from a kernel and not from the environment again.
+# Decided when the kernels are decorated. So it is read from a kernel, and not from the environment again.
 INTERPRETED = not isinstance(widen, triton.JITFunction)
 
 TRITON_DTYPES = {
@@ -29,7 +29,8 @@ TRITON_DTYPES = {
 def on_device_of(tensor: Tensor) -> AbstractContextManager:
     """Make the tensor's GPU the current one, as a Triton launch needs it.
 
-    Raises InvalidArgument for a CPU tensor unless the interpreter runs.
+    Raises:
+        InvalidArgument: the tensor is on the CPU, and the interpreter does not run.
     """
     if tensor.device.type == "cpu" and not INTERPRETED:
         raise InvalidArgument(
@@ -40,7 +41,15 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager:
 
 
 def table_on(device: torch.device, rows: list[list[int]]) -> Tensor:
-    """One int64 row a tensor (addresses, sizes) on the device, without waiting for the copy."""
+    """Copy a table of addresses and sizes to a device, without waiting for the copy.
+
+    Args:
+        device: where the kernel runs.
+        rows: one row per tensor or donor.
+
+    Returns:
+        The table, int64.
+    """
     table = torch.tensor(rows, dtype=torch.int64)
     if device.type == "cpu":
         return table
@@ -48,5 +57,8 @@ def table_on(device: torch.device, rows: list[list[int]]) -> Tensor:
 
 
 def common_alignment(numbers: Iterable[int]) -> int:
-    """16 if every number is a multiple of 16, else 1: what a kernel may assume to load 16 bytes at once."""
+    """Return 16 if every number is a multiple of 16, else 1.
+
+    A kernel that knows that addresses are multiples of 16 loads 16 bytes at once.
+    """
     return 16 if all(number % 16 == 0 for number in numbers) else 1

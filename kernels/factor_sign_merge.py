@@ -1,4 +1,10 @@
-"""`sign_merge_` with each donor's importance rebuilt tile by tile from its factors (docs/method.md, section 3)."""
+"""Merge donors into a weight (out, in), with each donor's importance given by its factors.
+
+F = sum over i of (b_i @ a_i) ** 2, of a (t, r, in) and b (t, out, r), is rebuilt tile by tile in registers. It is never
+in memory. Each tile of the weight is read once and written once for up to `GROUP` donors.
+
+Source: docs/method.md, section 3.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +19,7 @@ from gradpruner.kernels.merge_rule import add_agreeing, as_stored, keeps, may_ag
 from gradpruner.kernels.numeric import widen
 from gradpruner.kernels.sign_merge import float64_bits
 
-GROUP = 32  # donors of one launch: their masks are the bits of one integer an entry
+GROUP = 32  # donors of one launch: their masks are the bits of one integer per entry
 ROW = tl.constexpr(9)  # numbers in a row of the table
 
 
@@ -35,13 +41,16 @@ def factor_sign_merge_kernel(
     RANK_STEP: tl.constexpr,
     ONE_SLICE: tl.constexpr,
 ):
-    """One tile of the weight through at most GROUP donors.
+    """Merge at most GROUP donors into one tile of the weight.
 
-    before, after: the sums that an earlier launch left and that a later one takes up, in the dtype they are computed
-    in, or None. FLOATS, HALVES: some donor has float32, bfloat16 factors. table rows: addresses of donor, a, b, value
-    and index, then steps, rank, whether the factors are bfloat16, and the bits of the scale as float64.
+    before: the sums that an earlier launch left, in the dtype that they are computed in, or None.
+    after: where to leave the sums for a later launch, or None.
+    FLOATS, HALVES: whether some donor has float32 factors, and whether some donor has bfloat16 factors.
+    table: one row per donor. It has the addresses of donor, a, b, value and index, then steps, rank, whether the
+    factors are bfloat16, and the bits of the scale as float64.
 
-    First the masks of all donors, then the weight, in two halves: registers that one needs the other does not.
+    First the masks of all donors are made. Then the weight is merged, in two halves. So the registers for the masks
+    and those for the weight are not needed at the same time.
     """
     row, col = tile_origin(tl.program_id(0), n_in, ROWS, COLS)
     masks = tl.zeros((ROWS, COLS), tl.int32)
@@ -58,21 +67,46 @@ def factor_sign_merge_kernel(
         if FLOATS and HALVES:
             if tl.load(line + 7) != 0:
                 f = _tile_at(
-                    *(a, b, tl.bfloat16, steps, rank, n_out, n_in, row, col),
-                    *(ALIGN, ROWS, COLS, PRECISION, RANK_STEP, ONE_SLICE),
+                    a,
+                    b,
+                    tl.bfloat16,
+                    steps,
+                    rank,
+                    n_out,
+                    n_in,
+                    row,
+                    col,
+                    ALIGN,
+                    ROWS,
+                    COLS,
+                    PRECISION,
+                    RANK_STEP,
+                    ONE_SLICE,
                 )
             else:
                 f = _tile_at(
-                    *(a, b, tl.float32, steps, rank, n_out, n_in, row, col),
-                    *(ALIGN, ROWS, COLS, PRECISION, RANK_STEP, ONE_SLICE),
+                    a,
+                    b,
+                    tl.float32,
+                    steps,
+                    rank,
+                    n_out,
+                    n_in,
+                    row,
+                    col,
+                    ALIGN,
+                    ROWS,
+                    COLS,
+                    PRECISION,
+                    RANK_STEP,
+                    ONE_SLICE,
                 )
         else:
             DTYPE: tl.constexpr = tl.bfloat16 if HALVES else tl.float32
             f = _tile_at(
-                *(a, b, DTYPE, steps, rank, n_out, n_in, row, col),
-                *(ALIGN, ROWS, COLS, PRECISION, RANK_STEP, ONE_SLICE),
+                a, b, DTYPE, steps, rank, n_out, n_in, row, col, ALIGN, ROWS, COLS, PRECISION, RANK_STEP, ONE_SLICE
             )
-        # By row and column of the last kept tie: a flat index for every entry would fill the registers.
+        # Compared by row and column of the last kept tie. A flat index for every entry would fill the registers.
         last_row = (index // n_in).to(tl.int32)
         last_col = (index % n_in).to(tl.int32)
         at_or_before = (down < last_row)[:, None] | ((down == last_row)[:, None] & (right <= last_col)[None, :])
@@ -98,7 +132,7 @@ def _merge_rows(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Add the donors to the rows that the masks are of."""
+    """Merge the donors into one half of the tile: the rows that the masks belong to."""
     first, offset, inside = tile_offsets(row, col, n_out, n_in, ROWS, COLS)
     raw = tl.load(weight + first + offset, mask=inside, other=0.0)
     original = widen(raw)
@@ -136,6 +170,7 @@ def _tile_at(
     RANK_STEP: tl.constexpr,
     ONE_SLICE: tl.constexpr,
 ):
+    """Rebuild one tile of a donor's importance from the addresses of its factors."""
     a = tl.multiple_of(a.to(tl.pointer_type(DTYPE)), ALIGN)
     b = tl.multiple_of(b.to(tl.pointer_type(DTYPE)), ALIGN)
     return factor_tile(a, b, steps, rank, n_out, n_in, row, col, ROWS, COLS, PRECISION, RANK_STEP, ONE_SLICE)
@@ -150,7 +185,11 @@ def factor_sign_merge_(
     indices: list[Tensor],
     scales: list[float],
 ) -> None:
-    """`sign_merge_` with F of a[k] (t, r, in) and b[k] (t, out, r), never in memory (docs/method.md, section 3)."""
+    """Merge donors whose importance is given by factors, into a weight.
+
+    Args:
+        weight, donors, a, b, values, indices, scales: as in `gradpruner.ops.factor_sign_merge_`.
+    """
     halves = [x.dtype == torch.bfloat16 for x in a]
     rows = [
         [

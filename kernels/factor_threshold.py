@@ -1,7 +1,10 @@
-"""Boundary of the k largest entries of F, rebuilt from its factors in every pass (docs/method.md, section 3).
+"""Find the boundary of the k largest entries of an importance that is given by its factors.
 
-F is never in memory whole. A cell is one row of one tile: ordered by row and then by tile, the cells
-follow the flat index.
+F = sum over i of (b_i @ a_i) ** 2, of a (t, r, in) and b (t, out, r), is rebuilt in every pass. It is never in memory
+as a whole. The passes are those of `selection`. A cell is one row of one tile. Cells that are ordered by row, then by
+tile, are in the order of the flat index.
+
+Source: docs/method.md, section 3, step 1.
 """
 
 from __future__ import annotations
@@ -20,15 +23,16 @@ from gradpruner.kernels.selection import PROGRAMS, Buffers, Passes, select
 from gradpruner.kernels.selection_state import DONE, FLOOR, LARGEST, WANTED
 from gradpruner.kernels.ties import find_cell, store_boundary
 
-SCATTER = tl.constexpr(7919)  # a prime: no width of a matrix is a multiple of it times 64
-SHORT_ROW = tl.constexpr(16)  # 8 and fewer take more registers
+SCATTER = tl.constexpr(7919)  # a prime, so that in practice no matrix is a multiple of it times 64 wide
+SHORT_ROW = tl.constexpr(16)  # rows of 8 and fewer take more registers
 
 
 @triton.jit
 def sampled_tile(n, n_out, n_in, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The n-th tile of the sample. Rows take turns, and columns are scattered evenly over each turn.
+    """Return the n-th tile of the sample.
 
-    Entries of one row, and of one column, are alike: the sample has as much of every row and every column.
+    Rows of tiles take turns, and columns are scattered evenly over each turn. Entries of one row are similar, and so
+    are entries of one column. So the sample has equally much of every row and of every column.
     """
     row_tiles = tl.cdiv(n_out, ROWS)
     col_tiles = tl.cdiv(n_in, COLS)
@@ -54,7 +58,7 @@ def factor_sample_kernel(
     RANK_STEP: tl.constexpr,
     ONE_SLICE: tl.constexpr,
 ):
-    """Count the entries of one tile of the sample, zeros too."""
+    """Count the entries of one tile of the sample. Zeros count too."""
     samples, base, shift = sample_window(state)
     tile = sampled_tile(tl.program_id(0), n_out, n_in, ROWS, COLS)
     row, col = tile_origin(tile, n_in, ROWS, COLS)
@@ -83,11 +87,11 @@ def factor_collect_kernel(
     RANK_STEP: tl.constexpr,
     ONE_SLICE: tl.constexpr,
 ):
-    """Count the entries of one tile above the bracket and append those inside it."""
+    """Count the entries of one tile above the bracket, and append those inside it."""
     row, col = tile_origin(tl.program_id(0), n_in, ROWS, COLS)
     f = factor_tile(a, b, steps, rank, n_out, n_in, row, col, ROWS, COLS, PRECISION, RANK_STEP, ONE_SLICE)
     first = row.to(tl.int64) * n_in + col
-    # Each row of the tile as SHORT_ROWS, which follow each other.
+    # Each row of the tile is cut into rows of SHORT_ROW entries.
     row = tl.arange(0, ROWS * COLS // SHORT_ROW)
     far = row // (COLS // SHORT_ROW) * n_in + row % (COLS // SHORT_ROW) * SHORT_ROW
     bits = tl.reshape(positive_bits(f), (ROWS * COLS // SHORT_ROW, SHORT_ROW))
@@ -117,7 +121,7 @@ def factor_narrow_kernel(
     RANK_STEP: tl.constexpr,
     ONE_SLICE: tl.constexpr,
 ):
-    """One round among the candidates, or without a bracket among all entries."""
+    """Do one round among the candidates, or among all entries if the bracket failed."""
     if tl.load(state + DONE) == 0:
         hold, wanted = candidates_hold(state, k, capacity, index_bits)
         if hold:
@@ -153,7 +157,7 @@ def factor_settle_kernel(
     RANK_STEP: tl.constexpr,
     ONE_SLICE: tl.constexpr,
 ):
-    """Without a bracket: count the entries that equal the value in each row of every tile, and find the last kept."""
+    """If the bracket failed: count the ties in each row of every tile, and find the last kept."""
     if tl.load(state + DONE) == 0:
         bits = (tl.load(state + FLOOR) ^ LARGEST).to(tl.int32)
         wanted = tl.load(state + WANTED)
@@ -171,7 +175,7 @@ def factor_settle_kernel(
         if is_last(state):
             cell, nth = find_cell(ties, wanted, n_out.to(tl.int64) * col_tiles)
             tie_row = (cell // col_tiles).to(tl.int32)
-            # The tile as every other pass cut it, so that the row is rebuilt with the same bits.
+            # The same tile as in every other pass, so that the row is rebuilt with the same bits.
             row = tie_row // ROWS * ROWS
             col = (cell % col_tiles).to(tl.int32) * COLS
             f = factor_tile(a, b, steps, rank, n_out, n_in, row, col, ROWS, COLS, PRECISION, RANK_STEP, ONE_SLICE)
@@ -181,14 +185,18 @@ def factor_settle_kernel(
 
 
 def factor_threshold(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`threshold` of the F that a (t, r, in) and b (t, out, r) stand for (docs/method.md, section 3)."""
+    """Find the boundary of the importance that factors stand for. See the op.
+
+    Args:
+        a, b, k: as in `gradpruner.ops.factor_threshold`.
+    """
     steps, rank, n_in = a.shape
     n_out = b.shape[1]
     shape = (steps, rank, n_out, n_in)
     tile = tile_launch([(rank, a.dtype)])
     row_tiles, col_tiles = triton.cdiv(n_out, TILE["ROWS"]), triton.cdiv(n_in, TILE["COLS"])
     tiles = tile_count(n_out, n_in)
-    sampled = (min(tiles, 2 * max(row_tiles, col_tiles)),)  # each row and each column of tiles about twice
+    sampled = (min(tiles, 2 * max(row_tiles, col_tiles)),)  # takes each row and each column of tiles about twice
     walking = (min(tiles, PROGRAMS),)
 
     def sample(x: Buffers) -> None:

@@ -1,4 +1,10 @@
-"""||B A||_F^2 of every pair of a step from two r x r Gram matrices, one launch and a small sum (docs/method.md, D)."""
+"""Compute ||b_i @ a_i||_F^2 of every pair of a step, from two r x r Gram matrices per pair.
+
+The pairs are a_i (r_i, in_i) and b_i (out_i, r_i). The norm is the sum over the entries of (b^T b) * (a a^T). One
+launch computes the parts of all Gram matrices. A second one adds and multiplies them.
+
+Source: docs/method.md, section 1, "Sums without the matrix".
+"""
 
 from __future__ import annotations
 
@@ -10,8 +16,8 @@ from torch import Tensor
 from gradpruner.kernels.device import TRITON, TRITON_DTYPES, common_alignment, on_device_of, table_on
 from gradpruner.kernels.numeric import widen
 
-# Rank tiles: the first that holds every rank of the step, or the last, several times. A tile that holds them all reads
-# each factor once.
+# Sides of the tiles of a Gram matrix. The first that holds every rank of the step is taken. If none does, the last is
+# taken, several times. A tile that holds every rank reads each factor once.
 RANK_TILES = {2: (16, 32, 64), 4: (16, 32, 64), 8: (16, 32)}  # by the bytes of an entry: float64 takes more registers
 LAUNCH = {
     16: {"BLOCK": 128, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": False},
@@ -19,13 +25,15 @@ LAUNCH = {
     64: {"BLOCK": 32, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": False},
 }
 SUM = {"num_warps": 4, "enable_fp_fusion": False}
-# Some for every processor, also where a step has one large pair; fewer where each leaves large matrices to be added.
+# How many programs a launch should have, by the side of the tile. It is enough for every processor, also in a step with
+# one large pair. It is less for large tiles, since every program leaves two matrices of that size to be added.
 PROGRAMS = {16: 1024, 32: 512, 64: 264}
-WIDENED_IN_KERNEL = TRITON >= (3, 8)  # before, no float64 dot compiles whose operand was loaded as 16 bits
-# AMD's compiler before 3.8 chooses matrix cores for float64 and then cannot lower them. For an instruction size that
-# float64 does not have it takes plain multiplications.
+# Before 3.8, no float64 dot compiles whose operand was loaded as 16 bits.
+WIDENED_IN_KERNEL = TRITON >= (3, 8)
+# Before 3.8, the compiler for AMD chooses matrix cores for float64 and then fails to lower them. If it is given an
+# instruction size that float64 does not have, it takes plain multiplications.
 ON_HIP: dict[str, int] = {} if TRITON >= (3, 8) else {"matrix_instr_nonkdim": 32}
-LEAST_BLOCKS = 4  # of a program, so that writing its Gram matrices stays small beside reading its factors
+LEAST_BLOCKS = 4  # per program, so that writing its Gram matrices costs little beside reading its factors
 
 
 @triton.jit
@@ -41,12 +49,13 @@ def gram_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One TILE x TILE piece of both Gram matrices of one pair over one part of its columns and rows, in float64.
+    """Compute one piece of both Gram matrices of a pair.
 
-    Products of float32 values are exact in float64, whose dot runs on the tensor cores of every target
-    (AMD's: see ON_HIP).
-    table rows: address of a (rank, n_in), address of b (n_out, rank), rank, n_in, n_out.
-    grams: float64 (pairs, tiles, tiles, splits, 2, TILE, TILE).
+    The piece is TILE x TILE, over a part of the pair's columns and rows. The kernel computes in float64, where products
+    of float32 values are exact. The dot runs on the tensor cores of every target (for AMD see ON_HIP).
+
+    table: one row per pair: address of a (rank, n_in), address of b (n_out, rank), rank, n_in, n_out.
+    grams: the result, float64 (pairs, tiles, tiles, splits, 2, TILE, TILE).
     """
     pid = tl.program_id(0).to(tl.int64)
     split = (pid % splits).to(tl.int32)
@@ -56,7 +65,7 @@ def gram_kernel(
     q = (piece % tiles).to(tl.int32) * TILE + tl.arange(0, TILE)
     a = tl.multiple_of(tl.load(row).to(tl.pointer_type(DTYPE)), ALIGN)
     b = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(DTYPE)), ALIGN)
-    rank = tl.load(row + 2) // RANK_STEP * RANK_STEP  # the same number, known to be a multiple
+    rank = tl.load(row + 2) // RANK_STEP * RANK_STEP  # the same number, now known to be a multiple
     n_in = tl.load(row + 3) // ALIGN * ALIGN
     n_out = tl.load(row + 4)
     at = grams + pid * (2 * TILE * TILE) + tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
@@ -94,7 +103,7 @@ def gram_kernel(
 
 @triton.jit
 def gram_sum_kernel(grams, partial, splits, TILE: tl.constexpr):
-    """Add the parts of one piece in their order, multiply both Gram matrices entry by entry and sum, float64."""
+    """Add the parts of one piece in their order, and sum the products of both Gram matrices."""
     pid = tl.program_id(0).to(tl.int64)
     entry = tl.arange(0, TILE * TILE)
     at = grams + pid * splits * (2 * TILE * TILE) + entry
@@ -108,17 +117,26 @@ def gram_sum_kernel(grams, partial, splits, TILE: tl.constexpr):
 
 
 def split_count(pieces: int, longest: int, tile: int) -> int:
-    """Into how many parts each of so many pieces of Gram matrices is split, the longest side being that long."""
+    """Return into how many parts each piece of a Gram matrix is split.
+
+    Args:
+        pieces: how many pieces there are.
+        longest: the longest side of a factor in this step.
+        tile: the side of a piece.
+    """
     return max(1, min(triton.cdiv(PROGRAMS[tile], pieces), triton.cdiv(longest, LAUNCH[tile]["BLOCK"] * LEAST_BLOCKS)))
 
 
 def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """||b_i a_i||_F^2 of every pair, float64 (n,); a_i (r_i, in_i), b_i (out_i, r_i) (source: D).
+    """Compute the squared norm of the product of every pair. See `gradpruner.ops.gram_norm`.
 
-    The long dimension of each pair is split over as many programs as fill a card: by the shapes of the step alone, and
-    the parts are added in a fixed order, so the same step gives the same bits.
+    The long dimension of each pair is split over as many programs as fill a card. The split depends on the shapes of
+    the step alone, and the parts are added in a fixed order. So the same step gives the same bits.
+
+    Args:
+        a, b: as in the op.
     """
-    if len({t.dtype for t in (*a, *b)}) > 1:  # never within a step of one optimizer, so a copy will do
+    if len({t.dtype for t in (*a, *b)}) > 1:  # this does not happen in a step of one optimizer, so a copy will do
         a, b = [t.double() for t in a], [t.double() for t in b]
     elif a[0].element_size() == 2 and not WIDENED_IN_KERNEL:
         a, b = _widened(a, b)
@@ -152,7 +170,7 @@ def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 
 def _widened(a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """float32 copies of a step's factors, all in one buffer: two launches more per step, and not hundreds."""
+    """Return float32 copies of all factors in one buffer, by two launches instead of hundreds."""
     factors = [*a, *b]
     flat = torch.cat([t.reshape(-1) for t in factors]).float()
     views = [view.view(t.shape) for view, t in zip(flat.split([t.numel() for t in factors]), factors, strict=True)]

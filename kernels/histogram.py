@@ -1,4 +1,4 @@
-"""Counting entries in buckets by atomic additions, and taking the bucket of the last wanted."""
+"""Count entries in buckets by atomic additions, and take the bucket of the last wanted one."""
 
 from __future__ import annotations
 
@@ -20,25 +20,28 @@ from gradpruner.kernels.selection_state import (
 
 @triton.jit
 def positive_bits(f):
-    """The bits of positive entries, 0 for those that are never kept: zero, negative and NaN."""
+    """Return the bits of positive entries, and 0 for others, which are never kept."""
     return tl.where(f > 0, f.to(tl.int32, bitcast=True), 0)
 
 
 @triton.jit
 def number_of(chosen):
-    """How many of a block, (ROWS, COLS), are chosen.
+    """Return how many entries of a block, (ROWS, COLS), are chosen.
 
-    Added as float32, exact below 2 ** 24: LLVM makes a sum of booleans a count of bits that goes through the stack.
+    They are added as float32, which is exact below 2 ** 24. LLVM would turn a sum of booleans into a count of bits
+    that goes through the stack.
     """
     return tl.sum(tl.sum(chosen.to(tl.float32), axis=1), axis=0).to(tl.int32)
 
 
 @triton.jit
 def add_to_buckets(bucket, counted, histogram):
-    """Count the `counted` of a block, int32 (ROWS, COLS), in this program's copy of the histogram.
+    """Count the entries of a block in this program's copy of the histogram.
 
-    Those in the block's lowest bucket are added up first: zeros, or ties where nothing else is in the window. Each
-    would be an addition to one and the same address otherwise.
+    bucket: int32 (ROWS, COLS). counted: which entries count.
+
+    Entries in the lowest bucket of the block are summed first. They are zeros, or ties if nothing else is in the
+    window. Otherwise each of them would be an addition to the same address.
     """
     copy = histogram + tl.program_id(0) % COPIES * BINS
     lowest = tl.min(tl.min(tl.where(counted, bucket, BINS), axis=1), axis=0)
@@ -51,7 +54,7 @@ def add_to_buckets(bucket, counted, histogram):
 
 @triton.jit
 def take_counts(histogram, bucket):
-    """The counts of all programs for these buckets, int64 like `bucket`; the histogram is cleared."""
+    """Return the counts of all programs for some buckets, int64, and clear the histogram."""
     count = tl.zeros(bucket.shape, tl.int64)
     for copy in range(COPIES):
         at = histogram + copy * BINS + bucket
@@ -62,14 +65,17 @@ def take_counts(histogram, bucket):
 
 @triton.jit
 def window_bits(taken, key_bits):
-    """How many low bits of a key the window leaves open, and how many of them a bucket of it does."""
+    """Return how many low bits of a key are open in the window, and how many in a bucket."""
     left = tl.maximum(key_bits - taken * NARROWER, 0)
     return left, tl.maximum(left - NARROWER, 0)
 
 
 @triton.jit
 def add_keys(far, counted, left, shift, histogram):
-    """Count the keys of the window. far: int64 (ROWS, COLS), how far each is from the window's smallest."""
+    """Count the keys of the window.
+
+    far: how far each key is from the smallest of the window, int64 (ROWS, COLS).
+    """
     inside = counted & (far >= 0) & (far < (tl.full((), 1, tl.int64) << left))
     bucket = tl.where(inside, far >> shift, 0).to(tl.int32)
     add_to_buckets(bucket, inside, histogram)
@@ -77,9 +83,9 @@ def add_keys(far, counted, left, shift, histogram):
 
 @triton.jit
 def take_bucket(histogram, state, taken, floor, wanted, shift):
-    """Narrow the window to the bucket of the last wanted key. One program.
+    """Narrow the window to the bucket of the last wanted key. One program does this.
 
-    taken, floor: the state's, read before any program could change them.
+    taken, floor: TAKEN and FLOOR of the state, which were read before any program could change them.
     """
     bucket = tl.arange(0, BINS)
     count = take_counts(histogram, bucket)
@@ -94,7 +100,11 @@ def take_bucket(histogram, state, taken, floor, wanted, shift):
 
 @triton.jit
 def value_window(state, k):
-    """Without a bracket a key is the distance of an entry's bits from the largest: TAKEN, FLOOR, wanted, open bits."""
+    """Return the window of keys for a selection without a bracket.
+
+    There a key is the distance of an entry's bits from the largest possible. Returned are TAKEN, FLOOR, the number of
+    wanted keys, and the two counts of `window_bits`.
+    """
     taken, floor = tl.load(state + TAKEN), tl.load(state + FLOOR)
     wanted = tl.where(taken == 0, k, tl.load(state + WANTED))
     left, shift = window_bits(taken, ALL_BITS)

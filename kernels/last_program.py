@@ -1,4 +1,7 @@
-"""The last program of a launch goes on with what all of them counted: a launch less, and nothing waits."""
+"""Let the last program of a launch go on with what all programs counted.
+
+This saves a launch, and no program waits.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ from gradpruner.kernels.selection_state import ENDED
 
 @triton.jit
 def is_last(state):
-    """Whether every other program of this launch has come this far; what they wrote before is then to be seen.
+    """Whether every other program of this launch has come this far.
 
-    The barrier holds the atomic addition back until all threads have written: it releases for the whole program.
+    If so, all that they wrote is visible. The barrier holds the atomic addition back until all threads of the program
+    have written, since the addition releases for the whole program.
     """
     tl.debug_barrier()
     last = tl.atomic_add(state + ENDED, 1, sem="acq_rel") == tl.num_programs(0) - 1

@@ -1,4 +1,4 @@
-"""The Triton backend: every op of `gradpruner.ops`, by the names and signatures of its reference."""
+"""The Triton backend: one launcher per op of `gradpruner.ops`, with the op's signature."""
 
 from gradpruner.kernels.factor_sign_merge import factor_sign_merge_
 from gradpruner.kernels.factor_threshold import factor_threshold

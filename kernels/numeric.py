@@ -1,4 +1,4 @@
-"""Exact conversions between storage and accumulation dtypes, for every kernel's loads and stores."""
+"""Convert between the dtype of storage and the dtype of computation, in all kernels."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def widen(x):
-    """Storage value to the dtype it is computed in: float64 stays, everything else becomes float32.
+    """Convert a stored value for computation: float64 stays, everything else becomes float32.
 
-    bfloat16 goes through its bits because the interpreter's arithmetic on it is wrong; a GPU does the same
+    bfloat16 is converted by its bits, because the interpreter's arithmetic on bfloat16 is wrong. A GPU does the same
     shift.
     """
     if x.dtype == tl.bfloat16:
@@ -24,9 +24,10 @@ def widen(x):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """Computed value to storage dtype, rounding to nearest even; float64 goes through float32, as in torch.
+    """Convert a computed value for storage, rounding to nearest even.
 
-    bfloat16 is rounded in its bits: the interpreter truncates, and so they all agree. NaN stays NaN.
+    float64 goes through float32 on its way to 16 bits, as in torch. bfloat16 is rounded by its bits, because the
+    interpreter truncates. So interpreter, GPU and torch agree. NaN stays NaN.
     """
     if dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)

@@ -1,4 +1,9 @@
-"""igia += (b a) ** 2 without building b a (docs/method.md, P eq. 2 and 3)."""
+"""Compute igia += (b @ a) ** 2, without building b @ a.
+
+The shapes are igia (out, in), a (r, in) and b (out, r).
+
+Source: docs/method.md, section 1, "The gradient of a weight" and "Importance of an entry".
+"""
 
 from __future__ import annotations
 
@@ -24,7 +29,7 @@ def outer_square_accumulate_kernel(
     RANK_STEP: tl.constexpr,
     ONE_SLICE: tl.constexpr,
 ):
-    """One tile of igia."""
+    """Add the squares of one tile."""
     row, col = tile_origin(tl.program_id(0), n_in, ROWS, COLS)
     f = factor_tile(a, b, 1, rank, n_out, n_in, row, col, ROWS, COLS, PRECISION, RANK_STEP, ONE_SLICE)
     first, offset, inside = tile_offsets(row, col, n_out, n_in, ROWS, COLS)
@@ -33,7 +38,11 @@ def outer_square_accumulate_kernel(
 
 
 def outer_square_accumulate_(igia: Tensor, a: Tensor, b: Tensor) -> None:
-    """igia += (b @ a) ** 2; igia float32 (out, in), a (r, in), b (out, r) (source: P eq. 2 and 3)."""
+    """Compute igia += (b @ a) ** 2. See `gradpruner.ops.outer_square_accumulate_`.
+
+    Args:
+        igia, a, b: as in the op.
+    """
     n_out, n_in = igia.shape
     launch = tile_launch([(a.shape[0], a.dtype)])
     with on_device_of(igia):

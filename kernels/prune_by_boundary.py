@@ -1,9 +1,10 @@
-"""Pruning in large groups and whole rows: the exact boundary between kept and not, then one pass.
+"""Prune large groups and whole rows of a weight (out, in) by an exact boundary.
+
+Bit patterns of floats that are not negative order as the floats do. So the boundary is found by bisection of the
+patterns. It is found as soon as exactly `kept` entries are at or above some pattern. This mostly takes half of the
+steps that would decide every bit.
 
 Source: docs/method.md, section 7.
-
-Bit patterns of floats that are not negative order as the floats do, so the boundary is found by bisection on them. As
-soon as exactly `kept` entries lie from some pattern on, that is the boundary: half the steps to the last bit.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import triton.language as tl
 from gradpruner.kernels.weight_importance import importance_of
 from gradpruner.kernels.weight_mask import packed
 
-LARGEST_HELD = 1 << 14  # entries of a group that one program's registers have room for
+LARGEST_HELD = 1 << 14  # so many entries of a group fit in the registers of one program
 MOST_WARPS = 16 if torch.version.hip else 32
 LONG = {"BLOCK": 2048, "PART": 2048, "HELD": False, "num_warps": 8, "enable_fp_fusion": False}
 AFTER_INFINITY = tl.constexpr(0x7F800001)
 
 
 def launch_of(group: int) -> dict[str, Any]:
-    """How the kernel is launched for this size of a group."""
+    """Return constants and options of a launch for groups of this size."""
     if group > LARGEST_HELD:
         return LONG
     block = triton.next_power_of_2(group)
@@ -34,9 +35,13 @@ def launch_of(group: int) -> dict[str, Any]:
 
 @triton.jit
 def _bits(weight, norms, grads, alpha, start, column, first, group, BLOCK: tl.constexpr):
-    """The bits of the importance of entries from `first` on, of the group that starts at `start`: int32 (BLOCK,).
+    """Return the bits of the importance of a block of a group, int32 (BLOCK,).
 
-    Past the end of the group they are 0, which is never counted: no count asks for less than 1, no tie lies there.
+    start: flat index of the group's first entry.
+    column: its column.
+    first: the place of the block in the group.
+
+    Past the end of the group the bits are 0. They are never counted: no count is of bits below 1, and no tie is there.
     """
     place = first + tl.arange(0, BLOCK)
     inside = place < group
@@ -46,7 +51,7 @@ def _bits(weight, norms, grads, alpha, start, column, first, group, BLOCK: tl.co
 
 @triton.jit
 def _count_block(bits, low, first, before, BLOCK: tl.constexpr):
-    """How many bits lie from `low` on; or, given `before`, equal it and have a place before that."""
+    """Count the bits that are at least `low`, or with `before` the ties with `low` before it."""
     if before is None:
         counted = bits >= low
     else:
@@ -58,7 +63,10 @@ def _count_block(bits, low, first, before, BLOCK: tl.constexpr):
 def _count(
     bits, weight, norms, grads, alpha, start, column, group, low, before, BLOCK: tl.constexpr, HELD: tl.constexpr
 ):
-    """`_count_block` over the whole group, whose importance is computed anew where it is not held in `bits`."""
+    """Do `_count_block` over the whole group.
+
+    Its importance is computed again, unless `bits` holds it.
+    """
     if HELD:
         count = _count_block(bits, low, 0, before, BLOCK)
     else:
@@ -84,9 +92,10 @@ def prune_by_boundary_kernel(
     HELD: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """One group of one row.
+    """Prune one group of one row.
 
-    mask: one bit an entry if PACKED, which groups that begin with a byte can be; else uint8 (out, in).
+    mask: one bit per entry if PACKED, which is possible if every group begins with a byte of the mask. Else
+    uint8 (out, in), one byte per entry.
     """
     groups = n_in // group
     row = (tl.program_id(0) // groups).to(tl.int64)
@@ -95,7 +104,7 @@ def prune_by_boundary_kernel(
     byte = row * tl.cdiv(n_in, 8) + column // 8
     bits = _bits(weight, norms, grads, alpha, start, column, 0, group, BLOCK)
 
-    # From `low` on lie at least `kept` entries, from `high` on fewer.
+    # At least `kept` entries are at or above `low`. Fewer are at or above `high`.
     low, high = tl.zeros((), tl.int32), tl.full((), AFTER_INFINITY, tl.int32)
     from_low, from_high = tl.zeros((), tl.int32) + group, tl.zeros((), tl.int32)
     while (high - low > 1) & (from_low != kept):
@@ -105,7 +114,7 @@ def prune_by_boundary_kernel(
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
         from_low, from_high = tl.where(enough, count, from_low), tl.where(enough, from_high, count)
 
-    # Of those at `low` the ones before a place are kept; where there are too many, that is found likewise.
+    # Of the entries at `low`, those before some place are kept. If they are too many, bisection finds the place.
     before, too_far = tl.where(from_low == kept, group, 0), tl.zeros((), tl.int32) + group
     while too_far - before > 1:
         middle = before + (too_far - before) // 2

@@ -1,4 +1,9 @@
-"""Pruning in small groups, N:M: an entry's rank is how many of its group go before it (docs/method.md, section 7)."""
+"""Prune small groups of a weight (out, in), as in N:M sparsity: by the rank of each entry.
+
+The rank of an entry is the number of entries of its group that are more important.
+
+Source: docs/method.md, section 7.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,13 @@ import triton.language as tl
 from gradpruner.kernels.weight_importance import importance_of
 from gradpruner.kernels.weight_mask import packed
 
-LARGEST = 32
+LARGEST = 32  # entries of a group
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
-ENTRIES = 1024  # of one program, whole bytes of a mask
+ENTRIES = 1024  # of one program: whole bytes of a mask
 
 
 def launch_of(group: int) -> dict[str, int]:
-    """How the kernel is launched for this size of a group."""
+    """Return constants and options of a launch for groups of this size."""
     lanes = triton.next_power_of_2(group)
     return {"GROUP": group, "LANES": lanes, "GROUPS": ENTRIES // lanes, **LAUNCH}
 
@@ -32,15 +37,16 @@ def prune_by_rank_kernel(
     LANES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Some groups of one row. LANES: the power of two from GROUP on.
+    """Prune some groups of one row.
 
-    mask: one bit an entry where they are the same, else uint8 (out, in), as the groups then end inside a byte.
+    LANES: the smallest power of two that is at least GROUP.
+    mask: one bit per entry if LANES equals GROUP. Else groups may end inside a byte, and it is uint8 (out, in).
     """
     parts = tl.cdiv(n_in, GROUPS * GROUP)
     row = (tl.program_id(0) // parts).to(tl.int64)
     first = tl.program_id(0) % parts * (GROUPS * GROUP)
     lane = tl.arange(0, LANES)[None, :]
-    # Flat where it can be: a thread then loads 16 bytes at once, across small groups.
+    # Flat where possible: then a thread loads 16 bytes at once, across small groups.
     if LANES == GROUP:
         column = first + tl.arange(0, GROUPS * GROUP)
         inside = column < n_in

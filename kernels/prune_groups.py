@@ -1,4 +1,9 @@
-"""Zero all but the most important of each group; the weight is read from memory once (docs/method.md, section 7)."""
+"""Zero all but the most important entries of each group of a weight (out, in).
+
+The weight is read from memory once. Small groups are pruned by rank, large ones by a boundary.
+
+Source: docs/method.md, section 7.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +19,15 @@ from gradpruner.kernels.weight_mask import pack
 def prune_groups_(
     weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float, kept: int, group: int
 ) -> Tensor:
-    """Zero all but the `kept` most important of each `group`; the mask, 8 a byte (docs/method.md, section 7)."""
+    """Prune groups and return the mask. See `gradpruner.ops.prune_groups_`.
+
+    Args:
+        weight, norms, grads, alpha, kept, group: as in the op.
+    """
     n_out, n_in = weight.shape
     mask = torch.empty(n_out, triton.cdiv(n_in, 8), dtype=torch.uint8, device=weight.device)
     small = group <= prune_by_rank.LARGEST
-    # A program writes whole bytes of the mask. Where its entries do not end with one, they have a byte each at first.
+    # A program writes whole bytes of the mask. If its entries may end inside a byte, each has a byte of its own first.
     whole_bytes = group & (group - 1) == 0 if small else group % 8 == 0 or group == n_in
     keep = mask if whole_bytes else torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     with on_device_of(weight):

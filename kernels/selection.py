@@ -1,18 +1,20 @@
-"""Exact k-th largest of non-negative float32 entries in one pass and without a sort, for both thresholds.
+"""Find the exact k-th largest float32 entry in one pass, without a sort.
+
+`threshold` and `factor_threshold` both use it. Entries that are not positive are never kept. Positive float32 values
+order as their bits do, which are 31.
+
+1. A sample of the entries is counted twice by its bits, coarsely and then finely. This gives the bracket: two values
+   that probably lie around the k-th largest entry.
+2. One pass over all entries counts those above the bracket. It appends those inside it, the candidates, to a buffer
+   that has room for one entry in `SHARE`. Value and flat index of a candidate are one integer, its key.
+3. Up to three rounds narrow the candidates down to the last one that is kept, by value and then by flat index.
+
+The sample may mislead: the k-th largest entry is not in the bracket, or too many are. Then the launches of step 3 count
+all entries instead, each round by the next of their bits. A fourth launch counts the ties in every cell, a stretch of
+consecutive flat indices, and finds the last tie that is kept. If it is not needed, it returns at once, as do rounds
+that are not needed. Nothing is copied to the host. Both ways give the same answer.
 
 Source: docs/method.md, section 3.
-
-The order of positive float32 values is the order of their bits, 31 of them.
-
-1. A sample is counted twice by its bits, coarsely and then finely: two values that bracket the k-th largest.
-2. One pass over all entries counts those above the bracket and appends those inside it, value and flat index in one
-   integer, to a buffer of one entry in `SHARE`.
-3. Three rounds narrow these down to the last one that is kept, by value and then by flat index.
-
-Where the sample misled, and the k-th largest is not in the bracket or the bracket does not fit the buffer, the same
-three launches count all entries instead, each by the next of their bits, and a fourth counts the ties in every cell,
-a stretch of consecutive flat indices, and finds the last kept tie in its cell. With DONE raised that one returns at
-once, as do rounds that are not needed. Nothing visits the host, and both ways give the same answer.
 """
 
 from __future__ import annotations
@@ -26,17 +28,25 @@ from torch import Tensor
 from gradpruner.kernels.candidates import FEW, ROUNDS
 from gradpruner.kernels.selection_state import new_state
 
-SHARE = 128  # 8 bytes a candidate: 8 / 128 bytes an entry, 3.1 % of a bfloat16 weight
+SHARE = 128  # 8 bytes per candidate are 8 / 128 bytes per entry, 3.1 % of a bfloat16 weight
 LEAST_CANDIDATES = 4096
-PROGRAMS = 512  # of a launch that walks, so that one that has nothing to do ends soon
+PROGRAMS = 512  # of a launch whose programs walk over all entries: few, so that it ends soon if not needed
 
 
 @dataclass(frozen=True)
 class Buffers:
     """What the launches of one selection share on the device.
 
-    state, histogram: `new_state`'s. keys: int64, the candidates. few_keys: int64, those that are searched. ties: int32,
-    one a cell. value, index: the boundary. capacity: how many candidates `keys` takes. index_bits: of a flat index.
+    Args:
+        state: int64, numbers that the launches leave for each other (see `selection_state`).
+        histogram: int64, counts by bucket.
+        keys: int64, the keys of the candidates.
+        few_keys: int64, the keys that are searched in the last round.
+        ties: int32, the number of ties per cell.
+        value: float32 (), the result.
+        index: int64 (), the result.
+        capacity: how many candidates fit in `keys`.
+        index_bits: how many bits a flat index needs.
     """
 
     state: Tensor
@@ -52,11 +62,13 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Passes:
-    """What a selection does with its entries, each call one launch.
+    """What a selection does with its entries. Each call is one launch.
 
-    sample counts a part of the entries, zeros too, and ends with `end_sample`. collect appends through `collect`.
-    narrow is one round, among the candidates through `narrow` or among all entries. settle counts the ties of each
-    cell and stores through `store_boundary`.
+    Args:
+        sample: counts a part of the entries, zeros too, and ends with `bracket.end_sample`.
+        collect: counts and appends entries with `bracket.collect`.
+        narrow: does one round, among the candidates with `candidates.narrow`, or among all entries.
+        settle: counts the ties of each cell, and stores the result with `ties.store_boundary`.
     """
 
     sample: Callable[[Buffers], None]
@@ -66,10 +78,20 @@ class Passes:
 
 
 def select(entries: int, cells: int, device: torch.device, passes: Passes) -> tuple[Tensor, Tensor]:
-    """Boundary of so many entries in so many cells: value float32 () and index int64 ()."""
+    """Run all launches of a selection.
+
+    Args:
+        entries: how many entries there are.
+        cells: how many cells they make.
+        device: where the kernels run.
+        passes: the launches.
+
+    Returns:
+        The value, float32 (), and the flat index of the last tie that is kept, int64 ().
+    """
     state, histogram = new_state(device)
     capacity = max(LEAST_CANDIDATES, entries // SHARE)
-    # Ties are counted only where there are no candidates, so both have the same memory.
+    # Ties are counted only if there are no candidates, so both use the same memory.
     storage = torch.empty(max(capacity, -(-cells // 2)) + FEW.value, dtype=torch.int64, device=device)
     buffers = Buffers(
         state=state,

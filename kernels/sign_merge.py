@@ -1,4 +1,9 @@
-"""Fold donors into a weight where they matter and agree in sign, all in one pass (docs/method.md, section 3)."""
+"""Merge donors into a weight, where they are important and agree with it in sign.
+
+This takes one pass. Weight, donors and importances have one shape, which may be any.
+
+Source: docs/method.md, section 3.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +23,9 @@ LAUNCH = {"BLOCK": 2048, "num_warps": 8, "enable_fp_fusion": False}
 
 @triton.jit
 def sign_merge_kernel(weight, table, donors, entries, ALIGN: tl.constexpr, BLOCK: tl.constexpr):
-    """One block of consecutive entries through all donors.
+    """Merge all donors into one block of consecutive entries.
 
-    table rows: addresses of donor, igia, value and index, then the bits of the scale as float64.
+    table: one row per donor: addresses of donor, igia, value and index, then the bits of the scale as float64.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK
     offset = tl.arange(0, BLOCK)
@@ -44,7 +49,7 @@ def sign_merge_kernel(weight, table, donors, entries, ALIGN: tl.constexpr, BLOCK
 
 
 def float64_bits(number: float) -> int:
-    """The bits of a float64 as a signed integer, to travel in a table of integers."""
+    """Return the bits of a float64 as a signed integer, for a table of integers."""
     return struct.unpack("q", struct.pack("d", number))[0]
 
 
@@ -56,7 +61,11 @@ def sign_merge_(
     indices: list[Tensor],
     scales: list[float],
 ) -> None:
-    """weight += sum_k scale_k * mask_k * [sign(donor_k) == sign(weight)] * donor_k (docs/method.md, section 3)."""
+    """Merge donors into a weight. See `gradpruner.ops.sign_merge_`.
+
+    Args:
+        weight, donors, igias, values, indices, scales: as in the op.
+    """
     rows = [
         [v.data_ptr(), f.data_ptr(), value.data_ptr(), index.data_ptr(), float64_bits(scale)]
         for v, f, value, index, scale in zip(donors, igias, values, indices, scales, strict=True)

@@ -1,4 +1,9 @@
-"""Boundary of the k largest entries of a tensor in memory (docs/method.md, section 3). A cell is one block."""
+"""Find the boundary of the k largest entries of an importance in memory.
+
+It may have any shape. The passes are those of `selection`. A cell is one block of consecutive entries.
+
+Source: docs/method.md, section 3, step 1.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +20,18 @@ from gradpruner.kernels.selection import PROGRAMS, Buffers, Passes, select
 from gradpruner.kernels.selection_state import DONE, FLOOR, LARGEST, WANTED
 from gradpruner.kernels.ties import find_cell, store_boundary
 
-# A block of ROWS * COLS consecutive entries, seen as rows.
+# A block of ROWS * COLS consecutive entries, arranged in rows.
 LAUNCH = {"ROWS": 32, "COLS": 128, "num_warps": 8, "enable_fp_fusion": False}
-COLLECT = {"ROWS": 1024, "COLS": 4, "num_warps": 8, "enable_fp_fusion": False}  # a row is one load of one thread
+COLLECT = {"ROWS": 1024, "COLS": 4, "num_warps": 8, "enable_fp_fusion": False}  # one thread loads a row at once
 BLOCK = LAUNCH["ROWS"] * LAUNCH["COLS"]
 SAMPLE = {"ROWS": 16, "COLS": 128, "STRIDE": BLOCK, "num_warps": 8, "enable_fp_fusion": False}
-# Of so many independent entries the share above a value differs by sqrt(p (1 - p) / SAMPLED) from that of all, 0.06 %
-# of the entries at p = 0.2. The bracket reaches FILL / 2 of the buffer to each side, 0.35 %: 5.9 times as far, and 4.7
-# times at p = 0.5.
+# How many entries are sampled. In a sample of independent entries, the share p above a value has a standard deviation
+# of sqrt(p (1 - p) / SAMPLED), which is 0.06 % of the entries at p = 0.2. The bracket reaches FILL / 2 of the buffer,
+# 0.35 % of the entries, to each side. That is 5.9 standard deviations at p = 0.2, and 4.7 at p = 0.5.
 SAMPLED = 450_000
-# Fewer are no whole line of memory.
+# Entries of the shortest stretch: fewer do not fill a line of memory.
 SHORTEST = 32
-SCATTER = tl.constexpr(7919)  # a prime: stretches of successive blocks fall on every place in a block
+SCATTER = tl.constexpr(7919)  # a prime, so that the stretches of successive blocks fall on every place in a block
 
 
 @triton.jit(do_not_specialize=["k", "capacity", "log_stretch", "entries"])
@@ -42,7 +47,10 @@ def sample_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Count a stretch of each STRIDE entries, zeros too: every row of the matrix and every column has its part."""
+    """Count a stretch of each STRIDE entries. Zeros count too.
+
+    The stretches lie so that every row and every column of a matrix has its part.
+    """
     samples, base, shift = sample_window(state)
     n = tl.program_id(0).to(tl.int64) * (ROWS * COLS)
     n += tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
@@ -56,8 +64,8 @@ def sample_kernel(
 
 @triton.jit
 def block_bits(f, first, entries, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The bits of the positive entries of the block that begins with `first`, 0 for all others."""
-    # The same number, known to be a multiple where it is, so that loads are 16 bytes wide.
+    """Return the bits of the positive entries of the block at `first`, and 0 for others."""
+    # The same number, now known to be a multiple of ALIGN, so that 16 bytes are loaded at once.
     entries = entries // ALIGN * ALIGN
     at = first + (tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
     return positive_bits(tl.load(f + at, mask=at < entries, other=0.0))
@@ -75,7 +83,7 @@ def collect_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Count the entries of one block above the bracket and append those inside it."""
+    """Count the entries of one block above the bracket, and append those inside it."""
     first = tl.program_id(0).to(tl.int64) * (ROWS * COLS)
     bits = block_bits(f, first, entries, ALIGN, ROWS, COLS)
     collect(bits, first, tl.arange(0, ROWS) * COLS, state, keys, capacity, index_bits)
@@ -98,7 +106,7 @@ def narrow_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """One round among the candidates, or without a bracket among all entries."""
+    """Do one round among the candidates, or among all entries if the bracket failed."""
     if tl.load(state + DONE) == 0:
         hold, wanted = candidates_hold(state, k, capacity, index_bits)
         if hold:
@@ -125,7 +133,7 @@ def settle_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """Without a bracket: count the entries of each block that equal the value, and find the last kept tie."""
+    """If the bracket failed: count the ties in each block, and find the last that is kept."""
     if tl.load(state + DONE) == 0:
         bits = (tl.load(state + FLOOR) ^ LARGEST).to(tl.int32)
         wanted = tl.load(state + WANTED)
@@ -143,13 +151,17 @@ def settle_kernel(
 
 
 def log_stretch(entries: int) -> int:
-    """log2 of how many consecutive entries of each block are sampled."""
+    """Return log2 of how many consecutive entries of each block are sampled."""
     wanted = min(BLOCK, max(SHORTEST, -(-SAMPLED * BLOCK // max(1, entries))))
     return (wanted - 1).bit_length()
 
 
 def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k-th largest positive entry and the flat index of the last tie that is kept (docs/method.md, section 3)."""
+    """Find the boundary of the k largest entries. See `gradpruner.ops.threshold`.
+
+    Args:
+        igia, k: as in the op.
+    """
     entries = igia.numel()
     blocks = triton.cdiv(entries, BLOCK)
     stretch = log_stretch(entries)

@@ -1,16 +1,22 @@
-"""Without a bracket: the last kept tie, from the number of ties in every cell."""
+"""Find the last tie that is kept, from the number of ties in every cell.
+
+A selection needs this only if its bracket failed.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-BLOCK = tl.constexpr(2048)  # cells that are looked at together
+BLOCK = tl.constexpr(2048)  # cells that are read together
 
 
 @triton.jit
 def find_cell(ties, wanted, cells):
-    """The cell that holds the last kept tie, and which of its ties that is, from 1; 0: nothing is kept."""
+    """Return the cell of the last kept tie, and the number of that tie in it.
+
+    Ties are numbered from 1. The number is 0 if nothing is kept.
+    """
     seen = tl.zeros((), tl.int64)
     before = tl.zeros((), tl.int64)
     cell = tl.zeros((), tl.int64)
@@ -28,7 +34,10 @@ def find_cell(ties, wanted, cells):
 def store_boundary(tie, first, nth, bits, value, index):
     """Store the value and the flat index of the last kept tie.
 
-    tie: which of the cell's entries equal the value. first: flat index of the cell's first entry.
+    tie: which entries of the cell equal the value.
+    first: flat index of the cell's first entry.
+    nth: the number of the last kept tie in the cell, from 1.
+    bits: the bits of the value.
     """
     place = tl.sum((tl.cumsum(tie.to(tl.int32), axis=0) < nth).to(tl.int32), axis=0)
     tl.store(value, tl.where(nth > 0, bits.to(tl.float32, bitcast=True), float("inf")))

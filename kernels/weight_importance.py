@@ -1,4 +1,6 @@
-"""The importance of single weights: abs(W) times a factor, each operation rounded to float32.
+"""Compute the importance of single weights (out, in): abs(weight) times a factor.
+
+The factor is norms + alpha * grads, of norms (in,) and grads (out, in). Every operation is rounded to float32.
 
 Source: docs/method.md, section 7.
 """
@@ -19,9 +21,13 @@ LAUNCH = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": False}
 
 @triton.jit
 def importance_of(raw, norms, grads, alpha, column, at, inside):
-    """Importance of weights that were loaded, float32; what is not above zero, a NaN too, becomes zero.
+    """Return the importance of loaded weights, float32.
 
-    norms, grads: None where absent. column, at: where the weights lie in norms and in grads.
+    What is not above zero, a NaN too, becomes zero.
+
+    raw: the weights.
+    norms, grads: their addresses, or None.
+    column, at: where the entries of these weights are in norms and in grads.
     """
     found = tl.abs(widen(raw).to(tl.float32))
     if grads is not None:
@@ -36,7 +42,7 @@ def importance_of(raw, norms, grads, alpha, column, at, inside):
 
 @triton.jit
 def weight_importance_kernel(found, weight, norms, grads, alpha, n_in, BLOCK: tl.constexpr):
-    """One block of one row."""
+    """Compute one block of one row."""
     blocks = tl.cdiv(n_in, BLOCK)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     at = (tl.program_id(0) // blocks).to(tl.int64) * n_in + column
@@ -46,7 +52,11 @@ def weight_importance_kernel(found, weight, norms, grads, alpha, n_in, BLOCK: tl
 
 
 def weight_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float) -> Tensor:
-    """abs(weight) * (norms + alpha * grads), each operation rounded to float32 (docs/method.md, section 7)."""
+    """Compute the importance of every entry. See `gradpruner.ops.weight_importance`.
+
+    Args:
+        weight, norms, grads, alpha: as in the op.
+    """
     n_out, n_in = weight.shape
     found = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     with on_device_of(weight):

@@ -1,4 +1,6 @@
-"""total += abs(dy^T x): the tiles of `wgrad_square_accumulate_` with another end.
+"""Compute total += abs(dy^T x) of x (tokens, in) and dy (tokens, out).
+
+The kernel is that of `wgrad_square_accumulate`, which adds absolute values instead of squares here.
 
 Source: docs/method.md, section 7 (GBLM-Pruner).
 """
@@ -13,7 +15,11 @@ from gradpruner.kernels.wgrad_square_accumulate import LAUNCH, OPTIONS, bounds_o
 
 
 def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
-    """total += abs(dy^T x) unless x or dy is not finite (docs/method.md, section 7)."""
+    """Add absolute values of a weight gradient. See `gradpruner.ops.wgrad_abs_accumulate_`.
+
+    Args:
+        total, x, dy: as in the op.
+    """
     tokens, n_in = x.shape
     n_out = dy.shape[1]
     launch = LAUNCH[x.element_size()]

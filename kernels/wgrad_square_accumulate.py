@@ -1,15 +1,19 @@
-"""The fused weight gradient g = dy^T x, squared where it is computed (docs/method.md, section 1, estimator `exact`).
+"""Compute the weight gradient g = dy^T x, and square it in registers.
 
-Tiles are not split along the tokens, as a GEMM with few tiles otherwise would be: the square of a sum is not the sum
-of the squares of its parts, so a tile of g has to be whole where it is squared. What fills the card is the order of the
-tiles: GROUP of a column in turn, whose tokens then lie in the second-level cache.
+The inputs are x (tokens, in) and dy (tokens, out). The gradient of a frozen weight is never in memory.
 
-Two blocks share a processor, so that one reads and writes its tile of igia while the other multiplies: with few tokens
-the two take about as long. That is why the tile is no larger than half of a processor's registers and shared memory,
-and why its end is taken in parts.
+Tiles of g are not split along the tokens, as a matrix product with few tiles otherwise would be. The square of a sum is
+not the sum of the squares of its parts, so a tile of g must be complete before it is squared. The card is filled by the
+order of the tiles: GROUP tiles of a column follow each other, and their tokens stay in the second-level cache.
 
-Not tuned at run time either: the tile decides in what order products are added, so a choice by timing would make the
-scores depend on what else the machine did; and each trial would add into igia and grad.
+Two blocks share a processor. One reads and writes its tile of igia while the other multiplies. With few tokens, both
+take about as long. So the tile takes no more than half of a processor's registers and shared memory, and the end of a
+tile is done in parts.
+
+The tile is not tuned at run time. It decides in what order products are added, so a choice by timing would make the
+scores depend on what else the machine does. Each trial would also add into igia and grad.
+
+Source: docs/method.md, section 1 (the estimator "exact").
 """
 
 from __future__ import annotations
@@ -23,32 +27,33 @@ from gradpruner.kernels.device import INTERPRETED, on_device_of
 from gradpruner.kernels.factor_tile import PRECISION, tile_offsets
 from gradpruner.kernels.numeric import narrow, widen
 
-# By the bytes of an entry of x and dy. A large tile: what a tile reads for each product shrinks with its sides. Thin
-# slices of tokens, several on the way: on an H200, 32 tokens in four stages took 0.87 to 0.97 of the time that 64 in
-# three took.
+# By the bytes of an entry of x and dy. The tile is large, because the larger it is, the less it reads per product. The
+# slices of tokens are thin, and several are being copied at a time: on an H200, 32 tokens in four stages took 0.87 to
+# 0.97 of the time of 64 tokens in three stages.
 LAUNCH = {
     2: {"ROWS": 128, "COLS": 128, "TOKENS": 32, "num_warps": 8, "num_stages": 4},
     4: {"ROWS": 128, "COLS": 64, "TOKENS": 16, "num_warps": 8, "num_stages": 3},
     8: {"ROWS": 32, "COLS": 32, "TOKENS": 16, "num_warps": 4, "num_stages": 2},
 }
-# What AMD has otherwise: four stages would fill the 64 KiB that its processor shares out.
+# Differences for AMD, where four stages would fill the 64 KiB of shared memory of a processor.
 ON_HIP = {2: {"TOKENS": 64, "num_stages": 2}, 4: {}, 8: {}}
 if torch.version.hip:
     LAUNCH = {size: launch | ON_HIP[size] for size, launch in LAUNCH.items()}
 OPTIONS = {"PRECISION": PRECISION, "enable_fp_fusion": False}
 FINITE = {"BLOCK": 8192, "num_warps": 16, "enable_fp_fusion": False}
-PROGRAMS = 256  # of finite_kernel, at most: two a processor of an H100, with 16 KB each on the way
+PROGRAMS = 256  # of finite_kernel, at most: two per processor of an H100, each of which copies 16 KB at a time
 
 BOUNDS = tl.constexpr(PROGRAMS)
-GROUP = tl.constexpr(8)  # tiles of a column taken together, so that the second-level cache holds their tokens
-WIDEN_OPERANDS = tl.constexpr(INTERPRETED)  # the interpreter's dot is wrong on bfloat16
+GROUP = tl.constexpr(8)  # tiles of a column that follow each other, so that the second-level cache holds their tokens
+WIDEN_OPERANDS = tl.constexpr(INTERPRETED)  # the interpreter's dot is wrong in bfloat16
 
 
-# Lengths of batches differ from step to step: a kernel specialised on them would be compiled anew within a run.
+# The length of batches differs from step to step. A kernel specialised on it would be compiled again and again.
 @triton.jit(do_not_specialize=["tokens"])
 def finite_kernel(x, dy, bounds, tokens, n_out, n_in, BLOCK: tl.constexpr):
-    """Each program stores inf, or 0 if a part of x or dy that it reads is not finite. Each is read once."""
-    # products, not counts from the host: what n_in is a multiple of, they are, so 16 bytes are loaded at once
+    """Store inf, or 0 if this program's part of x or dy is not finite."""
+    # Computed here, not passed by the host. So the compiler knows that they are multiples of what n_in is a multiple
+    # of, and loads 16 bytes at once.
     x_entries = tokens.to(tl.int64) * n_in
     dy_entries = tokens.to(tl.int64) * n_out
     step = tl.num_programs(0).to(tl.int64) * BLOCK
@@ -81,10 +86,13 @@ def wgrad_kernel(
     PRECISION: tl.constexpr,
     ABSOLUTE: tl.constexpr,
 ):
-    """One tile of g over all tokens, and its squares, or its absolute values if ABSOLUTE.
+    """Compute one tile of g over all tokens, and add its squares.
 
-    igia, grad: None where not wanted. bounds: float32 (programs,), only what is below them all enters igia: inf, and 0
-    where x or dy is not finite. partial: float64, one sum of squares a tile, or None where not wanted.
+    If ABSOLUTE, it adds the absolute values instead.
+
+    igia, grad: as in the op. None where they are not wanted.
+    bounds: float32 (programs,), what `finite_kernel` stored. What is not below all of them is not added to igia.
+    partial: one sum of squares per tile, float64, or None.
     """
     pid = tl.program_id(0)
     row_tiles = tl.cdiv(n_out, ROWS)
@@ -102,7 +110,7 @@ def wgrad_kernel(
     g = tl.zeros((ROWS, COLS), wide)
     if igia is not None:
         program = tl.arange(0, BOUNDS)
-        # here, so that it is under way while the products are added
+        # loaded here, so that it arrives while the products are added
         every_bound = tl.load(bounds + program, mask=program < programs, other=float("inf"))
     token = tl.arange(0, TOKENS)
     dy_at = dy + token[:, None] * n_out + rows[None, :]
@@ -114,11 +122,12 @@ def wgrad_kernel(
         if WIDEN_OPERANDS:
             left, right = widen(left), widen(right)
         g = tl.dot(tl.trans(left), right, g, input_precision=precision, out_dtype=wide)
-        dy_at += TOKENS * n_out  # pointers advance, so no offset passes 32 bits
+        dy_at += TOKENS * n_out  # pointers advance, so that offsets fit in 32 bits
         x_at += TOKENS * n_in
 
-    # In four parts: the squares of a whole tile in float64 would not fit the registers beside it. By columns, because
-    # tensor cores leave a row of the tile with few threads: no part has to be moved between them.
+    # The end is done in four parts, because the squares of a whole tile in float64 would not fit in the registers
+    # beside it. The parts are columns. Tensor cores leave a row of the tile with few threads, so no part has to move
+    # between threads.
     limit = None
     if igia is not None:
         limit = tl.min(every_bound, axis=0)
@@ -138,8 +147,10 @@ def wgrad_kernel(
 def _add_columns(
     g, igia, grad, limit, row, col, n_out, n_in, ROWS: tl.constexpr, COLS: tl.constexpr, ABSOLUTE: tl.constexpr
 ):
-    """Add some columns of g's tile into grad and their squares or absolute values into igia. Returns the sum of the
-    squares, float64."""
+    """Add some columns of a tile of g to grad, and their squares or absolute values to igia.
+
+    The sum of the squares is returned, float64.
+    """
     first, distance, inside = tile_offsets(row, col, n_out, n_in, ROWS, COLS)
     if grad is not None:
         old = tl.load(grad + first + distance, mask=inside, other=0.0)
@@ -151,19 +162,23 @@ def _add_columns(
             added = tl.abs(g).to(tl.float32)
         else:
             added = (g * g).to(tl.float32)
-        # A NaN fails the comparison too. What does not enter is written back as it was: masks that depend on the data
-        # would break every load and store into single entries.
+        # A NaN fails the comparison too. Entries to which nothing is added are written back as they were. A mask that
+        # depends on the data would break every load and store into single entries.
         before = tl.load(igia + first + distance, mask=inside, other=0.0)
         tl.store(igia + first + distance, tl.where(added < limit, before + added, before), mask=inside)
-    # Outside there may be 0 * inf, so the sum selects. float64: a square may overflow float32 and be summed.
+    # Outside the matrix there may be 0 * inf, so these entries are left out. The sum is in float64, because it also
+    # holds squares that overflow float32.
     exact = tl.where(inside, g, 0.0).to(tl.float64)
-    return tl.sum(exact * exact)  # over both axes at once: Triton 3.6 does not compile a sum of rows for Blackwell
+    return tl.sum(
+        exact * exact
+    )  # over both axes at once, since Triton 3.6 does not compile a sum of rows for Blackwell
 
 
 def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: Tensor | None) -> Tensor:
-    """g = dy^T x, plus grad where given; igia += g ** 2 unless x, dy or g is not finite (source: D).
+    """Square a weight gradient as it is computed.
 
-    x (tokens, in), dy (tokens, out); igia float32 (out, in), grad (out, in). Returns sum(g ** 2), float64 ().
+    Args:
+        igia, x, dy, grad: as in `gradpruner.ops.wgrad_square_accumulate_`.
     """
     tokens, n_in = x.shape
     n_out = dy.shape[1]
@@ -180,11 +195,18 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
 
 
 def bounds_of(x: Tensor, dy: Tensor) -> Tensor:
-    """inf from each program of `finite_kernel` that met finite entries only, else 0; float32 (programs,) on the device.
+    """Find out on the device whether all inputs are finite.
 
-    They have to be known before the first tile is added: a tile with finite entries may be done before another meets
-    the first NaN, and igia is to be left whole. So x and dy are read once more, 1 part in 100 of what the product
-    costs. One bound a program, because one for all would have to be filled by a launch of its own.
+    This must be known before the first tile is added, because igia must stay as it was otherwise. So x and dy are read
+    once more, which costs a hundredth of the product. There is one bound per program, because a common one would need
+    a launch of its own to be filled.
+
+    Args:
+        x: (tokens, in).
+        dy: (tokens, out).
+
+    Returns:
+        For each program of `finite_kernel` inf if its part is finite, else 0. float32 (programs,).
     """
     programs = min(triton.cdiv(max(x.numel(), dy.numel()), FINITE["BLOCK"]), PROGRAMS)
     bounds = torch.empty(programs, dtype=torch.float32, device=x.device)

@@ -30,7 +30,7 @@ constexpr uint16_t kBytes = kSide * sizeof(uint32_t);
 constexpr Layout kLayout = {1, 0, {}, {kBytes, kBytes, kBytes, kBytes, kBytes, kBytes, kBytes, kBytes},
                             {kSide, kSide, kSide, kSide, kSide, kSide, kSide, kSide}};
 
-// The calling thread's registers, given back at the end: others must not find them laid out.
+// The registers of the calling thread. They are released at the end, since other code must not find them configured.
 class TileRegisters {
  public:
   TileRegisters() { _tile_loadconfig(&kLayout); }
@@ -74,7 +74,7 @@ static void pack_pairs(const BFloat16* from, int64_t tokens, int64_t stride, int
   }
 }
 
-// to (16, 16) = the transpose of from (16, 16), whose rows are kBlock apart: ever larger blocks change places.
+// to (16, 16) = the transpose of from (16, 16), whose rows are kBlock apart: larger and larger blocks are exchanged.
 static void transpose(const uint32_t* from, uint32_t* to) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512i rows[kSide];
@@ -116,7 +116,7 @@ static void pack_transposed(const BFloat16* from, int64_t tokens, int64_t stride
 static void multiply_block(const uint32_t* x, const uint32_t* dy, int64_t pairs, bool first, float* g) {
   constexpr int64_t kStride = kGradientCols * sizeof(float);
   float* lower = g + kSide * kGradientCols;
-  // The compiler does not know that a load into a tile reads memory: what is packed must be there.
+  // The compiler does not know that a load into a tile reads memory, so this makes it store what was packed.
   __asm__ volatile("" ::: "memory");
   if (first) {
     _tile_zero(0);

@@ -1,4 +1,5 @@
-// Which of 64 floats have a bit pattern within bounds: positive floats order as the integers that their bits spell.
+// Finds which of 64 floats have a bit pattern within bounds. The bits of positive floats, read as integers, order
+// as the floats do.
 #pragma once
 
 #include "convert.h"

@@ -1,4 +1,5 @@
-// The four element types, widened exactly and rounded to nearest even. Free of branches, so loops vectorise.
+// Conversions of the four element types: exact when widening, to nearest even when narrowing. They have no branches, so
+// that loops vectorise.
 #pragma once
 
 #include "variant.h"
@@ -35,7 +36,7 @@ static inline float widen(Float16 value) {
   const uint32_t exponent = magnitude & 0x0F800000u;
   const uint32_t normal = magnitude + (112u << 23);
   const uint32_t special = normal + (112u << 23);  // Inf and NaN: the exponent becomes all ones
-  // A subnormal is a normal of exponent 2^-14 less that exponent's hidden one.
+  // A subnormal is a normal number of exponent 2^-14 minus the hidden one of that exponent.
   const uint32_t subnormal = bits_of(float_of(magnitude + (113u << 23)) - float_of(113u << 23));
   const uint32_t finite = exponent == 0 ? subnormal : normal;
   const uint32_t result = exponent == 0x0F800000u ? special : finite;
@@ -59,7 +60,7 @@ template <>
 inline BFloat16 narrow<BFloat16>(float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-  const uint32_t quiet_nan = bits >> 16 | 0x0040u;  // rounding could carry a NaN over into Inf or zero
+  const uint32_t quiet_nan = bits >> 16 | 0x0040u;  // rounding could turn a NaN into Inf or zero
   return {static_cast<uint16_t>((bits & 0x7FFFFFFFu) > kInfinity ? quiet_nan : rounded)};
 }
 
@@ -68,7 +69,7 @@ inline Float16 narrow<Float16>(float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
   const uint32_t normal = (magnitude - (112u << 23) + 0x0FFFu + (magnitude >> 13 & 1u)) >> 13;
-  // Adding 0.5 leaves a subnormal's 10 bits, rounded by the addition, at the end of the mantissa.
+  // After adding 0.5, the 10 bits of a subnormal are at the end of the mantissa, rounded by the addition.
   const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
   const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
   const uint32_t special = magnitude > kInfinity ? 0x7E00u : 0x7C00u;

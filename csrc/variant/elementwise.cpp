@@ -1,4 +1,4 @@
-// One pass over memory each.
+// Kernels that make one pass over memory.
 #include "convert.h"
 #include "entries.h"
 
@@ -14,7 +14,7 @@ void accumulate(float* __restrict igia, const T* __restrict grad, int64_t count)
   }
 }
 
-// The exponent bits, all ones in Inf and NaN alone.
+// The exponent bits. They are all ones in Inf and NaN, and only there.
 template <class T>
 struct Exponent;
 template <>

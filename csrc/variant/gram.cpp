@@ -1,9 +1,9 @@
 // Gram matrices in double, a chunk of entries at a time.
 //
-// Where a row is contiguous, vectors run along the entries and each pair of rows has a vector of partial sums; where
-// an entry's values for all rows are, vectors run along the rows, each multiplied by one value of the same entry.
-// Neither order needs a transpose or, inside the loop, a sum over lanes. Floats become doubles in registers where
-// they fill the vectors, else the chunk is converted first.
+// If a row is contiguous, vectors run along the entries, and each pair of rows has a vector of partial sums. If the
+// values of one entry for all rows are contiguous, vectors run along the rows, and each is multiplied by one value of
+// the same entry. Neither order needs a transpose, or a sum over lanes inside the loop. Floats become doubles in
+// registers if they fill the vectors. Otherwise the chunk is converted first.
 #include "entries.h"
 
 #include "convert.h"
@@ -42,8 +42,8 @@ void convert_entries(const T* data, int64_t rank, int64_t length, double* chunk)
   }
 }
 
-// Column `col` of the block lies `col + Offset` right of its first row on the diagonal; what is right of its row is
-// not wanted. sums: a vector for each pair of rows, `stride` pairs apart.
+// Column `col` of the block lies `col + Offset` right of its first row on the diagonal. Entries right of the diagonal
+// are not wanted. sums: a vector for each pair of rows, `stride` pairs apart.
 template <int64_t Offset, class T>
 void multiply_rows(const T* left, const T* right, int64_t row_stride, int64_t count, double* sums, int64_t stride) {
   DoubleVector sum[kRows][kCols];
@@ -60,7 +60,7 @@ void multiply_rows(const T* left, const T* right, int64_t row_stride, int64_t co
     for (int64_t col = 0; col < kCols; ++col) {
       const T* address = right + col * row_stride + j;
       from_right[col] = load_double(address);
-      if (Offset == 0) __builtin_prefetch(address + kChunk);  // the next chunk travels while this one is multiplied
+      if (Offset == 0) __builtin_prefetch(address + kChunk);  // the next chunk is loaded while this one is multiplied
     }
 #pragma GCC unroll 4
     for (int64_t row = 0; row < kRows; ++row) {
@@ -124,7 +124,7 @@ void multiply_entries(const double* chunk, int64_t count, int64_t padded, double
 #endif
 
 #ifdef GRADPRUNER_ROTATES
-// Entries of rank 8 fill a vector. The products of a vector with itself rotated by 0 to 4 lanes are all the pairs.
+// Entries of rank 8 fill a vector. All pairs are products of a vector with itself, rotated by 0 to 4 lanes.
 template <class T>
 void multiply_eights(const T* data, int64_t length, double* gram) {
   constexpr int64_t kRotations = 5;

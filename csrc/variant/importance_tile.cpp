@@ -1,8 +1,8 @@
 // F = sum over steps of (b_i a_i)^2, one tile at a time: the only place where an importance is rebuilt.
 //
-// The factors of the tile are converted and packed, padded with zeros, then every entry goes through
-// the same register block, in the same order of steps and ranks, whether it lies at an edge or not: its bits
-// depend on its factors alone. This file may contract multiply and add; the result is exact wherever F is exact.
+// The factors of the tile are converted, packed and padded with zeros. Then every entry goes through the same register
+// block, in the same order of steps and ranks, also at an edge. So its bits depend on its factors alone. This file may
+// contract multiply and add. The result is exact wherever F is exact.
 #include "convert.h"
 #include "entries.h"
 
@@ -10,14 +10,14 @@ namespace gradpruner::GRADPRUNER_VARIANT {
 
 namespace {
 
-// The dot products of a step fill the registers. The totals over steps stay in the first-level cache: a step's
-// worth of multiplications hides their way there and back.
+// The dot products of a step fill the registers. The totals over steps stay in the first-level cache. The
+// multiplications of a step hide the time that it takes to load and store them.
 constexpr int64_t kVectors = GRADPRUNER_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int64_t kBlockRows = 6;
 constexpr int64_t kBlockCols = kVectors * kFloatLanes;
 static_assert(kTileRows % kBlockRows == 0 && kTileCols % kBlockCols == 0, "blocks must fill the tile");
 
-// As many steps are packed together as keep the panels in the second-level cache.
+// So many steps are packed together that the panels stay in the second-level cache.
 constexpr int64_t kPackedRank = 256;
 // Panels no deeper than this all stay in the first-level cache.
 constexpr int64_t kShallow = 64;
@@ -83,7 +83,7 @@ void accumulate_block(const float* a, const float* b, int64_t b_stride, int64_t 
   }
 }
 
-// The same where only rows x cols of the block are there.
+// The same for a block of which only rows x cols exist.
 void accumulate_corner(const float* a, const float* b, int64_t b_stride, int64_t steps, int64_t rank, float* f,
                        int64_t stride, int64_t rows, int64_t cols) {
   float block[kBlockRows * kBlockCols] = {};

@@ -1,4 +1,4 @@
-// Zeroing by a mask of one bit an entry.
+// Zeroes entries by a mask of one bit per entry.
 #include "convert.h"
 #include "entries.h"
 
@@ -6,7 +6,7 @@ namespace gradpruner::GRADPRUNER_VARIANT {
 
 namespace {
 
-// Eight entries to a byte of the mask, in vectors: written out, since no compiler makes them of the loop.
+// Eight entries per byte of the mask, in vectors. They are written out, since no compiler makes vectors of the loop.
 template <class Bits>
 void zero_unset(void* weight, int64_t count, const uint8_t* __restrict mask) {
   constexpr int64_t kLanes = smaller(8, GRADPRUNER_VECTOR_BYTES / sizeof(Bits)), kParts = 8 / kLanes;

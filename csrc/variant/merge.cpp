@@ -1,9 +1,9 @@
 // weight += sum_k scale_k mask_k [sign(donor_k) = sign(weight)] donor_k, a block of entries at a time.
 //
-// One loop for each donor over the block: the first reads the weight, the last writes it, and between them the sums
-// stay in the first-level cache; a single donor needs no sums in memory, and no blocks. Longer blocks lose: arrays
-// of one size tend to start at the same offset in a page, and so to push each other out of that cache. Multiply and
-// add are rounded separately, as torch does.
+// Each donor has a loop over the block. The first loop reads the weight, and the last one writes it. Between them the
+// sums stay in the first-level cache. A single donor needs no sums in memory, and no blocks. Longer blocks are slower:
+// arrays of one size tend to start at the same offset in a page, and push each other out of that cache. Multiply and
+// add are rounded separately, as in torch.
 #include "convert.h"
 #include "entries.h"
 
@@ -25,8 +25,8 @@ Float16 choose(bool first, Float16 left, Float16 right) {
   return {static_cast<uint16_t>(first ? left.bits : right.bits)};
 }
 
-// Whether both are above zero or both below; a zero or a NaN agrees with nothing. Bitwise operators throughout:
-// a branch would keep the loop from becoming vectors.
+// Whether both are above zero or both below. A zero or a NaN agrees with nothing. All operators are bitwise, since a
+// branch would keep the loop from becoming vectors.
 bool agree(float v, float w) {
   const uint32_t v_bits = bits_of(v), w_bits = bits_of(w);
   const bool both = ((v_bits & 0x7FFFFFFFu) - 1 < kInfinity) & ((w_bits & 0x7FFFFFFFu) - 1 < kInfinity);
@@ -46,7 +46,7 @@ void add_donor(T* __restrict weight, const T* __restrict donor, const float* __r
     const bool take = (bits_of(importance[i]) - low < range) & agree(v, w);
     const Wide after = take ? before + scale * v : before;
     if (Last) {
-      // an entry that is a NaN keeps its bits; any other that received nothing survives the conversion
+      // A NaN keeps its bits. Any other entry to which nothing was added is unchanged by the conversion.
       weight[i] = choose(w == w, narrow<T>(after), raw);
     } else {
       sum[i] = after;
@@ -79,8 +79,8 @@ void merge_block(T* weight, int64_t start, int64_t count, const MergeTerm* terms
     const float* importance = term.importance + start;
     const Wide scale = static_cast<Wide>(term.scale);
     const bool first = k == 0, last = k == term_count - 1;
-    // Ties are kept up to an index, so up to there the value itself is in bounds, and after it the next one is.
-    // A value that is a NaN is below nothing, one that is not positive below every importance that counts.
+    // Ties are kept up to an index. Up to there the lower bound is the value itself, behind it the next larger value.
+    // A value that is NaN keeps nothing. A value that is not positive keeps every importance that counts.
     const uint32_t value = term.value > 0 ? bits_of(term.value) : term.value <= 0 ? 0 : kInfinity;
     const uint32_t without = value + 1;
     int64_t tied = term.value > 0 ? term.last + 1 - start : 0;

@@ -1,8 +1,8 @@
 // The `kept` most important of each group of a row, without sorting.
 //
-// A row's importance becomes ranks, of which those below `kept` mean "keep": in small groups by counting, for each
-// entry, those that go before it; in large ones from the exact boundary, which a bracket on the bit patterns closes in
-// on. The ranks become the row's mask, and the mask zeroes the weight while the row is in the cache.
+// The importance of a row becomes ranks. An entry whose rank is below `kept` is kept. In small groups, the rank is the
+// number of more important entries. In large groups it follows from the exact boundary, which a bracket on the bit
+// patterns finds. The ranks become the mask of the row, and the mask zeroes the weight while the row is in the cache.
 #include "between.h"
 #include "convert.h"
 #include "entries.h"
@@ -15,8 +15,8 @@ constexpr int64_t kSmallGroup = 32;  // also the entries that are ranked at a ti
 
 // ---- small groups
 
-// Entry l of a step meets the one `turn` places further on in its group; ~0 where that one is found by wrapping around
-// and so lies before it.
+// Entry l of a step is compared with the one `turn` places behind it in its group. ~0 where that wraps around, so that
+// the other entry lies before it.
 struct Turns {
   uint32_t wraps[kSmallGroup][kSmallGroup];
 };
@@ -38,7 +38,7 @@ void rank_by_counting(const float* row, int64_t count, int64_t group, const Turn
       const float *after = own + turn, *before = after - group;
       for (int64_t l = 0; l < kSmallGroup; ++l) {
         const uint32_t later = bits_of(after[l]);
-        const uint32_t earlier = bits_of(before[l]) + 1;  // an equal goes before
+        const uint32_t earlier = bits_of(before[l]) + 1;  // an equal one that lies before it ranks first
         const uint32_t other = later ^ ((later ^ earlier) & turns.wraps[turn][l]);
         ahead[l] += static_cast<int32_t>(other) > static_cast<int32_t>(bits_of(own[l]));
       }
@@ -49,14 +49,15 @@ void rank_by_counting(const float* row, int64_t count, int64_t group, const Turn
 
 // ---- large groups
 
-// The k-th largest pattern lies in [low, high); so many entries lie from `low` on, and from `high` on.
+// The k-th largest pattern lies in [low, high). The counts say how many entries are at least `low`, and at least
+// `high`.
 struct Bracket {
   uint32_t low, high;
   int64_t from_low, from_high;
 };
 
-// Narrows the bracket until `enough` entries are left in it, or one pattern. It gallops away from the guess until the
-// guess is between its ends, then bisects. count_from(p): how many entries lie from p on.
+// Narrows the bracket until `enough` entries are left in it, or one pattern. It moves away from the guess in growing
+// steps until the k-th largest is between its ends, then it bisects. count_from(p): how many entries are at least p.
 template <class Count>
 void narrow_bracket(int64_t k, int64_t enough, uint32_t guess, Bracket& bracket, Count count_from) {
   uint32_t step = 1u << 18;  // 3 % of the value or less: holds about one entry of 64
@@ -74,7 +75,7 @@ void narrow_bracket(int64_t k, int64_t enough, uint32_t guess, Bracket& bracket,
   }
 }
 
-// The bracket of one pattern, that of the k-th largest.
+// The bracket that holds one pattern, that of the k-th largest.
 Bracket kth_largest(const float* entries, int64_t count, int64_t k, uint32_t guess, uint32_t* found) {
   Bracket bracket = {0, kInfinity + 1, count, 0};
   narrow_bracket(k, count / 64, guess, bracket, [&](uint32_t low) {
@@ -92,7 +93,7 @@ Bracket kth_largest(const float* entries, int64_t count, int64_t k, uint32_t gue
   return {rest.low, rest.high, above + rest.from_low, above + rest.from_high};
 }
 
-// The place after the n-th entry of this pattern, of which there are as many. Reads up to 64 entries too far.
+// The place after the n-th entry with this pattern. There must be that many. Reads up to 64 entries past the end.
 int64_t after_nth(const float* entries, uint32_t pattern, int64_t n) {
   int64_t first = 0;
   uint64_t equal = mask_between(entries, pattern, 1);
@@ -104,8 +105,8 @@ int64_t after_nth(const float* entries, uint32_t pattern, int64_t n) {
   return n ? first + __builtin_ctzll(equal) + 1 : 0;
 }
 
-// Replaces the entries by 0 where they are kept and by `kept` elsewhere. Returns the boundary, a guess for the next
-// group.
+// Replaces entries by rank 0 if they are kept, and by rank `kept` otherwise. Returns the boundary, which is the
+// guess for the next group.
 uint32_t rank_by_boundary(float* entries, int64_t count, int64_t kept, uint32_t guess, uint32_t* found) {
   const Bracket edge = kth_largest(entries, count, kept, guess, found);
   const int64_t ties = kept - edge.from_high;
@@ -119,7 +120,8 @@ uint32_t rank_by_boundary(float* entries, int64_t count, int64_t kept, uint32_t 
 
 // ---- both
 
-// Bit i of the mask: whether rank i is below `kept`; no bit past the last. Reads up to 64 ranks too many.
+// Bit i of the mask says whether rank i is below `kept`. No bit past the last is set. Reads up to 64 ranks past
+// the end.
 void pack(const float* ranks, int64_t count, int64_t kept, uint8_t* mask) {
   for (int64_t i = 0; i < count; i += 64) {
     uint64_t bits = mask_between(ranks + i, 0, static_cast<uint32_t>(kept));

@@ -1,12 +1,12 @@
-// Finding the k-th largest float: positive floats order as the integers that their bits spell.
+// Finds the k-th largest float. The bits of positive floats, read as integers, order as the floats do.
 #include "between.h"
 #include "convert.h"
 #include "entries.h"
 
 namespace gradpruner::GRADPRUNER_VARIANT {
 
-// One unsigned comparison tests both bounds: what lies below `low` wraps around to a large number. Zero, NaN and
-// negative floats have patterns outside the bounds.
+// One unsigned comparison tests both bounds, since a pattern below `low` wraps around to a large number. Zero, NaN and
+// negative floats have patterns outside of the bounds.
 static inline bool between(float value, uint32_t low, uint32_t range) { return bits_of(value) - low <= range; }
 
 int64_t count_between(const float* f, int64_t count, uint32_t low, uint32_t high) {
@@ -25,7 +25,7 @@ int64_t count_between(const float* f, int64_t count, uint32_t low, uint32_t high
 
 Collected collect(const float* f, int64_t count, uint32_t low, uint32_t high, uint32_t* bits, uint32_t* offsets) {
   const uint32_t inside = high - low + 1;
-  const uint32_t beyond = kInfinity - high;  // as many patterns lie above `high`
+  const uint32_t beyond = kInfinity - high;  // so many patterns lie above `high`
   constexpr uint64_t kLast = uint64_t{1} << 63;
   Collected seen = {0, 0};
   const auto take = [&](int64_t i) {
@@ -36,8 +36,8 @@ Collected collect(const float* f, int64_t count, uint32_t low, uint32_t high, ui
   for (; i + 64 <= count; i += 64) {
     seen.above += __builtin_popcountll(mask_between(f + i, high + 1, beyond));
     uint64_t mask = mask_between(f + i, low, inside);
-    // Which entries are candidates is as good as random, and few are: two of 64 are taken without a branch that
-    // would be guessed wrong, there or not.
+    // Few entries are candidates, and which ones cannot be predicted. So two of 64 are always taken, whether they exist
+    // or not, without a branch that would be mispredicted.
     for (int n = 0; n < 2; ++n) {
       take(i + __builtin_ctzll(mask | kLast));
       seen.inside += mask != 0;

@@ -22,7 +22,8 @@ typedef double DoubleVector __attribute__((vector_size(GRADPRUNER_VECTOR_BYTES))
 constexpr int64_t kFloatLanes = GRADPRUNER_VECTOR_BYTES / sizeof(float);
 constexpr int64_t kDoubleLanes = GRADPRUNER_VECTOR_BYTES / sizeof(double);
 
-// Not by memcpy: that makes an array of vectors live in memory, where a loop over it should keep registers.
+// Vectors are not loaded by memcpy, which would put an array of vectors into memory. A loop over it should stay in
+// registers.
 template <class Vector>
 struct Unaligned {
   typedef Vector Type __attribute__((aligned(1), may_alias));

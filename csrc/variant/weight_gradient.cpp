@@ -1,9 +1,9 @@
-// One tile of g = dy^T x over all tokens, and what becomes of it while it is still in the cache.
+// Computes one tile of g = dy^T x over all tokens, and uses it while it is still in the cache.
 //
-// The tokens are packed a chunk at a time: x in panels as wide as the registers hold, dy as wide as the tile. Where
-// the weight trains, g is rounded to grad's type, added into it, and what was stored is squared; else g itself is.
-// Squares are summed in double; igia gets each that fits a float, or each absolute value. This file may contract
-// multiply and add.
+// The tokens are packed one chunk at a time: x in panels as wide as the registers hold, dy as wide as the tile. If
+// the weight trains, g is rounded to the type of grad and added to it, and what was stored is squared. Otherwise g
+// itself is squared. Squares are summed in double. igia gets each square that fits a float, or each absolute
+// value. This file may contract multiply and add.
 #include <type_traits>
 
 #include "convert.h"
@@ -23,8 +23,8 @@ constexpr int64_t kVectors = GRADPRUNER_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int64_t kBlockRows = 6;
 constexpr int64_t kDepth = 256;  // packed entries of a column
 
-// A block of registers: kBlockRows x kVectors sums of type `Vector`, from packed entries of type `Packed`. Its two
-// operands lie `Packed` by `Packed`, kGradientRows and one panel to a token.
+// A block of registers: kBlockRows x kVectors sums of type `Vector`, from packed entries of type `Packed`. Per
+// token, one operand has kGradientRows packed entries and the other one panel.
 template <class Wide, class WideVector>
 struct Multiply {
   using Packed = Wide;
@@ -70,14 +70,14 @@ using MultiplyBFloat16 = MultiplyPairs;
 using MultiplyBFloat16 = Multiply<float, FloatVector>;
 #endif
 
-// packed[token][i] for `filled` of `width` entries, the rest zero. data: the chunk's first entry.
+// packed[token][i] for `filled` of `width` entries. The rest is zero. data: the chunk's first entry.
 template <class Kind, class T>
 void pack(const T* data, int64_t tokens, int64_t stride, int64_t filled, int64_t width,
           typename Kind::Packed* __restrict packed) {
   for (int64_t token = 0; token < tokens; token += Kind::kTokens, packed += width) {
     const T* from = data + token * stride;
     const int64_t left = tokens - token;
-    if (left >= Kind::kTokens) {  // apart, so that the loop has no condition in it
+    if (left >= Kind::kTokens) {  // a case of its own, so that the loop has no condition
       for (int64_t i = 0; i < filled; ++i) packed[i] = Kind::pack(from, stride, Kind::kTokens, i);
     } else {
       for (int64_t i = 0; i < filled; ++i) packed[i] = Kind::pack(from, stride, left, i);
@@ -144,7 +144,8 @@ void multiply<MultiplyOnMatrixUnit>(const BFloat16* x, const BFloat16* dy, const
 }
 #endif
 
-// values: kGradientCols entries, zero from `count` on. Sums in lanes, several at a time: an addition takes cycles.
+// values: kGradientCols entries, zero from `count` on. Several vectors of sums are added to in turn, since an addition
+// takes several cycles.
 template <class V>
 double sum_of_squares(const V* values, float* igia, int64_t count) {
   constexpr int64_t kSums = 4;
@@ -173,7 +174,8 @@ void add_absolute(const V* values, float* igia, int64_t count) {
   }
 }
 
-// A row of the tile: into grad where there is one, its squares into igia and the sum; or its absolute values.
+// Adds a row of the tile to grad, if there is one, and its squares to igia and to the sum, or its absolute values
+// to igia.
 template <class Sum>
 double finish(const WeightGradient& call, const Sum* g, float* igia, void* grad, int64_t count) {
   if (call.absolute) {
@@ -214,7 +216,7 @@ double square_tile(const T* x, const T* dy, const WeightGradient& call, const Ti
     float* igia = call.igia ? call.igia + at : nullptr;
     void* grad = call.grad ? static_cast<char*>(call.grad) + at * size_of(call.grad_dtype) : nullptr;
     if (sizeof(Sum) == sizeof(float) && call.finite && !all_finite({row, DType::float32}, tile.cols)) {
-      // an overflow of float, which double has room for
+      // overflows float, but not double
       double wide[kGradientCols] = {};
       for (int64_t j = 0; j < tile.cols; ++j) wide[j] = in_double(x, dy, call, tile.row + i, tile.col + j);
       total += finish(call, wide, igia, grad, tile.cols);

@@ -1,4 +1,5 @@
-// The importance of single weights: abs(W) times a factor, every operation rounded to float, as docs/method.md has it.
+// The importance of single weights: abs(W) times a factor, every operation rounded to float (docs/method.md,
+// section 7).
 #include "convert.h"
 #include "entries.h"
 

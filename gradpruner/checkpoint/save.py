@@ -19,7 +19,7 @@ from gradpruner.distributed.sharding import is_sharded, whole
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument, ModelMismatch
 from gradpruner.memory import free_memory
 from gradpruner.model.empty_model import absent_counts
-from gradpruner.model.extra_layers import assign, say_what_is_gone
+from gradpruner.model.extra_layers import assign, log_counts_set_to_zero
 from gradpruner.model.full_precision import check_full_precision
 from gradpruner.model.logits import differ, logits_of
 from gradpruner.model.wrappers import is_peft, unwrap
@@ -159,7 +159,7 @@ def _counting_what_is_there(base: Any) -> Iterator[None]:
         if gone and drafts:
             generation.use_mtp = None  # type: ignore[union-attr]
         yield
-        say_what_is_gone(gone)
+        log_counts_set_to_zero(gone)
     finally:
         for part, name, value in gone:
             assign(part, name, value)

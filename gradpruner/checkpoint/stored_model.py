@@ -92,7 +92,7 @@ class StoredModel:
 
     def parameter_name(self, weight: Weight) -> str:
         """The name in the model of a linear weight of the decoder."""
-        return f"{self.decoder.path}.{weight.layer}.{weight.name}"
+        return self.decoder.path_of(weight)
 
     def layer_of(self, name: str) -> int | None:
         """The decoder layer that a stored tensor goes into, None for one outside the layers."""

@@ -1,1 +1,1 @@
-"""Several processes: collectives, shards of FSDP2, DeepSpeed."""
+"""Training on several processes: collectives, shards of FSDP2, DeepSpeed."""

@@ -1,4 +1,7 @@
-"""DeepSpeed: its engine holds gradients, and under ZeRO-3 weights, in buffers of its own. Read by its own accessors."""
+"""Read gradients and weights that a DeepSpeed engine holds.
+
+The engine holds gradients, and under ZeRO-3 weights too, in buffers of its own. DeepSpeed's own functions read them.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,22 @@ from gradpruner.errors import InvalidArgument
 
 
 def is_engine(module: Any) -> bool:
-    """Whether this is what `deepspeed.initialize` returns."""
+    """Whether a module is what `deepspeed.initialize` returns."""
     deepspeed = sys.modules.get("deepspeed")
     return deepspeed is not None and isinstance(module, getattr(deepspeed, "DeepSpeedEngine", ()))
 
 
 def is_deepspeeds(parameter: Tensor) -> bool:
-    """Whether an engine (ZeRO 1 to 3, or its own bfloat16 optimizer) holds this parameter's gradient, and steps it."""
+    """Whether an engine holds the gradient of a parameter, and steps it."""
+    # ds_id: ZeRO-3. _hp_mapping: ZeRO 1 and 2, and the engine's own bfloat16 optimizer.
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def gradient_of(parameter: Tensor) -> Tensor | None:
-    """The gradient that the optimizer is about to use, whole or as this process's shard.
+    """Return the gradient that the optimizer is about to use.
 
-    Of an engine: reduced, not yet unscaled or clipped, and a collective.
+    Of a parameter that an engine holds, this is a collective. The gradient is the whole one then, summed over the
+    processes, but not yet unscaled or clipped. Of a sharded parameter it is this process's shard.
     """
     if not is_deepspeeds(parameter):
         return parameter.grad
@@ -37,9 +42,19 @@ def gradient_of(parameter: Tensor) -> Tensor | None:
 
 
 def factor_to_come(optimizer: Any, parameters: Iterable[Tensor]) -> Tensor:
-    """What the engine's step will multiply its gradients by: 1 / loss scale, and its clipping. A collective.
+    """Return the factor by which the engine's next step multiplies gradients.
 
-    parameters: all that train. Raises InvalidArgument if this is not the engine's optimizer.
+    It unscales and clips them. This is a collective.
+
+    Args:
+        optimizer: the engine's optimizer.
+        parameters: all parameters that train.
+
+    Returns:
+        The factor, float32 ().
+
+    Raises:
+        InvalidArgument: this is not the engine's optimizer.
     """
     if optimizer is None or isinstance(optimizer, torch.optim.Optimizer):
         raise InvalidArgument(
@@ -48,7 +63,7 @@ def factor_to_come(optimizer: Any, parameters: Iterable[Tensor]) -> Tensor:
     factor = 1.0 / float(getattr(optimizer, "loss_scale", 1.0))
     limit = float(getattr(optimizer, "clip_grad", 0.0))
     if limit > 0:
-        gradients = (gradient_of(parameter) for parameter in parameters)  # one at a time
+        gradients = (gradient_of(parameter) for parameter in parameters)  # in memory one at a time
         lengths = [torch.linalg.vector_norm(g).double().cpu() for g in gradients if g is not None]
         total = factor * float(torch.linalg.vector_norm(torch.stack(lengths)))
         factor *= min(1.0, limit / (total + 1e-6))
@@ -57,7 +72,10 @@ def factor_to_come(optimizer: Any, parameters: Iterable[Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def unpartitioned(parameter: Any) -> Iterator[Tensor]:
-    """The parameter with its values, of which ZeRO-3 leaves each process a part: then a collective."""
+    """Inside, a parameter has all its values.
+
+    Under ZeRO-3 each process holds a part of them. Then this is a collective.
+    """
     if not hasattr(parameter, "ds_id"):
         yield parameter
         return

@@ -1,4 +1,4 @@
-"""What FSDP2 needs: its shards again after a forward pass, its groups without removed layers."""
+"""Keep FSDP2 in order: shards after a forward pass, groups without removed layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradpruner.errors import UnsupportedModel
 
 
 def refuse_flat(model: nn.Module) -> None:
-    """Raises UnsupportedModel for FSDP1, which hides each weight in a part of one flat parameter."""
+    """Raise UnsupportedModel for FSDP1, which hides weights in one flat parameter."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FullyShardedDataParallel", ())
     if fsdp is not None and any(isinstance(module, kind) for module in model.modules()):
@@ -24,27 +24,34 @@ def refuse_flat(model: nn.Module) -> None:
 
 
 def is_fsdp(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to this module."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported, not used
+    """Whether `fully_shard` was applied to a module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a module that was never imported is not in use
     return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))
 
 
 def reshard(model: nn.Module) -> None:
-    """Every module's parameters are shards again; a forward without a backward leaves the root's gathered."""
+    """Turn the parameters of every module into shards again.
+
+    A forward without a backward leaves those of the root gathered.
+    """
     for module in model.modules():
         if is_fsdp(module):
             module.reshard()  # type: ignore[operator]
 
 
 def release_shards(root: nn.Module, removed: list[nn.Module]) -> None:
-    """Let go of modules that are no longer part of an FSDP root, so that their memory is free again.
+    """Make an FSDP root forget removed modules, so that their memory becomes free.
 
-    torch finds the sharded modules at the root's first forward and keeps their states for good.
+    torch lists the sharded modules at the first forward of the root, and never changes the list.
+
+    Args:
+        root: the outermost module that `fully_shard` was applied to.
+        removed: modules that are no longer part of it.
     """
-    gone_modules = {id(module) for layer in removed for module in layer.modules()}
+    removed_ids = {id(module) for layer in removed for module in layer.modules()}
 
     def stays(state: Any) -> bool:
-        return any(id(module) not in gone_modules for module in state._modules)
+        return any(id(module) not in removed_ids for module in state._modules)
 
     states = root._get_fsdp_state()._state_ctx.all_states  # type: ignore[operator]
     states[:] = [state for state in states if stays(state)]
@@ -55,7 +62,7 @@ def release_shards(root: nn.Module, removed: list[nn.Module]) -> None:
 
 @contextlib.contextmanager
 def resharding(model: nn.Module) -> Iterator[None]:
-    """FSDP2's shards again outside: a forward without a backward leaves the root's parameters gathered."""
+    """Afterwards, the parameters of a model are shards again. See `reshard`."""
     try:
         yield
     finally:

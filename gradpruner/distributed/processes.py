@@ -1,4 +1,4 @@
-"""Several processes: which of them work together, what one says to the others, and tensors sharded over them."""
+"""Processes that train one model together: who they are, what they exchange, how they fail."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Peers:
-    """The processes that train one model together, as one of them (`rank` of `size`) sees them.
+    """The processes that train one model together, as seen by one of them.
 
-    Every method but `keeps` is a collective: all of them call it, in the same order. All raise ProbeError where
-    another process has gone.
+    Every method but `keeps` is a collective: all processes call it, in the same order. A collective raises ProbeError
+    if another process is lost.
+
+    Args:
+        group: their torch ProcessGroup, or None for the default group.
+        rank: the number of this process, from 0.
+        size: the number of processes.
     """
 
     group: Any
@@ -28,18 +33,27 @@ class Peers:
     size: int
 
     def keeps(self, layer: int) -> bool:
-        """Whether this process stores what is kept of a layer: each layer has one that does."""
+        """Whether this process owns the data of a layer. Every layer has exactly one owner."""
         return layer % self.size == self.rank
 
-    def gather(self, what: T) -> list[T]:
-        """What every process gave, by rank. For small things: they are pickled."""
-        found: list[Any] = [None] * self.size
+    def gather(self, item: T) -> list[T]:
+        """Return the items of all processes, by rank. They are pickled, so they should be small."""
+        items: list[Any] = [None] * self.size
         with _answering(self.group):
-            distributed.all_gather_object(found, what, group=self.group)
-        return found
+            distributed.all_gather_object(items, item, group=self.group)
+        return items
 
     def broadcast(self, tensor: Tensor | None, like: Tensor, source: int) -> Tensor:
-        """The tensor of process `source`, in host memory everywhere; `like` has its shape and dtype."""
+        """Send a tensor from one process to all others.
+
+        Args:
+            tensor: what process `source` sends. None on the others.
+            like: a tensor of the same shape and dtype, on every process.
+            source: the rank of the sender.
+
+        Returns:
+            The tensor, in host memory.
+        """
         device = device_of(self.group)
         # as bytes: not every backend moves every dtype
         flat = torch.empty(like.numel() * like.element_size(), dtype=torch.uint8, device=device)
@@ -50,15 +64,18 @@ class Peers:
         return flat.cpu().view(like.dtype).view(like.shape)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any process."""
+        """Whether the flag is true on any process."""
         return bool(summed(torch.tensor([int(flag)]), self.group) > 0)
 
 
 def peers_of(group: Any = None) -> Peers | None:
-    """The processes of a group, None where there is but one.
+    """Return the processes of a group, or None if there is only this one.
 
-    group: a ProcessGroup; None for the default group, if there is one; False for this process alone.
-    Raises InvalidArgument.
+    Args:
+        group: a torch ProcessGroup. None takes the default group, if there is one. False takes this process alone.
+
+    Raises:
+        InvalidArgument: `group` is something else, or this process is not part of it.
     """
     if group is False or not distributed.is_available():
         return None
@@ -74,7 +91,7 @@ def peers_of(group: Any = None) -> Peers | None:
 
 @contextlib.contextmanager
 def together(peers: Peers | None) -> Iterator[None]:
-    """An error inside is raised on every process at the end, so that none waits for one that failed.
+    """Raise an error of one process on every process, so that none waits for one that failed.
 
     Nothing inside may be a collective, since a process that fails leaves early.
     """
@@ -97,7 +114,10 @@ def together(peers: Peers | None) -> Iterator[None]:
 
 
 def device_of(group: Any) -> torch.device:
-    """Where a tensor has to be to travel in this group: the host if its backend can, else the accelerator."""
+    """Return the device that tensors must be on to travel in a group.
+
+    It is the host if the backend of the group supports that, else the accelerator.
+    """
     if "cpu:" in str(distributed.get_backend_config(group)):
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
@@ -106,7 +126,18 @@ def device_of(group: Any) -> torch.device:
 
 
 def summed(values: Tensor, group: Any) -> Tensor:
-    """The sum of each process's values, in host memory. Raises ProbeError where another process has gone."""
+    """Sum tensors over all processes.
+
+    Args:
+        values: this process's values, of the same shape and dtype everywhere.
+        group: the torch ProcessGroup, or None for the default group.
+
+    Returns:
+        The sum, in host memory.
+
+    Raises:
+        ProbeError: another process is lost.
+    """
     total = values.to(device_of(group), copy=True)
     with _answering(group):
         distributed.all_reduce(total, group=group)
@@ -115,22 +146,28 @@ def summed(values: Tensor, group: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _answering(group: Any) -> Iterator[None]:
+    """Inside, a failed collective becomes a ProbeError."""
     try:
         yield
     except RuntimeError as error:  # gloo raises it bare, NCCL as DistBackendError
-        raise gone(error, group) from error
+        raise lost_process(error, group) from error
 
 
-def gone(error: RuntimeError, group: Any) -> ProbeError:
-    """What a failed collective means, said plainly."""
+def lost_process(error: RuntimeError, group: Any) -> ProbeError:
+    """Return the error that says in plain words what a failed collective means.
+
+    Args:
+        error: what torch raised.
+        group: the torch ProcessGroup, or None for the default group.
+    """
     return ProbeError(
-        f"process {distributed.get_rank(group)} waited in vain for another process of its group, which has died, has "
-        f"failed, or does something else meanwhile; torch says: {str(error).splitlines()[0]}"
+        f"process {distributed.get_rank(group)} lost contact with another process of its group: it died, failed, or "
+        f"called a different collective; torch says: {str(error).splitlines()[0]}"
     )
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error is torch's for a process of the group that is gone."""
+    """Whether torch raised an error because another process of the group is lost."""
     if isinstance(error, getattr(distributed, "DistError", ())):
         return True
     signs = ("closed by peer", "Connection reset", "gloo", "NCCL", "Timed out waiting")

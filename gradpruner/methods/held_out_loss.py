@@ -13,7 +13,7 @@ from torch import Tensor
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods.base import Clues, Dropping, check_count, lowest, register
 from gradpruner.model.decoder import Decoder
-from gradpruner.model.hidden_states import moved, noting, passing, real, skipping
+from gradpruner.model.hidden_states import batches_on_device, leave_out, real_tokens, recording, resume_behind, skipping
 from gradpruner.model.loss import IGNORED, cross_entropy_sum
 from gradpruner.model.modes import evaluating
 from gradpruner.plan import Plan
@@ -50,13 +50,13 @@ def losses_without(decoder: Decoder, clues: Clues, removed: Sequence[int]) -> di
     """
     candidates = [j for j in range(len(decoder.layers)) if j not in removed]
     totals, tokens = dict.fromkeys(candidates, 0.0), 0
-    for inputs in moved(decoder, clues.held_out, "held_out"):
-        real(decoder, inputs)
+    for inputs in batches_on_device(decoder, clues.held_out, "held_out"):
+        real_tokens(decoder, inputs)
         entering: dict[int, Any] = {}
-        with skipping(decoder, removed), noting(decoder, entering):
+        with skipping(decoder, removed), recording(decoder, entering):
             tokens += _batch(decoder, inputs)[1]
         for j in candidates:
-            with passing(decoder, entering, {*range(j + 1), *removed}, j):
+            with leave_out(decoder, removed, entering), resume_behind(decoder, j, entering):
                 totals[j] += _batch(decoder, inputs)[0]
     return {j: _mean(total, tokens) for j, total in totals.items()}
 
@@ -67,8 +67,8 @@ def held_out_loss(decoder: Decoder, clues: Clues) -> float:
     Raises InvalidArgument if there are no such tokens, UnsupportedModel for an encoder-decoder.
     """
     total, tokens = 0.0, 0
-    for inputs in moved(decoder, clues.held_out, "held_out"):
-        real(decoder, inputs)
+    for inputs in batches_on_device(decoder, clues.held_out, "held_out"):
+        real_tokens(decoder, inputs)
         loss, counted = _batch(decoder, inputs)
         total, tokens = total + loss, tokens + counted
     return _mean(total, tokens)

@@ -13,7 +13,7 @@ from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.methods.base import Clues, Dropping, register
 from gradpruner.methods.magnitude import linear_parameters
 from gradpruner.model.decoder import Decoder
-from gradpruner.model.hidden_states import moved
+from gradpruner.model.hidden_states import batches_on_device
 from gradpruner.model.modes import evaluating
 
 
@@ -39,7 +39,7 @@ class Taylor(Dropping):
                 parameter.grad = None
                 parameter.requires_grad_(id(parameter) in wanted)
             with evaluating(decoder.base), torch.enable_grad():
-                for inputs in moved(decoder, clues.batches, "batches"):
+                for inputs in batches_on_device(decoder, clues.batches, "batches"):
                     loss = decoder.base(**inputs, use_cache=False).loss
                     if loss is None:
                         raise InvalidArgument("batches: the model returned no loss; expected batches with labels")

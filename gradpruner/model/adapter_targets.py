@@ -1,4 +1,4 @@
-"""Which linears adapters go on, and that they do go there: PEFT rewrites some of their names."""
+"""Choose the linears that get adapters, and check that PEFT puts adapters only there."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from typing import Any
 from torch import nn
 
 from gradpruner.errors import UnsupportedModel
-from gradpruner.model.decoder import Decoder, Weight, is_linear, linear_modules
+from gradpruner.model.decoder import Decoder, Weight, linear_modules
+from gradpruner.model.linears import is_linear
 
 
 def adapted_weights(decoder: Decoder) -> list[Weight]:
-    """The weights of every linear of every decoder layer, routers left out (C)."""
+    """The weights of every linear of every decoder layer, without routers.
+
+    Source: docs/method.md, section 1, "Length and settings".
+    """
     linears = {
         (j, name) for j in range(len(decoder.layers)) for name, m in linear_modules(decoder, j).items() if is_linear(m)
     }
@@ -22,32 +26,37 @@ def adapted_weights(decoder: Decoder) -> list[Weight]:
 
 @contextlib.contextmanager
 def as_named() -> Iterator[None]:
-    """Inside, PEFT puts adapters on the linears that `target_modules` names.
+    """Inside, PEFT puts adapters on exactly the linears that `target_modules` names.
 
-    In a model with fused experts it would take every `gate_proj`, `up_proj` and `down_proj`, of a dense layer and of a
-    shared expert too, for the name that the experts' weights had before they were fused, and put adapters on these
-    instead: that is meant for configurations made before transformers 5.
+    PEFT rewrites the names of a configuration that was made before transformers 5. In a model with fused experts it
+    takes every `gate_proj`, `up_proj` and `down_proj` for the old name of an expert's weight, and puts the adapters on
+    the fused weights. It does so for dense layers and shared experts too, where this is wrong.
     """
     try:
         from peft.utils import transformers_weight_conversion as conversion
-    except ImportError:  # a version without this conversion
+    except ImportError:  # a version of PEFT without this conversion
         yield
         return
     module: Any = conversion
-    known = module.convert_peft_config_for_transformers
+    original = module.convert_peft_config_for_transformers
     module.convert_peft_config_for_transformers = lambda *args, **kwargs: None
     try:
         yield
     finally:
-        module.convert_peft_config_for_transformers = known
+        module.convert_peft_config_for_transformers = original
 
 
 def check_adapted(model: nn.Module, targets: Iterable[str]) -> None:
-    """Raises UnsupportedModel unless adapters are on these modules of the model inside, and on no others."""
-    wanted = set(targets)
-    found = {name for name, module in Decoder(model).base.named_modules() if hasattr(module, "lora_A")}
-    if found != wanted:
+    """Raise UnsupportedModel unless exactly these modules have adapters.
+
+    Args:
+        model: the PEFT model.
+        targets: paths of modules in the base model.
+    """
+    expected = set(targets)
+    actual = {name for name, module in Decoder(model).base.named_modules() if hasattr(module, "lora_A")}
+    if actual != expected:
         raise UnsupportedModel(
-            f"PEFT put adapters on {sorted(found - wanted)[:3]}, where none are wanted, and none on "
-            f"{sorted(wanted - found)[:3]}: train this model without adapters (rank 0)"
+            f"PEFT put adapters on {sorted(actual - expected)[:3]}, where none are wanted, and none on "
+            f"{sorted(expected - actual)[:3]}: train this model without adapters (rank 0)"
         )

@@ -1,4 +1,4 @@
-"""Where a model's decoder layers are, and what is in them. By structure, never by a model's name."""
+"""The decoder layers of a model, and the weights in them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from gradpruner.distributed.deepspeed import unpartitioned
 from gradpruner.distributed.processes import summed
 from gradpruner.distributed.sharding import local, rows_of, shard_group
-from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
-from gradpruner.model.config import _nearest_config, layer_counts, text_config
+from gradpruner.errors import InvalidArgument, ModelMismatch
+from gradpruner.model.layer_list import find_layers
+from gradpruner.model.linears import is_linear, is_transposed
 from gradpruner.model.wrappers import altered_base, unwrap
 
-ROUTERS = ("gate", "router", "shared_expert_gate")  # a router's weight is never merged (C)
-# What peft's adapters call the parameters and modules they add to a layer: its prefixes, and where it has none.
+ROUTERS = ("gate", "router", "shared_expert_gate")  # weights of routers are not merged (docs/method.md, section 3)
+# How the names of the parameters and modules begin that PEFT's adapters add to a layer.
 ADAPTERS = (
     "lora_",
     "adamss_",
@@ -62,7 +63,7 @@ ADAPTERS = (
     "xlora_",
 )
 CHECKPOINTED = "_checkpoint_wrapped_module"  # in torch's checkpoint_wrapper, which accelerate puts around layers
-WRAPPERS = ("base_layer", "original_module", "token_adapter", CHECKPOINTED)  # parts of names that hold what was wrapped
+WRAPPERS = ("base_layer", "original_module", "token_adapter", CHECKPOINTED)  # the name of what a wrapper holds
 SAMPLES = 16  # entries of each weight that go into the fingerprint
 
 
@@ -70,8 +71,11 @@ SAMPLES = 16  # entries of each weight that go into the fingerprint
 class Weight:
     """One linear weight of a decoder layer.
 
-    name: its path in the layer with adapters stripped ("self_attn.q_proj.weight"); shape: as it is stored;
-    transposed: stored (in, out), as GPT-2 does.
+    Args:
+        layer: the index of the layer.
+        name: the path in the layer, without adapters, e.g. "self_attn.q_proj.weight".
+        shape: the shape as it is stored, before a quantiser packs it.
+        transposed: whether it is stored as (in, out), as in GPT-2.
     """
 
     layer: int
@@ -81,11 +85,23 @@ class Weight:
 
 
 class Decoder:
-    """The `ModuleList` of decoder layers of a model, found by structure.
+    """The decoder layers of a model, and what every other room asks about them.
 
-    model: a transformers model, plain, PEFT-wrapped, compiled or in DistributedDataParallel. layers: path of the
-    ModuleList (or the list itself) for a model that is not Hugging Face's, or has several of them.
-    Raises UnsupportedModel if there is no list of decoder layers, InvalidArgument if `layers` is wrong.
+    Args:
+        model: a transformers model. It may be wrapped by PEFT, torch.compile, DistributedDataParallel or DeepSpeed.
+        layers: the path of the ModuleList of decoder layers, or the list itself. It is needed for a model that is
+            not Hugging Face's, or that has several such lists.
+
+    Attributes:
+        given: the model as it was given.
+        base: the model without wrappers.
+        path: where the list of layers is in `base`, e.g. "model.layers".
+        shared: ids of parameters that several layers share.
+        weights: the linear weights of all layers, as `linear_weights` gives them.
+
+    Raises:
+        UnsupportedModel: there is no list of decoder layers.
+        InvalidArgument: `model` or `layers` is wrong.
     """
 
     def __init__(self, model: nn.Module, layers: str | nn.ModuleList | None = None) -> None:
@@ -93,58 +109,66 @@ class Decoder:
             raise InvalidArgument(f"model is a {type(model).__name__}; expected a torch.nn.Module")
         self.given = model
         self.base = unwrap(model)
-        self.path = _find(self.base, layers)
+        self.path = find_layers(self.base, layers)
         owners = Counter(id(p) for layer in self.layers for p in {id(p): p for p in layer.parameters()}.values())
         self.shared = {parameter for parameter, count in owners.items() if count > 1}
-        weights = [weight for index in range(len(self.layers)) for weight in linear_weights(self, index)]
-        self.weights = weights
+        self.weights = [weight for index in range(len(self.layers)) for weight in linear_weights(self, index)]
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers as they are now."""
-        found = self.base.get_submodule(self.path)
-        assert isinstance(found, nn.ModuleList)
-        return found
+        layers = self.base.get_submodule(self.path)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
 
     @property
     def body(self) -> nn.Module:
-        """The model without its head; all of it where the layers are not in that part."""
+        """The model without its head, or all of it where the layers are not in that part."""
         inner = getattr(self.base, "base_model", self.base)
         return inner if any(module is self.layers for module in inner.modules()) else self.base
 
     @property
     def config(self) -> Any:
-        """The transformers configuration, None for a model without one."""
+        """The transformers configuration, or None for a model without one."""
         return getattr(self.base, "config", None)
 
     def parameter(self, weight: Weight) -> nn.Parameter:
-        """The stored parameter of a linear weight, resolved now: wrappers swap parameters."""
+        """The parameter that holds a linear weight now.
+
+        Wrappers exchange parameters, so the answer should not be kept.
+        """
         for name, parameter in base_parameters(self.layers[weight.layer]):
             if name == weight.name:
                 return parameter
         raise ModelMismatch(f"layer {weight.layer} has no weight {weight.name!r} any more")
 
     def path_of(self, weight: Weight) -> str:
-        """The name of a linear weight in the whole model, without adapters."""
+        """The name of a weight in the base model: "model.layers.3.self_attn.q_proj.weight"."""
         return f"{self.path}.{weight.layer}.{weight.name}"
 
     def structure(self, layer: int) -> str:
-        """A digest of names and shapes: layers with equal digests can be merged."""
+        """A digest of names and shapes. Layers with equal digests can be merged."""
         parts = [f"{name}{tuple(shape)}" for name, _, shape in base_shapes(self.layers[layer])]
         return hashlib.sha256("|".join(sorted(parts)).encode()).hexdigest()[:16]
 
     def total_parameters(self) -> int:
-        """Number of parameters of the model, tied ones once, adapters not counted."""
+        """The number of parameters of the model: tied ones count once, adapters do not count."""
         return sum({id(p): shape.numel() for _, p, shape in base_shapes(self.base)}.values())
 
     def fingerprint(self, *, content: bool | None = None, samples: Callable[[Weight], Tensor] | None = None) -> str:
-        """Tells this model from others: its structure, and a sample of its weights.
+        """Return a text that tells this model from others.
 
-        content: whether to sample the weights; by default only where they are frozen, since weights that train
-        change while the probe watches, and where no adapter has changed them. Sampled values are rounded to
-        bfloat16: the same checkpoint loaded in float32 or bfloat16 has the same fingerprint. samples: where the
-        model is on the meta device, what gives the values at `sample_positions` of a weight, as loading would
-        store them.
+        It has a digest of the structure and one of a sample of the weights. Sampled values are rounded to bfloat16,
+        so that a checkpoint has the same fingerprint whether it is loaded in float32 or in bfloat16.
+
+        Args:
+            content: whether to sample the weights. The default samples them where they are frozen and no adapter has
+                changed them, since weights that train change while the probe watches.
+            samples: for a model on the meta device, a function that returns the values of a weight at its
+                `sample_positions`, as loading would store them.
+
+        Returns:
+            16 hexadecimal digits for the structure. Where weights were sampled, a hyphen and 16 more.
         """
         parameters = [self.parameter(weight) for weight in self.weights]
         shape = hashlib.sha256(self.path.encode())
@@ -162,7 +186,13 @@ class Decoder:
         return f"{shape.hexdigest()[:16]}-{sample.hexdigest()[:16]}"
 
     def check_fingerprint(self, expected: str, what: str, samples: Callable[[Weight], Tensor] | None = None) -> None:
-        """Raises ModelMismatch unless `expected` (of a plan or an igia, called `what`) was made from this model."""
+        """Raise ModelMismatch unless a plan or an igia was made from this model.
+
+        Args:
+            expected: the fingerprint that it carries.
+            what: what the error calls it, e.g. "the plan".
+            samples: as in `fingerprint`.
+        """
         structure, _, content = expected.partition("-")
         own_structure, _, own_content = self.fingerprint(content=bool(content), samples=samples).partition("-")
         if structure != own_structure:
@@ -172,11 +202,12 @@ class Decoder:
 
 
 def sample_positions(entries: int) -> range:
-    """Flat indices of the entries of a weight that go into the fingerprint."""
+    """Flat indices of those entries of a weight that go into the fingerprint."""
     return range(0, entries, max(1, entries // SAMPLES))[:SAMPLES]
 
 
 def _sampled(parameter: nn.Parameter) -> Tensor:
+    """The values at `sample_positions`. For a sharded parameter this is a collective."""
     positions = sample_positions(_full_shape(parameter).numel())
     rows = rows_of(parameter)
     if rows is None:
@@ -186,19 +217,21 @@ def _sampled(parameter: nn.Parameter) -> Tensor:
     start, end = rows[0] * width, sum(rows) * width
     here = [i for i, position in enumerate(positions) if start <= position < end]
     own = local(parameter.detach()).flatten()[[positions[i] - start for i in here]]
-    # each entry is on one process only: a sum of bits, which unlike a sum of values keeps even a zero's sign
+    # Each entry is on one process only, so a sum gathers them. Bits are summed, since a sum of values would lose the
+    # sign of a zero.
     bits = torch.zeros(len(positions), dtype=torch.int32)
     bits[here] = own.to("cpu", torch.bfloat16).view(torch.int16).int()
     return summed(bits, shard_group(parameter)).to(torch.int16).view(torch.bfloat16)
 
 
 def is_packed(parameter: Tensor) -> bool:
-    """Whether a quantiser stores the values in a form of its own; bitsandbytes may keep that in a float tensor."""
+    """Whether a quantiser stores the values in a form of its own."""
+    # bitsandbytes may keep that form in a float tensor, which has a quant_state then
     return not parameter.is_floating_point() or hasattr(parameter, "quant_state")
 
 
 def base_shapes(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.Size]]:
-    """`base_parameters` with the shape that each has before a quantiser packs it."""
+    """`base_parameters`, each with the shape that it has before a quantiser packs it."""
     for name, parameter in module.named_parameters(remove_duplicate=False):
         plain = base_name(name)
         if plain is not None:
@@ -206,7 +239,7 @@ def base_shapes(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.Si
 
 
 def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Named parameters as the model without adapters names them: adapters left out, their wrappers stripped."""
+    """The parameters of the model without adapters, with the names that they have there."""
     for name, parameter in module.named_parameters(remove_duplicate=False):
         plain = base_name(name)
         if plain is not None:
@@ -214,7 +247,7 @@ def base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def base_name(name: str) -> str | None:
-    """The name a parameter has without adapters, or None if it belongs to an adapter."""
+    """The name that a parameter has without adapters, or None if it belongs to an adapter."""
     parts = name.split(".")
     if any(part.startswith(ADAPTERS) for part in parts) or "modules_to_save" in parts:
         return None
@@ -222,9 +255,16 @@ def base_name(name: str) -> str | None:
 
 
 def linear_weights(decoder: Decoder, index: int) -> Iterator[Weight]:
-    """The weights of a layer that are scored and merged: of linears and experts; no norm, bias, router (C).
+    """The weights of a layer that are scored and merged: those of linears and experts.
 
-    Nor a weight that several layers share (Zamba): it is no layer's own, and adding it to itself would double it.
+    Norms, biases and routers are left out. So is a weight that several layers share, as in Zamba: it belongs to no
+    single layer, and a merge would add it to itself.
+
+    Args:
+        decoder: the model.
+        index: the layer.
+
+    Source: docs/method.md, section 3.
     """
     layer = decoder.layers[index]
     for name, parameter in base_parameters(layer):
@@ -241,24 +281,20 @@ def linear_weights(decoder: Decoder, index: int) -> Iterator[Weight]:
             yield Weight(index, name, shape)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """`nn.Linear` (quantised ones derive from it) or transformers' transposed `Conv1D`."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a linear stores its weight (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
 def linear_modules(decoder: Decoder, index: int) -> dict[str, nn.Module]:
-    """Weight name to the linear that owns it, adapters looked through."""
+    """The linears of a layer, without the adapters around them, by the names of their weights.
+
+    Args:
+        decoder: the model.
+        index: the layer.
+    """
     layer = decoder.layers[index]
-    wanted = {weight.name for weight in decoder.weights if weight.layer == index and len(weight.shape) == 2}
-    return {name: _owner(layer, name.rpartition(".")[0]) for name in wanted}
+    names = {weight.name for weight in decoder.weights if weight.layer == index and len(weight.shape) == 2}
+    return {name: _owner(layer, name.rpartition(".")[0]) for name in names}
 
 
 def _owner(layer: nn.Module, path: str) -> nn.Module:
+    """The module at a path without adapters, inside the adapters that are around it."""
     module: Any = layer
     for part in path.split(".") if path else []:
         while not hasattr(module, part):  # adapters may be nested
@@ -273,56 +309,7 @@ def _owner(layer: nn.Module, path: str) -> nn.Module:
 
 
 def _full_shape(parameter: Tensor, owner: Any = None) -> torch.Size:
+    """The shape of a parameter before a quantiser packs it, or ZeRO-3 takes it apart."""
     if owner is not None and is_packed(parameter) and hasattr(owner, "in_features"):
-        return torch.Size((int(owner.out_features), int(owner.in_features)))  # packed by a quantiser
+        return torch.Size((int(owner.out_features), int(owner.in_features)))
     return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor
-
-
-def _find(base: nn.Module, layers: str | nn.ModuleList | None) -> str:
-    lists = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
-    if isinstance(layers, nn.ModuleList):
-        for name, module in lists.items():
-            if module is layers:
-                return name
-        raise InvalidArgument("layers is a ModuleList that is not part of the model")
-    if layers is not None:
-        if layers not in lists:
-            raise InvalidArgument(f"layers = {layers!r} is no ModuleList of this model; accepted are {sorted(lists)}")
-        return layers
-    counts = [count for _, count in layer_counts(base.config)] if hasattr(base, "config") else []
-    if not counts:
-        raise UnsupportedModel(
-            f"{type(base).__name__} has no config with num_hidden_layers: name its ModuleList of decoder layers "
-            f"with layers=...; it has {sorted(lists)}"
-        )
-    fitting: list[str] = []
-    for count in dict.fromkeys(counts):
-        long = [name for name, module in lists.items() if len(module) == count and _holds_linears(module)]
-        outer = [n for n in long if not any(n.startswith(f"{other}.") for other in long if other != n)]
-        fitting = _of_the_decoder(base, outer)
-        if len(fitting) == 1:
-            return fitting[0]
-        if fitting:
-            break
-    found = f"several lists of {count} layers, {fitting}" if fitting else f"no list of {counts[0]} decoder layers"
-    raise UnsupportedModel(f"{type(base).__name__} has {found}: name it with layers=...; lists: {sorted(lists)}")
-
-
-def _of_the_decoder(base: nn.Module, names: list[str]) -> list[str]:
-    """Of several lists of layers, those of the text decoder: not a vision tower's, not an encoder's."""
-    text = type(text_config(base.config))
-    inside: set[int] = set()
-    if len(names) > 1 and hasattr(base, "get_decoder"):
-        inside = {id(module) for module in base.get_decoder().modules()}  # type: ignore[operator]
-    for belongs in (
-        lambda name: type(_nearest_config(base, name)) is text,
-        lambda name: id(base.get_submodule(name)) in inside,
-        lambda name: any("decoder" in part for part in name.split(".")),
-    ):
-        if len(names) > 1:
-            names = [name for name in names if belongs(name)] or names
-    return names
-
-
-def _holds_linears(layers: nn.ModuleList) -> bool:
-    return all(any(is_linear(module) for module in layer.modules()) for layer in layers)

@@ -1,4 +1,4 @@
-"""A model of a config without values: its names, shapes and attributes."""
+"""Models without values, built from a config to compare names and shapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from gradpruner.model.extra_layers import extra_counts, without_extra
 
 
 def build_empty(kind: type[nn.Module], config: Any) -> nn.Module:
-    """A model of this class and config on the meta device: names, shapes and attributes, no data."""
+    """Build a model on the meta device: it has names, shapes and attributes, but no data.
+
+    Args:
+        kind: the class of the model.
+        config: its transformers configuration. It is not changed.
+
+    Raises:
+        UnsupportedModel: the class refuses the configuration.
+    """
     try:
         with torch.device("meta"):
             return kind(copy.deepcopy(config))
@@ -22,18 +30,29 @@ def build_empty(kind: type[nn.Module], config: Any) -> nn.Module:
         raise UnsupportedModel(f"{kind.__name__} cannot be rebuilt from its config: {error}") from error
 
 
-def absent_counts(kind: type[nn.Module], config: Any) -> list[tuple[Any, str, int]]:
-    """What `extra_counts` finds, if a model of this class is the same without; nothing where it has such layers."""
-    counts = extra_counts(config)
-    if not counts or _shapes(build_empty(kind, config)) != _shapes(build_empty(kind, without_extra(config))):
-        return []
-    return counts
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...] | None]:
+    """Return the shapes of a model's parameters by name, without adapters.
 
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...] | None]:
-    """Name to shape, without adapters; None where a quantiser packed the parameter."""
+    The shape of a parameter that a quantiser packed is None.
+    """
     return {
         name: None if is_packed(tensor) else tuple(tensor.shape)
         for raw, tensor in model.named_parameters(remove_duplicate=False)
         if (name := base_name(raw)) is not None
     }
+
+
+def absent_counts(kind: type[nn.Module], config: Any) -> list[tuple[Any, str, int]]:
+    """Find counts of extra layers in a config whose model does not have these layers.
+
+    Args:
+        kind: the class of the model.
+        config: its transformers configuration.
+
+    Returns:
+        What `extra_counts` finds, if a model of this class is the same without them. Else an empty list.
+    """
+    counts = extra_counts(config)
+    if not counts or shapes_of(build_empty(kind, config)) != shapes_of(build_empty(kind, without_extra(config))):
+        return []
+    return counts

@@ -1,6 +1,7 @@
-"""Layers that a configuration counts and its model does not have: of multi-token prediction, which loading leaves out.
+"""Layers of multi-token prediction, which a config counts and a loaded model lacks.
 
-A folder that still counts them sends converters and servers to look for weights that are not in it.
+Loading leaves these layers out. A folder whose config still counts them makes converters and servers look for weights
+that are not there.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ logger = logging.getLogger(__name__)
 
 
 def extra_counts(config: Any) -> list[tuple[Any, str, int]]:
-    """Where a configuration counts such layers, in its parts too: the part (an object or a dict), name, number."""
-    found = []
+    """Find the fields of a config, and of its parts, that count such layers.
+
+    Returns:
+        For each field the part that has it (an object or a dict), its name, and the number of layers.
+    """
+    counts = []
     for name, value in list((config if isinstance(config, dict) else vars(config)).items()):
         if type(value) is int and value > 0 and _counts_layers(str(name)):
-            found.append((config, str(name), value))
+            counts.append((config, str(name), value))
         elif isinstance(value, (dict, PreTrainedConfig)):
-            found += extra_counts(value)
-    return found
+            counts += extra_counts(value)
+    return counts
 
 
 def _counts_layers(name: str) -> bool:
@@ -31,7 +36,13 @@ def _counts_layers(name: str) -> bool:
 
 
 def assign(part: Any, name: str, value: Any) -> None:
-    """Set a field of a part of a configuration."""
+    """Set a field of a part of a config.
+
+    Args:
+        part: the part, an object or a dict.
+        name: the field.
+        value: its new value.
+    """
     if isinstance(part, dict):
         part[name] = value
     else:
@@ -39,24 +50,34 @@ def assign(part: Any, name: str, value: Any) -> None:
 
 
 def without_extra(config: Any) -> Any:
-    """A copy of a configuration that counts none of them."""
+    """Return a copy of a config that counts no such layers."""
     new = copy.deepcopy(config)
     for part, name, _ in extra_counts(new):
         assign(part, name, 0)
     return new
 
 
-def say_what_is_gone(counts: Sequence[tuple[Any, str, int]]) -> None:
-    """Log which fields say 0 now."""
+def log_counts_set_to_zero(counts: Sequence[tuple[Any, str, int]]) -> None:
+    """Log which fields were set to 0, and why."""
     if counts:
         named = ", ".join(f"{name} = {value}" for _, name, value in counts)
-        logger.warning(f"config.{named}: the model has no such layers, transformers does not load them; it says 0 now")
+        logger.warning(
+            f"config.{named}: the model has no such layers, since transformers does not load them; it is 0 now"
+        )
 
 
 def generation_changes(fields: Mapping[str, Any], kept: Sequence[int], *, extra_gone: bool) -> dict[str, Any]:
-    """What a generation config has to say of the layers that are left, where it says something of them.
+    """Find what must change in a generation config after layers were removed.
 
-    An early exit after n layers becomes one after as many of them as are kept.
+    An early exit after n layers becomes an exit after as many of these n as are kept.
+
+    Args:
+        fields: the generation config, as a mapping.
+        kept: indices of the kept layers.
+        extra_gone: whether the counts of extra layers were set to 0.
+
+    Returns:
+        The fields with another value than before, with their new values.
     """
     changes: dict[str, Any] = {}
     early = fields.get("assistant_early_exit")

@@ -1,4 +1,4 @@
-"""Whether a model's weights are stored as numbers that layers can be cut from, merged into, and saved."""
+"""Refuse quantised models where plain weights are needed: to merge, to patch, to save."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ WANTED = (
 
 
 def quantisation_of(config: Any) -> str | None:
-    """How a config says that the weights are packed ("4 bits (bitsandbytes)", say), None where it does not."""
+    """Return how a config describes quantised weights, e.g. "4 bits (bitsandbytes)".
+
+    The answer is None for a config without quantisation.
+    """
     known = getattr(config, "quantization_config", None)
     if known is None:
         return None
@@ -33,8 +36,13 @@ def quantisation_of(config: Any) -> str | None:
 
 
 def check_full_precision(model: nn.Module, name: str | None = None) -> None:
-    """Raises InvalidArgument where a quantiser has packed the model's weights. name: of the model, for the message."""
-    if not any(is_packed(p) or p.element_size() < 2 for p in model.parameters()):  # below 2 bytes: float8
+    """Raise InvalidArgument if the weights of a model are quantised.
+
+    Args:
+        model: the model.
+        name: what the error calls it, e.g. its folder.
+    """
+    if not any(is_packed(p) or p.element_size() < 2 for p in model.parameters()):  # one byte: float8
         return
     how = quantisation_of(getattr(model, "config", None)) or "quantised form"
     raise InvalidArgument(f"model{'' if name is None else f' {name!r}'} is quantised, stored in {how}: {WANTED}")

@@ -1,4 +1,4 @@
-"""A linear whose backward pass folds the weight's gradient in: its forward is replaced, and given back."""
+"""Make a linear of a model square its weight's gradient in the backward pass, and undo it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,27 @@ import functools
 
 from torch import Tensor, nn
 
-from gradpruner.model.decoder import is_transposed
+from gradpruner.model.linears import is_transposed
 from gradpruner.ops.linear import WeightSquares, linear_square_accumulate
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether something has put another forward into this module: there can be only one."""
+    """Whether the forward of this module was replaced. It can be replaced only once."""
     return "forward" in vars(module)
 
 
 def fuse(module: nn.Module, squares: WeightSquares) -> None:
-    """From now on a backward pass adds into `squares`."""
+    """Replace the forward of a linear, so that its backward passes add into `squares`.
+
+    Args:
+        module: the linear.
+        squares: where the squared gradients of its weight are added.
+    """
     module.forward = functools.partial(_forward, module, squares)
 
 
 def unfuse(module: nn.Module) -> None:
-    """Its own forward again."""
+    """Give a linear its own forward back."""
     vars(module).pop("forward", None)
 
 

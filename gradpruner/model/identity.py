@@ -1,4 +1,4 @@
-"""Identify the content behind a model's name, so that results of two different models are never mixed."""
+"""Identify the content behind a model's name, so that two models are not confused."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ CODE = ".py"  # read only with trust_remote_code
 BESIDE_GGUF = ("config", "generation_config", "tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab")
 TEMPLATES = "additional_chat_templates"
 COMMIT, CODE_OF = "commit", "code of "
-CHUNK = 1 << 22  # bytes
+CHUNK = 1 << 22  # bytes that are read at a time
 LARGE = 2 << 30  # bytes, above which hashing takes seconds and is announced
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a source is made of at one moment, and the versions of the packages that read it and compute with it.
+    """What a source is made of at one moment, and the versions of the packages that read it.
 
     Args:
         source: what `load_model` takes.
-        content: the SHA-256 of every file that decides what is loaded, by name; of a hub id, the commit.
-        versions: by package.
-        stamps: size, time and inode of every file when it was hashed.
+        content: the SHA-256 of every file that decides what is loaded, by name. For a hub id, the commit.
+        versions: the version of each package that changes numbers, by name.
+        stamps: size, time of change and inode of every file when it was hashed.
     """
 
     source: str
@@ -49,17 +49,20 @@ class Identity:
         return self.content.get(COMMIT)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what JSON keeps of it."""
+        """Return what JSON keeps: content and versions."""
         return {"content": dict(self.content), "versions": dict(self.versions)}
 
     def check_unchanged(self) -> None:
-        """Raise InvalidArgument if a file was replaced since it was hashed. Only files that look changed are read."""
+        """Raise InvalidArgument if a file was replaced since it was hashed.
+
+        Only files whose size, time or inode changed are read again.
+        """
         for path, stamp in self.stamps.items():
             name = str(path.relative_to(_folder(self.stamps)))
             if not path.is_file() or (_stamp(path) != stamp and sha256_of(path) != self.content[name]):
                 raise InvalidArgument(
                     f"source {self.source!r}: {name} was replaced while it was in use; expected the same model in all "
-                    "stages. Put it back, or start anew in another folder"
+                    "stages. Put it back, or start again in another folder"
                 )
 
 
@@ -70,16 +73,18 @@ def identify(
     known: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Identity:
-    """Return what `source` stands for now. Files are read from beginning to end, at 1 to 2 GiB per second.
+    """Return what `source` stands for now.
+
+    Files are read from beginning to end, at 1 to 2 GiB per second.
 
     Args:
         source: what `load_model` takes.
         trust_remote_code: whether code that comes with the model counts.
         known: an earlier `Identity.to_dict()` of the same hub id. Its commit is kept, even if the hub has a newer one.
-        say: receives a line where the hub has a newer commit, and where many bytes must be read.
+        say: receives a line if the hub has a newer commit, and before more than 2 GiB are read.
 
     Raises:
-        InvalidArgument: there is no such model, the known commit cannot be had, or the source is adapters.
+        InvalidArgument: there is no such model, the known commit is not available, or the source is adapters.
     """
     path, name = located(source), str(source)
     versions = {package: _version(package) for package in PACKAGES}
@@ -108,8 +113,13 @@ def identify(
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Name what differs between two `Identity.to_dict()`, for a sentence that begins "another ..."."""
-    found = []
+    """Name what differs between two identities, after the words "made from another".
+
+    Args:
+        before: the `Identity.to_dict()` of earlier.
+        now: that of now.
+    """
+    names = []
     for kind, what in (("content", "content of "), ("versions", "version of ")):
         old, new = before.get(kind, {}), now[kind]
         for name in sorted(old.keys() | new.keys()):
@@ -117,22 +127,26 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             if was == is_now:
                 continue
             if kind == "versions" or name == COMMIT or name.startswith(CODE_OF):  # short enough to be shown
-                found.append(f"{what if kind == 'versions' else ''}{name} ({was}, now {is_now})")
+                names.append(f"{what if kind == 'versions' else ''}{name} ({was}, now {is_now})")
             else:
-                found.append(f"{what}{name}")
-    return found
+                names.append(f"{what}{name}")
+    return names
 
 
 def _files_of(folder: Path, trust_remote_code: bool) -> list[Path]:
-    """Return every file that may decide what is loaded. One too many only refuses too much, so unknown files count."""
-    found = [file for file in folder.iterdir() if file.suffix != CODE]
-    found += (folder / TEMPLATES).glob("*")
-    found += folder.rglob(f"*{CODE}") if trust_remote_code else ()
-    hidden = [file for file in found if file.name.startswith(".") or file.suffix.lower() in IGNORED]
-    return sorted(file for file in set(found) - set(hidden) if file.is_file())
+    """Return every file that may decide what is loaded.
+
+    Unknown files count: one file too many can only cause a refusal, one too few a wrong result.
+    """
+    files = [file for file in folder.iterdir() if file.suffix != CODE]
+    files += (folder / TEMPLATES).glob("*")
+    files += folder.rglob(f"*{CODE}") if trust_remote_code else ()
+    ignored = [file for file in files if file.name.startswith(".") or file.suffix.lower() in IGNORED]
+    return sorted(file for file in set(files) - set(ignored) if file.is_file())
 
 
 def _commit_to_use(source: str, known: str | None, say: Callable[[str], None]) -> str:
+    """Return the known commit, or the newest one if none is known."""
     if known is None:
         return _commit(source, None)
     commit = _commit(source, known)
@@ -143,7 +157,7 @@ def _commit_to_use(source: str, known: str | None, say: Callable[[str], None]) -
 
 
 def _commit(source: str, revision: str | None) -> str:
-    """Return the commit of a revision, after a look for a model in it."""
+    """Return the commit of a revision, after a check that it holds a plain model."""
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 
@@ -158,7 +172,7 @@ def _commit(source: str, revision: str | None) -> str:
 
 
 def _newest(source: str) -> str | None:
-    """Return the commit that the hub has now, or the newest one that is known here; None if neither can be told."""
+    """Return the hub's commit of now, or the newest one in the cache, or None."""
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 
@@ -184,7 +198,10 @@ def _hub_configs(source: str, commit: str) -> list[Path]:
 
 
 def _code_elsewhere(configs: Iterable[Path], trust_remote_code: bool) -> dict[str, str]:
-    """Return the commits of other repositories on the hub whose code a config names as "owner/name--module.Class"."""
+    """Return the commits of other repositories whose code a config names.
+
+    A config names code in another repository as "owner/name--module.Class".
+    """
     if not trust_remote_code:
         return {}
     found: dict[str, str] = {}
@@ -213,12 +230,13 @@ def _commit_of_code(repository: str, name: str) -> str:
 
 
 def _folder(files: Iterable[Path]) -> Path:
+    """Return the outermost folder that holds one of the files."""
     return min((file.parent for file in files), key=lambda folder: len(folder.parts))
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def sha256_of(path: Path) -> str:

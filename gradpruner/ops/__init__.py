@@ -1,4 +1,7 @@
-"""Ops on tensors; they know nothing of models. Each is a `torch.library` op `gradpruner::NAME`."""
+"""Arithmetic on tensors that knows nothing of models.
+
+Each op is a `torch.library` op `gradpruner::NAME`. The functions here are called like plain functions.
+"""
 
 from gradpruner.ops.backends import BACKENDS, available_backends
 from gradpruner.ops.definitions import (

@@ -1,4 +1,8 @@
-"""Which implementation of an op runs: by device, or by force through `GRADPRUNER_BACKEND`."""
+"""Choose the implementation of an op: by device, or by `GRADPRUNER_BACKEND`.
+
+A backend is a module with one function per op, named like the op and with its signature. By default tensors on the
+CPU take "cpp", tensors on a GPU take "triton", and "reference" serves everything else.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,15 @@ def _load(name: str) -> ModuleType | ImportError:
 
 
 def available_backends() -> dict[str, str]:
-    """What this installation can run: backend name to "available" or the reason it is not."""
+    """Say which backends this installation can run.
+
+    Returns:
+        For each name in `BACKENDS` "available", or the reason why it is not.
+
+    Example:
+        >>> available_backends()["reference"]
+        'available'
+    """
     return {
         name: "available" if isinstance(_load(name), ModuleType) else f"not available: {_load(name)}"
         for name in BACKENDS
@@ -38,15 +50,16 @@ def available_backends() -> dict[str, str]:
 
 
 def build_note() -> str | None:
-    """What installing tried to build for the C++ extension and had to leave out, and why; None if it was nothing."""
+    """Return what could not be built of the C++ extension, and why. None if all was."""
     note = Path(__file__).parent.parent / BUILD_NOTE
     return note.read_text(encoding="utf-8").strip() if note.is_file() else None
 
 
 def backend_for(device: torch.device) -> ModuleType:
-    """The module that implements every op for tensors on `device`.
+    """Return the module that implements every op for tensors on `device`.
 
-    Raises InvalidArgument if `GRADPRUNER_BACKEND` names an unknown or missing backend.
+    Raises:
+        InvalidArgument: `GRADPRUNER_BACKEND` names an unknown or missing backend, or one that is not for this device.
     """
     forced = os.environ.get("GRADPRUNER_BACKEND")
     if forced:

@@ -1,4 +1,7 @@
-"""What every op asks of its arguments: dtypes, shapes, devices. Errors name the argument, what it is and what fits."""
+"""Checks of the tensors that ops take.
+
+Each error names the argument, what was given and what is accepted.
+"""
 
 from __future__ import annotations
 
@@ -12,34 +15,67 @@ FACTORS = (torch.float32, torch.bfloat16)
 
 
 def need(condition: bool, message: str) -> None:
-    """Raises InvalidArgument with the message unless the condition holds."""
+    """Raise InvalidArgument unless a condition holds.
+
+    Args:
+        condition: what must be true.
+        message: what the error says.
+    """
     if not condition:
         raise InvalidArgument(message)
 
 
 def need_dtype(name: str, tensor: Tensor, accepted: tuple[torch.dtype, ...]) -> None:
-    """Raises InvalidArgument unless the dtype is one of those accepted."""
+    """Raise InvalidArgument unless a tensor has one of the accepted dtypes.
+
+    Args:
+        name: the argument, as the caller knows it.
+        tensor: what was given.
+        accepted: the dtypes that the op computes with.
+    """
     need(tensor.dtype in accepted, f"{name} has dtype {tensor.dtype}; accepted are {list(accepted)}")
 
 
 def need_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises InvalidArgument unless the tensor has this shape."""
+    """Raise InvalidArgument unless a tensor has this shape.
+
+    Args:
+        name: the argument, as the caller knows it.
+        tensor: what was given.
+        shape: the only shape that fits the other arguments.
+    """
     need(tuple(tensor.shape) == shape, f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
 
 
 def need_same_device(first: Tensor, *others: Tensor) -> None:
-    """Raises InvalidArgument unless all are on one device."""
+    """Raise InvalidArgument unless all tensors are on one device.
+
+    Args:
+        first: the tensor whose device counts.
+        *others: the tensors that are compared with it.
+    """
     for other in others:
         need(other.device == first.device, f"tensors on {first.device} and {other.device}; expected one device")
 
 
 def need_count(name: str, items: list[Tensor], count: int) -> None:
-    """Raises InvalidArgument unless there is one entry for each donor."""
+    """Raise InvalidArgument unless a list has one entry per donor.
+
+    Args:
+        name: the argument, as the caller knows it.
+        items: what was given.
+        count: the number of donors.
+    """
     need(len(items) == count, f"{name} has {len(items)} entries; expected {count}, one for each donor")
 
 
 def need_factors(a: Tensor, b: Tensor) -> None:
-    """Raises InvalidArgument unless a and b are factors of one matrix: (t, r, in) and (t, out, r), one dtype."""
+    """Raise InvalidArgument unless two tensors are the factors of one matrix.
+
+    Args:
+        a: expected as (t, r, in), float32 or bfloat16.
+        b: expected as (t, out, r), of the dtype and on the device of `a`.
+    """
     need_dtype("a", a, FACTORS)
     need_dtype("b", b, FACTORS)
     need(
@@ -51,7 +87,12 @@ def need_factors(a: Tensor, b: Tensor) -> None:
 
 
 def need_tokens(x: Tensor, dy: Tensor) -> None:
-    """Raises InvalidArgument unless these are the inputs (tokens, in) of a linear and its output's gradient."""
+    """Raise InvalidArgument unless two tensors are a linear's inputs and its output's gradient.
+
+    Args:
+        x: expected as (tokens, in), any float dtype.
+        dy: expected as (tokens, out), of the dtype of `x`.
+    """
     need_dtype("x", x, FLOATS)
     need(dy.dtype == x.dtype, f"dy has dtype {dy.dtype} and x {x.dtype}; expected the same")
     need(

@@ -1,13 +1,17 @@
-"""The CPU backend: tensors become addresses, sizes and dtype codes for the C++ extension `gradpruner._cpu`.
+"""The CPU backend: pass addresses and sizes to the C++ extension `gradpruner._cpu`.
 
-Every function here keeps its tensors alive until the call returns. `GRADPRUNER_CPU_ISA` (portable, avx2,
-avx512, avx512bf16, amx) forces an instruction set; by default it is the best that the machine has.
+The functions have the signatures of the ops in `gradpruner.ops`, which explain the arguments. Every function here
+keeps its tensors alive until the call returns.
+
+By default the best instruction set of the machine is used. `GRADPRUNER_CPU_ISA` (portable, avx2, avx512, avx512bf16,
+amx) forces one.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,54 +39,136 @@ _CODES = {
 }
 
 
-def _array(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), _CODES[tensor.dtype]
+# The C++ side sees plain tuples (csrc/module.cpp). Addresses are `Tensor.data_ptr()`, 0 for a tensor that is absent.
 
 
-def _factors(a: Tensor, b: Tensor) -> tuple[int, int, int, int, int, int, int]:
-    steps, rank, width = a.shape
-    return a.data_ptr(), b.data_ptr(), _CODES[a.dtype], steps, rank, width, b.shape[1]
+class _Array(NamedTuple):
+    """A tensor whose dtype is not fixed."""
+
+    address: int
+    dtype: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Array:
+        return cls(tensor.data_ptr(), _CODES[tensor.dtype])
+
+
+class _Pair(NamedTuple):
+    """The factors of one gradient: a (rank, n_in) and b (n_out, rank)."""
+
+    a: int
+    a_dtype: int
+    b: int
+    b_dtype: int
+    rank: int
+    n_in: int
+    n_out: int
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor) -> _Pair:
+        return cls(*_Array.of(a), *_Array.of(b), rank=a.shape[0], n_in=a.shape[1], n_out=b.shape[0])
+
+
+class _Factors(NamedTuple):
+    """The factors of one importance: a (steps, rank, n_in) and b (steps, n_out, rank)."""
+
+    a: int
+    b: int
+    dtype: int
+    steps: int
+    rank: int
+    n_in: int
+    n_out: int
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor) -> _Factors:
+        steps, rank, n_in = a.shape
+        return cls(a.data_ptr(), b.data_ptr(), _CODES[a.dtype], steps, rank, n_in, n_out=b.shape[1])
+
+
+class _Donor(NamedTuple):
+    """One donor of a merge: its weight, its importance and what is kept of it."""
+
+    weight: int
+    importance: int | _Factors
+    value: float
+    last_tie: int
+    scale: float
+
+
+class _Judged(NamedTuple):
+    """A weight (n_out, n_in) and what the importance of its entries is computed from."""
+
+    weight: int
+    dtype: int
+    n_out: int
+    n_in: int
+    norms: int
+    grads: int
+    alpha: float
+
+    @classmethod
+    def of(cls, weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float) -> _Judged:
+        n_out, n_in = weight.shape
+        return cls(*_Array.of(weight), n_out, n_in, _address(norms), _address(grads), alpha)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """||b_i a_i||_F^2 of every pair, float64 (n,), from two r x r Gram matrices (source: D)."""
+    """Compute ||b_i a_i||_F^2 of every pair from two r x r Gram matrices.
+
+    Args:
+        a, b: as in the op.
+    """
     norms = torch.empty(len(a), dtype=torch.float64)
-    pairs = [
-        (ai.data_ptr(), _CODES[ai.dtype], bi.data_ptr(), _CODES[bi.dtype], *ai.shape, bi.size(0))
-        for ai, bi in zip(a, b, strict=True)
-    ]
+    pairs = [_Pair.of(ai, bi) for ai, bi in zip(a, b, strict=True)]
     _cpu.gram_norm(pairs, norms.data_ptr(), torch.get_num_threads())
     return norms
 
 
 def square_accumulate_(igia: Tensor, grad: Tensor) -> None:
-    """igia += grad ** 2 (source: P eq. 3)."""
-    _cpu.square_accumulate(igia.data_ptr(), *_array(grad), igia.numel(), torch.get_num_threads())
+    """Compute igia += grad ** 2.
+
+    Args:
+        igia, grad: as in the op.
+    """
+    _cpu.square_accumulate(igia.data_ptr(), *_Array.of(grad), igia.numel(), torch.get_num_threads())
 
 
 def outer_square_accumulate_(igia: Tensor, a: Tensor, b: Tensor) -> None:
-    """igia += (b @ a) ** 2 (source: P eq. 2 and 3)."""
-    factors = _factors(a.unsqueeze(0), b.unsqueeze(0))
+    """Compute igia += (b @ a) ** 2.
+
+    Args:
+        igia, a, b: as in the op.
+    """
+    factors = _Factors.of(a.unsqueeze(0), b.unsqueeze(0))
     _cpu.outer_square_accumulate(igia.data_ptr(), factors, torch.get_num_threads())
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    return _cpu.all_finite(*_array(tensor), tensor.numel(), torch.get_num_threads())
+    return _cpu.all_finite(*_Array.of(tensor), tensor.numel(), torch.get_num_threads())
 
 
 def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: Tensor | None) -> Tensor:
-    """g = dy^T x, plus grad where given; igia += g ** 2 unless x, dy or g is not finite (source: D)."""
+    """Compute g = dy^T x, plus grad where given, and igia += g ** 2 where all is finite.
+
+    Args:
+        igia, x, dy, grad: as in the op.
+    """
     finite = _all_finite(x) and _all_finite(dy)
     if not finite and grad is None:
         return torch.full((), math.nan, dtype=torch.float64)
     total = _cpu.weight_gradient(
         x.data_ptr(),
-        *_array(dy),
+        *_Array.of(dy),
         *x.shape,
         dy.shape[1],
         finite,
-        igia.data_ptr() if igia is not None and finite else 0,
-        *(_array(grad) if grad is not None else (0, 0)),
+        _address(igia) if finite else 0,
+        *(_Array(0, 0) if grad is None else _Array.of(grad)),
         False,
         torch.get_num_threads(),
     )
@@ -90,11 +176,15 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
 
 
 def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
-    """total += abs(dy^T x) unless x or dy is not finite (docs/method.md, section 7)."""
+    """Compute total += abs(dy^T x) unless x or dy is not finite.
+
+    Args:
+        total, x, dy: as in the op.
+    """
     if _all_finite(x) and _all_finite(dy):
         shape = (*x.shape, dy.shape[1])
         threads = torch.get_num_threads()
-        _cpu.weight_gradient(x.data_ptr(), *_array(dy), *shape, True, total.data_ptr(), 0, 0, True, threads)
+        _cpu.weight_gradient(x.data_ptr(), *_Array.of(dy), *shape, True, total.data_ptr(), 0, 0, True, threads)
 
 
 def _threshold_tensors(value: float, index: int) -> tuple[Tensor, Tensor]:
@@ -102,13 +192,21 @@ def _threshold_tensors(value: float, index: int) -> tuple[Tensor, Tensor]:
 
 
 def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k-th largest positive entry and the flat index of the last tie that is kept (docs/method.md, section 3)."""
+    """Find the k-th largest positive entry and the flat index of the last tie that is kept.
+
+    Args:
+        igia, k: as in the op.
+    """
     return _threshold_tensors(*_cpu.threshold(igia.data_ptr(), igia.numel(), k, torch.get_num_threads()))
 
 
 def factor_threshold(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`threshold` of the importance that the factors stand for (docs/method.md, section 3)."""
-    return _threshold_tensors(*_cpu.factor_threshold(_factors(a, b), k, torch.get_num_threads()))
+    """Find the `threshold` of the importance that the factors stand for.
+
+    Args:
+        a, b, k: as in the op.
+    """
+    return _threshold_tensors(*_cpu.factor_threshold(_Factors.of(a, b), k, torch.get_num_threads()))
 
 
 def sign_merge_(
@@ -119,12 +217,16 @@ def sign_merge_(
     indices: list[Tensor],
     scales: list[float],
 ) -> None:
-    """weight += sum_k scale_k * mask_k * [sign(donor_k) == sign(weight)] * donor_k (docs/method.md, section 3)."""
+    """Compute weight += sum_k scale_k * mask_k * [sign(donor_k) == sign(weight)] * donor_k.
+
+    Args:
+        weight, donors, igias, values, indices, scales: as in the op.
+    """
     terms = [
-        (donor.data_ptr(), igia.data_ptr(), value.item(), index.item(), scale)
+        _Donor(donor.data_ptr(), igia.data_ptr(), value.item(), int(index.item()), scale)
         for donor, igia, value, index, scale in zip(donors, igias, values, indices, scales, strict=True)
     ]
-    _cpu.sign_merge(*_array(weight), weight.numel(), terms, torch.get_num_threads())
+    _cpu.sign_merge(*_Array.of(weight), weight.numel(), terms, torch.get_num_threads())
 
 
 def factor_sign_merge_(
@@ -136,36 +238,48 @@ def factor_sign_merge_(
     indices: list[Tensor],
     scales: list[float],
 ) -> None:
-    """`sign_merge_` with each donor's importance given by its factors (docs/method.md, section 3)."""
+    """Compute `sign_merge_` with each donor's importance given by its factors.
+
+    Args:
+        weight, donors, a, b, values, indices, scales: as in the op.
+    """
     terms = [
-        (donor.data_ptr(), _factors(ak, bk), value.item(), index.item(), scale)
+        _Donor(donor.data_ptr(), _Factors.of(ak, bk), value.item(), int(index.item()), scale)
         for donor, ak, bk, value, index, scale in zip(donors, a, b, values, indices, scales, strict=True)
     ]
-    _cpu.factor_sign_merge(*_array(weight), terms, torch.get_num_threads())
-
-
-def _weight(weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float) -> tuple:
-    judged_by = (0 if tensor is None else tensor.data_ptr() for tensor in (norms, grads))
-    return (*_array(weight), *weight.shape, *judged_by, alpha)
+    _cpu.factor_sign_merge(*_Array.of(weight), terms, torch.get_num_threads())
 
 
 def weight_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float) -> Tensor:
-    """abs(weight) * (norms + alpha * grads), each operation rounded to float32 (docs/method.md, section 7)."""
-    found = torch.empty(weight.shape, dtype=torch.float32)
-    _cpu.weight_importance(_weight(weight, norms, grads, alpha), found.data_ptr(), torch.get_num_threads())
-    return found
+    """Compute abs(weight) * (norms + alpha * grads), each operation rounded to float32.
+
+    Args:
+        weight, norms, grads, alpha: as in the op.
+    """
+    importance = torch.empty(weight.shape, dtype=torch.float32)
+    judged = _Judged.of(weight, norms, grads, alpha)
+    _cpu.weight_importance(judged, importance.data_ptr(), torch.get_num_threads())
+    return importance
 
 
 def prune_groups_(
     weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float, kept: int, group: int
 ) -> Tensor:
-    """Zero all but the `kept` most important of each `group`; the mask, 8 a byte (docs/method.md, section 7)."""
+    """Zero all but the `kept` most important entries of each `group`, and return the mask.
+
+    Args:
+        weight, norms, grads, alpha, kept, group: as in the op.
+    """
     mask = torch.empty(weight.shape[0], (weight.shape[1] + 7) // 8, dtype=torch.uint8)
-    of = _weight(weight, norms, grads, alpha)
-    _cpu.prune_groups(of, kept, group, mask.data_ptr(), torch.get_num_threads())
+    judged = _Judged.of(weight, norms, grads, alpha)
+    _cpu.prune_groups(judged, kept, group, mask.data_ptr(), torch.get_num_threads())
     return mask
 
 
 def apply_mask_(weight: Tensor, mask: Tensor) -> None:
-    """Zero what the mask does not keep (docs/method.md, section 7)."""
-    _cpu.apply_mask(*_array(weight), *weight.shape, mask.data_ptr(), torch.get_num_threads())
+    """Zero the entries that the mask does not keep.
+
+    Args:
+        weight, mask: as in the op.
+    """
+    _cpu.apply_mask(*_Array.of(weight), *weight.shape, mask.data_ptr(), torch.get_num_threads())

@@ -1,7 +1,8 @@
-"""The `gradpruner::*` ops: schema, argument checks, fake implementation. Backends fill them in.
+"""The `gradpruner::*` ops of the method: schema, argument checks, fake implementation.
 
-Shapes and dtypes are checked here, once, so that no backend has to. Every op works on logically row-major
-tensors: a non-contiguous input is copied, a non-contiguous output is computed in a copy and written back.
+The backends compute them. Shapes and dtypes are checked here, once, so that no backend has to. Every op works on
+row-major tensors: it copies an input that lies otherwise, and computes an output that lies otherwise in a copy that
+it writes back.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from gradpruner.ops.checks import (
     need_shape,
     need_tokens,
 )
+from gradpruner.ops.row_major import all_read_only, read_only, updated
 
-# Their kernels read a table of addresses that the host copies from pinned memory and then lets go: the replay of a
-# captured CUDA graph would copy again, from memory that is another's by then.
+# The kernels of these ops read a table of addresses. The host copies it from pinned memory, which it then frees. The
+# replay of a captured CUDA graph would copy again, from memory that belongs to something else by then.
 UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
 
 
@@ -31,14 +33,28 @@ UNCAPTURED = (torch.Tag.cudagraph_unsafe,)
 def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """Squared Frobenius norm of b_i @ a_i for every pair, without building the product.
 
-    a: n tensors (r_i, in_i); b: n tensors (out_i, r_i); any float dtype, one device. Returns float64 (n,).
-    Raises InvalidArgument if lengths, shapes or devices do not fit. Source: D.
+    Args:
+        a: n tensors of shape (r_i, in_i), any float dtype, all on one device.
+        b: n tensors of shape (out_i, r_i), any float dtype, on the same device.
+
+    Returns:
+        The norms, float64 (n,).
+
+    Raises:
+        InvalidArgument: lengths, shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> gram_norm([torch.ones(2, 3)], [torch.ones(4, 2)])  # a (4, 3) matrix of twos
+        tensor([48.], dtype=torch.float64)
+
+    Source: docs/method.md, section 1, "Sums without the matrix".
     """
     need(len(a) == len(b), f"a has {len(a)} tensors and b has {len(b)}; expected as many")
     if not a:
         return torch.zeros(0, dtype=torch.float64)
     device = a[0].device
-    for i, (ai, bi) in enumerate(zip(a, b, strict=True)):  # hundreds of pairs a step: a message only where it is needed
+    # A step has hundreds of pairs. So messages are built only where they are needed.
+    for i, (ai, bi) in enumerate(zip(a, b, strict=True)):
         if ai.ndim != 2 or bi.ndim != 2 or ai.size(0) != bi.size(1):
             shapes = f"{tuple(ai.shape)} and {tuple(bi.shape)}"
             raise InvalidArgument(f"pair {i} has shapes {shapes}; expected (r, in) and (out, r)")
@@ -47,7 +63,7 @@ def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
             need_dtype(f"b[{i}]", bi, FLOATS)
         if ai.device != device or bi.device != device:
             need_same_device(a[0], ai, bi)
-    return backend_for(device).gram_norm([t.contiguous() for t in a], [t.contiguous() for t in b])
+    return backend_for(device).gram_norm(all_read_only(a), all_read_only(b))
 
 
 @gram_norm.register_fake
@@ -59,10 +75,16 @@ def _(a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 @torch.library.custom_op("gradpruner::square_accumulate_", mutates_args=("igia",))
 def square_accumulate_(igia: Tensor, grad: Tensor) -> None:
-    """igia += grad ** 2 in one pass, no temporary.
+    """Add squares into an importance: igia += grad ** 2, in one pass, without a temporary.
 
-    igia: float32, any shape; grad: the same shape, any float dtype, squared in float32.
-    Raises InvalidArgument. Source: P eq. 3.
+    Args:
+        igia: the importance, float32, any shape. It is changed in place.
+        grad: the gradient, of the same shape, any float dtype. It is squared in float32.
+
+    Raises:
+        InvalidArgument: dtypes, shapes or devices do not fit.
+
+    Source: docs/method.md, section 1, "Importance of an entry".
     """
     need_dtype("igia", igia, (torch.float32,))
     need_dtype("grad", grad, FLOATS)
@@ -70,10 +92,8 @@ def square_accumulate_(igia: Tensor, grad: Tensor) -> None:
     need_same_device(igia, grad)
     if igia.numel() == 0:
         return
-    target = igia.contiguous()
-    backend_for(igia.device).square_accumulate_(target, grad.contiguous())
-    if target is not igia:
-        igia.copy_(target)
+    with updated(igia) as target:
+        backend_for(igia.device).square_accumulate_(target, read_only(grad))
 
 
 @square_accumulate_.register_fake
@@ -83,10 +103,19 @@ def _(igia: Tensor, grad: Tensor) -> None:
 
 @torch.library.custom_op("gradpruner::outer_square_accumulate_", mutates_args=("igia",))
 def outer_square_accumulate_(igia: Tensor, a: Tensor, b: Tensor) -> None:
-    """igia += (b @ a) ** 2, without building b @ a.
+    """Add a product's squares into an importance: igia += (b @ a) ** 2.
 
-    igia: float32 (out, in); a: (r, in), b: (out, r), both float32 or both bfloat16; products and sums keep
-    float32 accuracy. Raises InvalidArgument. Source: P eq. 2 and 3.
+    The product b @ a is not built. Products and sums keep float32 accuracy.
+
+    Args:
+        igia: the importance, float32 (out, in). It is changed in place.
+        a: (r, in), float32 or bfloat16.
+        b: (out, r), of the dtype of `a`.
+
+    Raises:
+        InvalidArgument: dtypes, shapes or devices do not fit.
+
+    Source: docs/method.md, section 1, "The gradient of a weight" and "Importance of an entry".
     """
     need_dtype("igia", igia, (torch.float32,))
     need_factors(a.unsqueeze(0), b.unsqueeze(0))
@@ -94,10 +123,8 @@ def outer_square_accumulate_(igia: Tensor, a: Tensor, b: Tensor) -> None:
     need_same_device(igia, a)
     if igia.numel() == 0:
         return
-    target = igia.contiguous()
-    backend_for(igia.device).outer_square_accumulate_(target, a.contiguous(), b.contiguous())
-    if target is not igia:
-        igia.copy_(target)
+    with updated(igia) as target:
+        backend_for(igia.device).outer_square_accumulate_(target, read_only(a), read_only(b))
 
 
 @outer_square_accumulate_.register_fake
@@ -107,15 +134,29 @@ def _(igia: Tensor, a: Tensor, b: Tensor) -> None:
 
 @torch.library.custom_op("gradpruner::wgrad_square_accumulate_", mutates_args=("igia", "grad"))
 def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: Tensor | None) -> Tensor:
-    """The fused weight gradient: square g = dy^T x where it is computed, never store it for a frozen weight.
+    """Square the weight gradient g = dy^T x as it is computed: igia += g ** 2.
 
-    x: (tokens, in), dy: (tokens, out), one float dtype. igia: float32 (out, in) or None, gets g ** 2 added.
-    grad: (out, in) in any float dtype or None; where given the weight trains: dy^T x is added into it and
-    the squares are those of the sum, as stored. Returns sum(g ** 2), float64 ().
+    The gradient of a frozen weight is never stored. A weight that trains gives `grad`: dy^T x is added into it, and
+    what is squared is the sum as it is stored there.
 
-    If x or dy holds a NaN or Inf, igia is left as it was and the returned sum is not finite, which is how the
-    caller knows; grad receives what torch would put there. A square that overflows float32 adds nothing to igia.
-    Raises InvalidArgument. Source: D (estimator `exact`).
+    If `x` or `dy` holds a NaN or an infinity, `igia` stays as it was and the returned sum is not finite. That is how
+    the caller knows. `grad` receives what torch would put there. A square that overflows float32 adds nothing to
+    `igia`.
+
+    Args:
+        igia: the importance, float32 (out, in), changed in place. None where only the sum is wanted.
+        x: inputs of the linear, (tokens, in), any float dtype.
+        dy: gradients of its outputs, (tokens, out), of the dtype of `x`.
+        grad: the gradient of a weight that trains, (out, in), any float dtype, changed in place. None for a frozen
+            weight.
+
+    Returns:
+        sum(g ** 2), float64 ().
+
+    Raises:
+        InvalidArgument: dtypes, shapes or devices do not fit.
+
+    Source: docs/method.md, section 1 (the estimator "exact").
     """
     need_tokens(x, dy)
     need_same_device(x, dy)
@@ -130,14 +171,8 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
         need_same_device(x, grad)
     if shape[0] * shape[1] == 0:
         return x.new_zeros((), dtype=torch.float64)
-    igia_target = None if igia is None else igia.contiguous()
-    grad_target = None if grad is None else grad.contiguous()
-    total = backend_for(x.device).wgrad_square_accumulate_(igia_target, x.contiguous(), dy.contiguous(), grad_target)
-    if igia is not None and igia_target is not None and igia_target is not igia:
-        igia.copy_(igia_target)
-    if grad is not None and grad_target is not None and grad_target is not grad:
-        grad.copy_(grad_target)
-    return total
+    with updated(igia) as igia_target, updated(grad) as grad_target:
+        return backend_for(x.device).wgrad_square_accumulate_(igia_target, read_only(x), read_only(dy), grad_target)
 
 
 @wgrad_square_accumulate_.register_fake
@@ -147,18 +182,34 @@ def _(igia: Tensor | None, x: Tensor, dy: Tensor, grad: Tensor | None) -> Tensor
 
 @torch.library.custom_op("gradpruner::threshold", mutates_args=())
 def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The exact boundary of the k largest entries: entry j is kept if F_j > value, or F_j == value and j <= index.
+    """Find the exact boundary of the k largest entries.
 
-    igia: float32, any shape. Ties: lower flat index first. Entries that are zero, negative or NaN are never
-    kept; with fewer than k positive entries all of them are. Returns value float32 () and index int64 (),
-    (inf, -1) where nothing is kept. Stays on the device. Raises InvalidArgument.
-    Source: C, D (docs/method.md, section 3).
+    Entry j is kept if igia[j] > value, or if igia[j] == value and j <= index. So of equal entries those with the
+    lower flat index are kept. Entries that are zero, negative or NaN are never kept. With fewer than k positive
+    entries, all positive ones are kept. Nothing is copied to the host.
+
+    Args:
+        igia: the importance, float32, any shape.
+        k: how many entries to keep, 0 to the number of entries.
+
+    Returns:
+        The value, float32 (), and the flat index of the last entry that is kept at this value, int64 (). They are
+        (inf, -1) where nothing is kept.
+
+    Raises:
+        InvalidArgument: `igia` is not float32, or `k` is out of range.
+
+    Example:
+        >>> threshold(torch.tensor([3.0, 1.0, 3.0, 3.0]), 2)
+        (tensor(3.), tensor(2))
+
+    Source: docs/method.md, section 3, step 1.
     """
     need_dtype("igia", igia, (torch.float32,))
     need(0 <= k <= igia.numel(), f"k = {k}; accepted are 0 to {igia.numel()}, the number of entries")
     if k == 0:
         return _nothing_kept(igia)
-    return backend_for(igia.device).threshold(igia.contiguous(), k)
+    return backend_for(igia.device).threshold(read_only(igia), k)
 
 
 @threshold.register_fake
@@ -168,17 +219,27 @@ def _(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("gradpruner::factor_threshold", mutates_args=())
 def factor_threshold(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`threshold` of F = sum over steps of (b_i @ a_i) ** 2, which is never held in memory whole.
+    """Find the `threshold` of F = sum over i of (b_i @ a_i) ** 2, without holding F in memory.
 
-    a: (t, r, in), b: (t, out, r), both float32 or both bfloat16. Returns as `threshold` does; the pair is exact
-    for F as this backend computes it. Raises InvalidArgument. Source: P eq. 3, D (docs/method.md, section 3).
+    Args:
+        a: (t, r, in), float32 or bfloat16: one factor per step.
+        b: (t, out, r), of the dtype of `a`.
+        k: how many entries to keep, 0 to out * in.
+
+    Returns:
+        Value and flat index, as `threshold` gives them. They are exact for F as this backend computes it.
+
+    Raises:
+        InvalidArgument: dtypes, shapes or devices do not fit, or `k` is out of range.
+
+    Source: docs/method.md, section 1, "Importance of an entry", and section 3, step 1.
     """
     need_factors(a, b)
     entries = b.shape[1] * a.shape[2]
     need(0 <= k <= entries, f"k = {k}; accepted are 0 to {entries}, the number of entries")
     if k == 0 or a.shape[0] == 0 or a.shape[1] == 0:
         return _nothing_kept(a)
-    return backend_for(a.device).factor_threshold(a.contiguous(), b.contiguous(), k)
+    return backend_for(a.device).factor_threshold(read_only(a), read_only(b), k)
 
 
 @factor_threshold.register_fake
@@ -217,12 +278,30 @@ def sign_merge_(
     indices: list[Tensor],
     scales: list[float],
 ) -> None:
-    """weight += sum_k scale_k mask_k [sign(donor_k) = sign(weight)] donor_k, all donors in one pass.
+    """Merge donors into a weight, where they are important and agree with it in sign.
 
-    weight and donors: one shape and float dtype. igias: float32, the same shape; values, indices: `threshold`'s
-    answers. Signs are tested against the original weight; a zero or NaN matches nothing. Accumulates in
-    float32 (float64 for float64 weights), donors in the order given, stores once, rounding to nearest even.
-    Raises InvalidArgument. Source: C, P (docs/method.md, section 3).
+    One pass computes
+
+        weight += sum over k of scales[k] * mask_k * [sign(donors[k]) == sign(weight)] * donors[k]
+
+    Signs are compared with the original weight. A zero or a NaN agrees with nothing. The sum is taken in float32 (in
+    float64 for float64 weights), in the order of the donors. It is rounded once, to nearest even. An entry to which
+    nothing is added keeps its bits.
+
+    Entry k of every list belongs to donor k.
+
+    Args:
+        weight: the weight, any shape and float dtype. It is changed in place.
+        donors: weights of the same shape and dtype.
+        igias: the importance of each donor's entries, float32, of the same shape.
+        values: the value that `threshold` gave for igias[k], float32 ().
+        indices: the index that `threshold` gave for igias[k], int64 ().
+        scales: the factor of each donor. The paper's is 1.
+
+    Raises:
+        InvalidArgument: lengths, dtypes, shapes or devices do not fit.
+
+    Source: docs/method.md, section 3.
     """
     _check_merge(weight, donors, values, indices, scales)
     need_count("igias", igias, len(donors))
@@ -232,12 +311,9 @@ def sign_merge_(
         need_same_device(weight, igia)
     if weight.numel() == 0 or not donors:
         return
-    target = weight.contiguous()
-    backend_for(weight.device).sign_merge_(
-        target, [d.contiguous() for d in donors], [f.contiguous() for f in igias], values, indices, scales
-    )
-    if target is not weight:
-        weight.copy_(target)
+    donors, igias = all_read_only(donors), all_read_only(igias)
+    with updated(weight) as target:
+        backend_for(weight.device).sign_merge_(target, donors, igias, values, indices, scales)
 
 
 @sign_merge_.register_fake
@@ -262,11 +338,26 @@ def factor_sign_merge_(
     indices: list[Tensor],
     scales: list[float],
 ) -> None:
-    """`sign_merge_` with each donor's importance rebuilt tile by tile from its factors, bit for bit as
-    `factor_threshold` rebuilt it.
+    """Merge donors as `sign_merge_` does, with the importance of each given by its factors.
 
-    weight, donors: (out, in), one float dtype. a[k]: (t, r, in), b[k]: (t, out, r). Raises InvalidArgument.
-    Source: C, P, D (docs/method.md, section 3).
+    The importance F_k = sum over i of (b[k]_i @ a[k]_i) ** 2 is rebuilt tile by tile. Each entry has the same bits as
+    in `factor_threshold`, so that the boundary fits.
+
+    Entry k of every list belongs to donor k.
+
+    Args:
+        weight: the weight, (out, in), any float dtype. It is changed in place.
+        donors: weights of the same shape and dtype.
+        a: (t, r, in) per donor, float32 or bfloat16. Steps and ranks may differ from donor to donor.
+        b: (t, out, r) per donor, of the dtype of a[k].
+        values: the value that `factor_threshold` gave for a[k] and b[k], float32 ().
+        indices: the index that `factor_threshold` gave for a[k] and b[k], int64 ().
+        scales: the factor of each donor. The paper's is 1.
+
+    Raises:
+        InvalidArgument: lengths, dtypes, shapes or devices do not fit.
+
+    Source: docs/method.md, section 3.
     """
     _check_merge(weight, donors, values, indices, scales)
     need_count("a", a, len(donors))
@@ -281,18 +372,9 @@ def factor_sign_merge_(
         need_same_device(weight, ai)
     if weight.numel() == 0 or not donors:
         return
-    target = weight.contiguous()
-    backend_for(weight.device).factor_sign_merge_(
-        target,
-        [d.contiguous() for d in donors],
-        [t.contiguous() for t in a],
-        [t.contiguous() for t in b],
-        values,
-        indices,
-        scales,
-    )
-    if target is not weight:
-        weight.copy_(target)
+    donors, a, b = all_read_only(donors), all_read_only(a), all_read_only(b)
+    with updated(weight) as target:
+        backend_for(weight.device).factor_sign_merge_(target, donors, a, b, values, indices, scales)
 
 
 @factor_sign_merge_.register_fake

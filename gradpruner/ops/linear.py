@@ -1,7 +1,8 @@
-"""The autograd path of the fused backward: a linear layer that squares its weight gradient as it computes it.
+"""A linear layer whose backward pass squares the gradient of the weight.
 
-Unit: one backward call, that is the micro-batch, on one process, before clipping (docs/method.md, section 1,
-estimator `exact`).
+The unit is one backward call: one micro-batch, on one process, before clipping.
+
+Source: docs/method.md, section 1 (the estimator "exact").
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ from gradpruner.ops.weight_definitions import wgrad_abs_accumulate_
 
 @dataclass
 class WeightSquares:
-    """Where one weight's squares go.
+    """Where the squared gradients of one weight are added, and how.
 
-    total: float64 (), gets sum(g ** 2) of every squared call. igia: float32, the weight's shape, gets g ** 2;
-    None to keep only the sum. micro_batches: backward calls that make one gradient of a trainable weight; it is
-    squared on the last of them. A frozen weight's gradient is squared on every call, and never stored. power: 1 adds
-    abs(g) into igia in the place of g ** 2, for a frozen weight, and nothing into total. repeated: whether the weight
-    ran more than once in one backward pass: each run gives a part of the gradient, and what was squared is wrong.
+    Args:
+        total: the sum, float64 (). It gets sum(g ** 2) of every gradient that is squared.
+        igia: the importance, float32, of the weight's shape. It gets g ** 2. None to keep only the sum.
+        micro_batches: how many backward calls make one gradient of a weight that trains. The gradient is squared on
+            the last of them. The gradient of a frozen weight is squared on every call, and never stored.
+        calls: how many backward calls there were.
+        power: 2 adds g ** 2. 1 adds abs(g) into `igia` and nothing into `total`; this is for frozen weights only.
+        repeated: whether the weight was used more than once in one backward pass. Each use gives a part of the
+            gradient then, and what was squared is wrong.
+        last_pass: torch's number of the last backward pass, -1 before the first.
     """
 
     total: Tensor
@@ -39,6 +45,8 @@ class WeightSquares:
 
 
 class _SquaredLinear(torch.autograd.Function):
+    """The autograd function behind `linear_square_accumulate`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -49,15 +57,18 @@ class _SquaredLinear(torch.autograd.Function):
         transposed: bool,
         squares: WeightSquares,
     ) -> Tensor:
-        # backward runs outside of autocast: it gets what autocast would have saved
-        entered, stored = _as_autocast_would(x), _as_autocast_would(weight)
-        ctx.save_for_backward(entered, stored, weight)
+        # the backward pass runs outside of autocast, so save what autocast would have saved
+        cast_x, cast_weight = _as_autocast_would(x), _as_autocast_would(weight)
+        ctx.save_for_backward(cast_x, cast_weight, weight)
         ctx.transposed, ctx.squares = transposed, squares
-        # not -1 in a recomputation by reentrant checkpointing, whose own backward pass is a part of that one
+        # Not -1 where reentrant checkpointing computes the forward again within a backward pass. The backward pass of
+        # that recomputation is a part of the one that runs now.
         ctx.within = torch._C._current_graph_task_id()
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
         return functional.linear(
-            entered, stored.t() if transposed else stored, None if bias is None else bias.to(stored.dtype)
+            cast_x,
+            cast_weight.t() if transposed else cast_weight,
+            None if bias is None else bias.to(cast_weight.dtype),
         )
 
     @staticmethod
@@ -68,12 +79,12 @@ class _SquaredLinear(torch.autograd.Function):
                 "create_graph = True: a linear layer whose weight gradient is squared in its backward pass "
                 "(estimator 'exact') has no second derivative; accepted is create_graph=False"
             )
-        x, stored, weight = ctx.saved_tensors
+        x, cast_weight, weight = ctx.saved_tensors
         squares: WeightSquares = ctx.squares
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            matrix = stored.t() if ctx.transposed else stored
-            dx = (dy.to(stored.dtype) @ matrix).to(ctx.dtypes[0])
+            matrix = cast_weight.t() if ctx.transposed else cast_weight
+            dx = (dy.to(cast_weight.dtype) @ matrix).to(ctx.dtypes[0])
         if ctx.needs_input_grad[2]:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.dtypes[1])
         flat_dy = dy.reshape(-1, dy.shape[-1])
@@ -83,24 +94,28 @@ class _SquaredLinear(torch.autograd.Function):
         squares.calls += 1
         this_pass = torch._C._current_graph_task_id() if ctx.within == -1 else ctx.within
         squares.repeated, squares.last_pass = squares.repeated or this_pass == squares.last_pass, this_pass
-        if squares.power == 1 and squares.igia is not None:
-            wgrad_abs_accumulate_(squares.igia, first, second)
-            return dx, None, dbias, None, None, None
-        if not weight.requires_grad:
-            squares.total += wgrad_square_accumulate_(squares.igia, first, second, None)
-            return dx, None, dbias, None, None, None
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        last = squares.calls % squares.micro_batches == 0
-        total = wgrad_square_accumulate_(squares.igia if last else None, first, second, weight.grad)
-        if last:
-            squares.total += total
-        # the op has added into weight.grad: nothing is left for autograd to add
+        _accumulate(squares, weight, first, second)
         return dx, None, dbias, None, None, None
 
 
+def _accumulate(squares: WeightSquares, weight: Tensor, x: Tensor, dy: Tensor) -> None:
+    """Add the weight gradient of one backward call, dy^T x, to what is accumulated."""
+    if squares.power == 1 and squares.igia is not None:
+        wgrad_abs_accumulate_(squares.igia, x, dy)
+    elif not weight.requires_grad:
+        squares.total += wgrad_square_accumulate_(squares.igia, x, dy, None)
+    else:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        last = squares.calls % squares.micro_batches == 0
+        # the op adds into weight.grad, so that nothing is left for autograd to add
+        total = wgrad_square_accumulate_(squares.igia if last else None, x, dy, weight.grad)
+        if last:
+            squares.total += total
+
+
 def _as_autocast_would(tensor: Tensor) -> Tensor:
-    """What autocast's linear computes with."""
+    """Return a tensor in the dtype in which autocast computes a linear."""
     kind = tensor.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensor
@@ -110,13 +125,23 @@ def _as_autocast_would(tensor: Tensor) -> Tensor:
 def linear_square_accumulate(
     x: Tensor, weight: Tensor, bias: Tensor | None, squares: WeightSquares, *, transposed: bool = False
 ) -> Tensor:
-    """`functional.linear` whose backward pass squares and accumulates the weight's gradient (source: D, `exact`).
+    """Compute `functional.linear`, and square the weight's gradient in its backward pass.
 
-    x: (..., in); weight: (out, in), or (in, out) if transposed; bias: (out,) or None. For a trainable weight the
-    gradient goes straight into `weight.grad`: autograd hooks on the weight (DistributedDataParallel's) do not see it.
-    Under autocast it computes in autocast's dtype, forwards and backwards. Its backward pass raises InvalidArgument
-    under create_graph=True.
+    The gradient of a weight that trains goes straight into `weight.grad`. Autograd hooks on the weight, such as those
+    of DistributedDataParallel, do not see it. Under autocast, both passes compute in autocast's dtype. The backward
+    pass raises InvalidArgument under create_graph=True.
+
+    Args:
+        x: inputs, (..., in).
+        weight: (out, in), or (in, out) if `transposed`.
+        bias: (out,) or None.
+        squares: where the squared gradients are added.
+        transposed: whether the weight is stored as (in, out).
+
+    Returns:
+        The outputs, (..., out).
     """
-    # behind frozen embeddings neither x nor the weight needs a gradient: the anchor brings backward here all the same
+    # Behind frozen embeddings neither x nor the weight needs a gradient. The anchor makes autograd call the backward
+    # pass all the same.
     anchor = torch.zeros((), device=x.device, requires_grad=True)
     return _SquaredLinear.apply(x, weight, bias, anchor, transposed, squares)

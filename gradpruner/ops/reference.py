@@ -1,7 +1,8 @@
-"""The oracle: every op in plain torch, float64 where it matters, written to be read (docs/method.md, D).
+"""The oracle: every op in plain torch, in float64 where it matters, written to be read.
 
-The other backends have the same functions with the same signatures. Inputs have been checked
-and made contiguous by `gradpruner.ops.definitions`; tensors that are written keep their identity.
+The functions have the signatures of the ops in `gradpruner.ops`, which explain the arguments. The other backends have
+the same functions. Tensors have been checked and made row-major by the ops; those that an op writes to are changed in
+place.
 """
 
 from __future__ import annotations
@@ -11,23 +12,39 @@ from torch import Tensor
 
 
 def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    """||b_i a_i||_F^2 of every pair, float64 (n,), from two r x r Gram matrices (source: D)."""
+    """Compute ||b_i a_i||_F^2 of every pair from two r x r Gram matrices.
+
+    Args:
+        a, b: as in the op.
+    """
     norms = [((bi.double().T @ bi.double()) * (ai.double() @ ai.double().T)).sum() for ai, bi in zip(a, b, strict=True)]
     return torch.stack(norms)
 
 
 def square_accumulate_(igia: Tensor, grad: Tensor) -> None:
-    """igia += grad ** 2 (source: P eq. 3)."""
+    """Compute igia += grad ** 2.
+
+    Args:
+        igia, grad: as in the op.
+    """
     igia += grad.to(igia.dtype).square()
 
 
 def outer_square_accumulate_(igia: Tensor, a: Tensor, b: Tensor) -> None:
-    """igia += (b @ a) ** 2 (source: P eq. 2 and 3)."""
+    """Compute igia += (b @ a) ** 2.
+
+    Args:
+        igia, a, b: as in the op.
+    """
     igia += (b.double() @ a.double()).square().to(igia.dtype)
 
 
 def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: Tensor | None) -> Tensor:
-    """g = dy^T x, plus grad where given; igia += g ** 2 unless x, dy or g is not finite (source: D)."""
+    """Compute g = dy^T x, plus grad where given, and igia += g ** 2 where all is finite.
+
+    Args:
+        igia, x, dy, grad: as in the op.
+    """
     g = dy.double().T @ x.double()
     if grad is not None:
         grad += g.to(grad.dtype)
@@ -39,7 +56,11 @@ def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: T
 
 
 def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k-th largest positive entry and the flat index of the last tie that is kept (docs/method.md, section 3)."""
+    """Find the k-th largest positive entry and the flat index of the last tie that is kept.
+
+    Args:
+        igia, k: as in the op.
+    """
     flat = igia.flatten()
     flat = torch.where(flat > 0, flat, 0.0)  # NaN and negative entries are never kept
     k = min(k, int((flat > 0).sum()))
@@ -51,7 +72,14 @@ def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def factor_importance(a: Tensor, b: Tensor) -> Tensor:
-    """F = sum over steps of (b_i @ a_i) ** 2, rounded once to float32 (source: P eq. 3)."""
+    """Compute F = sum over steps of (b_i @ a_i) ** 2, rounded once to float32.
+
+    Args:
+        a: (t, r, in).
+        b: (t, out, r).
+
+    Source: docs/method.md, section 1, "Importance of an entry".
+    """
     total = torch.zeros(b.shape[1], a.shape[2], dtype=torch.float64, device=a.device)
     for ai, bi in zip(a, b, strict=True):
         total += (bi.double() @ ai.double()).square()
@@ -59,7 +87,11 @@ def factor_importance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def factor_threshold(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`threshold` of the importance that the factors stand for (docs/method.md, section 3)."""
+    """Find the `threshold` of the importance that the factors stand for.
+
+    Args:
+        a, b, k: as in the op.
+    """
     return threshold(factor_importance(a, b), k)
 
 
@@ -71,7 +103,11 @@ def sign_merge_(
     indices: list[Tensor],
     scales: list[float],
 ) -> None:
-    """weight += sum_k scale_k * mask_k * [sign(donor_k) == sign(weight)] * donor_k (docs/method.md, section 3)."""
+    """Compute weight += sum_k scale_k * mask_k * [sign(donor_k) == sign(weight)] * donor_k.
+
+    Args:
+        weight, donors, igias, values, indices, scales: as in the op.
+    """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     original = weight.to(wide)
     flat_index = torch.arange(weight.numel(), device=weight.device).view(weight.shape)
@@ -84,7 +120,7 @@ def sign_merge_(
         added = keep & (igia > 0) & agree
         merged = torch.where(added, merged + scale * v, merged)
         touched |= added
-    weight.copy_(torch.where(touched, merged.to(weight.dtype), weight))  # the others keep their bits, NaN too
+    weight.copy_(torch.where(touched, merged.to(weight.dtype), weight))  # other entries keep their bits, NaN too
 
 
 def factor_sign_merge_(
@@ -96,28 +132,40 @@ def factor_sign_merge_(
     indices: list[Tensor],
     scales: list[float],
 ) -> None:
-    """`sign_merge_` with each donor's importance given by its factors (docs/method.md, section 3)."""
+    """Compute `sign_merge_` with each donor's importance given by its factors.
+
+    Args:
+        weight, donors, a, b, values, indices, scales: as in the op.
+    """
     igias = [factor_importance(ak, bk) for ak, bk in zip(a, b, strict=True)]
     sign_merge_(weight, donors, igias, values, indices, scales)
 
 
 def weight_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float) -> Tensor:
-    """abs(weight) * (norms + alpha * grads), each operation rounded to float32 (docs/method.md, section 7)."""
-    found = weight.float().abs()
+    """Compute abs(weight) * (norms + alpha * grads), each operation rounded to float32.
+
+    Args:
+        weight, norms, grads, alpha: as in the op.
+    """
+    importance = weight.float().abs()
     if grads is not None:
         scaled = torch.tensor(alpha, dtype=torch.float32, device=grads.device) * grads
-        found = found * (scaled if norms is None else norms + scaled)
+        importance = importance * (scaled if norms is None else norms + scaled)
     elif norms is not None:
-        found = found * norms
-    return torch.where(found > 0, found, 0.0)
+        importance = importance * norms
+    return torch.where(importance > 0, importance, 0.0)
 
 
 def prune_groups_(
     weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float, kept: int, group: int
 ) -> Tensor:
-    """Zero all but the `kept` most important of each `group`; the mask, 8 a byte (docs/method.md, section 7)."""
+    """Zero all but the `kept` most important entries of each `group`, and return the mask.
+
+    Args:
+        weight, norms, grads, alpha, kept, group: as in the op.
+    """
     importance = weight_importance(weight, norms, grads, alpha).view(-1, group)
-    order = importance.argsort(dim=-1, descending=True, stable=True)  # stable: of equals the lower index is kept
+    order = importance.argsort(dim=-1, descending=True, stable=True)  # stable: of equal entries the lower index is kept
     keep = torch.zeros_like(importance, dtype=torch.bool).scatter_(1, order[:, :kept], True).view(weight.shape)
     weight.masked_fill_(~keep, 0.0)
     bits = torch.nn.functional.pad(keep, (0, -weight.shape[1] % 8)).view(weight.shape[0], -1, 8)
@@ -126,13 +174,21 @@ def prune_groups_(
 
 
 def apply_mask_(weight: Tensor, mask: Tensor) -> None:
-    """Zero what the mask does not keep (docs/method.md, section 7)."""
+    """Zero the entries that the mask does not keep.
+
+    Args:
+        weight, mask: as in the op.
+    """
     bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
     weight.masked_fill_(bits.flatten(1)[:, : weight.shape[1]] == 0, 0.0)
 
 
 def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
-    """total += abs(dy^T x) unless x or dy is not finite (docs/method.md, section 7)."""
+    """Compute total += abs(dy^T x) unless x or dy is not finite.
+
+    Args:
+        total, x, dy: as in the op.
+    """
     if bool(x.isfinite().all() & dy.isfinite().all()):
         size = (dy.double().T @ x.double()).abs().to(total.dtype)
         total += torch.where(size.isfinite(), size, 0.0)

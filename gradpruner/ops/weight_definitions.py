@@ -1,12 +1,17 @@
-"""The ops that prune single weights: schema, argument checks, fake implementation, as in `definitions`.
+"""The `gradpruner::*` ops that prune single weights: as in `definitions`.
 
-Importance of entry (i, j): abs(W[i, j]) times a factor, in float32, every operation rounded:
+The importance of entry (i, j) is abs(weight[i, j]) times a factor. It is computed in float32, and every operation is
+rounded. The factor depends on what is given:
 
-    norms and grads: norms[j] + alpha * grads[i, j]     norms alone: norms[j]
-    grads alone:     alpha * grads[i, j]                neither:     1
+    norms and grads: norms[j] + alpha * grads[i, j]
+    norms alone:     norms[j]
+    grads alone:     alpha * grads[i, j]
+    neither:         1
 
-What is not above zero, a NaN too, counts as zero. Of equals the lower index is kept. A mask is uint8
-(out, ceil(in / 8)): entry (i, j) is kept where bit j % 8 of byte (i, j // 8) is set; bits past the last column are not.
+An importance that is not above zero, a NaN too, counts as zero. Of equal entries the one with the lower index is kept.
+
+A mask is uint8 (out, ceil(in / 8)). Entry (i, j) is kept where bit j % 8 of byte (i, j // 8) is set. Bits past the
+last column are not set.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from torch import Tensor
 
 from gradpruner.ops.backends import backend_for
 from gradpruner.ops.checks import FLOATS, need, need_dtype, need_same_device, need_shape, need_tokens
+from gradpruner.ops.row_major import read_only, updated
 
 
 def _check_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None) -> None:
@@ -28,26 +34,33 @@ def _check_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None
             need_same_device(weight, tensor)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _new_mask(weight: Tensor) -> Tensor:
     return weight.new_empty((weight.shape[0], (weight.shape[1] + 7) // 8), dtype=torch.uint8)
 
 
 @torch.library.custom_op("gradpruner::weight_importance", mutates_args=())
 def weight_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float) -> Tensor:
-    """abs(weight) * (norms + alpha * grads) in one pass, float32 (out, in).
+    """Compute the importance of single weights: abs(weight) * (norms + alpha * grads).
 
-    weight: (out, in), any float dtype. norms: float32 (in,) or None. grads: float32 (out, in) or None.
-    Raises InvalidArgument. Source: docs/method.md, section 7.
+    Args:
+        weight: (out, in), any float dtype.
+        norms: one number per input, float32 (in,), as Wanda takes the norms of the inputs. None to leave it out.
+        grads: one number per entry, float32 (out, in), as GBLM takes the sizes of the gradients. None to leave it out.
+        alpha: the factor of `grads`.
+
+    Returns:
+        The importance, float32 (out, in).
+
+    Raises:
+        InvalidArgument: dtypes, shapes or devices do not fit.
+
+    Source: docs/method.md, section 7.
     """
     _check_importance(weight, norms, grads)
     if weight.numel() == 0:
         return weight.new_empty(weight.shape, dtype=torch.float32)
     backend = backend_for(weight.device)
-    return backend.weight_importance(weight.contiguous(), _contiguous(norms), _contiguous(grads), alpha)
+    return backend.weight_importance(read_only(weight), read_only(norms), read_only(grads), alpha)
 
 
 @weight_importance.register_fake
@@ -59,11 +72,30 @@ def _(weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float) 
 def prune_groups_(
     weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float, kept: int, group: int
 ) -> Tensor:
-    """Zero all but the `kept` most important of every `group` consecutive inputs of each row; returns the mask.
+    """Zero all but the `kept` most important of every `group` consecutive inputs of each row.
 
-    weight: (out, in), any float dtype, read once and written once. norms: float32 (in,) or None. grads: float32
-    (out, in) or None. group: a divisor of in: in itself for whole rows, M for N:M with kept = N. Exactly `kept` of
-    each group stay. Raises InvalidArgument. Source: docs/method.md, section 7.
+    The weight is read once and written once. Exactly `kept` entries of each group stay.
+
+    Args:
+        weight: (out, in), any float dtype. It is changed in place.
+        norms: one number per input, float32 (in,), or None. See `weight_importance`.
+        grads: one number per entry, float32 (out, in), or None.
+        alpha: the factor of `grads`.
+        kept: how many entries of each group stay, 0 to `group`.
+        group: a divisor of in. It is in for whole rows, and M for N:M sparsity with kept = N.
+
+    Returns:
+        The mask of what stays, uint8 (out, ceil(in / 8)), one bit per entry.
+
+    Raises:
+        InvalidArgument: dtypes, shapes or devices do not fit, or `kept` or `group` is out of range.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -4.0, 3.0, 2.0]])
+        >>> prune_groups_(weight, None, None, 0.0, kept=2, group=4), weight
+        (tensor([[6]], dtype=torch.uint8), tensor([[ 0., -4.,  3.,  0.]]))
+
+    Source: docs/method.md, section 7.
     """
     _check_importance(weight, norms, grads)
     width = weight.shape[1]
@@ -73,11 +105,9 @@ def prune_groups_(
     need(0 <= kept <= group, f"kept = {kept}; accepted are 0 to {group}, the entries of a group")
     if weight.numel() == 0:
         return _new_mask(weight)
-    target = weight.contiguous()
-    mask = backend_for(weight.device).prune_groups_(target, _contiguous(norms), _contiguous(grads), alpha, kept, group)
-    if target is not weight:
-        weight.copy_(target)
-    return mask
+    backend = backend_for(weight.device)
+    with updated(weight) as target:
+        return backend.prune_groups_(target, read_only(norms), read_only(grads), alpha, kept, group)
 
 
 @prune_groups_.register_fake
@@ -87,9 +117,16 @@ def _(weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float, 
 
 @torch.library.custom_op("gradpruner::apply_mask_", mutates_args=("weight",))
 def apply_mask_(weight: Tensor, mask: Tensor) -> None:
-    """Zero the entries that the mask does not keep; the others keep their bits.
+    """Zero the entries that a mask does not keep. The others keep their bits.
 
-    weight: (out, in), any float dtype. mask: uint8 (out, ceil(in / 8)). Raises InvalidArgument. Source: D.
+    Args:
+        weight: (out, in), any float dtype. It is changed in place.
+        mask: uint8 (out, ceil(in / 8)), one bit per entry, as `prune_groups_` returns it.
+
+    Raises:
+        InvalidArgument: dtypes, shapes or devices do not fit.
+
+    Source: docs/method.md, section 7.
     """
     need_dtype("weight", weight, FLOATS)
     need(weight.ndim == 2, f"weight has shape {tuple(weight.shape)}; expected (out, in)")
@@ -98,10 +135,8 @@ def apply_mask_(weight: Tensor, mask: Tensor) -> None:
     need_same_device(weight, mask)
     if weight.numel() == 0:
         return
-    target = weight.contiguous()
-    backend_for(weight.device).apply_mask_(target, mask.contiguous())
-    if target is not weight:
-        weight.copy_(target)
+    with updated(weight) as target:
+        backend_for(weight.device).apply_mask_(target, read_only(mask))
 
 
 @apply_mask_.register_fake
@@ -111,11 +146,20 @@ def _(weight: Tensor, mask: Tensor) -> None:
 
 @torch.library.custom_op("gradpruner::wgrad_abs_accumulate_", mutates_args=("total",))
 def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
-    """total += abs(dy^T x), without building dy^T x: the twin of `wgrad_square_accumulate_` for a frozen weight.
+    """Add the sizes of a frozen weight's gradient: total += abs(dy^T x).
 
-    x: (tokens, in), dy: (tokens, out), one float dtype; total: float32 (out, in). If x or dy holds a NaN or Inf,
-    total is left as it was; what overflows float32 adds nothing. Raises InvalidArgument. Source: docs/method.md,
-    section 7 (GBLM-Pruner, p = 1).
+    The product dy^T x is not built. If `x` or `dy` holds a NaN or an infinity, `total` stays as it was. What overflows
+    float32 adds nothing.
+
+    Args:
+        total: the sums, float32 (out, in). It is changed in place.
+        x: inputs of the linear, (tokens, in), any float dtype.
+        dy: gradients of its outputs, (tokens, out), of the dtype of `x`.
+
+    Raises:
+        InvalidArgument: dtypes, shapes or devices do not fit.
+
+    Source: docs/method.md, section 7 (GBLM-Pruner with p = 1). `wgrad_square_accumulate_` does the same with squares.
     """
     need_tokens(x, dy)
     need_dtype("total", total, (torch.float32,))
@@ -123,10 +167,8 @@ def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
     need_same_device(x, dy, total)
     if total.numel() == 0:
         return
-    target = total.contiguous()
-    backend_for(x.device).wgrad_abs_accumulate_(target, x.contiguous(), dy.contiguous())
-    if target is not total:
-        total.copy_(target)
+    with updated(total) as target:
+        backend_for(x.device).wgrad_abs_accumulate_(target, read_only(x), read_only(dy))
 
 
 @wgrad_abs_accumulate_.register_fake

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradpruner.checks import check_choice, check_int
 from gradpruner.distributed.deepspeed import factor_to_come, is_deepspeeds
 from gradpruner.distributed.fsdp import refuse_flat
-from gradpruner.distributed.processes import Peers, gone, is_lost, peers_of
+from gradpruner.distributed.processes import Peers, is_lost, lost_process, peers_of
 from gradpruner.errors import InvalidArgument, ModelMismatch, ProbeError
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.optimizers import unwrapped
@@ -110,7 +110,7 @@ class Probe:
                 raise
             self.abandon()  # the others may be anywhere: nothing can be finished with them
             if isinstance(error, RuntimeError) and is_lost(error):
-                raise gone(error, self._peers.group) from error
+                raise lost_process(error, self._peers.group) from error
             raise
         self.stop()
 

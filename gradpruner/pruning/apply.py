@@ -19,7 +19,7 @@ from gradpruner.distributed.sharding import local, rows_of
 from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.model.decoder import Decoder, Weight, is_packed
 from gradpruner.model.hidden_states import pass_input_on
-from gradpruner.model.logits import differ, logits_of, longer_input, say_what_is_not_passed
+from gradpruner.model.logits import differ, log_unchecked_windows, logits_of, longer_input
 from gradpruner.model.wrappers import peft_of, root_of
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
@@ -127,7 +127,7 @@ def removing(
                 _add(decoder, patch, undo_merge)
         tokens = longer_input(decoder.config)
         expected = skipping_logits(decoder, plan.removed, tokens)
-        say_what_is_not_passed(decoder.config)
+        log_unchecked_windows(decoder.config)
         if expected is None:
             logger.warning("the model gives no logits on token ids alone: those of the smaller model are not compared")
         acted = expected if acting is None else skipping_logits(decoder, plan.removed, tokens, adapters=True)

@@ -26,7 +26,7 @@ from gradpruner.errors import CheckpointError, UnsupportedModel
 from gradpruner.memory import free_memory
 from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.model.extra_layers import generation_changes
-from gradpruner.model.logits import differ, logits_of, longer_input, say_what_is_not_passed
+from gradpruner.model.logits import differ, log_unchecked_windows, logits_of, longer_input
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
 from gradpruner.pruning.apply import check_fits, skipping_logits
@@ -239,7 +239,7 @@ def _check_logits(
     with torch.no_grad():
         for name, tensor in replaced.items():
             dense.get_parameter(name).copy_(tensor.read())
-    say_what_is_not_passed(dense.config)
+    log_unchecked_windows(dense.config)
     tokens = longer_input(dense.config)
     gap = differ(skipping_logits(Decoder(dense), plan.removed, tokens), logits_of(small, tokens), dense.dtype)
     if gap is not None:

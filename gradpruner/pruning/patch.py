@@ -20,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from gradpruner.distributed.fsdp import resharding
 from gradpruner.distributed.processes import Peers, peers_of, summed, together
 from gradpruner.errors import InvalidArgument, UnsupportedModel
-from gradpruner.model.decoder import Decoder, Weight, is_linear, is_packed, linear_modules
+from gradpruner.model.decoder import Decoder, Weight, is_packed, linear_modules
 from gradpruner.model.hidden_states import leaving_state
+from gradpruner.model.linears import is_linear
 from gradpruner.model.modes import evaluating, to_device
 from gradpruner.model.wrappers import root_of, wrappers
 from gradpruner.plan import Plan, gaps

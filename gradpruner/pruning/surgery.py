@@ -23,8 +23,8 @@ from transformers import DynamicCache, PreTrainedConfig
 from gradpruner.errors import UnsupportedModel
 from gradpruner.model.config import text_config
 from gradpruner.model.decoder import CHECKPOINTED, Decoder
-from gradpruner.model.empty_model import _shapes, absent_counts, build_empty
-from gradpruner.model.extra_layers import generation_changes, say_what_is_gone, without_extra
+from gradpruner.model.empty_model import absent_counts, build_empty, shapes_of
+from gradpruner.model.extra_layers import generation_changes, log_counts_set_to_zero, without_extra
 from gradpruner.model.layer_config import cut_config, renumber_modules
 
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number")
@@ -79,7 +79,7 @@ class Surgery:
                 assign(owner, own, nn.Parameter(part(whole), whole.requires_grad))
                 self.replaced.append((whole, getattr(owner, own), part))
             assign(parent, leaf, nn.ModuleList([old_layers[i] for i in self.kept]))
-            say_what_is_gone(self.gone)
+            log_counts_set_to_zero(self.gone)
         except BaseException:
             restore()
             raise
@@ -140,7 +140,7 @@ def _as_reloaded(config: Any) -> Any:
 
 
 def _check_described(decoder: Decoder, dense: nn.Module) -> None:
-    actual, described = _shapes(decoder.base), _shapes(dense)
+    actual, described = shapes_of(decoder.base), shapes_of(dense)
     for name in sorted(actual.keys() | described.keys()):
         if name not in actual or name not in described:
             where = "has no" if name not in actual else "has an undescribed"
@@ -174,8 +174,8 @@ def _compare(surgery: Surgery, dense: nn.Module, small: nn.Module) -> None:
 def _compare_shapes_outside(surgery: Surgery, dense: nn.Module, small: nn.Module) -> None:
     """Outside the layers nothing may change its shape, but for a part for each layer (Gemma 3n's embeddings)."""
     path, kept, layers = surgery.decoder.path, surgery.kept, len(surgery.decoder.layers)
-    outside = {n: s for n, s in _shapes(dense).items() if not n.startswith(f"{path}.")}
-    for name, shape in _shapes(small).items():
+    outside = {n: s for n, s in shapes_of(dense).items() if not n.startswith(f"{path}.")}
+    for name, shape in shapes_of(small).items():
         if name.startswith(f"{path}."):
             continue
         before = outside.pop(name, None)
@@ -226,7 +226,7 @@ def _compare_modules(surgery: Surgery, old: nn.Module, new: nn.Module, live: nn.
         raise UnsupportedModel(
             f"{where} would become another kind of layer: its config has a rule on the layer's index"
         )
-    if _shapes(old) != _shapes(new):
+    if shapes_of(old) != shapes_of(new):
         raise UnsupportedModel(f"{where} would change its shape: its config has a rule on the layer's index")
     for name, module in old_modules.items():
         target = _live(live, name)

@@ -1,1 +1,1 @@
-"""Bytes on disk: files written whole or not at all, JSON, safetensors, locks."""
+"""Files on disk: atomic writes, JSON, CSV, safetensors, locks, links."""

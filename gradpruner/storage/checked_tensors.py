@@ -1,4 +1,4 @@
-"""One safetensors file that holds tensors, a description of them as JSON, and a checksum of each and of that text."""
+"""Safetensors files with a description in JSON, and checksums of everything in them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ from gradpruner.errors import CheckpointError
 from gradpruner.storage.files import atomic_path, parse_json
 from gradpruner.storage.tensor_files import TensorInFile, bytes_of, read_header
 
-DESCRIPTION, CHECKSUM = "gradpruner", "gradpruner_crc32"  # in the metadata of the file
+DESCRIPTION, CHECKSUM = "gradpruner", "gradpruner_crc32"  # names in the metadata of the file
 
 
 def write_described(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], description: dict[str, Any]) -> None:
-    """Write the file atomically. tensors: contiguous. Raises CheckpointError (disk full), InvalidArgument (no folder).
+    """Write tensors and a description of them to one file, atomically.
 
-    description: what JSON can hold, with the file's "format".
+    Args:
+        path: the file to write.
+        tensors: contiguous CPU tensors by name.
+        description: a JSON object. Its "format" says what kind of file this is.
+
+    Raises:
+        InvalidArgument: the folder does not exist.
+        CheckpointError: the file cannot be written, e.g. because the disk is full.
     """
     checksums = {name: zlib.crc32(bytes_of(tensor)) for name, tensor in tensors.items()}
     text = json.dumps({**description, "crc32": checksums})
@@ -35,11 +42,21 @@ def write_described(path: str | os.PathLike[str], tensors: Mapping[str, Tensor],
 
 
 def read_described(path: Path, kind: str, form: str) -> tuple[dict[str, TensorInFile], dict[str, Any]]:
-    """The tensors, left in the file, and the description. kind: what to call the file; form: the "format" it must have.
+    """Read the description of a file, and where its tensors are.
 
-    Raises CheckpointError if the file is another one or damaged; what the description says has still to be checked.
+    Args:
+        path: the file to read.
+        kind: what the error calls it, e.g. "igia".
+        form: the "format" that its description must have.
+
+    Returns:
+        The tensors by name, which are still in the file (see `read_checked`), and the description. The caller checks
+        what the description says.
+
+    Raises:
+        CheckpointError: the file is damaged, or is not of this kind.
     """
-    stored, metadata = read_header(path)
+    tensors, metadata = read_header(path)
     text = metadata.get(DESCRIPTION, "{}")
     # a file of an earlier version has no checksum of its description
     if metadata.get(CHECKSUM) not in (None, str(zlib.crc32(text.encode()))):
@@ -48,13 +65,21 @@ def read_described(path: Path, kind: str, form: str) -> tuple[dict[str, TensorIn
     if description.get("format") != form:
         raise CheckpointError(f"{path} is not a {kind} file: expected format {form!r}")
     checksums = description.get("crc32")
-    if not isinstance(checksums, dict) or checksums.keys() != stored.keys():
+    if not isinstance(checksums, dict) or checksums.keys() != tensors.keys():
         raise CheckpointError(f"{path} is corrupted: its checksums are not those of its tensors")
-    return stored, description
+    return tensors, description
 
 
 def read_checked(stored: TensorInFile, checksums: Mapping[str, int]) -> Tensor:
-    """One tensor. Raises CheckpointError where its checksum does not match."""
+    """Read one tensor of a file.
+
+    Args:
+        stored: where it is, as `read_described` says.
+        checksums: the entry "crc32" of the description.
+
+    Raises:
+        CheckpointError: the checksum does not match.
+    """
     tensor = stored.read()
     if zlib.crc32(bytes_of(tensor)) != checksums[stored.name]:
         raise CheckpointError(f"{stored.file} is corrupted: checksum of {stored.name!r} does not match")

@@ -1,4 +1,4 @@
-"""CSV files of dataclasses: one header of field names, one line per object."""
+"""CSV files with a header: of lines, of mappings, of dataclass objects."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gradpruner.errors import CheckpointError, InvalidArgument
 from gradpruner.storage.files import atomic_path
 
 Row = TypeVar("Row")
+# How `read_objects` reads a cell, by the type of the field.
 READERS: dict[str, Callable[[str], Any]] = {
     "str": str,
     "int": int,
@@ -40,7 +41,9 @@ def write_lines(path: str | os.PathLike[str], names: Sequence[str], lines: Itera
 
 
 def write_dicts(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one line per mapping, atomically; the columns are all keys in order of appearance.
+    """Write one line per mapping, atomically.
+
+    The columns are all keys, in the order in which they appear.
 
     Args:
         path: the file to write.
@@ -71,7 +74,7 @@ def write_objects(path: str | os.PathLike[str], kind: type[Row], rows: Iterable[
 
 
 def read_objects(path: str | os.PathLike[str], kind: type[Row]) -> list[Row]:
-    """The opposite of `write_objects`.
+    """Read the objects that `write_objects` wrote.
 
     Args:
         path: the file to read.
@@ -82,7 +85,7 @@ def read_objects(path: str | os.PathLike[str], kind: type[Row]) -> list[Row]:
 
     Raises:
         InvalidArgument: there is no such file.
-        CheckpointError: the file is another one, or damaged.
+        CheckpointError: the file is damaged, or holds something else.
     """
     what = f"a {kind.__name__.lower()}s file"
     try:

@@ -1,4 +1,7 @@
-"""Files appear whole or not at all: written under a temporary name beside the target, then renamed."""
+"""Write files and folders whole or not at all, and read JSON.
+
+Content is written under a temporary name beside the target, which is renamed at the end.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,18 @@ from typing import Any
 
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 
-# in the folder beside a target where its successor grows: a lock that a living process holds, the successor, and
-# the target itself while the two change places
+# Names in the work folder beside a target folder: a lock that a living process holds, the new content, and the old
+# content while the two are exchanged.
 LOCK, NEW, OLD = ".gradpruner-lock", "new", "old"
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path to write to; on leaving without an error it is synced and renamed to `path`.
+    """Inside, write to a temporary path. Without an error it is synced and renamed to `path`.
 
-    Raises InvalidArgument if the folder does not exist, CheckpointError if writing fails (a full disk, say).
+    Raises:
+        InvalidArgument: the folder of `path` does not exist, or `path` is a folder.
+        CheckpointError: writing fails, e.g. because the disk is full.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -34,7 +39,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise InvalidArgument(f"path {str(target)!r} is a folder; expected a file name")
     temporary = _beside(target)
     try:
-        temporary.touch(exist_ok=False)  # with the permissions that the process gives a new file
+        temporary.touch(exist_ok=False)  # it gets the permissions of a new file
     except OSError as error:
         raise CheckpointError(f"could not write {target}: {error}; nothing was written") from error
     permissions = stat.S_IMODE(temporary.stat().st_mode)
@@ -42,7 +47,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(permissions)  # safetensors puts a file of its own there, for the owner alone
+        temporary.chmod(permissions)  # safetensors may have put a file there that only its owner can read
         temporary.replace(target)
     except OSError as error:
         raise CheckpointError(f"could not write {target}: {error}; nothing was written") from error
@@ -51,7 +56,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def need_free(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """Raises InvalidArgument where `atomic_folder` would refuse what is there already; asked before long work."""
+    """Raise InvalidArgument where `atomic_folder` would refuse. Call it before long work.
+
+    Args:
+        path: the folder to write.
+        overwrite: whether a folder with content may be replaced.
+    """
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise InvalidArgument(f"folder {str(target)!r} is a file; expected a folder to write to")
@@ -60,23 +70,33 @@ def need_free(path: str | os.PathLike[str], overwrite: bool) -> None:
 
 
 def need_writable(path: str | os.PathLike[str]) -> None:
-    """Raises what `atomic_path` would raise where no file can be written to `path`; asked before long work."""
-    with contextlib.suppress(_Tried), atomic_path(path):
-        raise _Tried
+    """Raise now what `atomic_path` would raise later. Call it before long work."""
+    with contextlib.suppress(_TriedOnly), atomic_path(path):
+        raise _TriedOnly
 
 
-class _Tried(Exception):
+class _TriedOnly(Exception):
     """Leaves `atomic_path` before it gives a file its name."""
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder to fill; on leaving without an error it becomes `path`.
+    """Inside, fill a temporary folder. Without an error it becomes `path`.
 
-    An existing folder is refused unless it is empty or `overwrite` is given; it is replaced only at the end.
-    What a killed process left behind for the same `path` is removed first; a folder that only looks like it, in an
-    unpacked archive say or another user's, is left alone. Files and folders get the permissions of new ones.
-    Raises InvalidArgument, or CheckpointError if writing fails.
+    Before, the leftovers of killed processes for the same `path` are removed. A folder that only looks like a
+    leftover, for example in an unpacked archive or of another user, is left alone. Files and folders get the
+    permissions of new ones.
+
+    Args:
+        path: the folder to write. Folders above it are made.
+        overwrite: whether an existing folder with content is replaced. It is replaced only at the end.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        InvalidArgument: `path` is a file, or a folder with content and `overwrite` is False.
+        CheckpointError: writing fails, e.g. because the disk is full.
     """
     target = Path(path)
     try:
@@ -88,7 +108,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
         raise CheckpointError(f"could not write {target}: {error}; nothing was written") from error
     temporary = workplace / NEW
     try:
-        temporary.mkdir()  # with the permissions that the process gives a new folder
+        temporary.mkdir()  # it gets the permissions of a new folder
         permissions = stat.S_IMODE(temporary.stat().st_mode) & 0o666
         yield temporary
         for file in temporary.rglob("*"):
@@ -111,33 +131,36 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
 
 
 def _beside(target: Path) -> Path:
-    """A name beside the target that nothing has, for what is not finished."""
+    """Return an unused name beside the target, for content that is not finished."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}")
 
 
 def _claim(target: Path) -> tuple[Path, int]:
-    """A folder beside the target for what is not finished, and a lock in it that ends with this process."""
+    """Make a work folder beside the target, and a lock in it that ends with this process."""
     workplace = _beside(target)
-    workplace.mkdir(mode=0o700)  # never one that is there already
+    workplace.mkdir(mode=0o700)  # fails if it exists
     lock = os.open(workplace / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    with contextlib.suppress(OSError):  # a file system without locks: nobody can take it for a leftover either
+    with contextlib.suppress(OSError):  # a file system without locks, where nobody can take it for a leftover either
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.write(lock, _proof(workplace, lock))  # only now can it be taken for a leftover
     return workplace, lock
 
 
 def _proof(workplace: Path, lock: int) -> bytes:
-    """What the lock of a folder says that was made here: an archive cannot know these numbers before it is unpacked."""
+    """Return the content of a lock in a work folder that was made here.
+
+    These are numbers that an archive cannot know before it is unpacked.
+    """
     return f"{workplace.lstat().st_ino} {os.fstat(lock).st_ino}".encode()
 
 
 def _clear_leftovers(target: Path) -> None:
-    """Remove what killed processes left for this target: folders of ours whose lock nobody holds."""
-    ours = re.compile(re.escape(f".{target.name}.") + "[a-z0-9_]{8}")
+    """Remove the work folders of killed processes for this target: their locks are free."""
+    names = re.compile(re.escape(f".{target.name}.") + "[a-z0-9_]{8}")
     for workplace in target.parent.iterdir():
-        if not ours.fullmatch(workplace.name):
+        if not names.fullmatch(workplace.name):
             continue
-        with contextlib.suppress(OSError):  # not ours, held by a living process, or gone already
+        with contextlib.suppress(OSError):  # no work folder, held by a living process, or removed by another one
             lock = os.open(workplace / LOCK, os.O_RDWR | os.O_NOFOLLOW)
             try:
                 if not _is_private(workplace.lstat()) or os.read(lock, 100) != _proof(workplace, lock):
@@ -149,19 +172,19 @@ def _clear_leftovers(target: Path) -> None:
                 os.close(lock)
 
 
-def _is_private(found: os.stat_result) -> bool:
+def _is_private(status: os.stat_result) -> bool:
     """Whether this is a folder of this user that nobody else can write to."""
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def _restore(workplace: Path, target: Path) -> None:
-    """Put back the folder that was to be replaced, if it was moved away and nothing has its name yet."""
+    """Put the old content back, if it was moved away and nothing has its name yet."""
     if (workplace / OLD).exists() and not target.exists():
         (workplace / OLD).replace(target)
 
 
 def _discard(workplace: Path, target: Path) -> None:
-    """Remove a work folder, its lock last; but never the only copy of what was to be replaced."""
+    """Remove a work folder, its lock last, but never the only copy of the old content."""
     shutil.rmtree(workplace / NEW, ignore_errors=True)
     if target.exists():
         shutil.rmtree(workplace / OLD, ignore_errors=True)
@@ -170,13 +193,31 @@ def _discard(workplace: Path, target: Path) -> None:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write `content` as JSON, atomically. Raises CheckpointError if the disk is full."""
+    """Write JSON, atomically.
+
+    Args:
+        path: the file to write.
+        content: what JSON can hold.
+
+    Raises:
+        InvalidArgument: the folder does not exist.
+        CheckpointError: the file cannot be written, e.g. because the disk is full.
+    """
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """Read a JSON object. Raises InvalidArgument if there is no such file, CheckpointError if it is damaged."""
+    """Read a JSON object.
+
+    Args:
+        path: the file to read.
+        kind: what the error calls it, e.g. "plan".
+
+    Raises:
+        InvalidArgument: there is no such file.
+        CheckpointError: it is damaged, or holds something other than an object.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
@@ -187,7 +228,16 @@ def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
 
 
 def parse_json(text: str, path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """The JSON object in `text`, which came from the file `path`. Raises CheckpointError if it is none."""
+    """Decode a JSON object.
+
+    Args:
+        text: the content of a file.
+        path: the file, for the error.
+        kind: what the error calls it, e.g. "plan".
+
+    Raises:
+        CheckpointError: the text is not a JSON object.
+    """
     try:
         content = decode_json(text)
     except (ValueError, RecursionError) as error:
@@ -198,30 +248,34 @@ def parse_json(text: str, path: str | os.PathLike[str], kind: str) -> dict[str, 
 
 
 def decode_json(text: str) -> Any:
-    """What JSON `text` says. Raises ValueError, of which JSONDecodeError is one, or RecursionError.
+    """Decode JSON more strictly than Python does.
 
-    Refused beside broken text: a name that is given twice in one object, since nobody can tell which value counts;
-    half a surrogate pair, which cannot be printed or written again; a number of thousands of digits; and lists in
-    lists deeper than Python can follow.
+    Refused are also: a name that is given twice in one object, since nobody can tell which value counts; half a
+    surrogate pair, which cannot be printed or written again; a number of thousands of digits.
+
+    Raises:
+        ValueError: the text is refused. JSONDecodeError is a ValueError.
+        RecursionError: lists are nested deeper than Python can follow.
     """
-    content = json.loads(text, object_pairs_hook=_each_once)
+    content = json.loads(text, object_pairs_hook=_unique_names)
     if "\\u" in text:
         json.dumps(content, ensure_ascii=False).encode()
     return content
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
         raise ValueError("an object has the same name twice")
-    return found
+    return content
 
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn what goes wrong when a file's content is used into a CheckpointError that says it is damaged.
+    """Inside, turn errors from wrong content into a CheckpointError: the file is damaged.
 
-    what: the file, or the folder of files, that is read inside.
+    Args:
+        what: the file or folder that is read inside.
     """
     try:
         yield

@@ -1,4 +1,7 @@
-"""Symbolic links in a checkpoint folder: none may lead out of it, or this package would copy and publish its target."""
+"""Refuse symbolic links that lead out of a checkpoint folder.
+
+Otherwise this package would copy and publish what they lead to.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,10 @@ from gradpruner.errors import CheckpointError
 
 
 def check_links(folder: str | os.PathLike[str]) -> None:
-    """Raises CheckpointError if a symbolic link in the folder leads out of it, or to a hidden file in it.
+    """Raise CheckpointError if a link in a folder leads out of it, or to a hidden file in it.
 
     Links to the `blobs` of the same repository in the hub's cache are accepted. Hidden files and folders are not
-    looked at: nothing reads, copies or uploads them.
+    checked, because nothing reads, copies or uploads them.
     """
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -26,9 +29,13 @@ def check_links(folder: str | os.PathLike[str]) -> None:
 
 
 def stays(path: Path, folder: str | os.PathLike[str]) -> bool:
-    """Whether a path in a checkpoint folder, its links followed, is no hidden file and still belongs to the folder.
+    """Whether a file belongs to a checkpoint folder, also after links are followed.
 
-    The blobs of a repository in the hub's cache belong to the folders that are its snapshots.
+    A hidden file does not. The blobs of a repository in the hub's cache belong to the folders of its snapshots.
+
+    Args:
+        path: a file in the folder, or a link.
+        folder: the checkpoint folder.
     """
     target, inside = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     if target.is_relative_to(inside):
@@ -40,6 +47,14 @@ def stays(path: Path, folder: str | os.PathLike[str]) -> bool:
 
 
 def names_of(path: Path, folder: str | os.PathLike[str]) -> set[str]:
-    """The file's name, and if it is a link the name of its target in the folder: both say what kind of file it is."""
+    """Return the names that say what kind of file this is.
+
+    Args:
+        path: a file in the folder, or a link.
+        folder: the checkpoint folder.
+
+    Returns:
+        The name of the file. If it is a link to another file in the folder, also the name of that one.
+    """
     target, inside = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     return {path.name, target.name} if target.is_relative_to(inside) else {path.name}  # a blob's name says nothing

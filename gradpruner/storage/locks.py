@@ -11,7 +11,10 @@ import filelock
 
 @contextlib.contextmanager
 def claim(path: Path) -> Iterator[bool]:
-    """Whether nobody else is at it; if so, nobody else will be until the block ends."""
+    """Yield whether this process has the lock `path`.lock. It does not wait for another one.
+
+    A lock that it has stays locked until the block ends.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(f"{path}.lock")
     try:
@@ -27,7 +30,7 @@ def claim(path: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """One process at a time; the others wait, and find what it made."""
+    """Hold the lock `path`.lock inside. Other processes wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{path}.lock"):
         yield

@@ -1,4 +1,4 @@
-"""Record what a file or folder was made from, and refuse to reuse one that was made from something else."""
+"""Record what a file or folder was made from, and refuse one made from something else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ RECORD = "made_from.json"  # the file in a folder
 
 
 def digest(content: Any) -> str:
-    """Return 16 hexadecimal digits that identify JSON-like content. The order of dictionary keys does not matter."""
+    """Return 16 hexadecimal digits that identify JSON-like content.
+
+    The order of dictionary keys does not matter.
+    """
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -47,9 +50,13 @@ def is_made(path: Path, made_from: Mapping[str, str], *, stale: Iterable[Path] =
 
 
 def need_same(path: Path, before: Any, made_from: Mapping[str, str], *, delete: Iterable[Path]) -> None:
-    """Raise InvalidArgument unless `before`, the record that `path` has, equals `made_from`.
+    """Raise InvalidArgument unless `path` was made from the same inputs as now.
 
-    delete: what must be deleted to make `path` again. The error names what exists of it.
+    Args:
+        path: the file or folder.
+        before: the record that it has. None if it has none.
+        made_from: the digest of every input now, by the input's name.
+        delete: what must be deleted to make `path` again. The error names those that exist.
     """
     if before == made_from:
         return
@@ -59,7 +66,7 @@ def need_same(path: Path, before: Any, made_from: Mapping[str, str], *, delete: 
         reason = f"{str(path)!r} was made from another {names}"
     else:
         reason = f"{str(path)!r} does not record what it was made from, so it may belong to another run"
-    there = list(dict.fromkeys(str(each) for each in delete if each.exists()))
+    existing = list(dict.fromkeys(str(path) for path in delete if path.exists()))
     raise InvalidArgument(
-        f"{reason}; expected the same inputs as before. To make it again, delete {', '.join(map(repr, there))}"
+        f"{reason}; expected the same inputs as before. To make it again, delete {', '.join(map(repr, existing))}"
     )

@@ -1,7 +1,7 @@
-"""Safetensors files one tensor at a time, read and written in memory that does not grow with the file.
+"""Read and write safetensors files tensor by tensor.
 
-Plain reads: the library's own mapping of a file is private and writable, so every open file counts with its
-whole size against RLIMIT_DATA.
+The memory that this needs does not grow with the file. Files are read with plain reads: the safetensors library maps a
+file as private and writable instead, so that every open file counts against RLIMIT_DATA with its whole size.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from gradpruner.errors import CheckpointError
 from gradpruner.storage.files import parse_json, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-CHUNK = 16 << 20  # bytes on their way from one file to another
+CHUNK = 16 << 20  # bytes that are read at a time
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
-LARGEST_TENSOR = 2**59  # entries; beside a dimension of 0 a shape can claim any
+LARGEST_TENSOR = 2**59  # entries; checked, because next to a dimension of 0 a shape can claim any size
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -51,7 +51,15 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInFile:
-    """Where one tensor lies: its file, and the offset of its first byte in it."""
+    """One tensor in a file that has not been read yet.
+
+    Args:
+        name: its name in the file.
+        dtype: the dtype as it is stored.
+        shape: the shape.
+        file: the path of the file.
+        offset: where its first byte is in the file.
+    """
 
     name: str
     dtype: torch.dtype
@@ -70,12 +78,15 @@ class TensorInFile:
         return self.entries * self.dtype.itemsize
 
     def chunks_as(self, dtype: torch.dtype) -> Iterator[memoryview]:
-        """The bytes of its values in `dtype`, in order, some MiB at a time; each view is overwritten by the next."""
+        """Yield the bytes of its values in another dtype, in order, at most `CHUNK` read at a time.
+
+        Each view is overwritten by the next.
+        """
         for part in self.chunks():
             yield part if dtype == self.dtype else bytes_of(torch.frombuffer(part, dtype=self.dtype).to(dtype))
 
     def chunks(self) -> Iterator[memoryview]:
-        """Its bytes in order, CHUNK at a time; each view is overwritten by the next."""
+        """Yield its bytes in order, `CHUNK` at a time. Each view is overwritten by the next."""
         buffer = memoryview(bytearray(min(CHUNK, self.size)))
         with self.file.open("rb", buffering=0) as file:
             for start in range(0, self.size, CHUNK):
@@ -84,7 +95,12 @@ class TensorInFile:
                 yield part
 
     def read(self) -> Tensor:
-        """The tensor, in fresh memory. Raises CheckpointError if the file ends before it, MemoryError."""
+        """Read the tensor into new memory.
+
+        Raises:
+            CheckpointError: the file ends inside the tensor.
+            MemoryError: there is not enough memory.
+        """
         try:
             flat = torch.empty(self.size, dtype=torch.uint8)
         except RuntimeError as error:
@@ -94,7 +110,7 @@ class TensorInFile:
         return flat.view(self.dtype).view(self.shape)
 
     def read_entries(self, positions: Sequence[int]) -> Tensor:
-        """The entries at these flat indices, reading no others."""
+        """Read the entries at some flat indices, and no others."""
         flat = torch.empty(len(positions) * self.dtype.itemsize, dtype=torch.uint8)
         step = self.dtype.itemsize
         with self.file.open("rb", buffering=0) as file:
@@ -113,7 +129,14 @@ class TensorInFile:
 
 @dataclass(frozen=True)
 class Pending:
-    """A tensor to be written: `content` gives its bytes in order, when its turn comes."""
+    """A tensor that is to be written.
+
+    Args:
+        name: its name in the file.
+        dtype: the dtype to store.
+        shape: the shape.
+        content: is called when the tensor is written, and gives its bytes in order, in parts.
+    """
 
     name: str
     dtype: torch.dtype
@@ -127,12 +150,19 @@ class Pending:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """A contiguous CPU tensor's bytes, not copied."""
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
     return tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInFile], dict[str, str]]:
-    """Every tensor of one file by name, and the file's metadata. Raises CheckpointError if it is no sound file."""
+    """Read the header of a safetensors file, and check that it describes the whole file.
+
+    Returns:
+        Every tensor by name, and the metadata of the file.
+
+    Raises:
+        CheckpointError: the file is damaged, or is not a safetensors file.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -171,15 +201,21 @@ def read_header(path: Path) -> tuple[dict[str, TensorInFile], dict[str, str]]:
 
 
 def holds_safetensors(folder: Path) -> bool:
-    """Whether the weights of this checkpoint folder are safetensors, in one file or in shards."""
+    """Whether a checkpoint folder has safetensors, in one file or in shards."""
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
 def read_folder(folder: Path) -> dict[str, TensorInFile]:
-    """Every tensor of a checkpoint folder, in the order of the files and of the bytes in them.
+    """Find every tensor of a checkpoint folder.
 
-    One file, or the shards that the index names; the file goes first, as it does in transformers.
-    Raises CheckpointError: a shard is missing or damaged, or the index is not that of the shards.
+    The tensors are in one file, or in the shards that an index names. If both exist, the one file counts, as in
+    transformers.
+
+    Returns:
+        The tensors by name, in the order of the files and of the bytes in them.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the index does not match the shards.
     """
     if (folder / SINGLE).is_file():
         return dict(_by_offset(read_header(folder / SINGLE)[0]))
@@ -188,20 +224,20 @@ def read_folder(folder: Path) -> dict[str, TensorInFile]:
     index = read_json(folder / INDEX, "index").get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
         raise CheckpointError(f"{folder / INDEX} has no weight_map from names to files")
-    found: dict[str, TensorInFile] = {}
+    tensors: dict[str, TensorInFile] = {}
     for file in sorted(set(index.values())):
         if Path(file).name != file:
             raise CheckpointError(f"{folder / INDEX} names {file!r}; expected a file in the same folder")
-        if not os.path.isfile(folder / file):  # False also for what cannot be a name
+        if not os.path.isfile(folder / file):  # also False for text that cannot be a file name
             raise CheckpointError(f"{folder} has no {file}, which its index names")
         for name, stored in _by_offset(read_header(folder / file)[0]):
             if index.get(name) != file:
                 raise CheckpointError(f"{file} holds {name!r}; the index says {index.get(name, 'nothing of it')}")
-            found[name] = stored
-    lost = sorted(index.keys() - found.keys())
-    if lost:
-        raise CheckpointError(f"{index[lost[0]]} does not hold {lost[0]!r}, as the index says")
-    return found
+            tensors[name] = stored
+    missing = sorted(index.keys() - tensors.keys())
+    if missing:
+        raise CheckpointError(f"{index[missing[0]]} does not hold {missing[0]!r}, as the index says")
+    return tensors
 
 
 def _by_offset(tensors: Mapping[str, TensorInFile]) -> list[tuple[str, TensorInFile]]:
@@ -209,10 +245,19 @@ def _by_offset(tensors: Mapping[str, TensorInFile]) -> list[tuple[str, TensorInF
 
 
 def write_folder(folder: Path, tensors: Sequence[Pending], largest: int, totals: Mapping[str, int]) -> dict[str, int]:
-    """Write shards of up to `largest` bytes (a larger tensor has its own), and their index; one file has none.
+    """Write tensors to one file, or to shards with an index.
 
-    Tensors keep their order from shard to shard. totals: more entries for the index's metadata.
-    Returns the CRC-32 of every tensor's bytes as they were written. Raises OSError.
+    Args:
+        folder: the folder to write to.
+        tensors: what to write. Tensors keep their order from shard to shard.
+        largest: bytes of a shard. A larger tensor has a shard of its own.
+        totals: more entries for the metadata of the index.
+
+    Returns:
+        The CRC-32 of every tensor's bytes as they were written, by name.
+
+    Raises:
+        OSError: writing fails.
     """
     shards: list[list[Pending]] = [[]]
     for tensor in tensors:
@@ -234,10 +279,20 @@ def write_folder(folder: Path, tensors: Sequence[Pending], largest: int, totals:
 
 
 def write_file(path: Path, tensors: Iterable[Pending]) -> dict[str, int]:
-    """Write one file, then drop it from the page cache. Returns each tensor's CRC-32. Raises OSError.
+    """Write one file, and drop it from the page cache.
 
-    Wider dtypes first: with a header that is a multiple of 8 bytes long, every tensor is then aligned.
+    Args:
+        path: the file to write.
+        tensors: what to write.
+
+    Returns:
+        The CRC-32 of every tensor's bytes as they were written, by name.
+
+    Raises:
+        OSError: writing fails.
+        CheckpointError: a tensor has more or fewer bytes than its shape needs.
     """
+    # Wider dtypes first. With a header that is a multiple of 8 bytes long, every tensor is aligned then.
     ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -257,7 +312,7 @@ def write_file(path: Path, tensors: Iterable[Pending]) -> dict[str, int]:
             checksums[tensor.name] = _write(file, tensor)
         file.flush()
         os.fsync(file.fileno())
-        _forget(file)
+        _drop_from_page_cache(file)
     return checksums
 
 
@@ -272,15 +327,15 @@ def _write(file: BinaryIO, tensor: Pending) -> int:
 
 
 def checksum_of(stored: TensorInFile) -> int:
-    """CRC-32 of a tensor's bytes."""
+    """Return the CRC-32 of a tensor's bytes."""
     checksum = 0
     for part in stored.chunks():
         checksum = zlib.crc32(part, checksum)
     return checksum
 
 
-def _forget(file: BinaryIO) -> None:
-    """So that reading it again reads the disk, and a memory limit that counts cached pages has room."""
+def _drop_from_page_cache(file: BinaryIO) -> None:
+    """Make room under memory limits that count cached pages. The next read reads the disk."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

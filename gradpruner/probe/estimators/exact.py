@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.errors import InvalidArgument, ProbeError
-from gradpruner.model.decoder import Decoder, Weight, is_transposed, linear_modules
+from gradpruner.model.decoder import Decoder, Weight, linear_modules
 from gradpruner.model.fused_linear import fuse, is_replaced, unfuse
+from gradpruner.model.linears import is_transposed
 from gradpruner.ops.linear import WeightSquares
 from gradpruner.probe.host_copies import joined
 from gradpruner.probe.importance import Dense, Factors

@@ -191,7 +191,7 @@ def _other(decoder: Decoder) -> str:
 
 
 def _gathered(shard: Tensor, layout: Layout) -> Dense:
-    return Dense(layout.whole(shard))
+    return Dense(layout.gather(shard))
 
 
 def _squared(lengths: list[Tensor | None], factor: Tensor | None) -> Tensor:
