@@ -64,7 +64,6 @@ _MODULES = {
 }
 
 __all__ = [
-    "__version__",
     "CheckpointError",
     "GradPrunerError",
     "Igia",
@@ -75,6 +74,7 @@ __all__ = [
     "ProbeCallback",
     "ProbeError",
     "UnsupportedModel",
+    "__version__",
     "apply",
     "apply_folder",
     "attach",

@@ -98,22 +98,21 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from small_runs import run
-from gradpruner import finetune
+from gradpruner.training.row_trainer import CheckpointCompleter, StepRecorder
 if {moment!r} == "step":
-    real = finetune._Watch.on_step_end
+    real = StepRecorder.on_step_end
     def dying(self, args, state, control, **kwargs):
         if state.global_step == 13:
             os.kill(os.getpid(), signal.SIGKILL)
         real(self, args, state, control, **kwargs)
-    finetune._Watch.on_step_end = dying
+    StepRecorder.on_step_end = dying
 else:
-    from gradpruner import checkpoints
-    real = checkpoints.Completing.on_save
+    real = CheckpointCompleter.on_save
     def dying(self, args, state, control, **kwargs):
         if state.global_step == 9:
             os.kill(os.getpid(), signal.SIGKILL)
         real(self, args, state, control, **kwargs)
-    checkpoints.Completing.on_save = dying
+    CheckpointCompleter.on_save = dying
 run({source!r}, Path({out!r}), save_steps=3, recipe={recipe!r}).dense()
 """
 
