@@ -47,8 +47,8 @@ def job_of(source: str, *, recipe=None, **options) -> Job:
     return Job(source, **{"steps": STEPS, "recipe": recipe, "probe_steps": PROBE, "ratio": 0.5, **options})
 
 
-def run(source: str, folder: Path, *, say=lambda line: None, **options) -> Run:
-    return Run(job_of(source, **options), TRAIN, TEST, folder, quiet=True, say=say)
+def run(source: str, folder: Path, **options) -> Run:
+    return Run(job_of(source, **options), TRAIN, TEST, folder, quiet=True)
 
 
 def interrupting(monkeypatch, at: int | None = None) -> list[int]:
