@@ -23,7 +23,7 @@ from gradpruner.plan import gaps
 from gradpruner.pruning.patch import Patch, fit_patches
 from gradpruner.storage.checked_tensors import read_described, write_described
 from gradpruner.training import probe_batches as inputs
-from gradpruner.training.probe_batches import load_inputs
+from gradpruner.training.probe_batches import load_batches
 from gradpruner.training.resume import mark_of
 
 RUNS = [*((kind, "default") for kind in training_runs.KINDS), ("full", "merging"), ("lora", "paper"), ("full", "paper")]
@@ -178,7 +178,7 @@ def test_every_micro_batch_of_the_probe_is_in_the_checkpoint(options, tmp_path, 
         **options,
     )
     made.train()
-    kept = load_inputs(tmp_path / "cut" / "checkpoint-3", None)
+    kept = load_batches(tmp_path / "cut" / "checkpoint-3", None)
     count = options.get("gradient_accumulation_steps", 1)
     made, _ = trainer(tmp_path / "dense", attached=False, callbacks=[Stop(3)], **options)
     seen, step = [], made.training_step
@@ -192,7 +192,7 @@ def test_every_micro_batch_of_the_probe_is_in_the_checkpoint(options, tmp_path, 
 def test_inputs_are_kept_up_to_a_number_of_tokens(monkeypatch):
     monkeypatch.setattr(inputs, "TOKENS", 50)
     model = training_runs.llama()
-    watching = inputs.Inputs()
+    watching = inputs.ProbeBatches()
     watching.watch(model)
     for length, count in ((9, 1), (30, 2), (12, 2), (11, 3)):  # 12 more would be 51
         model.train()(input_ids=torch.ones(1, length, dtype=torch.long), labels=torch.ones(1, length, dtype=torch.long))
@@ -200,14 +200,14 @@ def test_inputs_are_kept_up_to_a_number_of_tokens(monkeypatch):
         model.eval()(input_ids=torch.ones(1, 1, dtype=torch.long))
         with torch.no_grad():
             model.train()(input_ids=torch.ones(1, 1, dtype=torch.long))
-    assert len(inputs.Inputs(watching.batches).batches) == 3
-    again = inputs.Inputs(watching.batches)  # an interrupted run counts what was there
+    assert len(inputs.ProbeBatches(watching.batches).batches) == 3
+    again = inputs.ProbeBatches(watching.batches)  # an interrupted run counts what was there
     watching.stop()
     again.watch(model)
     model(input_ids=torch.ones(1, 1, dtype=torch.long))
     assert len(again.batches) == 3 and len(watching.batches) == 3
     again.stop()
-    large = inputs.Inputs()
+    large = inputs.ProbeBatches()
     large.watch(model)
     model(input_ids=torch.ones(1, 60, dtype=torch.long))
     assert len(large.batches) == 1
@@ -524,7 +524,7 @@ def test_the_exact_estimator_is_refused_where_a_batch_is_dealt_out(tmp_path):
 
 
 def test_a_base_that_cannot_be_written_is_found_before_training(tmp_path, monkeypatch):
-    from gradpruner.run import preflight
+    from gradpruner.pruning import preflight
 
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
     made, _ = trainer(tmp_path, "lora", attached=False)
