@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from gradpruner import ops
 from gradpruner.checkpoint.mask_bits import pack, unpack
@@ -137,22 +136,3 @@ class Masks:
             if not bits or mask.dtype != torch.uint8:
                 raise CheckpointError(f"{path} is corrupted: {name!r} is not a mask of a weight with {width} inputs")
         return cls({name: read_checked(mask, header["crc32"]) for name, mask in stored.items()}, widths, about)
-
-
-class HoldSparsity(TrainerCallback):
-    """Keep a model to its masks while all weights train: what a step wrote into a masked entry is zeroed again.
-
-    masks: of this model. For adapters on a frozen model it has nothing to do: `Masks.apply_` after they were merged.
-    Raises ModelMismatch when training begins with another model.
-    """
-
-    def __init__(self, masks: Masks) -> None:
-        self._masks = masks
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The model may come dense."""
-        self._masks.apply_(kwargs["model"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After every optimizer step."""
-        self._masks.apply_(kwargs["model"])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from typing import Any
 
 from gradpruner.cli import options as given
 from gradpruner.compare.sensitivity_factors import FACTORS
+
+logger = logging.getLogger(__name__)
 
 METHODS = ("gradpruner", "shortgpt", "laco", "drop-last", "random", "magnitude", "taylor", "block", "loss")
 
@@ -83,7 +85,7 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
         ratios=[options.ratio],
         seeds=options.seeds,
         methods=list(dict.fromkeys(row["method"] for row in rows)),
-        say=_quiet if options.json else _say,
+        say=logger.info,
     )
     work_in_processes(comparison, options.processes)
     return write(comparison, costs=False, sensitivity=rows)
@@ -103,15 +105,7 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
         methods=options.methods,
         ratios=options.ratios,
         seeds=options.seeds,
-        say=_quiet if options.json else _say,
+        say=logger.info,
     )
     work_in_processes(comparison, options.processes)
     return write(comparison, costs=not options.no_costs)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _quiet(line: str) -> None:
-    pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 DATA_HELP = """\
@@ -189,11 +188,6 @@ def amount(options: argparse.Namespace) -> dict[str, Any]:
 def choice(options: argparse.Namespace) -> dict[str, Any]:
     """The preset and what differs from it."""
     return {"preset": options.preset, "kind": options.kind, "merge": options.merge}
-
-
-def say(options: argparse.Namespace) -> Any:
-    """Where progress goes: to stderr, or nowhere if a program reads."""
-    return (lambda line: None) if options.json else (lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def split(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:

@@ -22,9 +22,10 @@ from gradpruner.model.load import load_model
 from gradpruner.plan import Plan
 from gradpruner.pruning.apply import apply
 from gradpruner.pruning.preflight import check_save
+from gradpruner.training.answers_only import answers_only, can_skip_logits
 from gradpruner.training.data import Collator
 from gradpruner.training.evaluate import generation_speed
-from gradpruner.training.finetune import add_adapters, answers_only, can_skip_logits, finish, train
+from gradpruner.training.finetune import add_adapters, finish, train
 from gradpruner.training.recipe import Recipe, Row
 
 STEPS, NEW_TOKENS = 8, 64

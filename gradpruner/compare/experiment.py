@@ -24,6 +24,7 @@ from torch import nn
 
 from gradpruner.checkpoint.companions import refuse_masks
 from gradpruner.checkpoint.masks import Masks
+from gradpruner.compare.settings_file import COMPARISON_SETTINGS
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.methods import METHODS, Clues, GradPruner, Method, parse_method, spelled
 from gradpruner.model.decoder import Decoder
@@ -49,7 +50,7 @@ from gradpruner.training.recipe import Recipe, Row, schedule
 DENSE, OURS = "dense", spelled(GradPruner())
 FEW = 10  # classes: with more of them, macro-F1 is not what people look at
 EVALUATED_AT_ONCE = 32
-SETTINGS = "comparison.json"
+SETTINGS = COMPARISON_SETTINGS
 KEPT = ("model.json", "cells", "trained", "probes", "plans")
 LAYERS = "model.json"  # of the dense model; written once all that can be told beforehand was checked
 TERMS = ("source", "steps", "recipe", "probe_steps", "max_length", "train_on", "dtype", "attention")  # of a job
@@ -377,7 +378,7 @@ def tested(model: Any, tokenizer: Any, examples: Sequence[Example], job: Job) ->
         found["right"] = "".join(str(int(answer.right)) for answer in judged)
         truth = [tuple(t for t in row["labels"][1:] if t != IGNORED) for row in rows]  # nothing says the first token
         if len(set(truth)) <= FEW:
-            found["macro_f1"] = macro_f1([answer.said for answer in judged], truth)
+            found["macro_f1"] = macro_f1([answer.predicted for answer in judged], truth)
     if job.train_on == "answer" and len(answered) == len(examples):
         found["perplexity"] = perplexity_of(sum(a.loss for a in judged) / sum(a.tokens for a in judged))
     else:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods.base import Clues, Dropping, check_count, lowest, register
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.hidden_states import batches_on_device, leave_out, real_tokens, recording, resume_behind, skipping
-from gradpruner.model.loss import IGNORED, cross_entropy_sum
-from gradpruner.model.modes import evaluating
+from gradpruner.model.loss import IGNORED, answer_logits, cross_entropy_sum
 from gradpruner.plan import Plan
 
 
@@ -84,14 +80,5 @@ def _batch(decoder: Decoder, inputs: Mapping[str, Any]) -> tuple[float, int]:
     """Sum of the cross entropy over the labelled tokens of one batch, and their number."""
     if "labels" not in inputs:
         raise InvalidArgument("held_out: a batch has no labels")
-    labels: Tensor = inputs["labels"][:, 1:]  # the logits at one position predict the next token
-    rest = {name: value for name, value in inputs.items() if name != "labels"}
-    positions = (labels != IGNORED).any(0).nonzero().flatten()
-    with evaluating(decoder.base):
-        if "logits_to_keep" in inspect.signature(decoder.base.forward).parameters:
-            # the head is a large part of a small model, and answers are short
-            logits = decoder.base(**rest, use_cache=False, logits_to_keep=positions).logits
-        else:
-            logits = decoder.base(**rest, use_cache=False).logits[:, positions]
-    labels = labels[:, positions]
+    logits, labels = answer_logits(decoder.base, inputs)
     return cross_entropy_sum(logits.flatten(0, 1), labels.flatten()), int((labels != IGNORED).sum())

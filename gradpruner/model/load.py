@@ -5,17 +5,30 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from gradpruner.errors import InvalidArgument
 from gradpruner.storage.links import check_links
 
 DEMO_MODEL = "smollm2"
+
+
+class Loaded(NamedTuple):
+    """A model and its tokenizer.
+
+    Args:
+        model: the transformers model, or what a later step made of it (a PEFT model, a smaller model).
+        tokenizer: its tokenizer, with a padding token.
+    """
+
+    model: Any
+    tokenizer: Any
 
 
 def load_model(
@@ -25,7 +38,7 @@ def load_model(
     attention: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
-) -> tuple[Any, Any]:
+) -> Loaded:
     """Load a model and its tokenizer.
 
     The tokenizer has a padding token: its end token if it had none. Weights are read from safetensors or GGUF, never
@@ -64,7 +77,7 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return Loaded(model, tokenizer)
 
 
 def located(source: str | os.PathLike[str]) -> Path | None:
@@ -145,8 +158,11 @@ def _check_folder_or_id(source: str) -> None:
         if not (Path(source) / "config.json").is_file():
             raise InvalidArgument(f"source {source!r} is a folder without config.json")
         check_links(source)
-    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+        return
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
         raise InvalidArgument(
             f"source {source!r} does not exist; accepted: a folder, a .gguf file, {DEMO_MODEL!r}, "
             "or a hub id ('name' or 'owner/name')"
-        )
+        ) from None

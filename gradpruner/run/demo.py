@@ -1,9 +1,9 @@
-"""The main job on an embedded default: no hub, no account, nothing to prepare."""
+"""The whole run on a model and data that need no hub, no account and no preparation."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
 from typing import Any
 
 from gradpruner.model.load import DEMO_MODEL
@@ -11,6 +11,8 @@ from gradpruner.run.demo_data import demo_examples, majority_share
 from gradpruner.run.job import Job
 from gradpruner.run.run import Run
 from gradpruner.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 # Sized for less than ten minutes on two cores: SmolLM2-135M, 80 steps of 8 paragraphs of the Python reference.
 JOB = Job(
@@ -25,17 +27,22 @@ JOB = Job(
 )
 
 
-def demo(
-    folder: str | os.PathLike[str], *, say: Callable[[str], None] = lambda line: None, quiet: bool = False
-) -> dict[str, Any]:
-    """Fine-tune SmolLM2-135M dense and pruned to tell which chapter of the Python reference a paragraph is from.
+def demo(folder: str | os.PathLike[str], *, quiet: bool = False) -> dict[str, Any]:
+    """Fine-tune SmolLM2-135M, dense and pruned, to name the chapter of a paragraph of the Python reference.
 
-    Writes what `Run` writes into `folder` and returns its results. Raises InvalidArgument if the model's wheel
-    is not installed.
+    Args:
+        folder: where everything is written, as by `Run`. Run it again to resume.
+        quiet: whether to show no progress bars.
+
+    Returns:
+        The results of the run, as `results.json` holds them.
+
+    Raises:
+        InvalidArgument: the model's wheel is not installed.
     """
     train_examples, test_examples = demo_examples()
-    say(
+    logger.info(
         f"{len(train_examples)} paragraphs to train on, {len(test_examples)} held out; always naming the largest "
         f"chapter scores {majority_share(test_examples):.3f}"
     )
-    return Run(JOB, train_examples, test_examples, folder, say=say, quiet=quiet).everything()
+    return Run(JOB, train_examples, test_examples, folder, quiet=quiet).everything()

@@ -37,7 +37,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], identity: Identity, save_steps: int | None) -> None:
-        self._path, self._save_steps = path, save_steps
+        self.path, self._save_steps = path, save_steps
         now = {**settings, MODEL: identity.to_dict()}
         before = recorded(path, SETTINGS)
         if before is not None:
@@ -67,51 +67,93 @@ class RunFolder:
     @property
     def _begun(self) -> bool:
         """Whether the folder holds what a stage has made, or is making."""
-        return any((self._path / name).exists() for name in OURS if name not in RESULTS)
+        return any((self.path / name).exists() for name in OURS if name not in RESULTS)
 
     def forget_results(self) -> None:
         """Delete what is made from all stages, because one of them is made again."""
         for name in RESULTS:
-            (self._path / name).unlink(missing_ok=True)
+            (self.path / name).unlink(missing_ok=True)
 
     def is_made(self, stage: str, made_from: Mapping[str, str]) -> bool:
-        """Return whether a stage is finished. Raises InvalidArgument if it was made from something else."""
-        return is_made(self._path / stage, made_from, stale=self.after(stage))
+        """Return whether a stage is finished.
+
+        Args:
+            stage: its file or folder.
+            made_from: digests of what it must have been made from.
+
+        Raises:
+            InvalidArgument: it was made from something else.
+        """
+        return is_made(self.path / stage, made_from, stale=self.after(stage))
 
     def after(self, stage: str) -> list[Path]:
         """Return what is made from the result of a stage. Nothing is made from the dense run."""
-        return [] if stage == STAGES[0] else [self._path / name for name in STAGES[STAGES.index(stage) + 1 :]]
+        return [] if stage == STAGES[0] else [self.path / name for name in STAGES[STAGES.index(stage) + 1 :]]
 
     def checkpoints(self, name: str, made_from: Mapping[str, str]) -> Checkpoints:
-        """Return where a stage keeps its checkpoints."""
-        return Checkpoints(self._path / CHECKPOINTS / name, self._save_steps, made_from)
+        """Return where a stage keeps its checkpoints.
+
+        Args:
+            name: the stage.
+            made_from: digests of what it is made from.
+        """
+        return Checkpoints(self.path / CHECKPOINTS / name, self._save_steps, made_from)
 
     def result(self, name: str, made_from: Mapping[str, str], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return the result of a stage that trains; do its work if it is not finished."""
+        """Return the result of a stage that trains. Do its work if it is not finished.
+
+        Args:
+            name: the stage. Its result is the file `NAME.json`.
+            made_from: digests of what it is made from.
+            work: trains, and returns the result.
+        """
         file = f"{name}.json"
         if not self.is_made(file, made_from):
             self.forget_results()
-            write_json(self._path / file, {**work(), MADE_FROM: dict(made_from)})
+            write_json(self.path / file, {**work(), MADE_FROM: dict(made_from)})
             gc.collect()
         self.checkpoints(name, made_from).discard()
         with contextlib.suppress(OSError):  # another stage has checkpoints, or none were made
-            (self._path / CHECKPOINTS).rmdir()
-        return {key: value for key, value in read_json(self._path / file, "results").items() if key != MADE_FROM}
+            (self.path / CHECKPOINTS).rmdir()
+        return {key: value for key, value in read_json(self.path / file, "results").items() if key != MADE_FROM}
 
 
 def recorded(folder: Path, settings: str) -> dict[str, Any] | None:
-    """Return the settings that a folder holds, or None if it holds none."""
+    """Return the settings that a folder holds, or None if it holds none.
+
+    Args:
+        folder: the folder of a run or of a comparison.
+        settings: name of the file of its settings.
+    """
     return read_json(folder / settings, "settings") if (folder / settings).exists() else None
 
 
 def known_model(before: Mapping[str, Any] | None, source: str) -> dict[str, Any] | None:
-    """Return the identity that a folder has recorded for `source`, or None."""
+    """Return the identity that a folder has recorded for `source`, or None.
+
+    Args:
+        before: the settings that the folder has recorded, or None.
+        source: the model that is asked for.
+    """
     return before.get(MODEL) if before is not None and before.get("source") == source else None
 
 
 def named(changed: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Name the settings that differ. Of the model, name each file and each package version."""
+    """Name the settings that differ: of the model each file and package version, of a recipe or preset each field.
+
+    Args:
+        changed: names of the settings that differ.
+        before: the settings that a folder has recorded.
+        now: the settings that are asked for.
+    """
     names: list[str] = []
     for name in changed:
-        names += differences(before.get(name, {}), now[name]) if name == MODEL else [name]
+        earlier = before.get(name, {})
+        if name == MODEL:
+            names += differences(earlier, now[name])
+        elif isinstance(now[name], Mapping) and isinstance(earlier, Mapping):
+            fields = [key for key in now[name] if earlier.get(key) != now[name][key]]
+            names.append(f"{name} ({', '.join(fields)})")
+        else:
+            names.append(name)
     return names

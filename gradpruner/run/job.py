@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from gradpruner.checks import check_choice, check_int, is_number
+from gradpruner.checks import check_choice, check_int, is_int, is_number
 from gradpruner.errors import InvalidArgument
 from gradpruner.presets import Preset
 from gradpruner.run.auto_ratio import AUTO, MAX_LOST
 from gradpruner.training.recipe import Recipe
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-OF_AUTO = ("max_lost", "check_steps", "check_rows")
-PROBE_SHARE, PROBE_LEAST = 0.01, 20  # P: the first 1 % of the steps; below 20 the ranking has not settled (D)
+OF_AUTO = ("max_lost", "check_steps", "check_rows")  # settings that only ratio = "auto" uses
+# Default length of a probe. P: the first 1 % of the steps. D: below 20 steps the ranking of the layers has not settled.
+PROBE_SHARE, PROBE_LEAST = 0.01, 20
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run. source: what `load_model` takes. steps: optimizer steps in all, the probe's included.
+    """The settings of one run.
 
-    preset, and what differs from it: see `Preset`. train_on: "answer" or "all" tokens. probe_steps: default
-    1 % of the steps, at least 20 and at most half.
-    ratio: "auto" tries cuts (see `gradpruner.run.auto_ratio`) and loses at most max_lost, 0 to 1, of the dense score
-    (default 0.01) on check_rows training examples (default 10 %, at most 200) that nothing is trained on; every cut
-    that is tried, and the dense model, is trained for check_steps extra steps (default: as many as the probe).
-    save_steps: optimizer steps between two checkpoints of a stage that trains; default: see `Checkpoints`.
-    Raises InvalidArgument.
+    Args:
+        source: the model: a folder, a hub id, a .gguf file or "smollm2", see `load_model`.
+        steps: optimizer steps in all. Those of the probe are included.
+        recipe: how to fine-tune.
+        ratio: share of the layers to remove, above 0 and below 1, or "auto". "auto" tries several cuts (see
+            `gradpruner.run.auto_ratio`) and takes the largest that loses at most `max_lost` of the dense score.
+            Default 0.4.
+        count: how many layers to remove. Give it with `ratio=None`.
+        of: what `ratio` is a share of, "layers" or "parameters".
+        preset: how layers are chosen and cut, for example `Preset.of("paper", top=0.3)`.
+        probe_steps: optimizer steps of the probe. Default: 1 % of the steps, at least 20 and at most half.
+        max_length: the longest example, in tokens.
+        train_on: the tokens that the loss is taken of, "answer" or "all".
+        dtype: dtype to load the model in: "auto" (as stored), "float32", "bfloat16" or "float16".
+        attention: transformers' attn_implementation. Default: transformers chooses.
+        trust_remote_code: whether to run code that comes with the model.
+        max_lost: with ratio "auto", the share of the dense model's score that may be lost, 0 to 1. Default 0.01.
+        check_steps: with ratio "auto", extra steps that the dense model and every cut that is tried are trained for.
+            Default: as many as the probe.
+        check_rows: with ratio "auto", training examples that are held out to try cuts on. Nothing is trained on them.
+            Default: 10 %, at most 200.
+        save_steps: optimizer steps between two checkpoints of a training. Default: see `Checkpoints`.
+
+    Raises:
+        InvalidArgument: a setting is not accepted.
     """
 
     source: str
@@ -37,14 +56,7 @@ class Job:
     ratio: float | str | None = 0.4
     count: int | None = None
     of: str = "layers"
-    preset: str = "default"
-    kind: str | None = None
-    merge: str | int | None = None
-    top: float | None = None
-    weight: float | None = None
-    patch: bool | None = None
-    adapters: str | None = None
-    rank_factor: int | None = None
+    preset: Preset = field(default_factory=Preset)
     probe_steps: int | None = None
     max_length: int = 512
     train_on: str = "answer"
@@ -58,14 +70,15 @@ class Job:
 
     def __post_init__(self) -> None:
         """Check what no later stage checks before time is spent."""
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 2:
+        if not is_int(self.steps) or self.steps < 2:
             raise InvalidArgument(f"steps = {self.steps!r}; expected 2 or more: some to probe, the rest to train")
         if not 1 <= self.probing < self.steps:
             raise InvalidArgument(f"probe_steps = {self.probe_steps!r}; accepted are 1 to {self.steps - 1}")
+        if not isinstance(self.preset, Preset):
+            raise InvalidArgument(f"preset = {self.preset!r}; expected a Preset, for example Preset.of('paper')")
         self._check_auto()
         if self.save_steps is not None:
             check_int("save_steps", self.save_steps, 1, "a number of optimizer steps")
-        _ = self.settings
 
     def _check_auto(self) -> None:
         if self.ratio != AUTO:
@@ -82,14 +95,13 @@ class Job:
             raise InvalidArgument(f"max_lost = {self.max_lost!r}; accepted is a share from 0 to 1")
         for name, most in (("check_steps", self.steps - self.probing), ("check_rows", None)):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if value is not None and not (whole and (most is None or value <= most)):
+            if value is not None and (not is_int(value) or value < 1 or (most is not None and value > most)):
                 accepted = "a whole number, 1 or more" if most is None else f"1 to {most}, the steps after the probe"
                 raise InvalidArgument(f"{name} = {value!r}; accepted: {accepted}")
 
     @property
     def bound(self) -> float:
-        """Share of the dense score that ratio = "auto" may lose."""
+        """Share of the dense model's score that ratio = "auto" may lose."""
         return MAX_LOST if self.max_lost is None else self.max_lost
 
     @property
@@ -98,36 +110,27 @@ class Job:
         return min(self.probing, self.steps - self.probing) if self.check_steps is None else self.check_steps
 
     @property
-    def settings(self) -> Preset:
-        """What preset and options come to."""
-        return Preset.of(
-            self.preset,
-            kind=self.kind,
-            merge=self.merge,
-            top=self.top,
-            weight=self.weight,
-            patch=self.patch,
-            adapters=self.adapters,
-            rank_factor=self.rank_factor,
-        )
-
-    @property
     def probing(self) -> int:
-        """Steps of the probe."""
+        """Optimizer steps of the probe."""
         if self.probe_steps is not None:
             return self.probe_steps
         return max(1, min(self.steps // 2, max(PROBE_LEAST, round(PROBE_SHARE * self.steps))))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; what a resumed run must agree with."""
-        content = {**vars(self), **vars(self.settings), "recipe": self.recipe.to_dict(), "probe_steps": self.probing}
-        del content["save_steps"]  # the result is the same
+        """Return the settings that a resumed run must agree with, as JSON holds them."""
+        content = {
+            **vars(self),
+            "recipe": self.recipe.to_dict(),
+            "preset": asdict(self.preset),
+            "probe_steps": self.probing,
+        }
+        del content["save_steps"]  # it does not change the result
         if self.ratio == AUTO:
             return {**content, "max_lost": self.bound, "check_steps": self.checking}
         return {name: value for name, value in content.items() if name not in OF_AUTO}
 
 
 def torch_dtype(name: str) -> Any:
-    """Dtype of a name, "auto" as it is. Raises InvalidArgument."""
+    """Return the torch dtype of a name. "auto" stays as it is. Raises InvalidArgument."""
     check_choice("dtype", name, DTYPES)
     return name if name == "auto" else getattr(torch, name)

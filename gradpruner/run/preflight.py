@@ -1,4 +1,4 @@
-"""What could only fail at the end of a run, tried before its first step."""
+"""Try before the first step what could otherwise only fail at the end of a run."""
 
 from __future__ import annotations
 
@@ -30,58 +30,97 @@ Rows = Sequence[Mapping[str, Any]]
 def check_run(job: Job, model: Any, tokenizer: Any, folder: Path, examples: Mapping[str, Sequence[Example]]) -> None:
     """Check a whole run: its settings on this model, its data, and what it writes.
 
-    model, tokenizer: as loaded from job.source; the model is left as it is. folder: where everything goes. examples: by
-    what they are for, "training" or "test". Raises InvalidArgument, UnsupportedModel, CheckpointError.
+    Args:
+        job: the settings.
+        model: the model, as loaded from the job's source. It is left as it is.
+        tokenizer: its tokenizer.
+        folder: where everything is written.
+        examples: all examples by their purpose, "training" or "test". The purpose is named in messages.
+
+    Raises:
+        InvalidArgument: a setting, an example or the folder is not accepted.
+        UnsupportedModel: layers cannot be removed from the model.
+        CheckpointError: the model could not be written.
     """
     check_full_precision(model, job.source)
-    settings, decoder = job.settings, Decoder(model)
-    exact_share("top", settings.top)
-    check_choice("kind", settings.kind, SCORES)
+    preset, decoder = job.preset, Decoder(model)
+    exact_share("top", preset.top)
+    check_choice("kind", preset.kind, SCORES)
     if job.ratio == AUTO:
         check_plan(decoder, count=1, merge=0)
-        candidates([0.0] * len(decoder.layers), least=settings.merge if isinstance(settings.merge, int) else 1)
+        candidates([0.0] * len(decoder.layers), least=preset.merge if isinstance(preset.merge, int) else 1)
     else:
         check_plan(
             decoder,
             ratio=None if job.count is not None else job.ratio,
             count=job.count,
             of=job.of,
-            merge=settings.merge,
+            merge=preset.merge,
         )
     check_examples(job, model, tokenizer, examples)
     check_save(model, tokenizer, folder)
-    new_figure(1, 1)  # the report has plots
+    new_figure(1, 1)  # the report has plots: fails where matplotlib is missing
 
 
 def check_comparison(job: Job, model: Any, tokenizer: Any, examples: Mapping[str, Sequence[Example]]) -> None:
-    """The same for a comparison, which writes figures and no checkpoint; its ratios and methods are checked by it."""
+    """Check a comparison: its model and its data. It checks its own ratios and methods, and writes no checkpoint.
+
+    Args:
+        job: the settings.
+        model: the model, as loaded from the job's source.
+        tokenizer: its tokenizer.
+        examples: all examples by their purpose. The purpose is named in messages.
+
+    Raises:
+        InvalidArgument: an example is not accepted.
+        UnsupportedModel: layers cannot be removed from the model.
+    """
     check_full_precision(model, job.source)
     check_plan(Decoder(model), count=1, merge=0)
     check_examples(job, model, tokenizer, examples)
-    new_figure(1, 1)
+    new_figure(1, 1)  # the report has plots: fails where matplotlib is missing
 
 
 def check_examples(job: Job, model: Any, tokenizer: Any, examples: Mapping[str, Sequence[Example]]) -> None:
-    """Tokenise all examples as a run does, and check their rows. Raises InvalidArgument that says which example."""
-    for what, of_it in examples.items():
+    """Tokenise all examples as the run does, and check their rows.
+
+    Args:
+        job: the settings.
+        model: the model.
+        tokenizer: its tokenizer.
+        examples: all examples by their purpose. The purpose is named in messages.
+
+    Raises:
+        InvalidArgument: an example is not accepted. The message says which.
+    """
+    for purpose, some in examples.items():
         try:
-            rows = tokenize(of_it, tokenizer, max_length=job.max_length, train_on=job.train_on)  # type: ignore[arg-type]
+            rows = tokenize(some, tokenizer, max_length=job.max_length, train_on=job.train_on)  # type: ignore[arg-type]
             check_labels(rows)
         except InvalidArgument as error:
-            raise InvalidArgument(f"{what} examples: {error}") from None
+            raise InvalidArgument(f"{purpose} examples: {error}") from None
         check_rows(model, tokenizer, rows)
 
 
 def check_rows(model: Any, tokenizer: Any, rows: Rows) -> None:
-    """Raises InvalidArgument where a token of the rows, or the padding, is outside the model's tables."""
-    size = _embeddings(model)
+    """Check that the model has an embedding of every token of the rows, and a position for each.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer. The token that it pads with is checked too.
+        rows: tokenised rows.
+
+    Raises:
+        InvalidArgument: a token, the padding or a position is outside the model's tables.
+    """
+    size = _vocabulary_size(model)
     if size is not None:
         padding = Collator(tokenizer).pad_id
         if padding >= size:
             raise InvalidArgument(
                 f"tokenizer pads with token {padding}, but the model has embeddings for {size} tokens, 0 to "
-                f"{size - 1}; expected a padding token that the model knows (tokenizer.pad_token = "
-                "tokenizer.eos_token, say), or a model with more embeddings (model.resize_token_embeddings)"
+                f"{size - 1}; expected a padding token that the model knows (for example tokenizer.pad_token = "
+                "tokenizer.eos_token), or a model with more embeddings (model.resize_token_embeddings)"
             )
         highest = max((max(row["input_ids"], default=0) for row in rows), default=0)
         if highest >= size:
@@ -93,7 +132,8 @@ def check_rows(model: Any, tokenizer: Any, rows: Rows) -> None:
     _check_positions(model, rows)
 
 
-def _embeddings(model: nn.Module) -> int | None:
+def _vocabulary_size(model: nn.Module) -> int | None:
+    """Return how many tokens have an embedding, or None where the model does not tell."""
     try:
         table = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -103,14 +143,14 @@ def _embeddings(model: nn.Module) -> int | None:
 
 
 def _check_positions(model: nn.Module, rows: Rows) -> None:
-    """A table of positions has an end; what turns with the position, as RoPE does, has none: one row tells."""
+    """Try the longest row. A learned table of positions ends; rotary positions (RoPE) do not."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    known = getattr(text, "max_position_embeddings", None)
+    positions = getattr(text, "max_position_embeddings", None)
     multiple = Collator.multiple
     longest = -(-max((len(row["input_ids"]) for row in rows), default=0) // multiple) * multiple
     first = next(model.parameters())
-    if not isinstance(known, int) or longest <= known or first.device.type != "cpu":
+    if not isinstance(positions, int) or longest <= positions or first.device.type != "cpu":
         return
     try:
         with evaluating(model):
@@ -118,5 +158,5 @@ def _check_positions(model: nn.Module, rows: Rows) -> None:
     except (IndexError, RuntimeError, ValueError) as error:
         raise InvalidArgument(
             f"max_length: the longest row has {longest} tokens with its padding to a multiple of {multiple}, but the "
-            f"model has positions for {known}; expected {known // multiple * multiple} or less"
+            f"model has positions for {positions}; expected {positions // multiple * multiple} or less"
         ) from error

@@ -1,4 +1,4 @@
-"""What a probe leaves behind, in one folder: what it saw, and what its steps trained."""
+"""The folder of a probe: the gradients that it accumulated, and what its steps trained."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ IGIA, ADAPTERS, MODEL = "igia.safetensors", "adapters", "model"
 def save_probe(
     folder: str | os.PathLike[str], igia: Igia, model: nn.Module, *, made_from: Mapping[str, str] | None = None
 ) -> None:
-    """Write igia.safetensors and the adapters, or the whole model where that was trained; all or nothing.
+    """Write igia.safetensors and the adapters, or the whole model if that was trained. All or nothing is written.
 
-    made_from: kept in a record beside them (see `gradpruner.storage.provenance`).
+    Args:
+        folder: the folder to write.
+        igia: of the probe.
+        model: the trained model, a PEFT model if adapters were trained.
+        made_from: digests of what the probe was made from. They are recorded in the folder, see
+            `gradpruner.storage.provenance`. Default: no record.
     """
     with atomic_folder(folder) as inside:
         igia.save(inside / IGIA)
@@ -38,9 +43,17 @@ def save_probe(
 
 
 def load_probed_model(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """The plain dense model with the adapters of `save_probe` around it, or the trained model in its place.
+    """Return the model as the probe left it.
 
-    Raises CheckpointError if the folder holds neither.
+    Args:
+        model: the plain dense model that the probe started from.
+        folder: what `save_probe` wrote.
+
+    Returns:
+        `model` inside the trained adapters, or the trained model in its place.
+
+    Raises:
+        CheckpointError: the folder holds neither adapters nor a model.
     """
     from peft import PeftModel  # slow to import
 

@@ -1,8 +1,8 @@
-"""The main job, stage by stage: probe, plan, dense run, cut, fine-tune, evaluate, report.
+"""A whole run, stage by stage: probe, plan, dense run, cut, fine-tune, evaluate, report.
 
-Every stage reads the files of those before it and writes its own last, so a run that was stopped goes on
-from the first stage whose file is missing. Every stage's file records what it was made from, and a file that was made
-from something else is refused. A stage that trains goes on from its newest checkpoint.
+Every stage reads the files of those before it and writes its own last, so a run that was stopped goes on from the
+first stage whose file is missing. Every stage's file records what it was made from, and a file that was made from
+something else is refused. A stage that trains goes on from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -10,45 +10,60 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
+import logging
 import os
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gradpruner.checkpoint.card import model_card, write_card
-from gradpruner.checkpoint.companions import plan_of, refuse_masks
+from gradpruner.checkpoint.companions import plan_of
 from gradpruner.checkpoint.save import PLAN_FILE, save
-from gradpruner.errors import InvalidArgument, ModelMismatch
+from gradpruner.errors import InvalidArgument
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.identity import identify
-from gradpruner.model.load import load_model
+from gradpruner.model.load import Loaded
 from gradpruner.plan import Plan
 from gradpruner.probe.coverage import share_range
 from gradpruner.probe.igia import SCORES, Igia
-from gradpruner.pruning.apply import apply
-from gradpruner.pruning.patch import Patch, fit_patches
 from gradpruner.report.pages import html_report
 from gradpruner.report.plots import plot_layer_scores
 from gradpruner.run.auto_ratio import AUTO, Choice, choose, hold_out, trial_rows
 from gradpruner.run.folder import SETTINGS, SPEEDS, RunFolder, known_model, recorded
-from gradpruner.run.job import Job, torch_dtype
-from gradpruner.run.preflight import check_run
-from gradpruner.run.probe_folder import IGIA, load_probed_model, save_probe
-from gradpruner.run.speeds import speeds_in_turns
-from gradpruner.run.stages import measure, tune, watch
-from gradpruner.run.summary import OF_THE_MACHINE, TURNS, comparison, notes
+from gradpruner.run.job import Job
+from gradpruner.run.models import RunModels
+from gradpruner.run.plan_file import check_made_by_run, with_parameter_ratio
+from gradpruner.run.probe_folder import IGIA, save_probe
+from gradpruner.run.speeds import rows_with_speeds
+from gradpruner.run.stages import tune, watch
+from gradpruner.run.summary import OF_THE_MACHINE, comparison, notes
 from gradpruner.storage.files import read_json, reading, write_json
-from gradpruner.storage.provenance import MADE_FROM, RECORD, digest, need_same
-from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.storage.provenance import MADE_FROM, RECORD, digest
+from gradpruner.training.data import Example
 from gradpruner.training.divergence import why_failed
 from gradpruner.training.evaluate import Evaluation
 from gradpruner.training.finetune import check_comparable, finish
-from gradpruner.training.recipe import Row, schedule
+from gradpruner.training.recipe import Row
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
-    """A job, its data and the folder it works in. Raises InvalidArgument if the folder holds another job."""
+    """A job, its data and the folder it works in.
+
+    `everything` runs all stages. Each stage is a method of its own too: `run_probe`, `make_plan`, `train_dense`, `cut`,
+    `train_pruned`.
+
+    Args:
+        job: the settings.
+        train_examples: what the models are trained on.
+        test_examples: what they are evaluated on at the end.
+        folder: where everything is written. It is made if it does not exist.
+        quiet: whether to show no progress bars.
+
+    Raises:
+        InvalidArgument: the folder holds another job, or there are no examples.
+    """
 
     def __init__(
         self,
@@ -57,35 +72,43 @@ class Run:
         test_examples: Sequence[Example],
         folder: str | os.PathLike[str],
         *,
-        say: Callable[[str], None] = lambda line: None,
         quiet: bool = False,
     ) -> None:
         if not train_examples or not test_examples:
             raise InvalidArgument("no training or no test examples; expected at least one of each")
-        self.job, self.folder, self.say, self.quiet = job, Path(folder), say, quiet
-        self._earlier: Plan | None = None  # that the source had been pruned by, known when it is loaded
-        self._by_hand = False  # the plan
-        self._scores: str | None = None  # a digest of the probe's scores
-        kept, self._held_out = train_examples, list[Example]()
+        self.job, self.folder, self.quiet = job, Path(folder), quiet
+        self.probe_folder = self.folder / "probe"
+        self._plan_is_by_hand = False
+        self._probe_digest: str | None = None
+        # ratio = "auto" holds some training examples out, to try cuts on
+        self._train, self._held_out, self._test = train_examples, list[Example](), test_examples
         if job.ratio == AUTO:
-            kept, self._held_out = hold_out(train_examples, job.check_rows, job.recipe.seed)
-        self._examples = kept, test_examples
+            self._train, self._held_out = hold_out(train_examples, job.check_rows, job.recipe.seed)
         known = known_model(recorded(self.folder, SETTINGS), job.source)
-        self._identity = identify(job.source, trust_remote_code=job.trust_remote_code, known=known, say=say)
+        identity = identify(job.source, trust_remote_code=job.trust_remote_code, known=known, say=logger.info)
         settings = {
             **job.to_dict(),
             "train_examples": len(train_examples),
             "test_examples": len(test_examples),
             "data": hashlib.sha256(repr([*train_examples, *test_examples]).encode()).hexdigest()[:16],
         }
-        self._kept = RunFolder(self.folder, settings, self._identity, job.save_steps)
+        self._stages = RunFolder(self.folder, settings, identity, job.save_steps)
+        examples = {"training": [*self._train, *self._held_out], "test": self._test}
+        self.models = RunModels(job, self._train, self._stages, identity, examples)
 
     def everything(self, *, dense: bool = True) -> dict[str, Any]:
-        """All stages; the results as `results.json` holds them. dense: train the uncut model too, to compare."""
-        # before the dense run is paid for: no cut may be within the bound, or the layers may not be comparable
-        plan = self._checked()
-        igia = Igia.load(self._probed / IGIA, lazy=True)
-        kind = plan.kind if plan.kind in SCORES else self.job.settings.kind  # a plan by hand may name any other
+        """Run all stages.
+
+        Args:
+            dense: whether to train the uncut model too, to compare with.
+
+        Returns:
+            The results, as `results.json` holds them.
+        """
+        # Before the dense run is paid for: no cut may be within the bound, or the layers may not be comparable.
+        plan = self._plan_of_checked_folder()
+        igia = Igia.load(self.probe_folder / IGIA, lazy=True)
+        kind = plan.kind if plan.kind in SCORES else self.job.preset.kind  # a plan by hand may name any other
         probe = {
             "steps": igia.steps,
             "skipped": igia.skipped,
@@ -94,106 +117,118 @@ class Run:
             "layer_scores": igia.layer_scores(kind).tolist(),
             "watched": list(igia.watched),
         }
-        rows = [self.dense()] if dense else []
+        rows = [self.train_dense()] if dense else []
         self.cut(plan)
-        rows.append(self.pruned(plan))
-        rows = self.with_speeds(rows)
+        rows.append(self.train_pruned(plan))
+        rows = self._with_speeds(rows)
         results = {"rows": rows, "plan": plan.to_dict(), "probe": probe}
-        if self.job.ratio == AUTO and not self._by_hand:
+        if self.job.ratio == AUTO and not self._plan_is_by_hand:
             results["auto"] = read_json(self.folder / "auto.json", "auto")
         write_json(self.folder / "results.json", results)
         write_report(self.folder)
-        # a card travels without the machine that it was made on
-        of_the_model = [line for line in comparison(rows) if line[""] not in OF_THE_MACHINE]
-        scored = {} if self._by_hand else {"scores": igia, "kind": kind}  # no score has chosen a plan by hand
-        card = model_card(
-            self.folder / "model",
-            base_model=self.job.source,
-            results=of_the_model,
-            trust_remote_code=self.job.trust_remote_code,
-            **scored,  # type: ignore[arg-type]
-        )
-        write_card(self.folder / "model", card)
+        self._write_card(rows, igia, kind)
         return results
 
-    def dense(self) -> dict[str, Any]:
-        """Fine-tune and evaluate the model as it is, with all the steps."""
-        return self._kept.result("dense", self._kept.settings, self._dense)
+    # stages
 
-    def probe(self) -> Igia:
+    def run_probe(self) -> Igia:
         """Train for the first steps and write `probe/`: igia.safetensors, and the adapters that were trained."""
-        if not self._kept.is_made("probe", self._kept.settings):
-            self.say(f"probe: {self.job.probing} steps")
-            model, tokenizer = self._load_dense()
+        if not self._stages.is_made("probe", self._stages.settings):
+            logger.info(f"probe: {self.job.probing} steps")
+            model, tokenizer = self.models.load_dense()
             check_comparable(model, self.job.recipe)
             watched, igia = watch(
                 model,
                 tokenizer,
-                self._probe_rows(tokenizer),
+                self.models.rows_of_probe(tokenizer),
                 self.job.recipe,
                 of_steps=self.job.steps,
                 quiet=self.quiet,
             )
-            save_probe(self._probed, igia, watched, made_from=self._kept.settings)
-        return Igia.load(self._probed / IGIA)
+            save_probe(self.probe_folder, igia, watched, made_from=self._stages.settings)
+        return Igia.load(self.probe_folder / IGIA)
 
-    def plan(self) -> Plan:
-        """Score the layers and write plan.json; with ratio = "auto", try cuts before and write auto.json.
+    def make_plan(self) -> Plan:
+        """Score the layers and write plan.json. With ratio = "auto", try cuts first and write auto.json.
 
         plan.json may be edited, or put there by hand, until `cut` has used it.
         """
         path = self.folder / "plan.json"
         if not path.exists():
-            planned = self._planned(self._choose().count if self.job.ratio == AUTO else self.job.count).to_dict()
-            write_json(path, {**planned, MADE_FROM: {**self._from_probe(), "plan": digest(planned)}})
+            content = self.plan_for(self._choose().count if self.job.ratio == AUTO else self.job.count).to_dict()
+            write_json(path, {**content, MADE_FROM: {**self._made_from_probe(), "plan": digest(content)}})
         plan, record = Plan.load(path), read_json(path, "plan").get(MADE_FROM)
         if record is not None:
-            self._check_ours(path, record)
-        self._by_hand = record is None or record.get("plan") != digest(plan.to_dict())
-        if self.job.ratio == AUTO and not self._by_hand and not (self.folder / "auto.json").exists():
+            check_made_by_run(path, record, self._made_from_probe(), self._stages.after("plan.json"))
+        self._plan_is_by_hand = record is None or record.get("plan") != digest(plan.to_dict())
+        if self.job.ratio == AUTO and not self._plan_is_by_hand and not (self.folder / "auto.json").exists():
             raise InvalidArgument(f"auto.json, by which {str(path)!r} was chosen, is gone; put it back, or delete both")
-        if self._by_hand:
-            plan = self._completed(plan)
-            self.say("plan: plan.json was written or edited by hand; its layers are removed, not those of the scores")
-        self.say(f"plan: {plan.summary()}")
+        if self._plan_is_by_hand:
+            self.run_probe()
+            plan = with_parameter_ratio(plan, Igia.load(self.probe_folder / IGIA, lazy=True))
+            logger.info(
+                "plan: plan.json was written or edited by hand; its layers are removed, not those of the scores"
+            )
+        logger.info(f"plan: {plan.summary()}")
         return plan
 
-    def _check_ours(self, path: Path, record: Any) -> None:
-        """Raise InvalidArgument unless plan.json was made from this run's settings and probe."""
-        if not isinstance(record, Mapping) or record.get("settings") != self._kept.settings["settings"]:
-            raise InvalidArgument(
-                f"{str(path)!r} was made by another run, or with other settings; expected a plan of this run. Delete "
-                f"it, or remove its {MADE_FROM!r} to use it as a plan by hand"
-            )
-        need_same(
-            path,
-            {**record, "plan": ""},
-            {**self._from_probe(), "plan": ""},
-            delete=[path, *self._kept.after("plan.json")],
-        )
+    def train_dense(self) -> dict[str, Any]:
+        """Fine-tune and evaluate the model as it is, with all the steps. Write `dense/` and return the results."""
+        return self._stages.result("dense", self._stages.settings, self._fine_tune_dense)
 
     def cut(self, plan: Plan) -> Path:
-        """Fold and remove the layers; the smaller, not yet fine-tuned checkpoint is `cut/`."""
-        path, made_from = self.folder / "cut", self._from_plan(plan)
-        if not self._kept.is_made("cut", made_from):
-            self._kept.forget_results()
-            smaller, tokenizer = self._smaller(plan)
+        """Merge and remove the layers. Write the smaller, not yet fine-tuned checkpoint to `cut/`."""
+        path, made_from = self.folder / "cut", self._made_from_plan(plan)
+        if not self._stages.is_made("cut", made_from):
+            self._stages.forget_results()
+            smaller, tokenizer = self.models.cut(plan)
             save(
                 smaller,
                 path,
                 tokenizer=tokenizer,
-                plan=dataclasses.replace(plan, before=self._earlier),
+                plan=dataclasses.replace(plan, before=self.models.earlier_plan),
                 beside=lambda inside: write_json(inside / RECORD, made_from),
             )
         return path
 
-    def pruned(self, plan: Plan) -> dict[str, Any]:
-        """Fine-tune the smaller model with the steps that the probe left, evaluate it, write `model/`."""
-        found = self._kept.result("pruned", self._from_plan(plan), lambda: self._pruned(plan))
-        self._check_model(plan)
-        return found
+    def train_pruned(self, plan: Plan) -> dict[str, Any]:
+        """Fine-tune the smaller model with the steps after the probe. Write `model/` and return the results."""
+        result = self._stages.result("pruned", self._made_from_plan(plan), lambda: self._fine_tune_pruned(plan))
+        self._check_pruned_model(plan)
+        return result
 
-    def _check_model(self, plan: Plan) -> None:
+    def _with_speeds(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the results of the models, with how fast they generate."""
+        folders = {"dense": self.folder / "dense", "pruned": self.folder / "model"}
+        folders = {row["name"]: folders[row["name"]] for row in rows}
+        return rows_with_speeds(rows, folders, self.folder / SPEEDS, self.models.load)
+
+    def _write_card(self, rows: Sequence[Mapping[str, Any]], igia: Igia, kind: str) -> None:
+        # a card travels without the machine that it was made on
+        of_the_model = [line for line in comparison(rows) if line[""] not in OF_THE_MACHINE]
+        scores = {} if self._plan_is_by_hand else {"scores": igia, "kind": kind}  # no score has chosen a plan by hand
+        card = model_card(
+            self.folder / "model",
+            base_model=self.job.source,
+            results=of_the_model,
+            trust_remote_code=self.job.trust_remote_code,
+            **scores,  # type: ignore[arg-type]
+        )
+        write_card(self.folder / "model", card)
+
+    # checks of what the folder holds already
+
+    def _plan_of_checked_folder(self) -> Plan:
+        """Return the plan, after refusing whatever the folder holds that is not of this run."""
+        self._stages.is_made("dense.json", self._stages.settings)
+        plan = self.make_plan()
+        made_from = self._made_from_plan(plan)
+        self._stages.is_made("cut", made_from)
+        if self._stages.is_made("pruned.json", made_from):
+            self._check_pruned_model(plan)
+        return plan
+
+    def _check_pruned_model(self, plan: Plan) -> None:
         """Raise InvalidArgument unless `model/` is there, with the layers of the plan."""
         model = self.folder / "model"
         if not (model / PLAN_FILE).is_file() or Plan.load(model / PLAN_FILE) != plan:
@@ -202,160 +237,96 @@ class Run:
                 f"To train it again, delete {str(self.folder / 'pruned.json')!r}"
             )
 
-    def _checked(self) -> Plan:
-        """Return the plan, after what is there already and is not of this run was refused."""
-        self._kept.is_made("dense.json", self._kept.settings)
-        plan = self.plan()
-        made_from = self._from_plan(plan)
-        self._kept.is_made("cut", made_from)
-        if self._kept.is_made("pruned.json", made_from):
-            self._check_model(plan)
-        return plan
-
-    def _completed(self, plan: Plan) -> Plan:
-        """Return a plan that was edited by hand, with the share of parameters that its layers really have."""
-        self.probe()
-        igia = Igia.load(self._probed / IGIA, lazy=True)
-        if plan.layers != igia.layers:
-            raise ModelMismatch(f"plan.json is for {plan.layers} decoder layers; the model has {igia.layers}")
-        if plan.model not in (None, igia.model):
-            raise ModelMismatch(
-                "plan.json was made for another model than the run's; expected a plan for this one, or none of its "
-                "fingerprint: set its 'model' to null if it is meant for this one all the same"
-            )
-        return dataclasses.replace(plan, parameter_ratio=igia.parameter_ratio(plan.removed))
-
-    def _from_probe(self) -> dict[str, str]:
+    def _made_from_probe(self) -> dict[str, str]:
         """Return the digests of what a plan is made from."""
-        if self._scores is None:
-            if not self._kept.is_made("probe", self._kept.settings):
-                self.probe()
-            igia = Igia.load(self._probed / IGIA, lazy=True)
-            self._scores = digest([igia.model, igia.skipped, *(igia.layer_scores(kind).tolist() for kind in SCORES)])
-        return {**self._kept.settings, "probe": self._scores}
+        if self._probe_digest is None:
+            if not self._stages.is_made("probe", self._stages.settings):
+                self.run_probe()
+            igia = Igia.load(self.probe_folder / IGIA, lazy=True)
+            scores = (igia.layer_scores(kind).tolist() for kind in SCORES)
+            self._probe_digest = digest([igia.model, igia.skipped, *scores])
+        return {**self._stages.settings, "probe": self._probe_digest}
 
-    def _from_plan(self, plan: Plan) -> dict[str, str]:
+    def _made_from_plan(self, plan: Plan) -> dict[str, str]:
         """Return the digests of what the cut model is made from."""
-        return {**self._from_probe(), "plan": digest(plan.to_dict())}
+        return {**self._made_from_probe(), "plan": digest(plan.to_dict())}
 
-    def with_speeds(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The rows of dense and pruned, with how fast their models generate; measured in turns, and kept.
+    # how many layers, and which
 
-        Where the folder of a model is gone, what was not measured before is None.
-        """
-        folders = {"dense": self.folder / "dense", "pruned": self.folder / "model"}
-        folders = {row["name"]: folders[row["name"]] for row in rows}
-        path = self.folder / SPEEDS
-        if not path.exists() or read_json(path, "speeds").keys() != folders.keys():
-            if not all(folder.is_dir() for folder in folders.values()):
-                return [{"tokens_per_second": None, **row} for row in rows]
-            self.say(f"generation: {' and '.join(folders)} in turns")
-            write_json(path, speeds_in_turns(folders, self._load))
-        found = read_json(path, "speeds")
-        return [
-            {**row, "tokens_per_second": statistics.median(found[row["name"]]), TURNS: found[row["name"]]}
-            for row in rows
-        ]
-
-    def _planned(self, count: int | None) -> Plan:
+    def plan_for(self, count: int | None) -> Plan:
+        """Return the plan by the probe's scores: of `count` layers, or of the job's ratio if it is None."""
         ratio = self.job.ratio if count is None else None
         assert not isinstance(ratio, str)
-        chosen = self.job.settings
-        return self.probe().plan(ratio, count=count, of=self.job.of, kind=chosen.kind, merge=chosen.merge)
-
-    def _before_the_cut(self) -> tuple[Any, Any]:
-        """The dense model, inside the adapters that the probe trained where these are kept."""
-        model, tokenizer = self._load_dense()
-        self._earlier = plan_of(self.job.source, model, self._identity.revision)
-        return load_probed_model(model, self._probed) if self.job.settings.adapters == "keep" else model, tokenizer
-
-    def _smaller(self, plan: Plan) -> tuple[Any, Any]:
-        chosen = self.job.settings
-        model, tokenizer = self._before_the_cut()
-        patches: list[Patch] = []
-        if chosen.patch:
-            collate, rows, size = Collator(tokenizer), self._probe_rows(tokenizer), self.job.recipe.batch_size
-            patches = fit_patches(model, plan, (collate(rows[i : i + size]) for i in range(0, len(rows), size)))
-            self.say(f"patches: {', '.join(f'{p.weight.layer}: {p.left:.2f} left' for p in patches) or 'none'}")
-        igia = Igia.load(self._probed / IGIA) if plan.merge else None
-        smaller = apply(
-            model, plan, igia, top=chosen.top, weight=chosen.weight, patches=patches, adapters=chosen.adapters
-        )
-        return smaller, tokenizer
+        preset = self.job.preset
+        return self.run_probe().plan(ratio, count=count, of=self.job.of, kind=preset.kind, merge=preset.merge)
 
     def _choose(self) -> Choice:
-        chosen, igia = self.job.settings, self.probe()
+        """Return the count of ratio = "auto"."""
+        preset, igia = self.job.preset, self.run_probe()
         igia.check_comparable()
         choice = choose(
-            igia.layer_scores(chosen.kind).tolist(),
-            self._check,
+            igia.layer_scores(preset.kind).tolist(),
+            self.try_count,
             self.folder / "auto.json",
             bound=self.job.bound,
             steps=self.job.checking,
-            made_from=self._from_probe(),
-            least=chosen.merge if isinstance(chosen.merge, int) else 1,
+            made_from=self._made_from_probe(),
+            least=preset.merge if isinstance(preset.merge, int) else 1,
         )
-        self.say(f"auto: {choice.reason}")
+        logger.info(f"auto: {choice.reason}")
         return choice
 
-    def _check(self, count: int) -> Evaluation:
-        """The cut of `count` layers (0: the dense model) after a short run of its own on the rows after the probe's."""
-        self.say(f"auto: {self.job.checking} steps {f'with {count} layers removed' if count else 'of the dense model'}")
+    def try_count(self, count: int) -> Evaluation:
+        """Score the cut of `count` layers after a short training on the rows after the probe's. 0: the dense model."""
+        what = f"with {count} layers removed" if count else "of the dense model"
+        logger.info(f"auto: {self.job.checking} steps {what}")
         if count:
-            model, tokenizer = self._smaller(self._planned(count))
+            model, tokenizer = self.models.cut(self.plan_for(count))
         else:
-            model, tokenizer = self._before_the_cut()
+            model, tokenizer = self.models.load_probed()
             model = finish(model)  # as the cut does with what the probe trained
         size = self.job.recipe.rows_a_step
-        rows = self._rows(tokenizer)[self.job.probing * size : (self.job.probing + self.job.checking) * size]
-        recipe = self.job.recipe.widened(self.job.settings.rank_factor if count else 1)
-        checkpoints = self._kept.checkpoints(f"check-{count}", self._from_probe())
+        rows = self.models.rows(tokenizer)[self.job.probing * size : (self.job.probing + self.job.checking) * size]
+        recipe = self.job.recipe.widened(self.job.preset.rank_factor if count else 1)
+        checkpoints = self._stages.checkpoints(f"check-{count}", self._made_from_probe())
         model, _ = tune(model, tokenizer, rows, recipe, quiet=self.quiet, checkpoints=checkpoints)
-        evaluation = self._measured(model, tokenizer, self._held_out)
+        evaluation = self.models.score(model, tokenizer, self._held_out)
         checkpoints.discard()
         del model
         gc.collect()
         return evaluation
 
-    def _measured(self, model: Any, tokenizer: Any, examples: Sequence[Example]) -> Evaluation:
-        return measure(
-            model,
-            tokenizer,
-            examples,
-            max_length=self.job.max_length,
-            train_on=self.job.train_on,
-            batch_size=self.job.recipe.batch_size,
-        )
+    # training and evaluation
 
-    def _dense(self) -> dict[str, Any]:
-        self.say(f"dense: {self.job.steps} steps")
-        model, tokenizer = self._load_dense()
-        return self._train_and_measure("dense", model, tokenizer, self._rows(tokenizer), "dense", self._kept.settings)
+    def _fine_tune_dense(self) -> dict[str, Any]:
+        logger.info(f"dense: {self.job.steps} steps")
+        loaded = self.models.load_dense()
+        return self._fine_tune("dense", loaded, self.models.rows(loaded.tokenizer), "dense", self._stages.settings)
 
-    def _pruned(self, plan: Plan) -> dict[str, Any]:
-        self.say(f"pruned: {self.job.steps - self.job.probing} steps")
-        model, tokenizer = self._load(str(self.folder / "cut"))
-        plan = plan_of(str(self.folder / "cut"), model) or plan
-        rows = self._rows(tokenizer)[self.job.probing * self.job.recipe.rows_a_step :]
-        return self._train_and_measure("pruned", model, tokenizer, rows, "model", self._from_plan(plan), plan)
+    def _fine_tune_pruned(self, plan: Plan) -> dict[str, Any]:
+        logger.info(f"pruned: {self.job.steps - self.job.probing} steps")
+        loaded = self.models.load(str(self.folder / "cut"))
+        plan = plan_of(str(self.folder / "cut"), loaded.model) or plan
+        rows = self.models.rows(loaded.tokenizer)[self.job.probing * self.job.recipe.rows_a_step :]
+        return self._fine_tune("pruned", loaded, rows, "model", self._made_from_plan(plan), plan)
 
-    def _train_and_measure(
+    def _fine_tune(
         self,
         name: str,
-        model: Any,
-        tokenizer: Any,
+        loaded: Loaded,
         rows: list[Row],
         folder: str,
         made_from: Mapping[str, str],
         plan: Plan | None = None,
     ) -> dict[str, Any]:
-        recipe = self.job.recipe.widened(1 if plan is None else self.job.settings.rank_factor)
-        model, training = tune(
-            model, tokenizer, rows, recipe, quiet=self.quiet, checkpoints=self._kept.checkpoints(name, made_from)
-        )
-        self.say(f"{name}: evaluating {len(self._examples[1])} examples")
+        """Fine-tune, save and evaluate one model. Return its row of the results."""
+        model, tokenizer = loaded
+        recipe = self.job.recipe.widened(1 if plan is None else self.job.preset.rank_factor)
+        checkpoints = self._stages.checkpoints(name, made_from)
+        model, training = tune(model, tokenizer, rows, recipe, quiet=self.quiet, checkpoints=checkpoints)
+        logger.info(f"{name}: evaluating {len(self._test)} examples")
         saved = save(model, self.folder / folder, tokenizer=tokenizer, plan=plan, overwrite=True)
-        evaluation = self._measured(model, tokenizer, self._examples[1])
+        evaluation = self.models.score(model, tokenizer, self._test)
         decoder = Decoder(model)
         return {
             "name": name,
@@ -368,35 +339,6 @@ class Run:
             "failed": why_failed(f"the {name} run", training.losses, evaluation.perplexity),
             "training": training.to_dict(),
         }
-
-    @property
-    def _probed(self) -> Path:
-        return self.folder / "probe"
-
-    def _probe_rows(self, tokenizer: Any) -> list[Row]:
-        return self._rows(tokenizer)[: self.job.probing * self.job.recipe.rows_a_step]
-
-    def _load_dense(self) -> tuple[Any, Any]:
-        self._identity.check_unchanged()
-        model, tokenizer = self._load(self.job.source, self._identity.revision)
-        refuse_masks(self.job.source, "run", self._identity.revision)
-        if not self._kept.is_made("probe", self._kept.settings):  # nothing has been paid for yet
-            of_run = {"training": [*self._examples[0], *self._held_out], "test": self._examples[1]}
-            check_run(self.job, model, tokenizer, self.folder, of_run)
-        return model, tokenizer
-
-    def _load(self, source: str, revision: str | None = None) -> tuple[Any, Any]:
-        return load_model(
-            source,
-            dtype=torch_dtype(self.job.dtype),
-            attention=self.job.attention,
-            trust_remote_code=self.job.trust_remote_code,
-            revision=revision,
-        )
-
-    def _rows(self, tokenizer: Any) -> list[Row]:
-        tokens = tokenize(self._examples[0], tokenizer, max_length=self.job.max_length, train_on=self.job.train_on)  # type: ignore[arg-type]
-        return schedule(tokens, self.job.steps, self.job.recipe)
 
 
 def write_report(folder: Path) -> Path:

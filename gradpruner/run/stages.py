@@ -1,11 +1,11 @@
-"""The three things that stages do with a loaded model: watch its gradients, fine-tune it, measure it."""
+"""The three things that a run does with a loaded model: watch its gradients, fine-tune it, measure it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gradpruner.checkpoint.masks import HoldSparsity, Masks
+from gradpruner.checkpoint.masks import Masks
 from gradpruner.errors import GradPrunerError
 from gradpruner.probe.igia import Igia
 from gradpruner.run.preflight import check_rows
@@ -14,8 +14,10 @@ from gradpruner.training.data import Collator, Example, tokenize
 from gradpruner.training.divergence import explained
 from gradpruner.training.evaluate import Evaluation, exact_match, perplexity, rouge_l, rouge_scorer
 from gradpruner.training.finetune import Training, add_adapters, finish, train
-from gradpruner.training.probe_callback import ProbeCallback
 from gradpruner.training.recipe import Recipe, Row
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 
 def watch(
@@ -28,19 +30,33 @@ def watch(
     quiet: bool = False,
     masks: Masks | None = None,
 ) -> tuple[Any, Igia]:
-    """Train on `ordered`, on adapters unless rank is 0, with a probe watching every step: the trained model, the igia.
+    """Train on `ordered` while a probe watches every step.
 
-    of_steps: steps of the run that the probe is the beginning of; its learning rate is that run's (P). masks: see
-    `tune`; a probe only looks, so adapters are left as they are.
-    Raises InvalidArgument (tokens that the model has no embedding of), GradPrunerError if the loss rose, see
-    `has_diverged`.
+    Args:
+        model: the plain model. Adapters are put on it, unless the recipe's rank is 0.
+        tokenizer: its tokenizer.
+        ordered: the rows in the order of their use, as `schedule` returns them.
+        recipe: how to train.
+        of_steps: steps of the run that the probe is the beginning of. Its learning rate is that run's. Default: the
+            steps of the rows.
+        quiet: whether to show no progress bar.
+        masks: weights that stay zero in every step, if all weights train. Adapters are left as they are.
+
+    Returns:
+        The trained model, inside its adapters if there are any, and the accumulated gradients.
+
+    Raises:
+        InvalidArgument: a row has a token that the model has no embedding of.
+        GradPrunerError: the loss rose, see `has_diverged`.
     """
+    from gradpruner.training.probe_callback import ProbeCallback
+
     check_rows(model, tokenizer, ordered)
     watched = add_adapters(model, recipe) if recipe.rank else model
     probe = ProbeCallback(len(ordered) // recipe.rows_a_step)
-    callbacks = [probe, *_holding(masks, recipe)]
+    callbacks = [probe, *_mask_callbacks(masks, recipe)]
     training = train(watched, ordered, Collator(tokenizer), recipe, of_steps=of_steps, callbacks=callbacks, quiet=quiet)
-    if training.diverged:  # its gradients say nothing of the layers
+    if training.diverged:  # the gradients of such a training say nothing about the layers
         raise GradPrunerError(explained("the probe", training.losses))
     return watched, probe.igia
 
@@ -55,9 +71,19 @@ def tune(
     masks: Masks | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> tuple[Any, Training]:
-    """Fine-tune on `ordered`; the plain model, adapters folded in, and what the run did.
+    """Fine-tune on `ordered`.
 
-    masks: kept to in every step where all weights train, and by what adapters have become. checkpoints: see `train`.
+    Args:
+        model: the plain model, or a PEFT model whose adapters go on if the recipe's rank is 0.
+        tokenizer: its tokenizer.
+        ordered: the rows in the order of their use, as `schedule` returns them.
+        recipe: how to train.
+        quiet: whether to show no progress bar.
+        masks: weights that stay zero: in every step if all weights train, and after adapters were folded in.
+        checkpoints: where the training is saved while it runs, see `train`.
+
+    Returns:
+        The plain model, with its adapters folded in, and the record of the training.
     """
     check_rows(model, tokenizer, ordered)
     trained = add_adapters(model, recipe) if recipe.rank else model
@@ -67,7 +93,7 @@ def tune(
         Collator(tokenizer),
         recipe,
         quiet=quiet,
-        callbacks=_holding(masks, recipe),
+        callbacks=_mask_callbacks(masks, recipe),
         checkpoints=checkpoints,
     )
     plain = finish(trained)
@@ -76,8 +102,13 @@ def tune(
     return plain, training
 
 
-def _holding(masks: Masks | None, recipe: Recipe) -> list[HoldSparsity]:
-    return [HoldSparsity(masks)] if masks is not None and not recipe.rank else []
+def _mask_callbacks(masks: Masks | None, recipe: Recipe) -> list[TrainerCallback]:
+    """Return what holds the masks in every step. Where only adapters train, no step changes a masked weight."""
+    if masks is None or recipe.rank:
+        return []
+    from gradpruner.checkpoint.hold_sparsity import HoldSparsity
+
+    return [HoldSparsity(masks)]
 
 
 def measure(
@@ -90,9 +121,22 @@ def measure(
     batch_size: int,
     rouge_tokens: int | None = None,
 ) -> Evaluation:
-    """Exact match and ROUGE-L of the answers (None for text without), perplexity of the tokens trained on."""
+    """Evaluate a model on examples.
+
+    Args:
+        model: a transformers model or a PEFT model.
+        tokenizer: its tokenizer.
+        examples: what to evaluate on. Those without an answer count for perplexity alone.
+        max_length: the longest row, in tokens.
+        train_on: "answer" or "all", the tokens that perplexity is taken of.
+        batch_size: rows of one forward pass.
+        rouge_tokens: generate up to this many tokens per example and score ROUGE-L. Default: no ROUGE-L.
+
+    Raises:
+        InvalidArgument: an example does not fit, or the rouge-score package is missing.
+    """
     if rouge_tokens is not None:
-        rouge_scorer()  # what is missing is told before anything is measured
+        rouge_scorer()  # a missing package is reported before anything is measured
     collate = Collator(tokenizer)
     answered = tokenize([e for e in examples if e.answer], tokenizer, max_length=max_length)
     rows = tokenize(examples, tokenizer, max_length=max_length, train_on=train_on)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Pruning below the layer: single weights, by magnitude, activation or gradient (docs/method.md, section 7)."""
 
-from gradpruner.checkpoint.masks import HoldSparsity, Masks
+from gradpruner.checkpoint.hold_sparsity import HoldSparsity
+from gradpruner.checkpoint.masks import Masks
 from gradpruner.checkpoint.save_sparse import save_sparse
 from gradpruner.sparsity.gradients import gradient_norms
 from gradpruner.sparsity.pattern import Pattern

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradpruner.checks import check_int
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.model.identity import Identity, sha256_of
-from gradpruner.storage.files import read_json, write_json
+from gradpruner.storage.files import read_json
 from gradpruner.storage.provenance import MADE_FROM, RECORD, digest, need_same
 
 SHARE, LEAST = 0.1, 10  # default interval: a tenth of the steps, so that an interruption costs at most that much
+PREFIX = "checkpoint"  # as the Trainer names its folders, `transformers.trainer_utils.PREFIX_CHECKPOINT_DIR`
 WEIGHTS = "trained.safetensors"
 MARK = ".gradpruner-checkpoints"  # in a folder that holds nothing else, and may be deleted
 COPIES = 3  # a weight that trains, and the two moments that AdamW keeps of it
@@ -73,7 +72,7 @@ class Checkpoints:
                 f"folder {str(self.folder)!r} is for checkpoints of this training, but other files are in it; expected "
                 "no such folder, or an empty one: move it away, or write the model to another folder"
             )
-        found = sorted(self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=_step)
+        found = sorted(self.folder.glob(f"{PREFIX}-*"), key=_step)
         complete = [path for path in found if (path / RECORD).is_file()]
         newest = complete[-1] if complete else None
         if newest is not None:
@@ -81,13 +80,13 @@ class Checkpoints:
             need_same(newest, before, self.made_from, delete=[self.folder])
         for path in found:
             if path != newest:
-                _delete(path)
+                delete_checkpoint(path)
         return newest
 
     def make_folder(self, model: nn.Module) -> None:
         """Make the folder. Raise InvalidArgument if the disk cannot hold two checkpoints of `model` in it."""
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        there = any(self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))  # the newest one: only one more is to come
+        there = any(self.folder.glob(f"{PREFIX}-*"))  # the newest one: only one more is to come
         place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
         needed, free = (1 if there else 2) * COPIES * size, shutil.disk_usage(place).free
         if free < needed:
@@ -101,8 +100,8 @@ class Checkpoints:
     def discard(self) -> None:
         """Delete the folder, once the result of the training is on disk."""
         if (self.folder / MARK).is_file():
-            for path in self.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                _delete(path)
+            for path in self.folder.glob(f"{PREFIX}-*"):
+                delete_checkpoint(path)
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -134,34 +133,10 @@ def checkpoints_beside(
     return Checkpoints(Path(f"{Path(out)}-checkpoints"), every, made_from)
 
 
-class Completing(TrainerCallback):
-    """Complete every checkpoint that the Trainer saves: sync its files, write its record, delete older checkpoints.
-
-    Args:
-        checkpoints: where they are.
-        watched: returns what else the training must remember, as JSON.
-    """
-
-    def __init__(self, checkpoints: Checkpoints, watched: Callable[[], dict[str, Any]]) -> None:
-        self._checkpoints, self._watched = checkpoints, watched
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the record last."""
-        folder = self._checkpoints.folder
-        newest = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        for file in newest.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        write_json(newest / RECORD, {MADE_FROM: dict(self._checkpoints.made_from), "watched": self._watched()})
-        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            if path != newest:
-                _delete(path)
-
-
-def watched(checkpoint: Path) -> dict[str, Any]:
-    """Return what `Completing` wrote of the training besides the Trainer's files."""
-    found: dict[str, Any] = read_json(checkpoint / RECORD, "checkpoint")["watched"]
-    return found
+def recorded_state(checkpoint: Path) -> dict[str, Any]:
+    """Return what a complete checkpoint holds of the training besides the Trainer's files."""
+    state: dict[str, Any] = read_json(checkpoint / RECORD, "checkpoint")["watched"]
+    return state
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
@@ -205,7 +180,7 @@ def _step(checkpoint: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def _delete(checkpoint: Path) -> None:
-    """Delete a checkpoint, its record first: what an interruption leaves of it is then not complete."""
+def delete_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint, its record first: a half-deleted one must not count as complete."""
     (checkpoint / RECORD).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import random
-import re
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.loss import IGNORED
@@ -246,10 +247,12 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _read_hub(name: str, split: str) -> list[Row]:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
         raise InvalidArgument(
             f"source {name!r} is neither a {', '.join(FILE_TYPES)} file nor a hub id ('name' or 'owner/name')"
-        )
+        ) from None
     import datasets  # slow to import, and a file does not need it
 
     try:

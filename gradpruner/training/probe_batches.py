@@ -1,4 +1,7 @@
-"""Inputs: what a model was given while it trained, kept in host memory and, in a checkpoint, beside the snapshot."""
+"""Record the batches that a model was called with during the probe, in host memory and in checkpoints.
+
+Patches are fitted on them.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,31 @@ from gradpruner.probe.host_copies import Arrival, to_host
 from gradpruner.storage.checked_tensors import read_checked, read_described, write_described
 
 FORMAT = "gradpruner.training.probe_batches/1"
-# one a process: each has seen batches of its own. Safetensors under another ending: these are no weights
+# One file per process, because each has batches of its own. They are safetensors files under another ending, because
+# they hold no weights.
 FILES = "gradpruner_inputs-*.state"
-TOKENS = 131_072  # at most, of each process; 2 MiB of token ids and mask
+TOKENS = 131_072  # the most that each process keeps: 2 MiB of token ids and mask
 
 
-class Inputs:
-    """The batches of a model in training mode, as it is called: tensors that are keyword arguments, but for labels.
+class ProbeBatches:
+    """The batches that a model in training mode was called with.
 
-    batches: those of the same run before it was interrupted. Kept are at most TOKENS tokens, and the first batch.
+    Of each call, the keyword arguments that are tensors are kept, except labels. Batches are kept as long as they have
+    at most `TOKENS` tokens together. The first batch is always kept.
+
+    Args:
+        batches: those of the same run before it was interrupted.
     """
 
     def __init__(self, batches: Iterable[Mapping[str, Tensor]] = ()) -> None:
         self._batches = [dict(batch) for batch in batches]
-        self._tokens = sum(map(_tokens, self._batches))
+        self._tokens = sum(map(_token_count, self._batches))
         self._coming: list[Arrival] = []
         self._handle: RemovableHandle | None = None
 
     @property
     def batches(self) -> list[dict[str, Tensor]]:
-        """What was kept so far, in host memory: copies that are still under way are waited for here."""
+        """The batches so far, in host memory. Copies that are still under way are waited for."""
         for batch, arrival in zip(self._batches[len(self._batches) - len(self._coming) :], self._coming, strict=True):
             arrival.wait()
             batch.update({name: value.clone() for name, value in batch.items() if value.is_pinned()})
@@ -42,34 +50,41 @@ class Inputs:
         return self._batches
 
     def watch(self, model: nn.Module) -> None:
-        """Begin to keep what `model`, as the loop calls it, is given."""
-        self._handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
+        """Begin to record the calls of `model`, which must be the module that the loop calls."""
+        self._handle = model.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def stop(self) -> None:
-        """Let go of the model; the batches stay."""
+        """Stop recording. The batches stay."""
         if self._handle is not None:
             self._handle.remove()
 
-    def _see(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _record(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not module.training or not is_grad_enabled():  # an evaluation, or a reference to compare with
             return
-        given = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and value.ndim}
-        batch = {name: value for name, value in given.items() if "label" not in name}
-        if batch and (not self._batches or self._tokens + _tokens(batch) <= TOKENS):
+        tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and value.ndim}
+        batch = {name: value for name, value in tensors.items() if "label" not in name}
+        if batch and (not self._batches or self._tokens + _token_count(batch) <= TOKENS):
             self._batches.append({name: to_host([value.detach()], value.dtype)[0] for name, value in batch.items()})
             self._coming.append(Arrival(value.device for value in batch.values()))
-            self._tokens += _tokens(batch)
+            self._tokens += _token_count(batch)
 
 
-def _tokens(batch: Mapping[str, Tensor]) -> int:
+def _token_count(batch: Mapping[str, Tensor]) -> int:
+    """Return rows times tokens of a batch."""
     first = batch.get("input_ids", next(iter(batch.values())))
     return first.shape[:2].numel()
 
 
-def save_inputs(batches: Iterable[Mapping[str, Tensor]], folder: Path, peers: Peers | None) -> None:
-    """Write this process's file, with checksums; every process calls it, and goes on when all have written theirs.
+def save_batches(batches: Iterable[Mapping[str, Tensor]], folder: Path, peers: Peers | None) -> None:
+    """Write the file of this process, with checksums. Every process calls it and waits until all have written theirs.
 
-    Raises CheckpointError (disk full).
+    Args:
+        batches: those of this process.
+        folder: a checkpoint.
+        peers: the processes of the training, None if there is one.
+
+    Raises:
+        CheckpointError: writing failed, for example because the disk is full.
     """
     rank, size = (0, 1) if peers is None else (peers.rank, peers.size)
     tensors = {f"{i}/{name}": tensor.contiguous() for i, batch in enumerate(batches) for name, tensor in batch.items()}
@@ -78,23 +93,32 @@ def save_inputs(batches: Iterable[Mapping[str, Tensor]], folder: Path, peers: Pe
         write_described(path, tensors, {"format": FORMAT, "processes": size})
 
 
-def load_inputs(folder: Path, peers: Peers | None) -> list[dict[str, Tensor]]:
-    """What this process has saved; other processes than then share the files. Raises CheckpointError."""
+def load_batches(folder: Path, peers: Peers | None) -> list[dict[str, Tensor]]:
+    """Read what this process has saved. If the number of processes is another now, they share the files.
+
+    Args:
+        folder: a checkpoint.
+        peers: the processes of the training, None if there is one.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
     files = sorted(folder.glob(FILES))
     if not files:
         raise CheckpointError(
             f"{folder} lacks the inputs that the probe has seen, {FILES}: it was written by a run without patches. "
             "Resume with patch=False"
         )
-    mine = files if peers is None else files[peers.rank :: peers.size]
-    found: list[dict[str, Tensor]] = []
+    own_files = files if peers is None else files[peers.rank :: peers.size]
+    batches: list[dict[str, Tensor]] = []
     with together(peers):
-        for file in mine:
-            found += _read(file, len(files))
-    return found
+        for file in own_files:
+            batches += _read(file, len(files))
+    return batches
 
 
 def _read(file: Path, files: int) -> list[dict[str, Tensor]]:
+    """Read the batches of one process. `files` is how many files the checkpoint has."""
     stored, header = read_described(file, "inputs", FORMAT)
     batches: dict[int, dict[str, Tensor]] = {}
     for name, tensor in stored.items():

@@ -251,17 +251,17 @@ def test_a_run_leaves_a_card(pruned, tmp_path, monkeypatch):
     gradpruner.save(model, run.folder / "model", plan=plan)
     (run.folder / "probe").mkdir()
     igia.save(run.folder / "probe" / "igia.safetensors")
-    (run.folder / "probe" / "made_from.json").write_text(json.dumps(run._kept.settings))
+    (run.folder / "probe" / "made_from.json").write_text(json.dumps(run._stages.settings))
     row = dict.fromkeys(("exact_match", "perplexity", "step_seconds", "tokens_per_second", "peak_bytes"), 0.5)
     rows = [
         {**row, "name": name, "layers": layers, "parameters": 10**7, "checkpoint_bytes": 10**7}
         for name, layers in (("dense", 6), ("pruned", 3))
     ]
-    monkeypatch.setattr(run, "dense", lambda: rows[0])
-    monkeypatch.setattr(run, "plan", lambda: plan)
+    monkeypatch.setattr(run, "train_dense", lambda: rows[0])
+    monkeypatch.setattr(run, "make_plan", lambda: plan)
     monkeypatch.setattr(run, "cut", lambda plan: None)
-    monkeypatch.setattr(run, "pruned", lambda plan: rows[1])
-    monkeypatch.setattr(run, "with_speeds", lambda rows: rows)
+    monkeypatch.setattr(run, "train_pruned", lambda plan: rows[1])
+    monkeypatch.setattr(run, "_with_speeds", lambda rows: rows)
     run.everything()
     text = (run.folder / "model" / "README.md").read_text()
     assert ModelCard(text).data.base_model == "acme/dense-1B"

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from gradpruner.checkpoint.masks import HoldSparsity, Masks
+from gradpruner.checkpoint.hold_sparsity import HoldSparsity
+from gradpruner.checkpoint.masks import Masks
 from gradpruner.checkpoint.save_sparse import MASKS, save_sparse
 from gradpruner.cli.main import main
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch

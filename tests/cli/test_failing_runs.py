@@ -71,11 +71,11 @@ def test_a_loss_that_rises_is_no_success(home, tmp_path, capsys):
 
 
 def test_a_run_that_diverged_says_so_everywhere(home, tmp_path, capsys, monkeypatch):
-    from gradpruner.run import run as pipeline
+    from gradpruner.run import speeds
     from gradpruner.training import divergence
 
     monkeypatch.setattr(divergence, "has_diverged", lambda losses: True)
-    monkeypatch.setattr(pipeline, "speeds_in_turns", lambda *args: {"pruned": [3.0, 2.0, 4.0]})
+    monkeypatch.setattr(speeds, "speeds_in_turns", lambda *args: {"pruned": [3.0, 2.0, 4.0]})
     out = tmp_path / "out"
     call = [
         "run",
@@ -177,12 +177,12 @@ def test_a_full_disk(home, tmp_path, command):
 
 
 def test_interrupting_keeps_what_is_finished(home, tmp_path, capsys, monkeypatch):
-    from gradpruner.run import run as pipeline
+    from gradpruner.run import models
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "apply", interrupt)
+    monkeypatch.setattr(models, "apply", interrupt)
     out = tmp_path / "out"
     code = main(
         [

@@ -121,14 +121,14 @@ def test_a_model_that_is_replaced_between_two_stages_is_refused(source, tmp_path
     made = run(source, tmp_path / "out")
     weights = Path(source, "model.safetensors")
     weights.write_bytes(weights.read_bytes())  # the same content with another time
-    made.probe()
+    made.run_probe()
     retrain(source, monkeypatch)
     steps.clear()
     with pytest.raises(InvalidArgument, match=r"model\.safetensors was replaced while it was in use"):
-        made.dense()
+        made.train_dense()
     weights.unlink()
     with pytest.raises(InvalidArgument, match=r"model\.safetensors was replaced while it was in use"):
-        made.dense()
+        made.train_dense()
     assert steps == []
 
 
@@ -182,15 +182,15 @@ def weight(commit):
     return weight_of(lambda: load_model("acme/tiny", revision=commit))
 
 
-def test_a_run_keeps_the_commit_that_it_began_with(hub, tmp_path, steps):
-    run("acme/tiny", tmp_path / "out").probe()
+def test_a_run_keeps_the_commit_that_it_began_with(hub, tmp_path, steps, caplog):
+    run("acme/tiny", tmp_path / "out").run_probe()
     (hub / "refs" / "main").write_text(NEW)
-    said = []
-    made = run("acme/tiny", tmp_path / "out", say=said.append)
-    assert made.probe() and len(steps) == 4  # it is the same run
-    assert weight_of(made._load_dense) == weight(OLD) != weight(NEW)
-    assert f"acme/tiny is now at commit {NEW}; this folder goes on with {OLD}" in said[0]
-    assert weight_of(run("acme/tiny", tmp_path / "new")._load_dense) == weight(NEW)
+    caplog.set_level("INFO", "gradpruner")
+    made = run("acme/tiny", tmp_path / "out")
+    assert made.run_probe() and len(steps) == 4  # it is the same run
+    assert weight_of(made.models.load_dense) == weight(OLD) != weight(NEW)
+    assert f"acme/tiny is now at commit {NEW}; this folder goes on with {OLD}" in caplog.messages[0]
+    assert weight_of(run("acme/tiny", tmp_path / "new").models.load_dense) == weight(NEW)
 
 
 def test_a_comparison_keeps_the_commit_that_it_began_with(hub, tmp_path):

@@ -16,7 +16,7 @@ from gradpruner.probe.estimators.exact import ExactReader
 from gradpruner.probe.estimators.gradient import GradientReader
 from gradpruner.probe.estimators.lora import LoraReader, _ldexp
 from gradpruner.probe.host_copies import Arrival, joined, one_ahead, to_host
-from gradpruner.training.probe_batches import Inputs
+from gradpruner.training.probe_batches import ProbeBatches
 
 
 class Calls(TorchDispatchMode):
@@ -248,7 +248,7 @@ def test_scaling_rounds_as_if_done_in_float64(dtype, exponent):
 def test_inputs_are_kept_without_waiting_until_they_are_asked_for(marks):
     model = torch.nn.Module()
     model.forward = lambda **inputs: None
-    inputs = Inputs()
+    inputs = ProbeBatches()
     inputs.watch(model)
     with FakeTensorMode():
         for _ in range(2):

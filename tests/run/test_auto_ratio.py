@@ -14,12 +14,13 @@ from word_tokenizers import make_tokenizer
 
 from gradpruner.cli.main import main
 from gradpruner.errors import GradPrunerError, InvalidArgument
+from gradpruner.model.load import Loaded
 from gradpruner.probe.igia import Igia
+from gradpruner.run import models, stages
 from gradpruner.run import run as pipeline
-from gradpruner.run import stages
 from gradpruner.run.auto_ratio import Trial, candidates, choose, gap, hold_out, search
 from gradpruner.run.job import Job
-from gradpruner.run.run import Run
+from gradpruner.run.models import RunModels
 from gradpruner.training.data import Example
 from gradpruner.training.evaluate import Evaluation
 
@@ -190,7 +191,7 @@ class Watched:
 
     def __init__(self, monkeypatch, exact=None):
         self.trained, self.scored, self.stop_at = [], [], None
-        train, measure = stages.train, pipeline.measure
+        train, measure = stages.train, models.measure
 
         def watched_train(model, ordered, *args, **options):
             if len(self.trained) == self.stop_at:
@@ -206,7 +207,7 @@ class Watched:
             return Evaluation(exact[layers], 2.0, None, len(examples))
 
         monkeypatch.setattr(stages, "train", watched_train)
-        monkeypatch.setattr(pipeline, "measure", watched_measure)
+        monkeypatch.setattr(models, "measure", watched_measure)
 
     @property
     def layers(self):
@@ -282,17 +283,17 @@ def test_nothing_is_trained_on_what_is_held_out(source, tmp_path, monkeypatch):
 
 def test_a_cut_is_tried_as_it_is_made(source, tmp_path, monkeypatch):
     made = []
-    smaller = Run._smaller
+    cut = RunModels.cut
 
     def spied(self, plan):
-        model, tokenizer = smaller(self, plan)
+        model, tokenizer = cut(self, plan)
         made.append((plan, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
-        return model, tokenizer
+        return Loaded(model, tokenizer)
 
-    monkeypatch.setattr(Run, "_smaller", spied)
+    monkeypatch.setattr(RunModels, "cut", spied)
     Watched(monkeypatch, exact={6: 0.5, 5: 0.5, 4: 0.5, 3: 0.1})
     job = run(source, tmp_path / "out", max_lost=0.2, merge=1)
-    plan = job.plan()
+    plan = job.make_plan()
     assert [len(tried.removed) for tried, _ in made] == [2, 3] and made[0][0] == plan and len(plan.merge) == 1
     job.cut(plan)
     assert made[2][0] == plan
@@ -310,7 +311,7 @@ def test_the_dense_model_starts_from_what_the_cuts_start_from(source, tmp_path, 
 
     monkeypatch.setattr(pipeline, "tune", spied)
     Watched(monkeypatch, exact={6: 0.5, 5: 0.5, 4: 0.5, 3: 0.5})
-    run(source, tmp_path / "out", adapters=adapters, patch=False, merge=0).plan()
+    run(source, tmp_path / "out", adapters=adapters, patch=False, merge=0).make_plan()
     original = AutoModelForCausalLM.from_pretrained(source).model.layers[0].self_attn.q_proj.weight
     assert len(started) == 3 and all(torch.equal(weight, started[0]) for weight in started)
     assert torch.equal(started[0], original) == (adapters == "discard")
@@ -320,13 +321,13 @@ def test_an_interrupted_check_goes_on(source, tmp_path, monkeypatch):
     watched = Watched(monkeypatch, exact={6: 0.5, 5: 0.5, 4: 0.5, 3: 0.1})
     watched.stop_at = 3
     with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "out").plan()
+        run(source, tmp_path / "out").make_plan()
     assert watched.layers == [6, 6, 4] and not (tmp_path / "out" / "plan.json").exists()
     watched.stop_at = None
-    assert len(run(source, tmp_path / "out").plan().removed) == 2
+    assert len(run(source, tmp_path / "out").make_plan().removed) == 2
     assert watched.layers == [6, 6, 4, 3]
     (tmp_path / "out" / "plan.json").unlink()
-    assert len(run(source, tmp_path / "out").plan().removed) == 2
+    assert len(run(source, tmp_path / "out").make_plan().removed) == 2
     assert watched.layers == [6, 6, 4, 3]
 
 
@@ -339,7 +340,7 @@ def test_a_bound_that_no_cut_meets_can_be_raised(source, tmp_path, monkeypatch):
     assert not (out / "plan.json").exists() and not (out / "cut").exists()
     with pytest.raises(InvalidArgument, match="another check_steps"):
         run(source, out, check_steps=3)
-    assert len(run(source, out, max_lost=0.25).plan().removed) == 1
+    assert len(run(source, out, max_lost=0.25).make_plan().removed) == 1
     assert watched.layers == [6, 6, 4, 5]
     assert json.loads((out / "run.json").read_text())["max_lost"] == 0.25
     with pytest.raises(InvalidArgument, match="another max_lost"):  # now something was chosen by it
@@ -382,7 +383,7 @@ def test_a_plan_alone_cannot_choose(capsys):
 
 def test_the_gap_is_the_margin_of_the_plan(source, tmp_path):
     job = run(source, tmp_path / "out")
-    igia: Igia = job.probe()
+    igia: Igia = job.run_probe()
     scores = igia.layer_scores().tolist()
     for count in (1, 2, 3, 4, 5):
         assert gap(scores, count) == pytest.approx(igia.margin(igia.plan(count=count)))

@@ -74,17 +74,18 @@ def test_a_plan_that_was_edited_after_the_cut_is_refused(source, out, steps):
     assert len(steps) == 12 and results["plan"]["kept"] == json.loads((out / "plan.json").read_text())["kept"]
 
 
-def test_a_plan_may_be_edited_before_the_cut(source, finished, tmp_path, steps):
-    said, out = [], tmp_path / "out"
+def test_a_plan_may_be_edited_before_the_cut(source, finished, tmp_path, steps, caplog):
+    caplog.set_level("INFO", "gradpruner")
+    out = tmp_path / "out"
     shutil.copytree(finished / "probe", out / "probe")
     for name in ("plan.json", "run.json"):
         shutil.copy(finished / name, out / name)
     edit(out / "plan.json", kept=[0, 2, 3], drop=[1], merge={}, parameter_ratio=0.9)
-    made = run(source, out, say=said.append)
-    plan = made.plan()
+    made = run(source, out)
+    plan = made.make_plan()
     igia = Igia.load(out / "probe" / "igia.safetensors")
     assert plan.removed == (1,) and plan.parameter_ratio == igia.layer_parameters[1] / igia.total_parameters
-    assert any("edited by hand" in line for line in said)
+    assert "edited by hand" in caplog.text
     made.cut(plan)
     assert Plan.load(out / "cut" / "gradpruner.json") == plan and steps == []
     (out / "plan.json").write_text(json.dumps(Plan(LAYERS + 1, [1]).to_dict()))
@@ -115,7 +116,7 @@ def test_an_edited_plan_is_not_reported_as_the_choice_of_auto(source, tmp_path):
     def made():
         return run(source, tmp_path / "out", ratio="auto", max_lost=1.0, check_rows=2, check_steps=1)
 
-    chosen = made().plan()
+    chosen = made().make_plan()
     edit(tmp_path / "out" / "plan.json", kept=[0, 1, 2], drop=[3], merge={})
     results = made().everything(dense=False)
     assert results["plan"]["drop"] == [3] != list(chosen.removed) and "auto" not in results
@@ -126,7 +127,7 @@ def test_an_empty_folder_is_no_finished_stage(stage, source, out, steps):
     shutil.rmtree(out / stage)
     (out / stage).mkdir()
     made = run(source, out)
-    found = made.probe() if stage == "probe" else made.cut(made.plan())
+    found = made.run_probe() if stage == "probe" else made.cut(made.make_plan())
     assert found and (out / stage / "made_from.json").is_file() and len(steps) == (4 if stage == "probe" else 0)
 
 
@@ -141,7 +142,7 @@ def test_a_folder_of_unknown_origin_is_refused_before_anything_is_trained(stage,
 
 def test_a_probe_that_was_exchanged_is_refused_before_anything_is_trained(source, out, tmp_path, steps):
     other = run(source, tmp_path / "other", recipe={"seed": 1})
-    other.probe()
+    other.run_probe()
     (out / "dense.json").unlink()
     shutil.copy(tmp_path / "other" / "probe" / "igia.safetensors", out / "probe" / "igia.safetensors")
     steps.clear()
@@ -253,7 +254,7 @@ def test_results_do_not_outlive_the_stages_that_they_are_made_from(source, out):
         shutil.rmtree(out / name)
     (out / "pruned.json").unlink()
     made = run(source, out)
-    made.cut(made.plan())
+    made.cut(made.make_plan())
     assert not any((out / name).exists() for name in ("results.json", "speeds.json", "report.html"))
 
 
@@ -277,8 +278,8 @@ def test_a_model_that_is_gone_is_told_before_the_dense_run(source, out, steps):
 def test_the_checks_behind_a_plan_must_be_there(source, tmp_path, steps):
     (tmp_path / "out").mkdir()
     made = run(source, tmp_path / "out", ratio="auto")
-    planned = made.probe().plan(count=2, kind="norm", merge=0).to_dict()
-    record = {**made._from_probe(), "plan": digest(planned)}
+    planned = made.run_probe().plan(count=2, kind="norm", merge=0).to_dict()
+    record = {**made._made_from_probe(), "plan": digest(planned)}
     (tmp_path / "out" / "plan.json").write_text(json.dumps({**planned, "made_from": record}))
     del steps[:]
     with pytest.raises(InvalidArgument, match=r"auto.json, by which .*plan.json' was chosen, is gone"):

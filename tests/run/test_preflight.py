@@ -19,8 +19,9 @@ from gradpruner.cli.main import main
 from gradpruner.compare.experiment import Compare
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
 from gradpruner.model.full_precision import check_full_precision, quantisation_of
-from gradpruner.run import preflight, stages
-from gradpruner.run import run as pipeline
+from gradpruner.presets import Preset
+from gradpruner.pruning import preflight as pruning_preflight
+from gradpruner.run import speeds, stages
 from gradpruner.run.job import Job
 from gradpruner.storage.files import need_writable
 from gradpruner.training.data import Example
@@ -31,9 +32,9 @@ REFUSED = {
     "a test example without a token": ({"test": [Example("", "")]}, "test examples: row 0 has no label"),
     "a share of no layer": ({"ratio": 0.05}, "ratio = 0.05 of 4 layers rounds to none"),
     "all layers": ({"ratio": None, "count": 4}, "4 of 4 layers to remove"),
-    "more merged than removed": ({"merge": 3}, "merge = 3"),
-    "no share of a weight": ({"top": 0.0}, "top = 0.0"),
-    "an unknown score": ({"kind": "median"}, "kind = 'median'"),
+    "more merged than removed": ({"preset": Preset.of(merge=3)}, "merge = 3"),
+    "no share of a weight": ({"preset": Preset.of(top=0.0)}, "top = 0.0"),
+    "an unknown score": ({"preset": Preset.of(kind="median")}, "kind = 'median'"),
     "tokens of an unknown kind": ({"train_on": "prompt"}, "train_on is 'prompt'"),
 }
 
@@ -83,7 +84,7 @@ def test_a_report_without_matplotlib_is_refused_before_it_trains(base_home, tmp_
 def test_a_folder_that_cannot_be_written_to_or_is_too_small(base_home, tmp_path, trained, monkeypatch):
     model, tokenizer = gradpruner.model.load.load_model(base_home / "model")
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
+    monkeypatch.setattr(pruning_preflight.shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
     with pytest.raises(InvalidArgument, match=r"0\.00 GB are free on its disk; expected"):
         run(base_home / "model", tmp_path / "out").everything()
     monkeypatch.undo()
@@ -93,7 +94,7 @@ def test_a_folder_that_cannot_be_written_to_or_is_too_small(base_home, tmp_path,
 
     monkeypatch.setattr(tokenizer, "save_pretrained", full)
     with pytest.raises(CheckpointError, match=r"could not write a checkpoint to .*No space left"):
-        preflight.check_save(model, tokenizer, tmp_path / "new" / "folder")
+        pruning_preflight.check_save(model, tokenizer, tmp_path / "new" / "folder")
     assert not trained and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -250,8 +251,7 @@ def test_a_chat_model_goes_through_a_whole_run(base_home, tmp_path, monkeypatch)
     source = tmp_path / "model"
     shutil.copytree(base_home / "model", source)
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **GREEDY}))
-    speeds = {"dense": [1.0], "pruned": [2.0]}
-    monkeypatch.setattr(pipeline, "speeds_in_turns", lambda *args: speeds)
+    monkeypatch.setattr(speeds, "speeds_in_turns", lambda *args: {"dense": [1.0], "pruned": [2.0]})
     results = run(source, tmp_path / "out").everything()
     assert [row["name"] for row in results["rows"]] == ["dense", "pruned"]
     assert (tmp_path / "out" / "model" / "generation_config.json").is_file()

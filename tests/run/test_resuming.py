@@ -23,12 +23,12 @@ def source(tmp_path_factory):
 
 def test_a_stage_of_a_run_goes_on(source, tmp_path, monkeypatch):
     whole, resumed = run(source, tmp_path / "whole"), run(source, tmp_path / "out")
-    stopped(monkeypatch, 12, run(source, tmp_path / "out").dense)
+    stopped(monkeypatch, 12, run(source, tmp_path / "out").train_dense)
     with monkeypatch.context() as patch:
         steps = interrupting(patch)
-        found = resumed.dense()
+        found = resumed.train_dense()
     assert steps == list(range(11, STEPS + 1))  # saved every 10 steps by default
-    expected = whole.dense()
+    expected = whole.train_dense()
     assert found["training"]["losses"] == expected["training"]["losses"]
     assert found["perplexity"] == expected["perplexity"]
     weights = [(tmp_path / name / "dense" / "model.safetensors").read_bytes() for name in ("whole", "out")]
@@ -98,23 +98,22 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from small_runs import run
-from gradpruner import finetune
+from gradpruner.training.row_trainer import CheckpointCompleter, StepRecorder
 if {moment!r} == "step":
-    real = finetune._Watch.on_step_end
+    real = StepRecorder.on_step_end
     def dying(self, args, state, control, **kwargs):
         if state.global_step == 13:
             os.kill(os.getpid(), signal.SIGKILL)
         real(self, args, state, control, **kwargs)
-    finetune._Watch.on_step_end = dying
+    StepRecorder.on_step_end = dying
 else:
-    from gradpruner import checkpoints
-    real = checkpoints.Completing.on_save
+    real = CheckpointCompleter.on_save
     def dying(self, args, state, control, **kwargs):
         if state.global_step == 9:
             os.kill(os.getpid(), signal.SIGKILL)
         real(self, args, state, control, **kwargs)
-    checkpoints.Completing.on_save = dying
-run({source!r}, Path({out!r}), save_steps=3, recipe={recipe!r}).dense()
+    CheckpointCompleter.on_save = dying
+run({source!r}, Path({out!r}), save_steps=3, recipe={recipe!r}).train_dense()
 """
 
 
@@ -131,9 +130,9 @@ def test_a_killed_run_goes_on(moment, rank, source, tmp_path, monkeypatch):
     )
     assert died.returncode == -signal.SIGKILL, died.stderr[-2000:]
     steps = interrupting(monkeypatch)
-    found = run(source, out, recipe=recipe, save_steps=3).dense()
+    found = run(source, out, recipe=recipe, save_steps=3).train_dense()
     assert steps[0] == (13 if moment == "step" else 7)
-    expected = run(source, tmp_path / "whole", recipe=recipe).dense()
+    expected = run(source, tmp_path / "whole", recipe=recipe).train_dense()
     assert found["training"]["losses"] == expected["training"]["losses"]
     weights = [(tmp_path / name / "dense" / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert weights[0] == weights[1]

@@ -33,7 +33,7 @@ from gradpruner.run import run as pipeline
 from gradpruner.storage import tensor_files as shards
 from gradpruner.training import data
 from gradpruner.training import resume as training_files
-from gradpruner.training.probe_batches import load_inputs, save_inputs
+from gradpruner.training.probe_batches import load_batches, save_batches
 
 SOME, MANY = 100, 2000
 
@@ -96,7 +96,7 @@ def use_masks(path):
 
 
 def inputs(folder):
-    save_inputs([{"input_ids": torch.ones(2, 3, dtype=torch.int64)}, {"x": torch.ones(2)}], folder, None)
+    save_batches([{"input_ids": torch.ones(2, 3, dtype=torch.int64)}, {"x": torch.ones(2)}], folder, None)
     return folder / "gradpruner_inputs-00000.state"
 
 
@@ -221,7 +221,7 @@ READERS = {
     "igia": (igia, use_igia, tensor_mutations),
     "plan": (plan, use_plan, json_mutations),
     "masks": (masks, use_masks, tensor_mutations),
-    "inputs": (inputs, lambda path: load_inputs(path.parent, None), tensor_mutations),
+    "inputs": (inputs, lambda path: load_batches(path.parent, None), tensor_mutations),
     "safetensors": (tensors, use_tensors, tensor_mutations),
     "index": (index, use_tensors, json_mutations),
     "config": (config, use_config, json_mutations),

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from word_tokenizers import make_tokenizer
 
+from gradpruner.presets import Preset
 from gradpruner.run.job import Job
 from gradpruner.run.run import Run
 from gradpruner.training.data import Example
@@ -37,8 +38,11 @@ EXAMPLES = [Example(f"word {i % 13}", "red" if i % 13 < 6 else "green") for i in
 
 
 RECIPE = Recipe(batch_size=4, learning_rate=1e-2)
+SETTINGS = vars(Preset()).keys()
 
 
 def run(source, folder, **options):
-    job = Job(source, 9, RECIPE, **{"ratio": "auto", "probe_steps": 3, "check_steps": 2, "check_rows": 3, **options})
+    preset = Preset.of(**{name: options.pop(name) for name in SETTINGS & options.keys()})
+    terms = {"ratio": "auto", "probe_steps": 3, "check_steps": 2, "check_rows": 3, **options}
+    job = Job(source, 9, RECIPE, preset=preset, **terms)
     return Run(job, EXAMPLES, [Example("word 99", "blue")], folder, quiet=True)

@@ -11,9 +11,9 @@ from word_tokenizers import make_tokenizer
 
 from gradpruner.run.job import Job
 from gradpruner.run.run import Run
-from gradpruner.training import finetune
 from gradpruner.training.data import Example
 from gradpruner.training.recipe import Recipe
+from gradpruner.training.row_trainer import StepRecorder
 
 LAYERS, STEPS, PROBE = 4, 16, 4
 TRAIN = [Example(f"word {i % 7}:", "abc"[i % 3]) for i in range(30)]
@@ -47,14 +47,14 @@ def job_of(source: str, *, recipe=None, **options) -> Job:
     return Job(source, **{"steps": STEPS, "recipe": recipe, "probe_steps": PROBE, "ratio": 0.5, **options})
 
 
-def run(source: str, folder: Path, *, say=lambda line: None, **options) -> Run:
-    return Run(job_of(source, **options), TRAIN, TEST, folder, quiet=True, say=say)
+def run(source: str, folder: Path, **options) -> Run:
+    return Run(job_of(source, **options), TRAIN, TEST, folder, quiet=True)
 
 
 def interrupting(monkeypatch, at: int | None = None) -> list[int]:
     """Note the number of every optimizer step. Interrupt the training in step `at`, after the step itself."""
     steps: list[int] = []
-    real = finetune._Watch.on_step_end
+    real = StepRecorder.on_step_end
 
     def watched(self, args, state, control, **kwargs):
         steps.append(state.global_step)
@@ -62,7 +62,7 @@ def interrupting(monkeypatch, at: int | None = None) -> list[int]:
         if state.global_step == at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune._Watch, "on_step_end", watched)
+    monkeypatch.setattr(StepRecorder, "on_step_end", watched)
     return steps
 
 

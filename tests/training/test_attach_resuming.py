@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import gradpruner
 from gradpruner.model.decoder import Decoder
 from gradpruner.pruning.patch import Patch
-from gradpruner.training.probe_batches import load_inputs
+from gradpruner.training.probe_batches import load_batches
 from gradpruner.training.resume import mark_of
 
 
@@ -34,7 +34,7 @@ def test_every_micro_batch_of_the_probe_is_in_the_checkpoint(options, tmp_path, 
         **options,
     )
     made.train()
-    kept = load_inputs(tmp_path / "cut" / "checkpoint-3", None)
+    kept = load_batches(tmp_path / "cut" / "checkpoint-3", None)
     count = options.get("gradient_accumulation_steps", 1)
     made, _ = trainer(tmp_path / "dense", attached=False, callbacks=[Stop(3)], **options)
     seen, step = [], made.training_step

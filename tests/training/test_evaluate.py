@@ -191,7 +191,7 @@ def test_answers_tell_all_that_the_others_do(model, rows, collate, tokenizer, ba
         with torch.no_grad():
             best = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].argmax(-1).tolist()
         said = [token for token, label in zip(best, row["labels"][1:], strict=True) if label != -100]
-        assert answer.tokens == len(wanted) and answer.said == tuple(said) and answer.right == (said == wanted)
+        assert answer.tokens == len(wanted) and answer.predicted == tuple(said) and answer.right == (said == wanted)
 
 
 def test_answers_without_rows_are_refused(model, collate):

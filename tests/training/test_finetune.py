@@ -18,7 +18,7 @@ from word_tokenizers import make_tokenizer
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.model.loss import IGNORED
 from gradpruner.run.stages import watch
-from gradpruner.training import finetune
+from gradpruner.training import finetune, row_trainer
 from gradpruner.training.data import Collator
 from gradpruner.training.divergence import explained, has_diverged, why_failed
 from gradpruner.training.finetune import add_adapters, finish, train
@@ -182,7 +182,7 @@ def test_no_logits_of_tokens_without_a_label(accumulation, monkeypatch):
     batches = [ordered[i : i + 2] for i in range(0, len(ordered), 2)]
     places = [len({len(row["input_ids"]) - k for row in batch for k in (2, 3, 4)}) for batch in batches]
     assert lengths == places
-    monkeypatch.setattr(finetune, "can_skip_logits", lambda *_: False)
+    monkeypatch.setattr(row_trainer, "can_skip_logits", lambda *_: False)
     every, lengths = losses_and_lengths(llama(), ordered, recipe)
     assert min(lengths) >= 8
     assert few == pytest.approx(every, rel=1e-4)
@@ -272,15 +272,15 @@ def test_one_device_where_several_are_visible(monkeypatch, caplog):
     arguments = TrainingArguments(output_dir="unused", use_cpu=True, per_device_train_batch_size=3)
     arguments._n_gpu = 2  # what a machine with two GPUs gives one process
     assert arguments.train_batch_size == 6
-    finetune._use_one_device(arguments)
+    row_trainer.use_one_device(arguments)
     assert arguments.n_gpu == 1 and arguments.train_batch_size == 3 and "2 GPUs are visible" in caplog.text
     monkeypatch.setattr(type(arguments), "world_size", 2)
     with pytest.raises(InvalidArgument, match="launched in 2 processes; accepted is one"):
-        finetune._use_one_device(arguments)
+        row_trainer.use_one_device(arguments)
 
 
 def test_training_asks_for_one_device(monkeypatch):
-    class TwoGpus(finetune.TrainingArguments):
+    class TwoGpus(row_trainer.TrainingArguments):
         """What transformers makes of a machine with two GPUs and one process."""
 
         def __post_init__(self):
@@ -289,13 +289,13 @@ def test_training_asks_for_one_device(monkeypatch):
 
     seen = []
 
-    class Looking(finetune._InOrder):
+    class Looking(row_trainer.RowTrainer):
         def __init__(self, *args, **kwargs):
             seen.append((kwargs["args"].n_gpu, kwargs["args"].train_batch_size))
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(finetune, "TrainingArguments", TwoGpus)
-    monkeypatch.setattr(finetune, "_InOrder", Looking)
+    monkeypatch.setattr(row_trainer, "TrainingArguments", TwoGpus)
+    monkeypatch.setattr(row_trainer, "RowTrainer", Looking)
     train(llama(), plain(schedule(rows(), 1, RECIPE)), Collator(make_tokenizer()), RECIPE, quiet=True)
     assert seen == [(1, RECIPE.batch_size)]
 

@@ -17,7 +17,7 @@ from gradpruner.training import probe_batches as inputs
 def test_inputs_are_kept_up_to_a_number_of_tokens(monkeypatch):
     monkeypatch.setattr(inputs, "TOKENS", 50)
     model = training_runs.llama()
-    watching = inputs.Inputs()
+    watching = inputs.ProbeBatches()
     watching.watch(model)
     for length, count in ((9, 1), (30, 2), (12, 2), (11, 3)):  # 12 more would be 51
         model.train()(input_ids=torch.ones(1, length, dtype=torch.long), labels=torch.ones(1, length, dtype=torch.long))
@@ -25,14 +25,14 @@ def test_inputs_are_kept_up_to_a_number_of_tokens(monkeypatch):
         model.eval()(input_ids=torch.ones(1, 1, dtype=torch.long))
         with torch.no_grad():
             model.train()(input_ids=torch.ones(1, 1, dtype=torch.long))
-    assert len(inputs.Inputs(watching.batches).batches) == 3
-    again = inputs.Inputs(watching.batches)  # an interrupted run counts what was there
+    assert len(inputs.ProbeBatches(watching.batches).batches) == 3
+    again = inputs.ProbeBatches(watching.batches)  # an interrupted run counts what was there
     watching.stop()
     again.watch(model)
     model(input_ids=torch.ones(1, 1, dtype=torch.long))
     assert len(again.batches) == 3 and len(watching.batches) == 3
     again.stop()
-    large = inputs.Inputs()
+    large = inputs.ProbeBatches()
     large.watch(model)
     model(input_ids=torch.ones(1, 60, dtype=torch.long))
     assert len(large.batches) == 1

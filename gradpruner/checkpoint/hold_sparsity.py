@@ -1,0 +1,33 @@
+"""A Trainer callback that keeps pruned weights at zero. It is slow to import, because transformers.Trainer is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from gradpruner.checkpoint.masks import Masks
+
+
+class HoldSparsity(TrainerCallback):
+    """Zero the masked entries again after every optimizer step, while all weights train.
+
+    Adapters on a frozen model do not need it: call `Masks.apply_` after they were merged.
+
+    Args:
+        masks: masks of the model that trains.
+
+    Raises:
+        ModelMismatch: when training begins, if the masks belong to another model.
+    """
+
+    def __init__(self, masks: Masks) -> None:
+        self._masks = masks
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Zero the masked entries: the model may still be dense."""
+        self._masks.apply_(kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Zero the masked entries after an optimizer step."""
+        self._masks.apply_(kwargs["model"])

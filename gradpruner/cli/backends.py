@@ -1,0 +1,28 @@
+"""The command `backends`: which kernels this installation can run."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from gradpruner.cli import options as given
+
+
+def add_backends(commands: Any) -> None:
+    """Add the command `backends`."""
+    given.command(commands, "backends", _backends, "Which kernels this installation can run.", "gradpruner backends")
+
+
+def _backends(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.ops import available_backends
+    from gradpruner.ops.backends import build_note
+
+    found = available_backends()
+    if found["cpp"] == "available":
+        from gradpruner.ops.cpp import ISA
+
+        found["cpp instruction set"] = ISA
+    note = build_note()
+    if note is not None:
+        found["cpp build"] = note
+    return {"json": found, "line": "\n".join(f"{name}: {state}" for name, state in found.items())}

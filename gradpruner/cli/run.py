@@ -1,0 +1,136 @@
+"""The commands `run`, `demo` and `report`: the whole job, and its report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from gradpruner.cli import options as given
+from gradpruner.compare.settings_file import COMPARISON_SETTINGS
+
+
+def add_run(commands: Any) -> None:
+    """Add the command `run`."""
+    parser = given.command(
+        commands,
+        "run",
+        _run,
+        "The whole job: probe, plan, cut, fine-tune, evaluate, report.",
+        "gradpruner run --model meta-llama/Llama-3.2-1B --data train.jsonl --steps 1000 --ratio 0.4 --out small",
+    )
+    given.model_options(parser)
+    given.data_options(parser, testing=True)
+    given.plan_options(parser, auto=True)
+    given.recipe_options(parser)
+    given.checkpoint_options(parser)
+    parser.add_argument(
+        "--max-lost",
+        type=float,
+        metavar="P",
+        help="with --ratio auto: share of the dense model's score that may be lost (default 0.01)",
+    )
+    parser.add_argument(
+        "--check-steps",
+        type=int,
+        metavar="N",
+        help="with --ratio auto: extra steps that each model "
+        "that is tried is trained for (default: as many as the probe)",
+    )
+    parser.add_argument(
+        "--check-rows",
+        type=int,
+        metavar="N",
+        help="with --ratio auto: training examples held out to try on (default: 10 %%, at most 200)",
+    )
+    parser.add_argument("--probe-steps", type=int, metavar="N", help="steps of the probe (default: 1 %%, 20 at least)")
+    parser.add_argument("--top", type=float, metavar="P", help="share of a merged weight kept (default: the preset's)")
+    parser.add_argument("--no-patch", action="store_const", const=False, dest="patch", help="leave the gaps unpatched")
+    parser.add_argument(
+        "--adapters", choices=("keep", "discard"), help="what the probe trained (default: the preset's)"
+    )
+    parser.add_argument(
+        "--rank-factor",
+        type=int,
+        metavar="N",
+        help="the cut model's adapters have N times the rank (default: the preset's)",
+    )
+    parser.add_argument("--no-dense", action="store_true", help="do not fine-tune the uncut model for comparison")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything goes; run again to resume")
+
+
+def add_demo(commands: Any) -> None:
+    """Add the command `demo`."""
+    parser = given.command(
+        commands,
+        "demo",
+        _demo,
+        "The whole job on a model and data that need no hub: ten minutes on two cores.",
+        "gradpruner demo --out gradpruner-demo",
+    )
+    parser.add_argument("--out", default="gradpruner-demo", metavar="FOLDER", help="default: gradpruner-demo")
+
+
+def add_report(commands: Any) -> None:
+    """Add the command `report`."""
+    parser = given.command(
+        commands, "report", _report, "Draw the report of a finished run again.", "gradpruner report small"
+    )
+    parser.add_argument("folder", help="the --out of gradpruner run or compare")
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.presets import Preset
+    from gradpruner.run.job import Job
+    from gradpruner.run.run import Run
+
+    preset = Preset.of(
+        **given.choice(options),
+        top=options.top,
+        patch=options.patch,
+        adapters=options.adapters,
+        rank_factor=options.rank_factor,
+    )
+    job = Job(
+        **given.job(options),
+        **given.amount(options),
+        preset=preset,
+        max_lost=options.max_lost,
+        check_steps=options.check_steps,
+        check_rows=options.check_rows,
+    )
+    train_examples, test_examples = given.split(options)
+    run = Run(job, train_examples, test_examples, options.out, quiet=options.json)
+    return _results(run.everything(dense=not options.no_dense), options.out)
+
+
+def _demo(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.run.demo import demo
+
+    return _results(demo(options.out, quiet=options.json), options.out)
+
+
+def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
+    from gradpruner.report.tables import table
+    from gradpruner.run.auto_ratio import trial_rows
+    from gradpruner.run.summary import comparison, notes
+
+    auto = results.get("auto")
+    rows = results["rows"]
+    failed = " ".join(row["failed"] for row in rows if row.get("failed"))
+    why = f"{auto['reason']}\n\n{table(trial_rows(auto))}\n\n" if auto else ""
+    beside = f"\n\n{notes(rows)}" if notes(rows) else ""
+    line = f"{why}{table(comparison(rows))}{beside}\n\ncheckpoint: {folder}/model    report: {folder}/report.html"
+    return {"json": results, "line": line, "failed": failed}
+
+
+def _report(options: argparse.Namespace) -> dict[str, Any]:
+    folder = Path(options.folder)
+    if (folder / COMPARISON_SETTINGS).exists():
+        from gradpruner.compare.outputs import rewrite
+
+        return {**rewrite(folder), "failed": None}  # the report is written; what it says is no failure of this command
+    from gradpruner.run.run import write_report
+
+    path = write_report(folder)
+    return {"json": {"report": str(path)}, "line": str(path)}

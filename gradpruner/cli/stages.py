@@ -1,0 +1,288 @@
+"""The commands for one stage of a run each: `probe`, `plan`, `apply`, `finetune` and `evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from gradpruner.cli import options as given
+
+
+def add_probe(commands: Any) -> None:
+    """Add the command `probe`."""
+    parser = given.command(
+        commands,
+        "probe",
+        _probe,
+        "Watch the gradients of the first steps; write igia.safetensors.",
+        "gradpruner probe --model M --data train.jsonl --steps 40 --out igia.safetensors",
+    )
+    given.model_options(parser)
+    given.data_options(parser, testing=False)
+    given.recipe_options(parser)
+    parser.add_argument(
+        "--of-steps",
+        type=int,
+        metavar="N",
+        help="steps of the run that this is the beginning of, for its learning rate (default: --steps)",
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="igia.safetensors to write")
+
+
+def add_plan(commands: Any) -> None:
+    """Add the command `plan`."""
+    parser = given.command(
+        commands,
+        "plan",
+        _plan,
+        "Decide which layers go; write plan.json. No model is loaded.",
+        "gradpruner plan igia.safetensors --ratio 0.4 --out plan.json",
+    )
+    parser.add_argument("igia", help="igia.safetensors, from the probe")
+    given.plan_options(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help="plan.json to write")
+
+
+def add_apply(commands: Any) -> None:
+    """Add the command `apply`."""
+    parser = given.command(
+        commands,
+        "apply",
+        _apply,
+        "Fold and remove layers; write a smaller, verified checkpoint.",
+        "gradpruner apply --model M --plan plan.json --igia igia.safetensors --out small",
+    )
+    given.model_options(parser)
+    parser.add_argument("--plan", required=True, metavar="FILE", help="plan.json")
+    parser.add_argument("--igia", metavar="FILE", help="igia.safetensors; not needed if the plan merges nothing")
+    parser.add_argument(
+        "--top", type=float, default=0.2, metavar="P", help="share of a merged weight kept (default 0.2)"
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+
+
+def add_finetune(commands: Any) -> None:
+    """Add the command `finetune`."""
+    parser = given.command(
+        commands,
+        "finetune",
+        _finetune,
+        "Fine-tune a checkpoint and write an ordinary one.",
+        "gradpruner finetune --model small --data train.jsonl --steps 1000 --out tuned",
+    )
+    given.model_options(parser)
+    given.data_options(parser, testing=False)
+    given.recipe_options(parser)
+    given.checkpoint_options(parser)
+    parser.add_argument(
+        "--masks", metavar="FILE", help="what sparsify made zero stays zero (default: gradpruner.masks of the --model)"
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+
+
+def add_evaluate(commands: Any) -> None:
+    """Add the command `evaluate`."""
+    parser = given.command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "Exact match, perplexity and, if asked for, ROUGE-L of a checkpoint.",
+        "gradpruner evaluate --model tuned --data test.jsonl",
+    )
+    given.model_options(parser)
+    given.data_options(parser, testing=False)
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="TOKENS",
+        help="perplexity alone, of all text joined and cut into windows of so many tokens",
+    )
+    parser.add_argument("--rouge", type=int, metavar="TOKENS", help="generate up to so many tokens and score ROUGE-L")
+
+
+def _training(options: argparse.Namespace, recipe: Any, revision: str | None = None) -> tuple[Any, Any, list[Any]]:
+    from gradpruner.training.data import tokenize
+    from gradpruner.training.recipe import schedule
+
+    examples = given.examples(options)
+    model, tokenizer = given.load(options, revision)
+    rows = tokenize(examples, tokenizer, max_length=options.max_length, train_on=options.train_on)
+    return model, tokenizer, schedule(rows, options.steps, recipe)
+
+
+def _probe(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.checkpoint.companions import masks_of
+    from gradpruner.presets import Preset
+    from gradpruner.run.stages import watch
+    from gradpruner.storage.files import need_writable
+
+    recipe = given.recipe(options)
+    need_writable(options.out)
+    model, tokenizer, ordered = _training(options, recipe)
+    _, igia = watch(
+        model,
+        tokenizer,
+        ordered,
+        recipe,
+        of_steps=options.of_steps,
+        quiet=options.json,
+        masks=masks_of(options.model, model),
+    )
+    kind = Preset.of().kind  # what `plan` goes by unless it is asked for another
+    scores = igia.layer_scores(kind)
+    igia.save(options.out)
+    return {
+        "json": {
+            "igia": options.out,
+            "steps": igia.steps,
+            "skipped": igia.skipped,
+            "kind": kind,
+            "layer_scores": scores.tolist(),
+            "watched": list(igia.watched),
+        },
+        "line": f"{options.out}: {igia.steps} usable steps, {igia.skipped} skipped, {min(igia.watched):.1%} or more of "
+        f"each layer's parameters watched, weakest layers first by {kind!r} scores: "
+        f"{scores.argsort().tolist()}",
+    }
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.presets import Preset
+    from gradpruner.probe.igia import Igia
+
+    igia = Igia.load(options.igia)
+    chosen = Preset.of(**given.choice(options))
+    plan = igia.plan(**given.amount(options), kind=chosen.kind, merge=chosen.merge)
+    plan.save(options.out)
+    margin, stability = igia.margin(plan, chosen.kind), igia.stability(plan, chosen.kind)
+    return {
+        "json": {**plan.to_dict(), "margin": margin, "stability": stability},
+        "line": f"{options.out}: {plan.summary()}; margin at the cut {margin:.3f}, "
+        f"settled after half of the probe {stability[(len(stability) - 1) // 2]:.0%}",
+    }
+
+
+def _apply(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.checkpoint.companions import masks_of, plan_of, save_from
+    from gradpruner.model.load import DEMO_MODEL
+    from gradpruner.plan import Plan
+    from gradpruner.probe.igia import Igia
+    from gradpruner.pruning.apply import apply
+    from gradpruner.pruning.apply_folder import apply_folder
+    from gradpruner.pruning.preflight import check_save
+    from gradpruner.storage.files import need_free
+    from gradpruner.storage.tensor_files import holds_safetensors
+
+    plan = Plan.load(options.plan)
+    # weights that are as they are wanted, in files that are read in place, need not be loaded
+    streamed = options.dtype == "auto" and options.model != DEMO_MODEL and holds_safetensors(Path(options.model))
+    igia = Igia.load(options.igia, lazy=streamed) if options.igia else None
+    if streamed:
+        folder = apply_folder(
+            options.model,
+            options.out,
+            plan,
+            igia,
+            top=options.top,
+            overwrite=options.overwrite,
+            trust_remote_code=options.trust_remote_code,
+        )
+    else:
+        need_free(options.out, options.overwrite)
+        model, tokenizer = given.load(options)
+        masks, earlier = masks_of(options.model, model), plan_of(options.model, model)
+        check_save(model, tokenizer, Path(options.out))
+        smaller = apply(model, plan, igia, top=options.top)
+        masks = None if masks is None else masks.of_layers(smaller, plan.kept)
+        folder = save_from(
+            options.model,
+            smaller,
+            options.out,
+            tokenizer=tokenizer,
+            masks=masks,
+            plan=dataclasses.replace(plan, before=earlier),
+            overwrite=options.overwrite,
+        )
+    return {
+        "json": {"folder": str(folder), "plan": plan.to_dict()},
+        "line": f"{folder}: verified; {plan.summary()}",
+    }
+
+
+def _finetune(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.checkpoint.companions import masks_of, plan_of, save_from
+    from gradpruner.model.identity import identify
+    from gradpruner.pruning.preflight import check_save
+    from gradpruner.run.stages import tune
+    from gradpruner.sparsity import Masks
+    from gradpruner.storage.files import need_free
+    from gradpruner.training.checkpoints import checkpoints_beside
+    from gradpruner.training.divergence import explained
+
+    recipe = given.recipe(options)
+    need_free(options.out, options.overwrite)
+    masks = Masks.load(options.masks) if options.masks else None
+    identity = identify(options.model, trust_remote_code=options.trust_remote_code)
+    checkpoints = checkpoints_beside(
+        options.out, options.save_steps, identity, dtype=options.dtype, attention=options.attention, masks=options.masks
+    )
+    model, tokenizer, ordered = _training(options, recipe, identity.revision)
+    check_save(model, tokenizer, Path(options.out))
+    if masks is not None:
+        masks.apply_(model)
+    else:
+        masks = masks_of(options.model, model, identity.revision)
+    plan = plan_of(options.model, model, identity.revision)
+    tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json, masks=masks, checkpoints=checkpoints)
+    save_from(
+        options.model, tuned, options.out, tokenizer=tokenizer, plan=plan, masks=masks, overwrite=options.overwrite
+    )
+    checkpoints.discard()
+    sparsity = None if masks is None else masks.sparsity()
+    kept = "" if masks is None else f", {sparsity:.2%} of {len(masks.bits)} weights kept at zero"
+    return {
+        "json": {"folder": options.out, "sparsity": sparsity, **training.to_dict()},
+        "line": f"{options.out}: {training.steps} steps of {training.step_seconds:.2f} s, "
+        f"loss {training.losses[0]:.3f} to {training.losses[-1]:.3f}{kept}",
+        "failed": explained(options.out, training.losses) if training.diverged else None,
+    }
+
+
+def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.run.stages import measure
+
+    examples = given.examples(options)
+    model, tokenizer = given.load(options)
+    if options.window is not None:
+        return _windows(options, model, tokenizer, examples)
+    result = measure(
+        model,
+        tokenizer,
+        examples,
+        max_length=options.max_length,
+        train_on=options.train_on,
+        batch_size=options.batch_size,
+        rouge_tokens=options.rouge,
+    ).to_dict()
+    shown = [f"{name} {value:.4g}" for name, value in result.items() if value is not None and name != "examples"]
+    return {"json": result, "line": f"{options.model}: {', '.join(shown)} on {len(examples)} examples"}
+
+
+def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: list[Any]) -> dict[str, Any]:
+    from gradpruner.run.preflight import check_rows
+    from gradpruner.training.data import Collator
+    from gradpruner.training.evaluate import perplexity
+    from gradpruner.training.text_windows import consecutive, text_of, tokens_of
+
+    rows = consecutive(tokens_of(text_of(examples), tokenizer, options.window), options.window)
+    check_rows(model, tokenizer, rows)
+    found = perplexity(model, rows, collate=Collator(tokenizer), batch_size=options.batch_size)
+    return {
+        "json": {"perplexity": found, "windows": len(rows), "tokens": options.window},
+        "line": f"{options.model}: perplexity {found:.4g} on {len(rows)} windows of {options.window} tokens",
+    }

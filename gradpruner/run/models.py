@@ -1,0 +1,127 @@
+"""The models of a run: dense, probed, cut. And the rows that they are trained and scored on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gradpruner.checkpoint.companions import plan_of, refuse_masks
+from gradpruner.model.identity import Identity
+from gradpruner.model.load import Loaded, load_model
+from gradpruner.plan import Plan
+from gradpruner.probe.igia import Igia
+from gradpruner.pruning.apply import apply
+from gradpruner.pruning.patch import Patch, fit_patches
+from gradpruner.run.folder import RunFolder
+from gradpruner.run.job import Job, torch_dtype
+from gradpruner.run.preflight import check_run
+from gradpruner.run.probe_folder import IGIA, load_probed_model
+from gradpruner.run.stages import measure
+from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.training.evaluate import Evaluation
+from gradpruner.training.recipe import Row, schedule
+
+logger = logging.getLogger(__name__)
+
+
+class RunModels:
+    """Loads and cuts the models of one run, always in the same way.
+
+    Args:
+        job: the settings of the run.
+        train_examples: what the models are trained on.
+        stages: the folder of the run.
+        identity: the content of the job's model that the run began with.
+        all_examples: all examples by their purpose, "training" or "test". They are checked before anything is trained.
+
+    `earlier_plan` is the plan that the job's model was pruned by before, if any. It is known once `load_probed` or
+    `cut` was called.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        train_examples: Sequence[Example],
+        stages: RunFolder,
+        identity: Identity,
+        all_examples: Mapping[str, Sequence[Example]],
+    ) -> None:
+        self.job = job
+        self.earlier_plan: Plan | None = None
+        self._train_examples, self._all_examples = train_examples, all_examples
+        self._stages, self._identity = stages, identity
+        self._probe_folder = stages.path / "probe"
+
+    def load(self, source: str, revision: str | None = None) -> Loaded:
+        """Load a model as the job says.
+
+        Args:
+            source: the job's model, or a folder of the run.
+            revision: the commit of a hub id. Default: the newest.
+        """
+        return load_model(
+            source,
+            dtype=torch_dtype(self.job.dtype),
+            attention=self.job.attention,
+            trust_remote_code=self.job.trust_remote_code,
+            revision=revision,
+        )
+
+    def load_dense(self) -> Loaded:
+        """Load the job's model. Before anything was trained, check the whole run on it."""
+        self._identity.check_unchanged()
+        loaded = self.load(self.job.source, self._identity.revision)
+        refuse_masks(self.job.source, "run", self._identity.revision)
+        if not self._stages.is_made("probe", self._stages.settings):  # nothing has been paid for yet
+            check_run(self.job, *loaded, self._stages.path, self._all_examples)
+        return loaded
+
+    def load_probed(self) -> Loaded:
+        """Load the dense model, inside the adapters that the probe trained if these are kept."""
+        model, tokenizer = self.load_dense()
+        self.earlier_plan = plan_of(self.job.source, model, self._identity.revision)
+        if self.job.preset.adapters == "keep":
+            model = load_probed_model(model, self._probe_folder)
+        return Loaded(model, tokenizer)
+
+    def cut(self, plan: Plan) -> Loaded:
+        """Return the model without the removed layers, patched on the probe's rows and merged as the preset says."""
+        preset = self.job.preset
+        model, tokenizer = self.load_probed()
+        patches: list[Patch] = []
+        if preset.patch:
+            collate, rows, size = Collator(tokenizer), self.rows_of_probe(tokenizer), self.job.recipe.batch_size
+            patches = fit_patches(model, plan, (collate(rows[i : i + size]) for i in range(0, len(rows), size)))
+            logger.info(f"patches: {', '.join(f'{p.weight.layer}: {p.left:.2f} left' for p in patches) or 'none'}")
+        igia = Igia.load(self._probe_folder / IGIA) if plan.merge else None
+        smaller = apply(
+            model, plan, igia, top=preset.top, weight=preset.weight, patches=patches, adapters=preset.adapters
+        )
+        return Loaded(smaller, tokenizer)
+
+    def rows(self, tokenizer: Any) -> list[Row]:
+        """Return the training rows of the whole run, in order."""
+        rows = tokenize(self._train_examples, tokenizer, max_length=self.job.max_length, train_on=self.job.train_on)  # type: ignore[arg-type]
+        return schedule(rows, self.job.steps, self.job.recipe)
+
+    def rows_of_probe(self, tokenizer: Any) -> list[Row]:
+        """Return the training rows of the probe, in order: the first of the run."""
+        return self.rows(tokenizer)[: self.job.probing * self.job.recipe.rows_a_step]
+
+    def score(self, model: Any, tokenizer: Any, examples: Sequence[Example]) -> Evaluation:
+        """Evaluate a model with the settings of the job.
+
+        Args:
+            model: the model.
+            tokenizer: its tokenizer.
+            examples: what to evaluate on.
+        """
+        return measure(
+            model,
+            tokenizer,
+            examples,
+            max_length=self.job.max_length,
+            train_on=self.job.train_on,
+            batch_size=self.job.recipe.batch_size,
+        )

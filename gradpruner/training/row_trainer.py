@@ -1,0 +1,230 @@
+"""The `transformers.Trainer` of `gradpruner.training.finetune`, and its callbacks.
+
+This module is imported when a training begins, because transformers.Trainer and peft are slow to import.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
+from gradpruner.memory import peak_memory
+from gradpruner.storage.files import write_json
+from gradpruner.storage.provenance import MADE_FROM, RECORD
+from gradpruner.training.answers_only import answers_only, can_skip_logits
+from gradpruner.training.checkpoints import PREFIX, Checkpoints, delete_checkpoint, load_trained, save_trained
+from gradpruner.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+class RowTrainer(Trainer):
+    """A Trainer that takes the rows in the order in which they are given, and skips logits that no label needs."""
+
+    _skips_logits: bool | None = None  # not known before the first batch
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss from the logits of labelled tokens where that gives the same loss.
+
+        Args:
+            model: the model as the loop calls it.
+            inputs: one batch with labels.
+            *args: passed on to the Trainer.
+            **kwargs: passed on to the Trainer.
+        """
+        if self._skips_logits is None:
+            self._skips_logits = can_skip_logits(self.accelerator.unwrap_model(model), inputs)
+        inputs = answers_only(inputs) if self._skips_logits else inputs
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (SafetensorError, RuntimeError, OSError) as error:  # a full disk: torch has a RuntimeError for it
+            place = str(self.args.output_dir)
+            raise CheckpointError(f"could not write a checkpoint in {place}: {error}; earlier ones are kept") from error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the parameters that train, bit for bit. The Trainer's own way renames weights and omits shared ones."""
+        save_trained(self.accelerator.unwrap_model(self.model), Path(output_dir or str(self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        ordered: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(ordered)
+
+
+class StepRecorder(TrainerCallback):
+    """Record loss and duration of every step, and stop the training after `steps` steps.
+
+    Args:
+        steps: optimizer steps to make. The learning-rate schedule may be that of a longer run.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self._step_began, self._earlier_peak = 0.0, 0
+        self._began, self._earlier_seconds = time.perf_counter(), 0.0
+
+    @property
+    def wall_seconds(self) -> float:
+        """Wall time in seconds, over all parts of a training that was interrupted."""
+        return self._earlier_seconds + time.perf_counter() - self._began
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak memory in bytes, over all parts of a training that was interrupted."""
+        return max(self._earlier_peak, peak_memory())
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold."""
+        return {
+            "losses": self.losses,
+            "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
+            "wall": self.wall_seconds,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.losses, self.seconds = list(state["losses"]), list(state["seconds"])
+        self._earlier_peak, self._earlier_seconds = state["peak_bytes"], state["wall"]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._step_began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the duration of the step; stop after the last one."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._step_began)
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.steps
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Note the loss of the step. Raises GradPrunerError if it is not finite."""
+        loss = (logs or {}).get("loss")
+        if loss is not None:
+            self.losses.append(float(loss))
+            if not torch.isfinite(torch.tensor(float(loss))):
+                raise GradPrunerError(f"the loss of step {state.global_step} is {loss}; lower the learning rate")
+
+
+class CheckpointCompleter(TrainerCallback):
+    """Complete every checkpoint that the Trainer saves: sync its files, write its record, delete older checkpoints.
+
+    Args:
+        checkpoints: where they are.
+        state: returns what else the training must remember, as JSON holds it.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, state: Callable[[], dict[str, Any]]) -> None:
+        self._checkpoints, self._state = checkpoints, state
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Complete the checkpoint that was just saved."""
+        folder = self._checkpoints.folder
+        newest = folder / f"{PREFIX}-{state.global_step}"
+        for file in newest.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        # the record is written last: a checkpoint with a record is complete
+        write_json(newest / RECORD, {MADE_FROM: dict(self._checkpoints.made_from), "watched": self._state()})
+        for path in folder.glob(f"{PREFIX}-*"):
+            if path != newest:
+                delete_checkpoint(path)
+
+
+def training_arguments(
+    recipe: Recipe,
+    folder: str,
+    *,
+    schedule_steps: int,
+    save_steps: int | None,
+    bf16: bool,
+    quiet: bool,
+) -> TrainingArguments:
+    """Return the Trainer's arguments for a recipe, on one device.
+
+    Args:
+        recipe: batch size, learning rate and the like.
+        folder: where the Trainer may write.
+        schedule_steps: optimizer steps of the learning-rate schedule.
+        save_steps: optimizer steps between two checkpoints, or None for no checkpoints.
+        bf16: whether to compute in bfloat16 (autocast).
+        quiet: whether to show no progress bar.
+
+    Raises:
+        InvalidArgument: the training was launched in several processes.
+    """
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=schedule_steps,
+        bf16=bf16,
+        use_cpu=not torch.accelerator.is_available(),  # else transformers takes bf16 for a GPU's
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=round(recipe.warmup * schedule_steps),
+        max_grad_norm=recipe.max_grad_norm,
+        lr_scheduler_type="linear",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        logging_strategy="steps",
+        save_strategy="no" if save_steps is None else "steps",
+        save_steps=1 if save_steps is None else save_steps,
+        report_to=[],
+        remove_unused_columns=False,
+        disable_tqdm=quiet,
+        seed=recipe.seed,
+    )
+    use_one_device(arguments)
+    return arguments
+
+
+def use_one_device(arguments: TrainingArguments) -> None:
+    """Make one optimizer step see `Recipe.rows_a_step` rows, each of them once.
+
+    In one process with several GPUs, transformers would give every GPU a batch of its own.
+
+    Raises:
+        InvalidArgument: the training was launched in several processes, which would share the rows.
+    """
+    if arguments.world_size > 1:
+        raise InvalidArgument(
+            f"training was launched in {arguments.world_size} processes; accepted is one: gradpruner's own runs train "
+            "on one device. For several, use gradpruner.attach in a training script of your own"
+        )
+    if arguments.n_gpu > 1:
+        logger.warning(f"{arguments.n_gpu} GPUs are visible; this run trains on one of them, {arguments.device}")
+        arguments._n_gpu = 1  # as the Trainer itself sets it where it must not use DataParallel
+
+
+def show_progress_bar_only(trainer: Trainer, quiet: bool) -> None:
+    """Keep the Trainer's progress bar, but not the line that it prints at every step.
+
+    Args:
+        trainer: the Trainer to change.
+        quiet: whether to remove the progress bar too.
+    """
+    for callback in list(trainer.callback_handler.callbacks):
+        name = type(callback).__name__
+        if name == "PrinterCallback" or (name == "ProgressCallback" and quiet):
+            trainer.remove_callback(callback)
+        elif name == "ProgressCallback":
+            callback.on_log = lambda *args, **kwargs: None
