@@ -1,4 +1,4 @@
-"""Builds the C++ extension `gradpruner._cpu` with ninja. Everything else is in pyproject.toml.
+"""Builds the C++ extension `gradpruner._cpu` with ninja, and lists the packages. The rest is in pyproject.toml.
 
 The extension is optional: without a compiler, with one that fails, or with GRADPRUNER_NO_EXT=1, the package installs
 without it. Kernels of an instruction set that the compiler cannot build are left out. What is missing is printed, and
@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -266,7 +266,11 @@ reason = why_not()
 if reason:
     print(f"warning: gradpruner is installed without its C++ extension: {reason}", file=sys.stderr)
 sources = [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*.cpp"))]
+# Every folder of gradpruner/, and the folder kernels/ beside it as gradpruner.kernels: the link gradpruner/kernels serves
+# a checkout only, and a source distribution does not have it.
+packages = find_namespace_packages(str(ROOT), include=["gradpruner", "gradpruner.*"], exclude=["*.__pycache__"])
 setup(
+    packages=sorted({*packages, "gradpruner.kernels"}),
     ext_modules=[] if reason else [Extension(NAME, sources, optional=True)],
     cmdclass={"build_ext": NinjaBuild},
 )

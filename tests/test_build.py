@@ -63,6 +63,23 @@ def test_every_source_is_part_of_the_extension(setup_arguments, monkeypatch):
 
 
 @needs_source
+def test_every_room_is_packaged_and_the_kernels_without_their_link(setup_arguments, tmp_path, monkeypatch):
+    rooms = {path.parent for path in (ROOT / "gradpruner").rglob("__init__.py")}
+    packages = setup_arguments()["packages"]
+    assert len(packages) == len(set(packages))
+    assert {".".join(room.relative_to(ROOT).parts) for room in rooms} | {"gradpruner.kernels"} <= set(packages)
+
+    import setuptools
+
+    unpacked: dict = {}  # a source distribution has no link gradpruner/kernels
+    (tmp_path / "gradpruner" / "storage").mkdir(parents=True)
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    monkeypatch.setattr(setuptools, "setup", unpacked.update)
+    runpy.run_path(str(tmp_path / "setup.py"))
+    assert unpacked["packages"] == ["gradpruner", "gradpruner.kernels", "gradpruner.storage"]
+
+
+@needs_source
 def test_the_extension_can_be_declined(setup_arguments, monkeypatch, capsys):
     monkeypatch.setenv("GRADPRUNER_NO_EXT", "1")
     assert setup_arguments()["ext_modules"] == []

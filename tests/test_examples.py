@@ -47,10 +47,25 @@ def test_examples_are_short():
     assert all(len(file.read_text().splitlines()) < 60 for file in EXAMPLES.glob("*.py"))
 
 
+def python_block(heading: str) -> str:
+    """The first Python block under a heading of the README."""
+    section = README.read_text().partition(f"\n## {heading}\n")[2]
+    return section.partition("```python\n")[2].partition("```")[0]
+
+
+def test_the_quickstart_of_the_readme(tmp_path, monkeypatch, capsys):
+    """Word for word, in an empty folder; and the README shows what it prints."""
+    monkeypatch.chdir(tmp_path)
+    exec(python_block("Quickstart"), {})
+    printed = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [line.split(" ")[0] for line in printed] == ["dense:", "removes", "pruned:"]
+    shown = README.read_text().partition("\n## Quickstart\n")[2].split("```")[3].strip().splitlines()
+    assert printed[0] == shown[0] and printed[2] == shown[2]  # which layers are removed may differ by the machine
+    assert [line.partition(": drops")[0] for line in printed] == [line.partition(": drops")[0] for line in shown]
+
+
 def test_the_loop_of_the_readme(inputs, tmp_path, monkeypatch):
     """The block under "In your own loop", word for word: its scheduler goes on after the cut."""
-    section = README.read_text().partition("\n## In your own loop\n")[2]
-    block = section.partition("```python\n")[2].partition("```")[0]
     tokenizer = AutoTokenizer.from_pretrained(inputs[0])
     dense = AutoModelForCausalLM.from_pretrained(inputs[0])
     model = get_peft_model(dense, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -67,6 +82,6 @@ def test_the_loop_of_the_readme(inputs, tmp_path, monkeypatch):
         "loader": [batch] * 45,
         "batches": [batch] * 5,
     }
-    exec(block, known)
+    exec(python_block("In your own loop"), known)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (1 - 90 / 100))
     checked("smaller")

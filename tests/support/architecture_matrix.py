@@ -1,6 +1,6 @@
 """Every architecture that transformers registers for text: a tiny random one, cut, saved, reloaded, compared.
 
-`python tests/support/architecture_matrix.py` prints the results; `--table docs/decoders.md` writes them.
+`python tests/support/architecture_matrix.py` prints the results; architecture_page.py writes them to docs/decoders.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ SCATTERED = ((1, 3, 4), (1, 3), (2, 4), (1, 4), (2, 5), (3, 5), (1, 2, 3), (2, 3
 CHOICES = (*SCATTERED, (4, 5), (5,))
 LARGEST = 500_000_000  # parameters
 IMAGES = {"pixel_values": (3, 16, 16)}
-ADDRESS = "https://huggingface.co/docs/transformers"
 
 
 @dataclasses.dataclass
@@ -315,56 +314,24 @@ def compare(dense, small, plan, path, inputs, automatic) -> tuple[list[str], lis
     return wrong, remarks
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """The page docs/decoders.md."""
-    count = Counter(outcome.status for outcome in outcomes)
-    built = len(outcomes) - count[UNBUILT]
-    lines = [
-        "# Every decoder",
-        "",
-        f"What `gradpruner.apply` does with every architecture that [transformers]({ADDRESS}) {hf.__version__} "
-        "registers for causal language modelling, image and text to text, or sequence to sequence. Written by "
-        "`python tests/support/architecture_matrix.py --table docs/decoders.md`; a slow test compares this page with "
-        "what it finds.",
-        "",
-        f"Of each, a random model with {LAYERS} decoder layers is built; of those that can be built, layers are "
-        "removed that are not the last (layers 1, 3 and 4, or the first other choice that is accepted), one of them "
-        "merged; it is saved and read back by the stock class. The logits of both are compared with those of the dense "
-        "model with the same layers skipped, and so is greedy generation with and without a cache, step by step. "
-        "Images are not given unless the model cannot do without: what a vision tower adds is not compared.",
-        "",
-        "| result | architectures | meaning |",
-        "|---|---|---|",
-        f"| {WORKS} | {count[WORKS]} | everything equal |",
-        f"| {LAST} | {count[LAST]} | works where only last layers go; else a clear refusal |",
-        f"| {REFUSED} | {count[REFUSED]} | `UnsupportedModel`, nothing changed |",
-        f"| {WRONG} | {count[WRONG]} | a difference that nothing reported: a bug |",
-        f"| {UNBUILT} | {count[UNBUILT]} | no tiny model of it could be built or run here, or read back uncut |",
-        "",
-        f"{count[WORKS]} of the {built} that can be built work, {count[WORKS] / max(1, built):.1%}.",
-    ]
-    for group in REGISTERED:
-        lines += ["", f"## Registered for {group}", "", "| model type | class | result | removed | remarks |"]
-        lines += ["|---|---|---|---|---|", *(outcome.row() for outcome in outcomes if outcome.group == group)]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="model types; by default all")
-    parser.add_argument("--table", type=Path, help="write the page here")
-    arguments = parser.parse_args()
+def examine_all(names: list[str]) -> list[Outcome]:
+    """What becomes of these model types, or of every one; each row is printed when it is known."""
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     outcomes = []
     for group, name in architectures():
-        if not arguments.names or name in arguments.names:
+        if not names or name in names:
             outcomes.append(examine(group, name))
             print(outcomes[-1].row(), flush=True)
     print(dict(Counter(outcome.status for outcome in outcomes)))
-    if arguments.table:
-        arguments.table.write_text(table(outcomes))
+    return outcomes
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="model types; by default all")
+    outcomes = examine_all(parser.parse_args().names)
     return int(any(outcome.status == WRONG for outcome in outcomes))
 
 
