@@ -266,8 +266,8 @@ reason = why_not()
 if reason:
     print(f"warning: gradpruner is installed without its C++ extension: {reason}", file=sys.stderr)
 sources = [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*.cpp"))]
-# Every folder of gradpruner/, and the folder kernels/ beside it as gradpruner.kernels: the link gradpruner/kernels serves
-# a checkout only, and a source distribution does not have it.
+# Every folder of gradpruner/, and the folder kernels/ beside it as gradpruner.kernels: the link gradpruner/kernels
+# serves a checkout only, and a source distribution does not have it.
 packages = find_namespace_packages(str(ROOT), include=["gradpruner", "gradpruner.*"], exclude=["*.__pycache__"])
 setup(
     packages=sorted({*packages, "gradpruner.kernels"}),

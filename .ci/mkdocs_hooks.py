@@ -1,7 +1,8 @@
 """Makes links of the documentation work on GitHub and on the site alike.
 
-On GitHub a page may link to any file of the repository (`../examples/qlora.py`). The site holds the pages of docs/ only,
-so a linked file is copied into the site, benchmarks/README.md becomes a page, and a link to a folder becomes plain text.
+On GitHub a page may link to any file of the repository (`../examples/qlora.py`). The site holds the pages of docs/
+only. So a linked file is copied into the site, benchmarks/README.md becomes a page, and a link to a folder becomes
+plain text.
 """
 
 from __future__ import annotations
