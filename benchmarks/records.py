@@ -26,7 +26,18 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
-    """What every line of every CSV ends with. extra_bytes: memory beyond what was there before, at its peak."""
+    """What every line of every CSV ends with.
+
+    Args:
+        median_s: median of the rounds, in seconds.
+        min_s: fastest round, in seconds.
+        max_s: slowest round, in seconds.
+        runs: number of rounds.
+        extra_bytes: peak of the memory beyond what was in use before.
+        machine: name of the processor or card.
+        threads: number of CPU threads.
+        torch: version of torch.
+    """
 
     median_s: float
     min_s: float
@@ -40,11 +51,28 @@ class Timed:
 
 @dataclass(frozen=True, kw_only=True)
 class Result(Timed):
-    """One implementation of one row. ratio: its time over ours, median of the rounds, with the least and the most.
+    """One implementation of one op on one shape.
 
-    On a GPU every time is the device's alone, but for call_s: the median of calls on an idle device, the host's part
-    included. late: in how many rounds on a GPU the host was not ahead, so that the time has waits in it. error: why
-    there is no time ("wrong: ..." if the answer is); then every figure measured is nan.
+    On a GPU every time but `call_s` is the device's alone.
+
+    Args:
+        op: name of the op.
+        shape: shape of the weight, for example "4096x14336".
+        variant: rank, number of steps, dtype or the like.
+        implementation: name of the implementation.
+        kind: "reference", "released", "torch" or "ours".
+        ratio_to_ours: its time over ours, median of the rounds.
+        ratio_min: the least of these ratios.
+        ratio_max: the largest of these ratios.
+        first_s: seconds of the first call, compilation included.
+        limit_s: least seconds that the machine's limits allow.
+        limit_by: "bytes" or "operations", whichever takes longer.
+        share_of_limit: `limit_s` over the median.
+        bytes: bytes that the op must move.
+        operations: floating-point operations that the op must do.
+        call_s: median of calls on an idle device, the host's part included.
+        late: rounds on a GPU in which the host was not ahead, so that the time has waits in it.
+        error: why there is no time ("wrong: ..." for a wrong answer). Every measured figure is then NaN.
     """
 
     op: str

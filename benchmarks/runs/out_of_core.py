@@ -1,4 +1,4 @@
-"""`python -m benchmarks.runs.out_of_core --folder DIR`: `gradpruner apply` on a model that its memory limit cannot hold.
+"""`python -m benchmarks.runs.out_of_core --folder DIR`: `apply` on a model larger than its memory limit.
 
 A synthetic checkpoint with the layer shapes of Llama-3.1-70B is pruned by the command in a process under
 RLIMIT_DATA: once to the end; once killed with SIGKILL when half is written; and once more after that.

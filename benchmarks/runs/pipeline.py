@@ -1,4 +1,4 @@
-"""`python -m benchmarks.runs.pipeline`: what the probe costs a training step; the merge stage beside the released way."""
+"""`python -m benchmarks.runs.pipeline`: what the probe adds to a training step, and the time of the merge stage."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Perplexity after single weights went: every criterion and pattern, over seeds of the calibration, dense beside them.
+"""Perplexity after single weights are removed, for every criterion, pattern and seed of the calibration.
 
 python -m benchmarks.runs.single_weights PUBMEDQA --processes 2
 
-PUBMEDQA: a folder of train.jsonl and test.jsonl, see benchmarks/runs/pubmedqa.py. Calibrated on 128 windows of 512 tokens of
-its training contexts; judged on its test contexts and on the Python reference manual, which no criterion saw. What
-the CSV holds already is not made again.
+PUBMEDQA is a folder of train.jsonl and test.jsonl, see benchmarks/runs/pubmedqa.py. The criteria are calibrated on 128
+windows of 512 tokens of its training contexts. Perplexity is measured on its test contexts and on the Python reference
+manual, which no criterion saw, also for the dense model. What the CSV holds already is not made again.
 """
 
 from __future__ import annotations

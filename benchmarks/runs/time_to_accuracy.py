@@ -1,7 +1,7 @@
-"""Accuracy over steps and over time, dense and pruned in one budget of steps: when does each get how far?
+"""Accuracy over steps and over time, of the dense and the pruned model in one budget of steps.
 
-python -m benchmarks.runs.time_to_accuracy --data train.csv --prompt 'Question: {text}\\nIntent:' --answer '{category}' \
-    --steps 625 --lr 2e-3 --processes 2
+python -m benchmarks.runs.time_to_accuracy --data train.csv \
+    --prompt 'Question: {text}\\nIntent:' --answer '{category}' --steps 625 --lr 2e-3 --processes 2
 
 Time is that of training, of the probe, of choosing and of cutting; looking at the held-out rows is not counted.
 """

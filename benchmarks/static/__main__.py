@@ -1,18 +1,22 @@
-"""`python -m benchmarks.static`: what can be known of every kernel without a card. Predicted and counted only.
+"""`python -m benchmarks.static`: what can be known of every kernel without a card.
 
-No number in it may be taken for a measurement. The code's part comes from ahead-of-time compiles as launched
-(`benchmarks.static.compiled`), the occupancy from published limits (`benchmarks.static.occupancy`), bytes and operations from
-counting (`benchmarks.static.counts`). Writes `benchmarks/results/static.csv`: one row an op, shape and target, with its
-main kernel; then one row for every other kernel and target.
+Everything is predicted or counted. No number in it may be taken for a measurement. The code is read from kernels that
+are compiled ahead of time as they are launched (`benchmarks.static.compiled`). The occupancy is computed from published
+limits (`benchmarks.static.occupancy`). Bytes and operations are counted (`benchmarks.static.counts`).
+
+Writes `benchmarks/results/static.csv`: one row per op, shape and target, with its main kernel; then one row for every
+other kernel and target.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import Any
 
 from benchmarks.records import FOLDER
-from benchmarks.static.compiled import CASES, TARGETS, Code
+from benchmarks.static.binaries import Code
+from benchmarks.static.compiled import CASES, TARGETS
 from benchmarks.static.counts import CARDS, Count, counts
 from benchmarks.static.occupancy import LIMITS, occupancy
 from gradpruner.report.tables import table
@@ -74,6 +78,8 @@ def rows() -> list[dict[str, Any]]:
 
 def main() -> int:
     """Print both halves and write the file."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser("python -m benchmarks.static", description=__doc__, formatter_class=formatter).parse_args()
     found = rows()
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     write_dicts(RESULT, found)

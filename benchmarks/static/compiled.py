@@ -6,13 +6,8 @@ table and the tests read the same cases.
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +16,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.static.binaries import Code, read_amd, read_nvidia
 from gradpruner.kernels import (
     factor_sign_merge,
     factor_threshold,
@@ -43,6 +39,8 @@ TARGETS = {
     "sm100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 RANKS = (8, 64)  # one slice of the rank, and several
@@ -50,36 +48,18 @@ SIZES = ("entries", "n_out", "n_in", "group")  # multiples of 16 in every model 
 
 
 @dataclass(frozen=True)
-class Code:
-    """What one binary holds. loads: how many instructions load so many bytes a thread from global memory."""
-
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    tensor_columns: int
-    warps: int
-    loads: dict[int, int]
-    matrix: tuple[str, ...]
-    text: str = field(repr=False)
-
-    @property
-    def widest_load(self) -> int:
-        """Bytes of the widest load, 0 if there is none."""
-        return max(self.loads, default=0)
-
-    @property
-    def wide_share(self) -> float:
-        """Share of the load instructions that take 16 bytes or more."""
-        total = sum(self.loads.values())
-        return sum(count for size, count in self.loads.items() if size >= 16) / total if total else 0.0
-
-
-@dataclass(frozen=True)
 class Case:
-    """One variant of one kernel: argument types (None where an argument is absent), constants and options.
+    """One variant of one kernel.
 
-    streams: its large loads must be 16 bytes wide. matrix: it must use tensor cores. on_hip: what an AMD launch has
-    otherwise. slow: a variant that differs from another by little.
+    Args:
+        kernel: the Triton function.
+        types: Triton types of the arguments, None where an argument is absent.
+        launch: block sizes, warps and options, as the launcher passes them.
+        streams: whether its large loads must be 16 bytes wide.
+        matrix: whether it must use tensor cores.
+        constants: further compile-time constants.
+        on_hip: what an AMD launch has instead.
+        slow: whether it differs from another variant by little. The default tests leave it out.
     """
 
     kernel: triton.JITFunction
@@ -108,63 +88,7 @@ class Case:
             or (name in SIZES and name not in constants and not self.kernel.params[i].do_not_specialize)
         }
         compiled = triton.compile(ASTSource(self.kernel, signature, constants, aligned), gpu, options)
-        return _read_amd(compiled) if gpu.backend == "hip" else _read_nvidia(compiled)
-
-
-def _read_nvidia(compiled: Any) -> Code:
-    ptx = compiled.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    loads: Counter[int] = Counter()
-    for vector, bits in re.findall(r"\bld\.global(?:\.[a-zA-Z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx):
-        loads[int(vector or 1) * int(bits) // 8] += 1
-    for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)\s*[,;]", ptx):
-        loads[int(size, 0)] += 1
-    return Code(
-        registers=numbers["REG"],
-        spilled_bytes=numbers["STACK"] + numbers["LOCAL"],
-        shared_bytes=compiled.metadata.shared,
-        tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
-        warps=compiled.metadata.num_warps,
-        loads=dict(loads),
-        matrix=tuple(sorted(set(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]*", ptx)))),
-        text=ptx,
-    )
-
-
-def _read_amd(compiled: Any) -> Code:
-    text = compiled.asm["amdgcn"]
-
-    def number(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", text)
-        if found is None:
-            raise RuntimeError(f"the assembly of {compiled.metadata.name} names no .{name}")
-        return int(found.group(1))
-
-    loads: Counter[int] = Counter()
-    for kind in re.findall(r"\b(?:global|buffer)_load_(\w+)", text):
-        loads[_amd_bytes(kind)] += 1
-    return Code(
-        registers=number("vgpr_count"),  # with the accumulation registers, which are of the same file
-        spilled_bytes=4 * number("vgpr_spill_count"),
-        shared_bytes=compiled.metadata.shared,
-        tensor_columns=0,
-        warps=compiled.metadata.num_warps,
-        loads=dict(loads),
-        matrix=tuple(sorted(set(re.findall(r"\bv_mfma_\w+", text)))),
-        text=text,
-    )
-
-
-def _amd_bytes(kind: str) -> int:
-    words = re.match(r"dword(?:x(\d))?", kind)
-    if words:
-        return 4 * int(words.group(1) or 1)
-    return 1 if "byte" in kind else 2
+        return read_amd(compiled) if gpu.backend == "hip" else read_nvidia(compiled)
 
 
 def cases() -> dict[str, Case]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.static.compiled import Code
+from benchmarks.static.binaries import Code
 
 
 @dataclass(frozen=True)

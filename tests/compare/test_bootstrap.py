@@ -1,3 +1,5 @@
+"""The paired bootstrap: its interval, its pairing, its seed, and what it refuses."""
+
 from __future__ import annotations
 
 import math
@@ -32,9 +34,12 @@ def test_pairing_matters_and_runs_are_averaged():
     assert paired_difference([right], [wrong]).low < -0.1  # as means alone they would be equal too, with no spread
 
 
-def test_a_seed_repeats_itself():
-    a, b = [[1.0, 0.0, 1.0, 1.0]], [[0.0, 0.0, 1.0, 0.0]]
-    assert paired_difference(a, b, seed=3) == paired_difference(a, b, seed=3)
+def test_a_seed_repeats_itself_and_another_one_draws_anew():
+    source = random.Random(0)
+    a, b = ([[source.random() for _ in range(300)]] for _ in range(2))
+    first, again, other = (paired_difference(a, b, seed=seed) for seed in (3, 3, 4))
+    assert first == again
+    assert first.mean == other.mean and first.low != other.low and first.high != other.high
 
 
 @pytest.mark.parametrize(

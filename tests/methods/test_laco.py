@@ -179,5 +179,6 @@ def test_laco_cuts_only_the_model_that_was_planned_for():
     assert len(Laco().cut(clues(model), plan).model.layers) == 4
 
 
-def test_default_options_are_the_papers_but_for_the_interval():
-    assert Laco() == Laco(threshold=None, combine=4, interval=4, low=1) == parse_method("laco:threshold=none")
+def test_no_threshold_is_spelled_none_and_is_the_default():
+    assert Laco() == parse_method("laco") == parse_method("laco:threshold=none")
+    assert Laco().threshold is None and parse_method("laco:threshold=0.5") != Laco()
