@@ -8,8 +8,7 @@ from typing import Any
 
 from gradpruner.cli import options as given
 from gradpruner.compare.sensitivity_factors import FACTORS
-
-METHODS = ("gradpruner", "shortgpt", "laco", "drop-last", "random", "magnitude", "taylor", "block", "loss")
+from gradpruner.methods.names import METHOD_NAMES
 
 
 def add_compare(commands: Any) -> None:
@@ -25,7 +24,7 @@ def add_compare(commands: Any) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=list(METHODS),
+        default=list(METHOD_NAMES),
         metavar="M",
         help="name or name:option=value,... (default: all that there are)",
     )
