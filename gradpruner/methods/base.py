@@ -36,11 +36,10 @@ import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
-from gradpruner.checkpoint.masks import Masks
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods.names import METHOD_MODULES
 from gradpruner.model.decoder import Decoder
@@ -51,6 +50,9 @@ from gradpruner.plan import Plan, select
 from gradpruner.probe.igia import Igia
 from gradpruner.pruning.apply import apply
 from gradpruner.pruning.patch import fit_patches
+
+if TYPE_CHECKING:  # it would load peft
+    from gradpruner.checkpoint.masks import Masks
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Clues:
     def igia(self) -> Igia:
         """The scores and importances from the probe. Raises InvalidArgument if there was no probe."""
         if self.probe is None:
-            raise InvalidArgument("igia is None; this method needs what a probe saw of the model")
+            raise InvalidArgument("igia is None; this method needs the result of a probe of the model")
         return self.probe()
 
 

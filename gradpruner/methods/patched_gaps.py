@@ -75,7 +75,9 @@ def plan_gaps(
     total = len(decoder.layers)
     select([0.0] * total, count=count, merge=0, protect=protected)  # refuses a wrong count or protect
     if getattr(decoder.config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"kind = {kind!r} looks at decoder-only models; accepted are squared, norm, normalized")
+        raise UnsupportedModel(
+            f"kind = {kind!r} is for decoder-only models; accepted for this one are squared, norm, normalized"
+        )
     removed = cheapest(gap_costs(decoder, batches, kind), total, count, protected)
     counts = count_parameters(decoder)
     parameters = parameters_in(removed, counts["layer_parameters"], counts["shared_parameters"])
@@ -116,7 +118,7 @@ def cheapest(costs: Costs, layers: int, count: int, protect: Iterable[int] = (0,
                 if cost < least[i][removed]:
                     least[i][removed], came_from[i, removed] = cost, start
     if not math.isfinite(least[layers][count]):
-        raise InvalidArgument(f"{count} of {layers} layers to remove; no gaps of known, finite cost come to that")
+        raise InvalidArgument(f"{count} of {layers} layers to remove; no allowed gaps of finite cost add up to that")
     # walk back from the end
     chosen, i = list[int](), layers
     while i > 0:

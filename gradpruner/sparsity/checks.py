@@ -55,7 +55,9 @@ def prunable_weights(decoder: Decoder) -> list[Weight]:
     for weight in weights:
         path, parameter = decoder.path_of(weight), decoder.parameter(weight)
         if len(weight.shape) != 2:
-            raise UnsupportedModel(f"{path} holds {weight.shape[0]} experts in one tensor: their inputs cannot be seen")
+            raise UnsupportedModel(
+                f"{path} holds {weight.shape[0]} experts in one tensor: their inputs cannot be recorded one by one"
+            )
         if is_packed(parameter) or is_sharded(parameter):
             raise UnsupportedModel(f"{path} is quantised or sharded: it cannot be pruned in place")
     return weights

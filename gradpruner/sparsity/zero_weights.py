@@ -214,7 +214,7 @@ def _check_gradients(
     gradients: Mapping[str, Tensor], criterion: Criterion, decoder: Decoder, weights: Sequence[Weight]
 ) -> None:
     if not criterion.gradients:
-        raise InvalidArgument(f"gradients given; {criterion.name} goes by none: accepted with gblm alone")
+        raise InvalidArgument(f"gradients given; {criterion.name} uses none: expected None, or method gblm")
     for weight in weights:
         path, shape = decoder.path_of(weight), tuple(decoder.parameter(weight).shape)
         norms = gradients.get(path)
@@ -239,7 +239,7 @@ def _usable(device: torch.device | str | None) -> torch.device | None:
 
 def _check_igia(igia: Igia | None, decoder: Decoder, weights: Sequence[Weight]) -> None:
     if igia is None:
-        raise InvalidArgument("igia is None; method 'igia' expected what a probe saw of this model")
+        raise InvalidArgument("igia is None; method 'igia' expected the result of a probe of this model")
     decoder.check_fingerprint(igia.model, "the igia")
     for weight in weights:
         if (weight.layer, weight.name) not in igia.importance:

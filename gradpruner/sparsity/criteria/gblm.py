@@ -18,7 +18,7 @@ class Gblm(Metric):
     """Importance |W| · (‖X‖₂ + α · ‖g‖_p). The norm of the gradient g is taken over samples, entry by entry.
 
     ‖g‖₁ is the sum over samples of |g|, and ‖g‖₂ the root of the sum of g². Neither is divided by the number of
-    samples. Signs never cancel between samples.
+    samples. Signs never cancel between samples. ‖X‖₂ is as in Wanda, the root of a mean over sequences.
 
     Args:
         p: 1 or 2. Default 2.

@@ -12,9 +12,9 @@ from gradpruner.sparsity.statistics import LinearStatistics
 @register
 @dataclass(frozen=True)
 class IgiaTimesWeight(Metric):
-    """Importance |W| · F. F is the mean squared gradient over the steps of a probe, which merges rank by too.
+    """Importance |W| · F. F is the squared gradient, summed over the steps of a probe.
 
-    It needs an `Igia` with the importance of every weight.
+    Merges rank entries by the same F. It needs an `Igia` with the importance of every weight.
 
     Source: docs/method.md, section 1; the use for single weights is D.
     """

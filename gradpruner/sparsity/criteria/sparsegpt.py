@@ -85,7 +85,7 @@ class SparseGpt(Criterion):
         weight.copy_(updated)
         if not bool(weight.isfinite().all()):
             raise InvalidArgument(
-                f"{weight.dtype} does not hold what sparsegpt makes of a weight; expected more damping"
+                f"{weight.dtype} does not hold the values that sparsegpt computes for a weight; expected more damping"
             )
         return pack(kept)
 

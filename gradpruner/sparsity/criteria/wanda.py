@@ -14,6 +14,8 @@ from gradpruner.sparsity.statistics import NORMS, LinearStatistics
 class Wanda(Metric):
     """Importance |W| · ‖X‖₂. The norm is that of the input feature over the calibration tokens.
 
+    It is computed as the root of the mean over sequences of the sum of squares. The mean does not change the ranking.
+
     Source: docs/method.md, section 7 (Sun et al. 2023, Wanda).
     """
 
