@@ -76,7 +76,7 @@ class Laco(Method):
         memory.
 
         Args:
-            clues: the model, and batches. The first ten sequences are used, without labels.
+            clues: the model, and batches. The first batches that hold ten sequences are used, without labels.
             count: how many layers are removed.
 
         Returns:
@@ -89,7 +89,7 @@ class Laco(Method):
         """
         decoder = Decoder(clues.model)
         check_count(decoder, count)
-        similarity = _similarity_to_dense(decoder, first_sequences(clues.batches))
+        similarity = similarity_to_dense(decoder, first_sequences(clues.batches))
         layers, most = len(decoder.layers), 0
         for threshold in THRESHOLDS if self.threshold is None else (self.threshold,):
             merge = self._search(layers, count, similarity, threshold)
@@ -194,11 +194,18 @@ def _restore(undo: Undo) -> None:
             parameter.copy_(before)
 
 
-def _similarity_to_dense(decoder: Decoder, batches: Sequence[Batch]) -> Similarity:
-    """A function that measures how similar a merged model is to the model as it is now.
+def similarity_to_dense(decoder: Decoder, batches: Sequence[Batch]) -> Similarity:
+    """Make a function that measures how similar a merged model is to the model as it is now.
 
     The similarity of a sequence is the cosine of its last hidden states, with all its real tokens as one vector. It is
-    averaged over sequences, as in the authors' code. Results are cached.
+    averaged over sequences, as in the authors' code.
+
+    Args:
+        decoder: the layers of the dense model.
+        batches: what the models are run on.
+
+    Returns:
+        A function from {merged layer: target} to the similarity, -1 to 1. Its results are cached.
     """
     dense = list(final_states(decoder, batches))
     known: dict[tuple[tuple[int, int], ...], float] = {}

@@ -120,12 +120,12 @@ def cheapest(costs: Costs, layers: int, count: int, protect: Iterable[int] = (0,
     if not math.isfinite(least[layers][count]):
         raise InvalidArgument(f"{count} of {layers} layers to remove; no allowed gaps of finite cost add up to that")
     # walk back from the end
-    chosen, i = list[int](), layers
+    removed_layers, i = list[int](), layers
     while i > 0:
-        start = came_from[i, count - len(chosen)]
-        chosen += range(start + 1, i)
+        start = came_from[i, count - len(removed_layers)]
+        removed_layers += range(start + 1, i)
         i = start
-    return sorted(chosen)
+    return sorted(removed_layers)
 
 
 def gap_costs(decoder: Decoder, batches: Iterable[Mapping[str, Any]], kind: str) -> dict[Gap, float]:
