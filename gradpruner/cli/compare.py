@@ -8,10 +8,9 @@ from typing import Any
 
 from gradpruner.cli import options as given
 from gradpruner.compare.sensitivity_factors import FACTORS
+from gradpruner.methods.names import METHOD_NAMES
 
 logger = logging.getLogger(__name__)
-
-METHODS = ("gradpruner", "shortgpt", "laco", "drop-last", "random", "magnitude", "taylor", "block", "loss")
 
 
 def add_compare(commands: Any) -> None:
@@ -27,7 +26,7 @@ def add_compare(commands: Any) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=list(METHODS),
+        default=list(METHOD_NAMES),
         metavar="M",
         help="name or name:option=value,... (default: all that there are)",
     )

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.cli import options as given
-
-METHODS = ("magnitude", "wanda", "gblm", "sparsegpt", "igia", "dsnot")
+from gradpruner.sparsity.names import CRITERION_NAMES
 
 
 def add_sparsify(commands: Any) -> None:
@@ -23,7 +22,10 @@ def add_sparsify(commands: Any) -> None:
     given.model_options(parser)
     given.data_options(parser, testing=False)
     parser.add_argument(
-        "--method", default="wanda", metavar="M", help=f"{', '.join(METHODS)}, or name:option=value,... (default wanda)"
+        "--method",
+        default="wanda",
+        metavar="M",
+        help=f"{', '.join(CRITERION_NAMES)}, or name:option=value,... (default wanda)",
     )
     parser.add_argument(
         "--pattern",
@@ -52,12 +54,12 @@ def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.probe.igia import Igia
     from gradpruner.pruning.preflight import check_save
     from gradpruner.run.preflight import check_rows
-    from gradpruner.sparsity.sparsify import chosen, sparsify
+    from gradpruner.sparsity.zero_weights import criterion_and_pattern, sparsify
     from gradpruner.storage.files import need_free
     from gradpruner.training.text_windows import consecutive, sampled, text_of, tokens_of
 
     need_free(options.out, options.overwrite)
-    chosen(options.method, options.pattern, options.ratio, options.allocation)
+    criterion_and_pattern(options.method, options.pattern, options.ratio, options.allocation)
     text = text_of(given.examples(options))
     model, tokenizer = given.load(options)
     refuse_masks(options.model, "sparsify")

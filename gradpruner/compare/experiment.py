@@ -26,7 +26,7 @@ from gradpruner.checkpoint.companions import refuse_masks
 from gradpruner.checkpoint.masks import Masks
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS
 from gradpruner.errors import GradPrunerError, InvalidArgument
-from gradpruner.methods import METHODS, Clues, GradPruner, Method, parse_method, spelled
+from gradpruner.methods import METHODS, Clues, GradPruner, Method, format_method, parse_method
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.identity import identify
 from gradpruner.model.load import load_model
@@ -47,7 +47,7 @@ from gradpruner.training.evaluate import answers, macro_f1, perplexity, perplexi
 from gradpruner.training.finetune import check_comparable
 from gradpruner.training.recipe import Recipe, Row, schedule
 
-DENSE, OURS = "dense", spelled(GradPruner())
+DENSE, OURS = "dense", format_method(GradPruner())
 FEW = 10  # classes: with more of them, macro-F1 is not what people look at
 EVALUATED_AT_ONCE = 32
 SETTINGS = COMPARISON_SETTINGS
@@ -114,7 +114,7 @@ class Compare:
         if not methods or not ratios or not seeds:
             raise InvalidArgument("methods, ratios or seeds is empty; expected at least one of each")
         self.job, self.folder, self.say = job, Path(folder), say
-        parsed = {spelled(method): method for method in map(parse_method, methods)}
+        parsed = {format_method(method): method for method in map(parse_method, methods)}
         for name, method in parsed.items():
             probing = method.probe_steps or job.probing
             if probing >= job.steps:
@@ -335,7 +335,7 @@ def finished(folder: Path) -> list[dict[str, Any]]:
         cells = [read_json(path, "cell") for path in sorted((folder / "cells").glob("*.json"))]
         for cell in cells:  # what "gradpruner" meant then may have another name now
             if cell["method"] != DENSE:
-                cell["method"] = spelled(METHODS[cell["method"].partition(":")[0]](**cell["options"]))
+                cell["method"] = format_method(METHODS[cell["method"].partition(":")[0]](**cell["options"]))
         cells.sort(key=lambda c: (c["count"], c["method"] not in order, c["method"], c["seed"]))
         return [{**read_json(folder / "trained" / f"{c['trained']}.json", "training"), **c} for c in cells]
 

@@ -8,7 +8,7 @@ from typing import Any
 from gradpruner.compare.analysis import DENSE
 from gradpruner.compare.results import Result
 from gradpruner.compare.sensitivity_factors import FACTORS
-from gradpruner.methods import GradPruner, parse_method, spelled
+from gradpruner.methods import GradPruner, format_method, parse_method
 from gradpruner.named_options import value_of
 
 
@@ -25,7 +25,7 @@ def variants(factors: Mapping[str, Sequence[Any]], defaults: Mapping[str, Any]) 
         for value in map(value_of, map(str, values)):  # a command line has text
             default = value == usual[option] and not also
             text = "" if default else ",".join(filter(None, (also, f"{option}={value}")))
-            method = spelled(parse_method(f"gradpruner:{text}"))
+            method = format_method(parse_method(f"gradpruner:{text}"))
             rows.append({"factor": factor, "value": str(value), "method": method, "is_default": default})
     return rows
 

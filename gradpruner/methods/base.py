@@ -1,4 +1,34 @@
-"""What every way to remove decoder layers has in common: clues in, a plan out, a smaller model."""
+"""What every way to remove decoder layers has in common: clues in, a plan and a smaller model out.
+
+To add a method, write a frozen dataclass and register it. Its fields are its options. This one removes the layers
+with the smallest attention output weights, and is used as "small-attention", or with an option as
+"small-attention:order=1":
+
+    from collections.abc import Sequence
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    from gradpruner.methods import Clues, Dropping, register
+    from gradpruner.model.decoder import Decoder
+
+    @register
+    @dataclass(frozen=True)
+    class SmallAttention(Dropping):
+        order: int = 2
+        name: ClassVar[str] = "small-attention"
+
+        def scores(self, clues: Clues) -> Sequence[float]:
+            return [layer.self_attn.o_proj.weight.norm(self.order).item() for layer in Decoder(clues.model).layers]
+
+What to override:
+
+* `scores`, if the method gives each layer a number of its own. The lowest are removed.
+* `plan`, if layers are judged together.
+* `cut`, if the layers that stay are changed. Derive from `Method` then. `Dropping` changes none of them.
+
+`compare` finds every registered method by its name. Code of your own must be imported before the comparison starts.
+A method that belongs to this package also gets a line in `gradpruner/methods/names.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +36,38 @@ import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import nn
 
-from gradpruner import named_options as spelling
-from gradpruner.checkpoint.masks import Masks
 from gradpruner.errors import InvalidArgument
+from gradpruner.methods.names import METHOD_MODULES
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.hidden_states import Batch
 from gradpruner.model.parameter_counts import count_parameters
+from gradpruner.named_options import Registry, format_options, parse_options
 from gradpruner.plan import Plan, select
 from gradpruner.probe.igia import Igia
 from gradpruner.pruning.apply import apply
 from gradpruner.pruning.patch import fit_patches
+
+if TYPE_CHECKING:  # it would load peft
+    from gradpruner.checkpoint.masks import Masks
 
 
 @dataclass(frozen=True)
 class Clues:
     """What a method may look at before it decides.
 
-    model: the dense transformers model, plain, or for a method that keeps what the probe trained, with that; a method
-    leaves it as it was. batches: collated training examples with
-    labels, those that the probe's steps used. held_out: others, not trained on. seed: for what is random.
-    igia: what a probe saw of the model, made when first asked for.
+    Args:
+        model: the dense transformers model. It has the probe's adapters if the method's option `adapters` is "keep",
+            and none otherwise. `scores` and `plan` must leave it as it was.
+        batches: the training examples of the probe's steps, collated, with labels. Keyword arguments of the model:
+            input_ids int64 (rows, tokens), attention_mask, labels.
+        held_out: other collated examples with labels. Nothing is trained on them.
+        seed: the seed of a method that draws at random.
+        probe: a function that returns what a probe gathered about the model. It is called when `igia` is first
+            asked for, because a probe takes time. Default None: there was no probe.
     """
 
     model: nn.Module
@@ -40,68 +78,178 @@ class Clues:
 
     @property
     def igia(self) -> Igia:
-        """What the probe saw. Raises InvalidArgument where there was none."""
+        """The scores and importances from the probe. Raises InvalidArgument if there was no probe."""
         if self.probe is None:
-            raise InvalidArgument("igia is None; this method needs what a probe saw of the model")
+            raise InvalidArgument("igia is None; this method needs the result of a probe of the model")
         return self.probe()
 
 
 class Method(abc.ABC):
-    """A way to remove decoder layers; a subclass is a frozen dataclass whose fields are its options.
+    """A way to remove decoder layers. A subclass is a frozen dataclass whose fields are its options.
 
-    A method scores the layers (`scores`: the lowest go), or makes the whole plan (`plan`), and may change the layers
-    that stay (`cut`).
+    A subclass overrides `scores` or `plan`, which choose the layers, and `cut`, which removes them. The module's
+    docstring shows a complete one.
+
+    These attributes tell a comparison what the method needs. A subclass sets them, or has options of these names:
+
+    * `name`: what users write.
+    * `probed`: the method reads `Clues.igia`, so a probe has to run first. Default False.
+    * `scored`: the probe's layer scores decide. A model whose layers a probe cannot compare is then refused.
+      Default False.
+    * `probe_steps`, `rank`, `share`: the probe's optimizer steps, the rank of its adapters, and the share of the
+      training data that it sees (above 0 and up to 1). Default None: as the comparison has them.
+    * `adapters`: "keep" leaves what the probe's steps trained in the model. Default "discard".
+    * `rank_factor`: how many times the recipe's rank the adapters have that the smaller model is trained with.
+      Default 1.
     """
 
     name: ClassVar[str]
-    # of a method with a probe, where it differs from the job's: its steps, its rank, the share of the data it sees
+    probed: ClassVar[bool] = False
+    scored: ClassVar[bool] = False
     probe_steps: int | None = None
     rank: int | None = None
     share: float | None = None
-    adapters: str = "discard"  # "keep": what the probe's steps trained stays in the model
-    rank_factor: int = 1  # of the adapters that the cut model is trained with
-    probed: ClassVar[bool] = False  # whether it asks what a probe saw
-    scored: ClassVar[bool] = False  # whether it goes by the scores that a probe gives the layers
+    adapters: str = "discard"
+    rank_factor: int = 1
 
     def settled(self, option: str) -> Any:
-        """An option as it comes out, of this package's own method as its preset has it."""
+        """The value of an option after presets have filled in what was not given.
+
+        Args:
+            option: the option's name, such as "adapters".
+
+        Returns:
+            The value that the method works with.
+        """
         return getattr(self, option)
 
     def masks(self, model: nn.Module) -> Masks | None:
-        """Of the weights of the cut model that are to stay zero while it is trained, if there are such."""
+        """Which weights of the smaller model stay zero while it is trained.
+
+        Args:
+            model: what `cut` returned.
+
+        Returns:
+            The masks, or None if all weights train. The default is None.
+        """
         return None
 
     @property
     def options(self) -> dict[str, Any]:
-        """All that decides what it does, spelled out: what defaults mean today is not what they may mean tomorrow."""
+        """All settings that decide what the method does, as JSON can hold them.
+
+        A comparison records them. Defaults are written out, because another version may have other defaults.
+        """
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     def canonical(self) -> Method:
-        """The same method with as few options as say it."""
+        """The same method, written with the fewest options.
+
+        Returns:
+            A method that does the same. `format_method` writes this one, so that one method has one name.
+        """
         return self
 
     def scores(self, clues: Clues) -> Sequence[float]:
-        """One finite number a decoder layer; the lowest are removed, of equals the one further back."""
-        raise NotImplementedError
+        """Give each decoder layer a number. The layers with the lowest are removed.
+
+        Args:
+            clues: the model, and data to run it on.
+
+        Returns:
+            One finite number per decoder layer. Of equal scores, the layer further back is removed first.
+
+        Raises:
+            NotImplementedError: the method chooses in `plan`.
+        """
+        raise NotImplementedError(f"method {self.name!r} gives no score to a single layer; use its plan")
 
     def plan(self, clues: Clues, count: int) -> Plan:
-        """Which `count` layers go. Raises InvalidArgument if so many cannot."""
+        """Choose the layers to remove.
+
+        Args:
+            clues: the model, and data to run it on.
+            count: how many layers are removed, 1 or more.
+
+        Returns:
+            A plan that removes `count` layers.
+
+        Raises:
+            InvalidArgument: the model has too few layers for `count`.
+        """
         decoder = Decoder(clues.model)
         check_count(decoder, count)
-        return lowest(decoder, self.scores(clues), count)
+        return plan_lowest(decoder, self.scores(clues), count)
+
+    @abc.abstractmethod
+    def cut(self, clues: Clues, plan: Plan) -> nn.Module:
+        """Remove the layers.
+
+        Args:
+            clues: what `plan` was given.
+            plan: what `plan` returned.
+
+        Returns:
+            `clues.model` itself, now smaller.
+        """
+
+
+@dataclass(frozen=True)
+class Dropping(Method):
+    """A method that only chooses layers. The layers that stay keep their weights, unless options say otherwise.
+
+    Args:
+        patch: True closes each gap with a linear patch, see `fit_patches`. Default False, as these methods were
+            published.
+        adapters: "keep" leaves what the probe's steps trained in the model. Default "discard".
+        rank_factor: how many times the recipe's rank the adapters of the smaller model have. Default 1.
+    """
+
+    patch: bool = False
+    adapters: str = "discard"
+    rank_factor: int = 1
 
     def cut(self, clues: Clues, plan: Plan) -> nn.Module:
-        """The smaller model: `clues.model` itself, cut."""
-        raise NotImplementedError
+        """Fit patches if they were asked for, then remove the layers.
+
+        Args:
+            clues: what `plan` was given. Patches are fitted on its batches.
+            plan: what `plan` returned.
+
+        Returns:
+            `clues.model` itself, now smaller.
+        """
+        patches = fit_patches(clues.model, plan, clues.batches) if self.patch else ()
+        return apply(clues.model, plan, patches=patches, adapters=self.adapters)
 
 
 def check_count(decoder: Decoder, count: int) -> None:
-    """Before anything is computed: raises InvalidArgument unless `count` layers can go."""
+    """Check, before anything is computed, that so many layers can be removed.
+
+    Args:
+        decoder: the layers of the model.
+        count: how many are to be removed.
+
+    Raises:
+        InvalidArgument: `count` is no whole number of 1 or more, or would leave no layer.
+    """
     select([0.0] * len(decoder.layers), count=count, merge=0, protect=())
 
 
-def lowest(decoder: Decoder, scores: Sequence[float], count: int) -> Plan:
-    """The plan that drops the `count` lowest scores, of equals the one further back. Raises InvalidArgument."""
+def plan_lowest(decoder: Decoder, scores: Sequence[float], count: int) -> Plan:
+    """Make the plan that drops the layers with the lowest scores.
+
+    Args:
+        decoder: the layers of the model.
+        scores: one finite number per layer. Of equal scores, the layer further back is dropped first.
+        count: how many layers are dropped.
+
+    Returns:
+        The plan. No layer is protected and none is merged.
+
+    Raises:
+        InvalidArgument: a score is not finite, or so many layers cannot be removed.
+    """
     return select(
         scores,
         count=count,
@@ -112,38 +260,49 @@ def lowest(decoder: Decoder, scores: Sequence[float], count: int) -> Plan:
     )
 
 
-@dataclass(frozen=True)
-class Dropping(Method):
-    """A method that only chooses which layers go; nothing is added to those that stay, unless it is asked for.
+METHODS: Registry[Method] = Registry(METHOD_MODULES)
+AnyMethod = TypeVar("AnyMethod", bound=type[Method])
 
-    patch, adapters, rank_factor: see `Preset`. As published, none of them has any.
+
+def register(method: AnyMethod) -> AnyMethod:
+    """Make a method known by its name. Use it as a class decorator.
+
+    Args:
+        method: a frozen dataclass derived from `Method`, with a `name`. It replaces a method of the same name.
+
+    Returns:
+        The class itself.
     """
-
-    patch: bool = False
-    adapters: str = "discard"
-    rank_factor: int = 1
-
-    def cut(self, clues: Clues, plan: Plan) -> nn.Module:
-        """Patch where asked to, and remove."""
-        patches = fit_patches(clues.model, plan, clues.batches) if self.patch else ()
-        return apply(clues.model, plan, patches=patches, adapters=self.adapters)
-
-
-METHODS: dict[str, type[Method]] = {}
-
-
-def register(method: type[Method]) -> type[Method]:
-    """Make a method known by its name."""
-    METHODS[method.name] = method
+    METHODS.add(method.name, method)
     return method
 
 
 def parse_method(text: str) -> Method:
-    """A method from "name" or "name:option=value,option=value". Raises InvalidArgument for what it does not know."""
-    return spelling.parse(text, METHODS)
+    """Make a method from its name and options.
+
+    Args:
+        text: "name" or "name:option=value,option=value".
+
+    Returns:
+        The method.
+
+    Raises:
+        InvalidArgument: the name, an option or a value is not known.
+
+    Example:
+        parse_method("laco:combine=2,interval=1")
+    """
+    return parse_options(text, METHODS)
 
 
-def spelled(method: Method) -> str:
-    """The opposite of `parse_method`: the name and every option that is not as by default."""
+def format_method(method: Method) -> str:
+    """Write a method as text. This is the opposite of `parse_method`.
+
+    Args:
+        method: any method.
+
+    Returns:
+        The name, and every option that does not have its default value.
+    """
     method = method.canonical()
-    return spelling.spelled(method.name, method)
+    return format_options(method.name, method)

@@ -1,4 +1,4 @@
-"""block: consecutive layers go, those that together turn their input least."""
+"""Method "block": remove the consecutive layers that together change their input least."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from gradpruner.methods.base import Clues, Dropping, check_count, lowest, register
+from gradpruner.methods.base import Clues, Dropping, check_count, plan_lowest, register
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.hidden_states import watch
 from gradpruner.plan import Plan
@@ -19,7 +19,13 @@ from gradpruner.plan import Plan
 @register
 @dataclass(frozen=True)
 class Block(Dropping):
-    """Remove the block of layers of least angular distance.
+    """Remove the consecutive layers with the smallest angular distance.
+
+    The distance of a block of layers is the angle between what enters its first and what leaves its last layer,
+    see `distances`.
+
+    Args:
+        patch, adapters, rank_factor: what happens besides the removal, see `Dropping`. By default nothing does.
 
     Source: Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers; its similarity-informed variant.
     """
@@ -27,32 +33,55 @@ class Block(Dropping):
     name: ClassVar[str] = "block"
 
     def plan(self, clues: Clues, count: int) -> Plan:
-        """The `count` consecutive layers of least distance; of equals those further back.
+        """Choose the block with the smallest distance. Of equal blocks, the one further back is removed.
 
-        Raises InvalidArgument, also without batches, and UnsupportedModel as `distances` does.
+        Args:
+            clues: the model, and the batches to run it on. Labels are ignored.
+            count: how many consecutive layers are removed.
+
+        Returns:
+            A plan that drops one block.
+
+        Raises:
+            InvalidArgument: so many layers cannot be removed, or there are no batches.
+            UnsupportedModel: hidden states are not one vector per token, or the model is an encoder-decoder.
         """
         decoder = Decoder(clues.model)
         check_count(decoder, count)
-        found = distances(decoder, clues, count)
-        first = min(range(len(found)), key=lambda j: (found[j], -j))
-        inside = range(first, first + count)
-        return lowest(decoder, [float(j not in inside) for j in range(len(decoder.layers))], count)
+        angles = distances(decoder, clues, count)
+        first = min(range(len(angles)), key=lambda j: (angles[j], -j))
+        block = range(first, first + count)
+        return plan_lowest(decoder, [float(j not in block) for j in range(len(decoder.layers))], count)
 
 
 def distances(decoder: Decoder, clues: Clues, count: int) -> list[float]:
-    """For each first layer l: the mean over sequences of arccos(cos(x, y)) / pi, at the last real token.
+    """Measure the angular distance of every block of `count` layers.
 
-    x enters layer l, y leaves layer l + count - 1. Raises InvalidArgument without batches, UnsupportedModel where
-    hidden states are not one vector a token.
+    The distance of the block that begins with layer l is the mean over sequences of arccos(cos(x, y)) / pi. x is the
+    hidden state that enters layer l, y the one that leaves layer l + count - 1, both at the last token that is not
+    padding.
+
+    Args:
+        decoder: the layers of the model.
+        clues: `clues.batches` are run through the model.
+        count: layers per block.
+
+    Returns:
+        One distance from 0 to 1 for each first layer, ascending: layers - count + 1 of them.
+
+    Raises:
+        InvalidArgument: there are no batches.
+        UnsupportedModel: hidden states are not one vector per token, or the model is an encoder-decoder.
     """
     blocks = len(decoder.layers) - count + 1
     angles, sequences = [0.0] * blocks, [0] * blocks
     entered: dict[int, Tensor] = {}
 
-    def seen(layer: int, entering: Tensor, leaving: Tensor, real: Tensor) -> None:
+    def add_angles(layer: int, entering: Tensor, leaving: Tensor, real: Tensor) -> None:
+        # the last real token of each row; padding may be on either side
         last = (real * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1)
-        rows = torch.arange(len(last), device=real.device)  # padding may be on either side
-        # the arc cosine near 1 turns an error of 1e-7 into one of 4e-4
+        rows = torch.arange(len(last), device=real.device)
+        # in float64: near 1, the arc cosine turns an error of 1e-7 into one of 4e-4
         entered[layer] = entering[rows, last].cpu().double()
         first = layer - count + 1
         if first >= 0:
@@ -60,5 +89,5 @@ def distances(decoder: Decoder, clues: Clues, count: int) -> list[float]:
             angles[first] += float(cosine.clamp(-1, 1).arccos().sum())
             sequences[first] += len(last)
 
-    watch(decoder, clues.batches, seen)
+    watch(decoder, clues.batches, add_angles)
     return [total / math.pi / n for total, n in zip(angles, sequences, strict=True)]

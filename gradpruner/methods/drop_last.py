@@ -1,4 +1,4 @@
-"""drop-last: the layers nearest to the output go. No clue is looked at: what anybody can do."""
+"""Method "drop-last": remove the layers nearest to the output. It looks at nothing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,21 @@ from gradpruner.model.decoder import Decoder
 @register
 @dataclass(frozen=True)
 class DropLast(Dropping):
-    """Remove the last layers."""
+    """Remove the last layers. This is the simplest baseline.
+
+    Args:
+        patch, adapters, rank_factor: what happens besides the removal, see `Dropping`. By default nothing does.
+    """
 
     name: ClassVar[str] = "drop-last"
 
     def scores(self, clues: Clues) -> Sequence[float]:
-        """Falling with depth."""
+        """Score each layer by its distance to the output.
+
+        Args:
+            clues: only the model's number of layers is used.
+
+        Returns:
+            0, -1, -2 and so on, one per layer.
+        """
         return [-float(index) for index in range(len(Decoder(clues.model).layers))]

@@ -1,4 +1,4 @@
-"""gradpruner: layers are scored by the gradients of the first training steps (docs/method.md, sections 1 to 3)."""
+"""Method "gradpruner": score layers by the gradients of the first training steps."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from gradpruner.checks import check_int
-from gradpruner.errors import InvalidArgument
+from gradpruner.checks import check_choice, check_int, exact_share
 from gradpruner.methods.base import Clues, Method, register
 from gradpruner.methods.patched_gaps import KINDS, plan_gaps
 from gradpruner.plan import Plan
@@ -21,10 +20,26 @@ from gradpruner.pruning.patch import fit_patches
 @register
 @dataclass(frozen=True)
 class GradPruner(Method):
-    """This package's own method.
+    """The method of this package: a probe's gradients choose the layers, and patches or merges replace them.
 
-    preset, and what differs from it: see `Preset`. probe_steps, rank, share: of the probe, where they are not those
-    of the comparison: its steps, its adapters' rank, the share of the data it sees. Raises InvalidArgument.
+    Args:
+        preset: where the settings below come from if they are None. "default" or "paper". Default "default".
+        kind: what layers are scored by: "squared", "norm" or "normalized" (docs/method.md, section 1), or "residual"
+            or "gap", which judge stretches of layers together (see `gradpruner.methods.patched_gaps`).
+        merge: how many of the removed layers are merged into a kept one: "auto" or a number, see `Igia.plan`.
+        top: share of a weight's entries that a merge adds, above 0 and up to 1.
+        weight: what these entries are multiplied by.
+        patch: whether gaps are closed with linear patches.
+        adapters: "keep" leaves what the probe's steps trained in the model, "discard" does not.
+        rank_factor: how many times the recipe's rank the adapters of the smaller model have.
+        probe_steps: optimizer steps of the probe. Default None: as many as in the rest of the comparison.
+        rank: rank of the probe's adapters, 0 for none. Default None: that of the recipe.
+        share: share of the training data that the probe sees, above 0 and up to 1. Default None: all of it.
+
+    Raises:
+        InvalidArgument: an option is not one of these values.
+
+    Source: docs/method.md, sections 1 to 4.
     """
 
     name: ClassVar[str] = "gradpruner"
@@ -42,18 +57,17 @@ class GradPruner(Method):
     share: float | None = None
 
     def __post_init__(self) -> None:
-        """Check by asking, before a probe takes its time."""
-        if self.settings.kind not in (*SCORES, *KINDS):
-            raise InvalidArgument(f"kind = {self.settings.kind!r}; accepted are {', '.join((*SCORES, *KINDS))}")
+        """Check the options before time is spent on a probe."""
+        check_choice("kind", self.settings.kind, (*SCORES, *KINDS))
         for name, least in (("probe_steps", 1), ("rank", 0)):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), least)
-        if self.share is not None and not 0 < self.share <= 1:
-            raise InvalidArgument(f"share = {self.share!r}; accepted is above 0 and up to 1")
+        if self.share is not None:
+            exact_share("share", self.share)
 
     @property
     def settings(self) -> Preset:
-        """What the options come to."""
+        """The preset with the options that were given."""
         return Preset.of(
             self.preset,
             kind=self.kind,
@@ -67,37 +81,77 @@ class GradPruner(Method):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The settings, not the preset that they came from."""
+        """The settings in full. The preset they came from is left out, because a preset may change."""
         return {**vars(self.settings), "probe_steps": self.probe_steps, "rank": self.rank, "share": self.share}
 
     @property
     def scored(self) -> bool:  # type: ignore[override]
-        """Unless the gaps decide."""
+        """True, unless stretches of layers are judged together."""
         return self.settings.kind not in KINDS
 
     def settled(self, option: str) -> Any:
-        """As the preset has it, unless it is given."""
+        """The value of an option: as given, or as the preset has it.
+
+        Args:
+            option: the name of a field of `Preset`.
+
+        Returns:
+            The value that the method works with.
+        """
         return getattr(self.settings, option)
 
     def canonical(self) -> GradPruner:
-        """Named after the preset from which fewest settings differ."""
-        ways = []
+        """The same method, named after the preset from which the fewest settings differ.
+
+        Returns:
+            A method with the same settings.
+        """
+        spellings = []
         for name, preset in PRESETS.items():
             changed = {k: v for k, v in vars(self.settings).items() if v != getattr(preset, k)}
-            ways.append(GradPruner(name, **changed, probe_steps=self.probe_steps, rank=self.rank, share=self.share))
-        return min(ways, key=lambda way: (sum(value is not None for value in vars(way).values()), way.preset))
+            options = {**changed, "probe_steps": self.probe_steps, "rank": self.rank, "share": self.share}
+            spellings.append(GradPruner(name, **options))
+
+        def length(method: GradPruner) -> int:
+            return sum(value is not None for value in vars(method).values())
+
+        return min(spellings, key=lambda method: (length(method), method.preset))
 
     def plan(self, clues: Clues, count: int) -> Plan:
-        """The lowest scores go; some of them are merged. For kind "residual" and "gap" see `plan_gaps`."""
+        """Choose the layers with the lowest scores, or the stretches that patches replace best.
+
+        Args:
+            clues: the probe's scores, or the model and batches for kind "residual" and "gap".
+            count: how many layers are removed.
+
+        Returns:
+            A plan that removes `count` layers. Layer 0 is kept.
+
+        Raises:
+            InvalidArgument: so many layers cannot be removed, or there was no probe.
+        """
         if self.settings.kind in KINDS:
             return plan_gaps(clues.model, clues.batches, count=count, kind=self.settings.kind)
         return clues.igia.plan(count=count, kind=self.settings.kind, merge=self.settings.merge)
 
     def cut(self, clues: Clues, plan: Plan) -> nn.Module:
-        """Merge, patch, remove; `clues.model` is as the probe left it, with its adapters."""
-        chosen = self.settings
-        patches = fit_patches(clues.model, plan, clues.batches) if chosen.patch else ()
-        igia = clues.igia if plan.merge else None
+        """Merge, patch and remove.
+
+        Args:
+            clues: what `plan` was given. Its model has the probe's adapters if they are kept.
+            plan: what `plan` returned.
+
+        Returns:
+            `clues.model` itself, now smaller.
+        """
+        settings = self.settings
+        patches = fit_patches(clues.model, plan, clues.batches) if settings.patch else ()
         return apply(
-            clues.model, plan, igia, top=chosen.top, weight=chosen.weight, patches=patches, adapters=chosen.adapters
+            clues.model,
+            plan,
+            clues.igia if plan.merge else None,
+            top=settings.top,
+            weight=settings.weight,
+            patches=patches,
+            adapters=settings.adapters,
         )

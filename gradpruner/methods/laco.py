@@ -1,4 +1,4 @@
-"""laco: layers are folded into one before them, where the model's last hidden states stay similar."""
+"""Method "laco": merge layers into one before them, where the last hidden states stay similar."""
 
 from __future__ import annotations
 
@@ -14,31 +14,46 @@ from torch.nn.functional import cosine_similarity
 
 from gradpruner.checks import check_int, is_number
 from gradpruner.errors import InvalidArgument, UnsupportedModel
-from gradpruner.methods.base import Clues, Method, check_count, lowest, register
+from gradpruner.methods.base import Clues, Method, check_count, plan_lowest, register
 from gradpruner.model.decoder import Decoder, base_parameters, is_packed
 from gradpruner.model.hidden_states import Batch, final_states, skipping
 from gradpruner.plan import Plan
 from gradpruner.pruning.apply import apply, check_fits
 
-SEQUENCES = 10
-FALLING = tuple(k / 20 for k in range(19, -21, -1))  # thresholds that are tried, 0.95 down to -1
-Undo = list[tuple[nn.Parameter, Tensor]]
-Similarity = Callable[[dict[int, int]], float]
+SEQUENCES = 10  # that the similarity is measured on, as in the paper's few-shot calibration
+THRESHOLDS = tuple(k / 20 for k in range(19, -21, -1))  # that are tried in turn: 0.95, 0.90 and so on down to -1
+Undo = list[tuple[nn.Parameter, Tensor]]  # changed parameters, each with a copy of its values before
+Similarity = Callable[[dict[int, int]], float]  # of the model merged by {layer: target}; 1 is equal to the dense one
 
 
 @register
 @dataclass(frozen=True)
 class Laco(Method):
-    """Merge layers as LaCo does (source: Yang et al. 2024, LaCo: Large Language Model Pruning via Layer Collapse).
+    """Merge layers as LaCo does: add the differences of some layers to a layer before them.
 
-    threshold: a merge is accepted above this similarity; None: the highest of 0.95, 0.90, ... that removes enough.
-    combine: layers that become one in a merge (C). interval: how far down the next merge begins after one that was
-    accepted (I). low: the lowest layer that others are folded into (L). Raises InvalidArgument.
+    The search walks from the last layer down. At each place it merges the layers above into one, and accepts the
+    merge if the last hidden states stay similar enough to those of the dense model.
 
-    Two things are not as published. The last merge takes in fewer layers, so that as many go as were asked for. And
-    where a merge takes in a layer that others were folded into, the paper adds the difference of the sum; here each of
-    them counts from the new target, so that a plan says all there is to know. That is far more weight, hence the
-    interval: at `combine` or more no merge takes in another. The paper's is 2.
+    Two things differ from the paper:
+
+    * The last merge takes fewer layers, so that exactly as many are removed as were asked for.
+    * Where a merge takes a layer that others were merged into before, the paper adds the difference of the merged
+      layer. Here, each of them is added as its own difference from the new target, so that a plan describes the
+      result completely. This adds far more weight. Therefore the default interval is 4, not the paper's 2: with an
+      interval of `combine` or more, no merge takes another.
+
+    Args:
+        threshold: a merge is accepted above this similarity, -1 to 1. Default None: the highest of 0.95, 0.90 and so
+            on that removes enough layers.
+        combine: how many layers become one in a merge, 2 or more (C in the paper). Default 4.
+        interval: how many layers further down the search goes on after an accepted merge, 1 or more (I in the
+            paper). Default 4.
+        low: the lowest layer that others may be merged into (L in the paper). Default 1.
+
+    Raises:
+        InvalidArgument: an option is not one of these values.
+
+    Source: docs/method.md, section 7 (Yang et al. 2024, LaCo: Large Language Model Pruning via Layer Collapse).
     """
 
     threshold: float | None = None
@@ -48,63 +63,88 @@ class Laco(Method):
     name: ClassVar[str] = "laco"
 
     def __post_init__(self) -> None:
-        """Check the options."""
+        """Check the options before time is spent."""
         for option, least in (("combine", 2), ("interval", 1), ("low", 0)):
             check_int(option, getattr(self, option), least)
-        number = is_number(self.threshold)
-        if self.threshold is not None and not (number and -1 <= self.threshold <= 1):
+        if self.threshold is not None and not (is_number(self.threshold) and -1 <= self.threshold <= 1):
             raise InvalidArgument(f"threshold = {self.threshold!r}; accepted are none and -1 to 1")
 
     def plan(self, clues: Clues, count: int) -> Plan:
-        """Which layers are folded into which, `count` in all. The dense model's last hidden states are held.
+        """Search which layers are merged into which.
 
-        Raises InvalidArgument if so many cannot be merged or layers differ in structure, UnsupportedModel.
+        The weights change during the search and are put back. The dense model's last hidden states stay in host
+        memory.
+
+        Args:
+            clues: the model, and batches. The first batches that hold ten sequences are used, without labels.
+            count: how many layers are removed.
+
+        Returns:
+            A plan that merges `count` layers and drops none.
+
+        Raises:
+            InvalidArgument: so many layers cannot be merged, layers differ in structure, or there are no batches.
+            UnsupportedModel: weights are quantised, or the model is an encoder-decoder or does not return its last
+                hidden states.
         """
         decoder = Decoder(clues.model)
         check_count(decoder, count)
-        similarity, layers, most = _similarity_to_dense(decoder, few(clues.batches)), len(decoder.layers), 0
-        for threshold in FALLING if self.threshold is None else (self.threshold,):
-            merge = self._walk(layers, count, similarity, threshold)
+        similarity = similarity_to_dense(decoder, first_sequences(clues.batches))
+        layers, most = len(decoder.layers), 0
+        for threshold in THRESHOLDS if self.threshold is None else (self.threshold,):
+            merge = self._search(layers, count, similarity, threshold)
             most = max(most, len(merge))
             if len(merge) == count:
-                plan = lowest(decoder, [float(j not in merge) for j in range(layers)], count)
+                plan = plan_lowest(decoder, [float(j not in merge) for j in range(layers)], count)
                 return dataclasses.replace(plan, drop=(), merge=merge)
-        at = f"threshold {threshold}, combine {self.combine}, interval {self.interval}, low {self.low}"
-        raise InvalidArgument(f"{count} of {layers} layers to remove; laco merges {most} at most ({at})")
+        options = f"threshold {threshold}, combine {self.combine}, interval {self.interval}, low {self.low}"
+        raise InvalidArgument(f"{count} of {layers} layers to remove; laco merges {most} at most ({options})")
 
     def cut(self, clues: Clues, plan: Plan) -> nn.Module:
-        """Fold what the plan merges, then remove it; nothing is changed unless both succeed.
+        """Merge the layers of the plan into their targets, then remove them. If either fails, nothing is changed.
 
-        Raises InvalidArgument, ModelMismatch, UnsupportedModel.
+        Args:
+            clues: only the model is used.
+            plan: what `plan` returned.
+
+        Returns:
+            `clues.model` itself, now smaller.
+
+        Raises:
+            InvalidArgument: layers that are merged differ in structure.
+            ModelMismatch: the plan was made for another model.
+            UnsupportedModel: weights are quantised, or the layers of the model cannot be removed.
         """
         decoder = Decoder(clues.model)
-        outright = Plan(plan.layers, drop=plan.removed)  # for `apply`, whose own way to merge is another
-        check_fits(decoder, dataclasses.replace(outright, model=plan.model), None)  # before the weights change
+        # `apply` merges in another way (docs/method.md, section 3), so it only removes the layers here
+        removal = Plan(plan.layers, drop=plan.removed)
+        check_fits(decoder, dataclasses.replace(removal, model=plan.model), None)  # before the weights change
         undo: Undo = []
         try:
             fold_(decoder, plan.donors, undo)
-            return apply(clues.model, outright, None)
+            return apply(clues.model, removal, None)
         except BaseException:
             _restore(undo)
             raise
 
-    def _walk(self, layers: int, count: int, similarity: Similarity, threshold: float) -> dict[int, int]:
-        """The paper's algorithm 1: layer to target, `count` or fewer."""
+    def _search(self, layers: int, count: int, similarity: Similarity, threshold: float) -> dict[int, int]:
+        """The paper's algorithm 1: merged layer to target, for `count` layers or fewer."""
         merge: dict[int, int] = {}
         at = layers - self.combine
         while at >= self.low and len(merge) < count:
             most = min(self.combine - 1, count - len(merge))
-            taken = [j for j in range(at + 1, layers) if j not in merge][:most]
-            onward = {j: at if target in taken else target for j, target in merge.items()}
-            tried = onward | dict.fromkeys(taken, at)
-            accepted = similarity(tried) > threshold
-            merge = tried if accepted else merge
+            donors = [j for j in range(at + 1, layers) if j not in merge][:most]
+            # layers that were merged into one of the donors move on to the new target
+            moved_on = {j: at if target in donors else target for j, target in merge.items()}
+            candidate = moved_on | dict.fromkeys(donors, at)
+            accepted = similarity(candidate) > threshold
+            merge = candidate if accepted else merge
             at -= self.interval if accepted else 1
         return merge
 
 
-def few(batches: Sequence[Batch]) -> Sequence[Batch]:
-    """The first batches, until they hold ten sequences: what the paper's few-shot calibration takes."""
+def first_sequences(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The first batches that together hold `SEQUENCES` sequences or more."""
     rows = 0
     for number, batch in enumerate(batches, 1):
         rows += len(batch["input_ids"])
@@ -114,16 +154,25 @@ def few(batches: Sequence[Batch]) -> Sequence[Batch]:
 
 
 def fold_(decoder: Decoder, donors: Mapping[int, Sequence[int]], undo: Undo) -> None:
-    """W_l + sum over its donors of (W_donor - W_l) into every parameter of each target l; `undo` gets what was there.
+    """Add the differences of the donors to every parameter of their targets, in place.
 
-    In float32 or wider, stored once. A parameter that layers share stays: there is no difference. Raises
-    InvalidArgument for layers that differ in structure, UnsupportedModel for packed weights.
+    The parameter W of a target becomes W + sum over its donors of (W_donor - W). The sum is taken in float32 or wider
+    and rounded once. A parameter that layers share stays as it is.
+
+    Args:
+        decoder: the layers of the model.
+        donors: for each target layer, the layers that are merged into it.
+        undo: the old values are appended here before a parameter changes.
+
+    Raises:
+        InvalidArgument: a donor differs in structure from its target.
+        UnsupportedModel: a weight is quantised.
     """
-    for target, others in donors.items():
-        for donor in others:
+    for target, layers in donors.items():
+        for donor in layers:
             if decoder.structure(donor) != decoder.structure(target):
                 raise InvalidArgument(f"layer {donor} differs in structure from layer {target}: they cannot be merged")
-        theirs = [dict(base_parameters(decoder.layers[donor])) for donor in others]
+        theirs = [dict(base_parameters(decoder.layers[donor])) for donor in layers]
         own = {id(parameter): (name, parameter) for name, parameter in base_parameters(decoder.layers[target])}
         for name, parameter in own.values():
             if id(parameter) in decoder.shared:
@@ -145,11 +194,18 @@ def _restore(undo: Undo) -> None:
             parameter.copy_(before)
 
 
-def _similarity_to_dense(decoder: Decoder, batches: Sequence[Batch]) -> Similarity:
-    """What gives the similarity of a model merged so to the model as it is: 1 is the same.
+def similarity_to_dense(decoder: Decoder, batches: Sequence[Batch]) -> Similarity:
+    """Make a function that measures how similar a merged model is to the model as it is now.
 
-    The cosine of the last hidden states of a sequence, its real tokens as one vector, averaged over sequences, as
-    the authors' code has it. What was asked for once is not computed again.
+    The similarity of a sequence is the cosine of its last hidden states, with all its real tokens as one vector. It is
+    averaged over sequences, as in the authors' code.
+
+    Args:
+        decoder: the layers of the dense model.
+        batches: what the models are run on.
+
+    Returns:
+        A function from {merged layer: target} to the similarity, -1 to 1. Its results are cached.
     """
     dense = list(final_states(decoder, batches))
     known: dict[tuple[tuple[int, int], ...], float] = {}

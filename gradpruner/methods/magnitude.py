@@ -1,4 +1,4 @@
-"""magnitude: the layers with the smallest weights go."""
+"""Method "magnitude": remove the layers with the smallest weights."""
 
 from __future__ import annotations
 
@@ -18,15 +18,30 @@ from gradpruner.model.decoder import Decoder, is_packed
 @register
 @dataclass(frozen=True)
 class Magnitude(Dropping):
-    """Remove the layers of least norm (source: Kim et al. 2024, Shortened LLaMA, which adds |w| up instead)."""
+    """Remove the layers whose weights have the smallest norm.
+
+    Args:
+        patch, adapters, rank_factor: what happens besides the removal, see `Dropping`. By default nothing does.
+
+    Source: Kim et al. 2024, Shortened LLaMA. There, |w| is summed instead of w².
+    """
 
     name: ClassVar[str] = "magnitude"
 
     def scores(self, clues: Clues) -> Sequence[float]:
-        """The Frobenius norm of all linear weights of a layer as one vector: no norms, biases, routers.
+        """Compute the Frobenius norm of each layer: the root of the sum of w² over its linear weights.
 
-        Not divided by the number of weights: a layer with more of them counts as larger. Raises UnsupportedModel
-        if weights are packed by a quantiser, or a layer has no linear weight of its own.
+        Norms, biases and routers do not count. The sum is not divided by the number of weights, so a layer with more
+        weights counts as larger.
+
+        Args:
+            clues: only the model is used.
+
+        Returns:
+            One norm per layer.
+
+        Raises:
+            UnsupportedModel: weights are quantised, or a layer has no linear weight of its own.
         """
         with torch.no_grad():
             return [
@@ -36,7 +51,17 @@ class Magnitude(Dropping):
 
 
 def linear_parameters(decoder: Decoder) -> list[list[nn.Parameter]]:
-    """The linear weights of each layer. Raises UnsupportedModel if a quantiser packed one, or a layer has none."""
+    """The linear weights of each layer.
+
+    Args:
+        decoder: the layers of the model.
+
+    Returns:
+        One list per layer.
+
+    Raises:
+        UnsupportedModel: a weight is quantised, or a layer has no linear weight of its own.
+    """
     layers: list[list[nn.Parameter]] = [[] for _ in decoder.layers]
     for weight in decoder.weights:
         parameter = decoder.parameter(weight)

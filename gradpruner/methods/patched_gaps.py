@@ -1,18 +1,22 @@
-"""Gaps: which stretches of layers can go, by what is missing of them once they are patched (source: D).
+"""Choose the stretches of layers that linear patches replace best (source: D).
 
-h leaves the last layer of a gap, r is what the best linear patch of the gap (see `gradpruner.pruning.patch`) leaves of it. The
-score of the gap, summed over tokens, is by kind
+A gap is a stretch of removed layers. Write h for the hidden state that leaves the last layer of a gap, and r for the
+part of h that the best linear patch of the gap (docs/method.md, section 4) gets wrong. A gap costs a sum over tokens:
 
-    residual   |r| / |h|
-    gap        |dL/dh . r|, the first-order change of the loss
+    kind          cost of a token
+    "residual"    ‖r‖ / ‖h‖, the relative error of the hidden state
+    "gap"         |∂L/∂h · r|, what the error changes in the loss L, to first order
 
-Layers next to each other are judged together, and the plan with the least sum is found exactly.
+Layers next to each other are judged together, and the plan with the smallest sum of costs is found exactly.
+
+The second kind is called "gap" for the gap that it opens in the loss. Recorded comparisons name it so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +32,14 @@ from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.plan import Plan, parameters_in, select
 from gradpruner.pruning.patch import find_writer
 
-LONGEST = 10  # layers of one gap
-TOKENS = 4096  # to fit the patches on, and as many others to judge them by
-RIDGE = 0.1  # times the mean square of an input
+LONGEST = 10  # layers of one gap, at most
+TOKENS = 4096  # that patches are fitted on, and as many others that they are judged by
+RIDGE = 0.1  # added to the normal equations, as a share of the mean square of an input
 KINDS = ("residual", "gap")
 
-Costs = Mapping[tuple[int, int], float]  # by the layer before a gap and the gap's last layer
+Gap = tuple[int, int]  # the kept layer before the gap, and the last removed layer of the gap
+Costs = Mapping[Gap, float]
+Writers = Mapping[int, nn.Module | None]  # for each layer, the linear that a patch would change; None: there is none
 
 
 def plan_gaps(
@@ -45,172 +51,303 @@ def plan_gaps(
     protect: Iterable[int] = (0,),
     layers: str | nn.ModuleList | None = None,
 ) -> Plan:
-    """The `count` layers of which least is missing when they are gone and every gap is patched; all are dropped.
+    """Choose the layers whose removal costs least once every gap is patched.
 
-    model: dense, as the probe left it. batches: keyword arguments of the model, those of the probe; each costs a
-    forward. kind "gap" needs labels and a backward, too; .grad is left alone. Raises InvalidArgument, UnsupportedModel.
+    Args:
+        model: the dense model, as the probe left it. It is not changed, and .grad is left alone.
+        batches: keyword arguments of the model, those of the probe for example, two rows or more in all. Each costs a
+            forward pass. For kind "gap" they need labels, and each costs a backward pass too.
+        count: how many layers are removed.
+        kind: "residual" or "gap", see the module's docstring. Default "residual".
+        protect: layers that are kept whatever they cost. Layer 0 always is.
+        layers: the decoder layers or their path, if they cannot be found. Default None: they are found.
+
+    Returns:
+        A plan that drops `count` layers and merges none.
+
+    Raises:
+        InvalidArgument: an argument is not one of these, so many layers cannot be removed, the batches hold fewer than
+            two rows, or the model returns no loss for them.
+        UnsupportedModel: the model is an encoder-decoder.
     """
     check_choice("kind", kind, KINDS)
     decoder, protected = Decoder(model, layers), sorted(set(protect))
     total = len(decoder.layers)
-    select([0.0] * total, count=count, merge=0, protect=protected)  # for what it refuses
+    select([0.0] * total, count=count, merge=0, protect=protected)  # refuses a wrong count or protect
     if getattr(decoder.config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"kind = {kind!r} looks at decoder-only models; accepted are squared, norm, normalized")
+        raise UnsupportedModel(
+            f"kind = {kind!r} is for decoder-only models; accepted for this one are squared, norm, normalized"
+        )
     removed = cheapest(gap_costs(decoder, batches, kind), total, count, protected)
     counts = count_parameters(decoder)
-    gone = parameters_in(removed, counts["layer_parameters"], counts["shared_parameters"])
-    return Plan(total, removed, (), decoder.fingerprint(), gone / counts["total_parameters"], kind=kind)
+    parameters = parameters_in(removed, counts["layer_parameters"], counts["shared_parameters"])
+    return Plan(total, removed, (), decoder.fingerprint(), parameters / counts["total_parameters"], kind=kind)
 
 
 def cheapest(costs: Costs, layers: int, count: int, protect: Iterable[int] = (0,)) -> list[int]:
-    """The layers to remove, `count` of them, with the least sum of the costs of their gaps; exact (dynamic program).
+    """Find the layers to remove with the smallest sum of the costs of their gaps.
 
-    Of equal sums, the one whose last gaps are shorter. Layer 0 stays, and no gap is longer than `costs` knows.
-    Raises InvalidArgument where no such gaps remove so many.
+    The result is exact: it is found by dynamic programming over the layers. Of equal sums, the one whose last gaps are
+    shorter is taken.
+
+    Args:
+        costs: the cost of each gap that is allowed. A gap without an entry is not allowed.
+        layers: decoder layers of the model.
+        count: how many layers are removed.
+        protect: layers that are kept. Layer 0 always is.
+
+    Returns:
+        `count` layers, ascending.
+
+    Raises:
+        InvalidArgument: no allowed gaps of finite cost remove so many layers.
     """
-    kept = {0, *protect}
-    # least[i][c]: of layers before i, c removed and i kept; i = layers is the end
+    protected = {0, *protect}
+    # least[i][c]: the least cost of the layers before i if c of them are removed and layer i is kept. i = layers is
+    # the end of the model. came_from[i, c]: the kept layer before i in that solution.
     least = [[math.inf] * (count + 1) for _ in range(layers + 1)]
-    before: dict[tuple[int, int], int] = {}
+    came_from: dict[tuple[int, int], int] = {}
     least[0][0] = 0.0
     for i in range(1, layers + 1):
-        for gone in range(count + 1):
-            for length in range(min(gone, i - 1) + 1):
+        for removed in range(count + 1):
+            for length in range(min(removed, i - 1) + 1):
                 start = i - 1 - length
-                if length and ((start, i - 1) not in costs or kept & set(range(start + 1, i))):
+                if length and ((start, i - 1) not in costs or protected & set(range(start + 1, i))):
                     continue
-                cost = least[start][gone - length] + (costs[start, i - 1] if length else 0.0)
-                if cost < least[i][gone]:
-                    least[i][gone], before[i, gone] = cost, start
+                cost = least[start][removed - length] + (costs[start, i - 1] if length else 0.0)
+                if cost < least[i][removed]:
+                    least[i][removed], came_from[i, removed] = cost, start
     if not math.isfinite(least[layers][count]):
-        raise InvalidArgument(f"{count} of {layers} layers to remove; no gaps of known, finite cost come to that")
-    removed, i, gone = list[int](), layers, count
+        raise InvalidArgument(f"{count} of {layers} layers to remove; no allowed gaps of finite cost add up to that")
+    # walk back from the end
+    removed_layers, i = list[int](), layers
     while i > 0:
-        start = before[i, gone]
-        removed += range(start + 1, i)
-        i, gone = start, gone - (i - 1 - start)
-    return sorted(removed)
+        start = came_from[i, count - len(removed_layers)]
+        removed_layers += range(start + 1, i)
+        i = start
+    return sorted(removed_layers)
 
 
-def gap_costs(decoder: Decoder, batches: Iterable[Mapping[str, Any]], kind: str) -> dict[tuple[int, int], float]:
-    """The cost of every gap of up to LONGEST layers, a sum over the tokens that judge."""
-    seen = _Seen(decoder, graded=kind == "gap")
+def gap_costs(decoder: Decoder, batches: Iterable[Mapping[str, Any]], kind: str) -> dict[Gap, float]:
+    """Compute the cost of every gap of up to `LONGEST` layers.
+
+    Rows are used in turn: one fits the patches, the next judges them. Batches are read until there are `TOKENS` tokens
+    for each purpose.
+
+    Args:
+        decoder: the layers of the model.
+        batches: keyword arguments of the model.
+        kind: "residual" or "gap".
+
+    Returns:
+        The cost of each gap, summed over the tokens that judge.
+
+    Raises:
+        InvalidArgument: the batches hold fewer than two rows, or the model returns no loss for kind "gap".
+    """
+    fitting, judging = TokenSamples(), TokenSamples()
     device = next(decoder.base.parameters()).device
-    with evaluating(decoder.given), torch.set_grad_enabled(seen.graded):
+    writers: Writers = {}
+    rows = 0
+    with evaluating(decoder.given), torch.set_grad_enabled(kind == "gap"):
         for batch in batches:
-            moved = to_device(batch, device)
-            if not seen.writers:
-                with torch.no_grad():
-                    seen.find(moved)
-            seen.add(moved)
-            if seen.full:
+            inputs = to_device(batch, device)
+            writers = writers or _writers(decoder, inputs)
+            forward = _run(decoder, writers, inputs, with_gradients=kind == "gap")
+            tokens = _real_tokens(inputs, forward.states[0])
+            judges = (torch.arange(rows, rows + len(tokens)) % 2).bool()[:, None]
+            rows += len(tokens)
+            fitting.add(forward, tokens & ~judges)
+            judging.add(forward, tokens & judges)
+            del forward  # free its states and their graph before the next pass
+            if min(fitting.tokens, judging.tokens) >= TOKENS:
                 break
-    return seen.costs()
+    if not fitting.tokens or not judging.tokens:
+        raise InvalidArgument("batches hold fewer than two rows; expected some to fit patches on and some to judge")
+    costs: dict[Gap, float] = {}
+    for layer in range(len(decoder.layers) - 1):
+        costs |= _costs_after(layer, len(decoder.layers), writers[layer] is not None, fitting, judging, kind, device)
+    return costs
 
 
 @dataclass
-class _Part:
-    """Tokens of some rows: of every layer what its last linear reads, what leaves it, perhaps the gradient of that."""
+class Forward:
+    """What one forward pass showed. Every tensor is (rows, tokens, width).
 
-    inputs: list[list[Tensor]] = field(default_factory=list)
-    states: list[list[Tensor]] = field(default_factory=list)
-    gradients: list[list[Tensor]] = field(default_factory=list)
-    tokens: int = 0
+    Args:
+        inputs: for each layer with a writer, what its writer reads.
+        states: for each layer, the hidden state that leaves it.
+        gradients: for each layer, the gradient of the loss with respect to that state. Empty unless it was asked for.
+    """
 
-
-class _Seen:
-    def __init__(self, decoder: Decoder, *, graded: bool) -> None:
-        self.decoder, self.graded = decoder, graded
-        self.writers: dict[int, nn.Module | None] = {}
-        self.parts = _Part(), _Part()  # rows in turn: the first fit, the second judge
-        self._rows = 0
-
-    @property
-    def full(self) -> bool:
-        return all(part.tokens >= TOKENS for part in self.parts)
-
-    def find(self, batch: Mapping[str, Any]) -> None:
-        """The linear of every layer that a patch would change."""
-        one = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items() if k != "labels"}
-        for layer in range(len(self.decoder.layers)):
-            found = find_writer(self.decoder, layer, lambda: self.decoder.given(**one, use_cache=False))
-            self.writers[layer] = None if found is None else found[1]
-
-    def add(self, batch: Mapping[str, Any]) -> None:
-        inputs: dict[int, Tensor] = {}
-        states: list[Tensor] = []
-        handles = [
-            linear.register_forward_pre_hook(lambda _, args, j=j: inputs.__setitem__(j, args[0].detach()))
-            for j, linear in self.writers.items()
-            if linear is not None
-        ]
-
-        def on_layer(module: nn.Module, args: Any, output: Any) -> None:
-            state = leaving_state(output)
-            if self.graded and not state.requires_grad:  # nothing before it trains
-                state.requires_grad_(True)
-            states.append(state)
-
-        handles += [layer.register_forward_hook(on_layer) for layer in self.decoder.layers]
-        try:
-            if self.graded:
-                loss = getattr(self.decoder.given(**batch, use_cache=False), "loss", None)
-                if loss is None:
-                    raise InvalidArgument("batches: the model returned no loss; expected batches with labels")
-                gradients = torch.autograd.grad(loss, states)
-            else:
-                self.decoder.given(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
-                gradients = ()
-        finally:
-            for handle in handles:
-                handle.remove()
-        counts = batch.get("attention_mask")
-        mask = torch.ones(states[0].shape[:2], dtype=torch.bool) if counts is None else counts.bool().cpu()
-        rows = (torch.arange(self._rows, self._rows + len(mask)) % 2).bool()[:, None]
-        self._rows += len(mask)
-        for part, which in zip(self.parts, (mask & ~rows, mask & rows), strict=True):
-            part.tokens += int(which.sum())
-            part.inputs.append([inputs[j].cpu()[which] if j in inputs else torch.empty(0) for j in self.writers])
-            part.states.append([state.detach().cpu()[which] for state in states])
-            part.gradients.append([gradient.cpu()[which] for gradient in gradients])
-
-    def costs(self) -> dict[tuple[int, int], float]:
-        fitted, judging = self.parts
-        if not fitted.tokens or not judging.tokens:
-            raise InvalidArgument("batches hold fewer than two rows; expected some to fit patches on and some to judge")
-        device = next(self.decoder.base.parameters()).device
-
-        def tensor(part: list[list[Tensor]], layer: int) -> Tensor:
-            return torch.cat([batch[layer] for batch in part])[:TOKENS].to(device, torch.float32)
-
-        total, costs = len(self.decoder.layers), {}
-        for layer in range(total - 1):
-            ends = range(layer + 1, min(total, layer + 1 + LONGEST))
-            left = [tensor(judging.states, end) - tensor(judging.states, layer) for end in ends]
-            if self.writers[layer] is not None:
-                state = tensor(fitted.states, layer)
-                wanted = torch.cat([tensor(fitted.states, end) - state for end in ends], 1)
-                said = _patched(tensor(fitted.inputs, layer), wanted, state, tensor(judging.inputs, layer))
-                left = [rest - part for rest, part in zip(left, said.split(state.shape[1], 1), strict=True)]
-            for end, rest in zip(ends, left, strict=True):
-                if self.graded:
-                    felt = (tensor(judging.gradients, end) * rest).sum(1).abs()
-                else:
-                    felt = rest.norm(dim=1) / tensor(judging.states, end).norm(dim=1).clamp_min(1e-12)
-                costs[layer, end] = float(felt.double().sum())
-        return costs
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    states: list[Tensor] = field(default_factory=list)
+    gradients: Sequence[Tensor] = ()
 
 
-def _patched(x: Tensor, wanted: Tensor, state: Tensor, other: Tensor) -> Tensor:
-    """What ridge regression from x (tokens, in) to wanted (tokens, out) says of other (tokens, in).
+class TokenSamples:
+    """The tokens of some rows, in host memory, batch by batch."""
 
-    Each token counts by the size of its state, as in a patch. The ridge is large, float32 will do. By the Gram matrix
-    of the inputs or of the tokens, whichever are fewer.
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._forwards: list[Forward] = []
+
+    def add(self, forward: Forward, which: Tensor) -> None:
+        """Keep some tokens of a forward pass.
+
+        Args:
+            forward: what the pass showed.
+            which: the tokens to keep, boolean (rows, tokens), in host memory.
+        """
+        self.tokens += int(which.sum())
+        self._forwards.append(
+            Forward(
+                {layer: inputs.cpu()[which] for layer, inputs in forward.inputs.items()},
+                [state.detach().cpu()[which] for state in forward.states],
+                [gradient.cpu()[which] for gradient in forward.gradients],
+            )
+        )
+
+    def inputs(self, layer: int, device: torch.device) -> Tensor:
+        """What the writer of a layer reads.
+
+        Args:
+            layer: a layer with a writer.
+            device: where the result is.
+
+        Returns:
+            float32 (tokens, in), at most `TOKENS` tokens.
+        """
+        return _first_tokens([forward.inputs[layer] for forward in self._forwards], device)
+
+    def states(self, layer: int, device: torch.device) -> Tensor:
+        """The hidden states that leave a layer.
+
+        Args:
+            layer: the layer's index.
+            device: where the result is.
+
+        Returns:
+            float32 (tokens, hidden), at most `TOKENS` tokens.
+        """
+        return _first_tokens([forward.states[layer] for forward in self._forwards], device)
+
+    def gradients(self, layer: int, device: torch.device) -> Tensor:
+        """The gradients of the loss with respect to the hidden states that leave a layer.
+
+        Args:
+            layer: the layer's index.
+            device: where the result is.
+
+        Returns:
+            float32 (tokens, hidden), at most `TOKENS` tokens.
+        """
+        return _first_tokens([forward.gradients[layer] for forward in self._forwards], device)
+
+
+def _first_tokens(parts: list[Tensor], device: torch.device) -> Tensor:
+    return torch.cat(parts)[:TOKENS].to(device, torch.float32)
+
+
+def _writers(decoder: Decoder, batch: Mapping[str, Any]) -> Writers:
+    """For each layer the linear that a patch would change, found on the first row of a batch."""
+    row = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items() if k != "labels"}
+    writers: dict[int, nn.Module | None] = {}
+    with torch.no_grad():
+        for layer in range(len(decoder.layers)):
+            writer = find_writer(decoder, layer, lambda: decoder.given(**row, use_cache=False))
+            writers[layer] = None if writer is None else writer[1]
+    return writers
+
+
+def _run(decoder: Decoder, writers: Writers, batch: Mapping[str, Any], *, with_gradients: bool) -> Forward:
+    """Run the model on a batch, and note what its layers read and return."""
+    forward = Forward()
+    with _noting(decoder, writers, forward, with_gradients=with_gradients):
+        if not with_gradients:
+            decoder.given(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False)
+            return forward
+        loss = getattr(decoder.given(**batch, use_cache=False), "loss", None)
+        if loss is None:
+            raise InvalidArgument("batches: the model returned no loss; expected batches with labels")
+        forward.gradients = torch.autograd.grad(loss, forward.states)
+    return forward
+
+
+@contextlib.contextmanager
+def _noting(decoder: Decoder, writers: Writers, forward: Forward, *, with_gradients: bool) -> Iterator[None]:
+    """Inside, a forward pass of the model fills `forward`."""
+
+    def note_input_of(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def note_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+            forward.inputs[layer] = args[0].detach()
+
+        return note_input
+
+    def note_state(module: nn.Module, args: Any, output: Any) -> None:
+        state = leaving_state(output)
+        if with_gradients and not state.requires_grad:  # nothing before it trains
+            state.requires_grad_(True)
+        forward.states.append(state)
+
+    handles = [
+        writer.register_forward_pre_hook(note_input_of(layer))
+        for layer, writer in writers.items()
+        if writer is not None
+    ]
+    handles += [layer.register_forward_hook(note_state) for layer in decoder.layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _real_tokens(batch: Mapping[str, Any], states: Tensor) -> Tensor:
+    """Which tokens are no padding: boolean (rows, tokens), in host memory."""
+    mask = batch.get("attention_mask")
+    return torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
+
+
+def _costs_after(
+    layer: int,
+    layers: int,
+    patched: bool,
+    fitting: TokenSamples,
+    judging: TokenSamples,
+    kind: str,
+    device: torch.device,
+) -> dict[Gap, float]:
+    """The costs of all gaps that begin after a layer. Unless `patched`, they get no patch."""
+    ends = range(layer + 1, min(layers, layer + 1 + LONGEST))
+    # without a patch, the state behind the gap is the state before it
+    errors = [judging.states(end, device) - judging.states(layer, device) for end in ends]
+    if patched:
+        state = fitting.states(layer, device)
+        targets = torch.cat([fitting.states(end, device) - state for end in ends], 1)
+        predicted = _patched(fitting.inputs(layer, device), targets, state, judging.inputs(layer, device))
+        parts = predicted.split(state.shape[1], 1)
+        errors = [error - part for error, part in zip(errors, parts, strict=True)]
+    costs: dict[Gap, float] = {}
+    for end, error in zip(ends, errors, strict=True):
+        if kind == "gap":
+            cost = (judging.gradients(end, device) * error).sum(1).abs()
+        else:
+            cost = error.norm(dim=1) / judging.states(end, device).norm(dim=1).clamp_min(1e-12)
+        costs[layer, end] = float(cost.double().sum())
+    return costs
+
+
+def _patched(x: Tensor, targets: Tensor, state: Tensor, other: Tensor) -> Tensor:
+    """Fit ridge regression from x (tokens, in) to targets (tokens, out), and predict for other (tokens, in).
+
+    Each token is weighted by 1 / ‖state‖, as in a patch. float32 is enough, because the ridge is large.
     """
     scale = state.norm(dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
-    x, wanted = x * scale, wanted * scale
-    few = x.shape[1] <= len(x)
-    gram = x.T @ x if few else x @ x.T
+    x, targets = x * scale, targets * scale
+    # the Gram matrix of the inputs or of the tokens, whichever is smaller, gives the same solution
+    by_input = x.shape[1] <= len(x)
+    gram = x.T @ x if by_input else x @ x.T
     gram.diagonal().add_(RIDGE * float(x.square().sum()) / x.shape[1])
-    solved = torch.cholesky_solve(x.T @ wanted if few else wanted, torch.linalg.cholesky(gram))
-    return other @ solved if few else (other @ x.T) @ solved
+    solution = torch.cholesky_solve(x.T @ targets if by_input else targets, torch.linalg.cholesky(gram))
+    return other @ solution if by_input else (other @ x.T) @ solution

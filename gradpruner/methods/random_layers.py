@@ -1,4 +1,4 @@
-"""random: what a choice without any clue is worth."""
+"""Method "random": remove layers at random. Shows what an uninformed choice is worth."""
 
 from __future__ import annotations
 
@@ -14,12 +14,25 @@ from gradpruner.model.decoder import Decoder
 @register
 @dataclass(frozen=True)
 class RandomLayers(Dropping):
-    """Remove layers by lot, drawn from the clues' seed; more layers are always these and others."""
+    """Remove layers in a random order that the seed of the clues fixes.
+
+    With one seed, a plan that removes more layers always contains the plan that removes fewer.
+
+    Args:
+        patch, adapters, rank_factor: what happens besides the removal, see `Dropping`. By default nothing does.
+    """
 
     name: ClassVar[str] = "random"
 
     def scores(self, clues: Clues) -> Sequence[float]:
-        """A shuffled order."""
+        """Score the layers by a shuffled order.
+
+        Args:
+            clues: its seed, and the model's number of layers, are used.
+
+        Returns:
+            The numbers 0 to layers - 1, shuffled.
+        """
         order = [float(j) for j in range(len(Decoder(clues.model).layers))]
         random.Random(clues.seed).shuffle(order)
         return order

@@ -1,4 +1,4 @@
-"""sparse: layers go by another method, and single weights of those that stay by a criterion."""
+"""Method "sparse": remove layers by another method, then zero single weights of the layers that stay."""
 
 from __future__ import annotations
 
@@ -14,16 +14,27 @@ from gradpruner.methods.base import METHODS, Clues, Method, register
 from gradpruner.model.hidden_states import Batch
 from gradpruner.plan import Plan
 from gradpruner.sparsity.criteria import parse_criterion
-from gradpruner.sparsity.sparsify import chosen, sparsify
+from gradpruner.sparsity.zero_weights import criterion_and_pattern, sparsify
 
 
 @register
 @dataclass(frozen=True)
 class Sparse(Method):
-    """Remove layers as `layers` does, then weights of the rest as `weights` does, on the batches of the probe.
+    """Remove layers by one of the other methods, then zero single weights of the rest.
 
-    layers: a method's name. weights: a criterion's. pattern, ratio, allocation: see `sparsify`. What is zero stays
-    zero: training all weights keeps to the masks, and adapters are merged and masked. Raises InvalidArgument.
+    Weights are calibrated on the batches of the probe, without padding. Zeroed weights stay zero: training of all
+    weights keeps to the masks, and adapters are merged and masked at the end.
+
+    Args:
+        layers: the name of the method that removes layers, without options. Default "gradpruner".
+        weights: the criterion that zeroes weights, "name" or "name:option=value". Default "wanda". "igia" is refused,
+            because a probe of the dense model says nothing about the smaller one.
+        pattern: "row", "matrix" or "N:M", see `Pattern`. Default "row".
+        ratio: share of the weights that is zeroed. Default None: 0.5 for row and matrix.
+        allocation: "uniform" or "alphapruning", see `sparsify`. Default "uniform".
+
+    Raises:
+        InvalidArgument: an option is not one of these, or options do not fit together.
     """
 
     layers: str = "gradpruner"
@@ -34,13 +45,16 @@ class Sparse(Method):
     name: ClassVar[str] = "sparse"
 
     def __post_init__(self) -> None:
-        """Check by asking, before a probe takes its time."""
+        """Check the options before time is spent on a probe."""
         if self.layers not in METHODS or self.layers == self.name:
             accepted = ", ".join(sorted(set(METHODS) - {self.name}))
             raise InvalidArgument(f"layers = {self.layers!r}; accepted are {accepted}")
-        criterion, _ = chosen(self.weights, self.pattern, self.ratio, self.allocation)
+        criterion, _ = criterion_and_pattern(self.weights, self.pattern, self.ratio, self.allocation)
         if criterion.importance:
-            raise InvalidArgument(f"weights = {self.weights!r}; what was seen of the dense model is not of the cut one")
+            raise InvalidArgument(
+                f"weights = {self.weights!r}; a probe of the dense model says nothing about the smaller one: expected "
+                "another criterion"
+            )
 
     @property
     def _layers(self) -> Method:
@@ -48,31 +62,54 @@ class Sparse(Method):
 
     @property
     def options(self) -> dict[str, Any]:
-        """All that decides what it does, the two methods' own options too."""
+        """The settings, with those of the method for layers and of the criterion for weights."""
         weights = parse_criterion(self.weights)
         layers = {"name": self.layers, **self._layers.options}
         return {**asdict(self), "layers": layers, "weights": {"name": weights.name, **asdict(weights)}}  # type: ignore[call-overload]
 
     @property
     def probed(self) -> bool:  # type: ignore[override]
-        """As the method for layers is."""
+        """Whether the method for layers needs a probe."""
         return self._layers.probed
 
     @property
     def scored(self) -> bool:  # type: ignore[override]
-        """As the method for layers is."""
+        """Whether the method for layers goes by the probe's scores."""
         return self._layers.scored
 
     def settled(self, option: str) -> Any:
-        """As the method for layers has it."""
+        """The value of an option of the method for layers.
+
+        Args:
+            option: the option's name, such as "adapters".
+
+        Returns:
+            The value that the method for layers works with.
+        """
         return self._layers.settled(option)
 
     def plan(self, clues: Clues, count: int) -> Plan:
-        """The layers' plan."""
+        """Choose the layers to remove, by the method for layers.
+
+        Args:
+            clues: the model, and data to run it on.
+            count: how many layers are removed.
+
+        Returns:
+            The plan of the method for layers.
+        """
         return self._layers.plan(clues, count)
 
     def cut(self, clues: Clues, plan: Plan) -> nn.Module:
-        """Layers, then weights."""
+        """Remove the layers, then zero weights of those that stay.
+
+        Args:
+            clues: what `plan` was given. The weights are calibrated on its batches.
+            plan: what `plan` returned.
+
+        Returns:
+            `clues.model` itself, now smaller and sparse.
+        """
         model = self._layers.cut(clues, plan)
         sparsify(
             model,
@@ -85,12 +122,19 @@ class Sparse(Method):
         return model
 
     def masks(self, model: nn.Module) -> Masks:
-        """Of what is zero."""
+        """The masks of all weights that are zero.
+
+        Args:
+            model: what `cut` returned.
+
+        Returns:
+            Masks of the linears of all decoder layers.
+        """
         return Masks.of(model)
 
 
 def unpadded(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-    """Every row alone, without its padding: input_ids int64 (1, tokens)."""
+    """The rows of all batches, each alone and without its padding: input_ids int64 (1, tokens)."""
     rows: list[dict[str, Tensor]] = []
     for batch in batches:
         ids = batch["input_ids"]

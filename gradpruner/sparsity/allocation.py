@@ -1,4 +1,4 @@
-"""Which share of each decoder layer goes, so that together it is the share that was asked for."""
+"""How the share of zeroed weights is spread over the decoder layers."""
 
 from __future__ import annotations
 
@@ -12,26 +12,47 @@ from gradpruner.checks import check_choice
 from gradpruner.errors import InvalidArgument
 
 ALLOCATIONS = ("uniform", "alphapruning")
-SPREAD = 0.3  # how far from 1 the layers' ratios lie before they are scaled
+SPREAD = 0.3  # before scaling, the shares of the layers lie between 1 - SPREAD and 1 + SPREAD
 
 
 def hill_exponent(weight: Tensor) -> float:
-    """1 + k / sum over the k largest eigenvalues of log(eigenvalue / the smallest of them), k half of them, float64.
+    """Estimate how heavy the tail of a weight's spectrum is. A small exponent means a layer that learned much.
 
-    Of W^T W, whose eigenvalues are the squared singular values. Small: a heavy tail, a layer that learnt much.
+    The Hill estimator is 1 + k / sum of log(λ_i / λ_min) over the k largest eigenvalues λ_i of Wᵀ W. k is half of the
+    eigenvalues above zero, λ_min the smallest of the k. Eigenvalues are the squared singular values of W, in float64.
+
+    Args:
+        weight: (out, in) or (in, out), any float dtype.
+
+    Returns:
+        The exponent. Infinite for a weight of rank 0 or 1.
+
     Source: docs/method.md, section 7 (AlphaPruning, Lu et al. 2024).
     """
-    values = torch.linalg.svdvals(weight.double()).square().sort().values
-    values = values[values > values[-1:] * torch.finfo(torch.float64).eps * max(weight.shape)]  # the others are zero
-    tail = values[len(values) // 2 :]
+    eigenvalues = torch.linalg.svdvals(weight.double()).square().sort().values
+    # smaller ones are rounding errors of zero
+    eigenvalues = eigenvalues[eigenvalues > eigenvalues[-1:] * torch.finfo(torch.float64).eps * max(weight.shape)]
+    tail = eigenvalues[len(eigenvalues) // 2 :]
     logs = (tail / tail[:1]).log().sum()
     return float(1 + len(tail) / logs) if len(tail) and float(logs) > 0 else float("inf")
 
 
 def alphapruning(exponents: Sequence[float], entries: Sequence[int], ratio: float) -> list[float]:
-    """The share of each layer: linear in its mean exponent, 1 - SPREAD to 1 + SPREAD of one another, `ratio` over all.
+    """Give each layer a share that grows linearly with its exponent.
 
-    exponents, entries: one a layer. Raises InvalidArgument where a layer would lose all of its weights.
+    The layer with the smallest exponent gets 1 - SPREAD, the one with the largest 1 + SPREAD. All are then scaled so
+    that together they are `ratio`.
+
+    Args:
+        exponents: the mean `hill_exponent` of each layer.
+        entries: the number of prunable entries of each layer.
+        ratio: share of all entries that is zeroed.
+
+    Returns:
+        The share of each layer that is zeroed, above 0 and below 1.
+
+    Raises:
+        InvalidArgument: a layer would lose all of its weights, or a weight has no spectrum.
     """
     low, high = min(exponents), max(exponents)
     if not high < float("inf"):
@@ -46,17 +67,26 @@ def alphapruning(exponents: Sequence[float], entries: Sequence[int], ratio: floa
 
 
 def check_allocation(allocation: str) -> None:
-    """Raises InvalidArgument for one that is not known."""
+    """Check that an allocation is known. Raises InvalidArgument."""
     check_choice("allocation", allocation, ALLOCATIONS)
 
 
 def allocate(weights: Mapping[int, Sequence[Tensor]], ratio: Fraction, allocation: str) -> dict[int, float]:
-    """The share of every layer, by index. weights: those of each layer that are pruned. allocation: a known one.
+    """Compute the share of each layer that is zeroed.
 
-    Raises InvalidArgument.
+    Args:
+        weights: for each layer, the weights that are pruned.
+        ratio: share of all their entries that is zeroed.
+        allocation: one of `ALLOCATIONS`.
+
+    Returns:
+        The share of each layer, by its index.
+
+    Raises:
+        InvalidArgument: as in `alphapruning`.
     """
     if allocation == "uniform":
         return dict.fromkeys(weights, float(ratio))
-    exponents = [sum(map(hill_exponent, of)) / len(of) for of in weights.values()]
-    entries = [sum(w.numel() for w in of) for of in weights.values()]
+    exponents = [sum(map(hill_exponent, matrices)) / len(matrices) for matrices in weights.values()]
+    entries = [sum(matrix.numel() for matrix in matrices) for matrices in weights.values()]
     return dict(zip(weights, alphapruning(exponents, entries, float(ratio)), strict=True))

@@ -1,4 +1,4 @@
-"""Norms over samples of the gradient of every linear weight, each sample's folded in inside its backward pass."""
+"""Norms over samples of the gradient of every linear weight, without storing a gradient."""
 
 from __future__ import annotations
 
@@ -12,26 +12,39 @@ from torch import Tensor, nn
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.model.decoder import Decoder, linear_modules
 from gradpruner.model.fused_linear import fuse, is_replaced, unfuse
+from gradpruner.model.hidden_states import Batch
 from gradpruner.model.modes import evaluating, keeping_grad_flags
 from gradpruner.ops.linear import WeightSquares
-from gradpruner.sparsity.checks import Batch, need_full, prunable
+from gradpruner.sparsity.checks import check_batches, check_norm, prunable_weights
 
 
 def gradient_norms(model: nn.Module, batches: Sequence[Batch], p: int = 2) -> dict[str, Tensor]:
-    """norm_p over samples of abs(gradient) of the linears of all decoder layers, by name of the weight.
+    """Compute, for each entry of each linear, the norm over samples of its gradient.
 
-    model: plain. batches: with input_ids, and labels, or every token is one; each row is a sample. p: 1 or 2. The
-    norms are float32 in the stored shape, on the weight's device. No gradient is stored, of any sample: 4 bytes an
-    entry in all. A sample adds nothing to a weight whose gradient of it is not finite. Raises InvalidArgument, also
-    where a loss is not finite or a weight got no gradient from any sample, UnsupportedModel, also where a linear runs
-    more than once in a backward pass.
+    Each sample's gradient is added to the norm inside its backward pass, tile by tile, and never stored. This takes 4
+    bytes per entry in all. Take the norms once, and pass them to several calls of `sparsify`.
+
+    Args:
+        model: a plain model. It is not changed.
+        batches: input_ids int64 (rows, tokens) without padding, and what else the model takes. Each row is one sample.
+            Without labels, every token is a label.
+        p: the norm, 1 or 2: the sum over samples of |g|, or the root of the sum of g². Default 2.
+
+    Returns:
+        float32 norms by the path of the weight, in the shape and on the device in which the weight is stored. A sample
+        whose gradient of a weight is not finite adds nothing to that weight.
+
+    Raises:
+        InvalidArgument: an argument is not one of these, a loss is not finite, or the gradient of a weight is zero or
+            not finite in every sample.
+        UnsupportedModel: a weight cannot be pruned (see `sparsify`), or a linear runs more than once for a sample.
+
     Source: docs/method.md, section 7 (GBLM-Pruner).
     """
-    if p not in (1, 2) or isinstance(p, bool):
-        raise InvalidArgument(f"p = {p!r}; accepted are 1 and 2, the norm over samples")
-    need_full(batches, "gradient_norms")
+    check_norm(p)
+    check_batches(batches, "gradient_norms")
     decoder = Decoder(model)
-    linears = {decoder.path_of(w): linear_modules(decoder, w.layer)[w.name] for w in prunable(decoder)}
+    linears = {decoder.path_of(w): linear_modules(decoder, w.layer)[w.name] for w in prunable_weights(decoder)}
     device = next(decoder.base.parameters()).device
     totals = {name: torch.zeros_like(module.weight, dtype=torch.float32) for name, module in linears.items()}  # type: ignore[arg-type]
     with _folding(linears, totals, p) as folded, _frozen(decoder.base):
@@ -53,6 +66,7 @@ def gradient_norms(model: nn.Module, batches: Sequence[Batch], p: int = 2) -> di
 
 
 def _check_ran_once(folded: Mapping[str, WeightSquares]) -> None:
+    """Refuse a linear that ran twice: the norm of a sum of gradients is not the sum of their norms."""
     for name, squares in folded.items():
         if squares.repeated:
             raise UnsupportedModel(
@@ -65,6 +79,7 @@ def _check_ran_once(folded: Mapping[str, WeightSquares]) -> None:
 def _folding(
     linears: Mapping[str, nn.Module], totals: Mapping[str, Tensor], p: int
 ) -> Iterator[dict[str, WeightSquares]]:
+    """Inside, the backward pass of each linear adds |gradient| ** p to the totals of its weight."""
     replaced = [name for name, module in linears.items() if is_replaced(module)]
     if replaced:
         raise InvalidArgument(f"something else has replaced the forward of {replaced[0]}; expected a plain model")
@@ -83,7 +98,7 @@ def _folding(
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no parameter trains: the fused backward folds the gradients of weights that do not."""
+    """Evaluation mode inside, and no parameter trains: the fused backward adds up gradients of frozen weights only."""
     with keeping_grad_flags(model), evaluating(model), torch.enable_grad():
         model.requires_grad_(False)
         yield

@@ -13,7 +13,7 @@ from gradpruner.checkpoint.masks import Masks
 from gradpruner.checkpoint.save_sparse import MASKS, save_sparse
 from gradpruner.cli.main import main
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
-from gradpruner.sparsity.sparsify import sparsify
+from gradpruner.sparsity import sparsify
 from gradpruner.training.finetune import add_adapters
 from gradpruner.training.recipe import Recipe
 

@@ -14,7 +14,7 @@ from uneven_models import build
 
 from gradpruner import InvalidArgument, ModelMismatch, Plan, UnsupportedModel
 from gradpruner.methods import Laco, parse_method
-from gradpruner.methods.laco import _similarity_to_dense
+from gradpruner.methods.laco import similarity_to_dense
 from gradpruner.model.decoder import Decoder
 
 
@@ -95,7 +95,7 @@ def test_laco(text, count):
 @pytest.mark.parametrize("merge", [{5: 4}, {3: 2, 4: 2}, {1: 0, 2: 0, 5: 3}])
 def test_similarity_of_a_merged_model(merge):
     model = build()
-    found = _similarity_to_dense(Decoder(model), BATCHES)
+    found = similarity_to_dense(Decoder(model), BATCHES)
     assert found({}) == pytest.approx(1) and found(merge) == pytest.approx(similarity(model, merge), abs=1e-6)
 
 

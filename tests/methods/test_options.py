@@ -6,7 +6,7 @@ import pytest
 from method_inputs import PLAIN
 
 from gradpruner import InvalidArgument
-from gradpruner.methods import METHODS, parse_method, spelled
+from gradpruner.methods import METHODS, format_method, parse_method
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,8 @@ from gradpruner.methods import METHODS, parse_method, spelled
         "loss:patch=true,adapters=keep,rank_factor=2",
     ],
 )
-def test_spelled_is_the_opposite_of_parse(text):
-    assert spelled(parse_method(text)) == text and text.partition(":")[0] in METHODS
+def test_format_method_is_the_opposite_of_parse(text):
+    assert format_method(parse_method(text)) == text and text.partition(":")[0] in METHODS
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_spelled_is_the_opposite_of_parse(text):
         ("gradpruner:probe_steps=0", "probe_steps = 0; expected a whole number, 1 or more"),
         ("gradpruner:rank_factor=0", "rank_factor = 0; expected a whole number, 1 or more"),
         ("gradpruner:rank=-1", "rank = -1; expected a whole number, 0 or more"),
-        ("gradpruner:share=2", "share = 2; accepted is above 0 and up to 1"),
+        ("gradpruner:share=2", "share = 2; accepted is a share above 0 and up to 1"),
         ("laco:combine", "'combine' is no option=value; its options are threshold, combine, interval, low"),
         ("laco:combine=1", "combine = 1; expected a whole number, 2 or more"),
         ("laco:interval=0", "interval = 0; expected a whole number, 1 or more"),

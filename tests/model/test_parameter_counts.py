@@ -13,7 +13,7 @@ from model_families import build as build_family
 from tiny_llama import lora
 
 import gradpruner
-from gradpruner.methods.base import lowest
+from gradpruner.methods.base import plan_lowest
 from gradpruner.methods.patched_gaps import plan_gaps
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.parameter_counts import count_parameters
@@ -34,7 +34,7 @@ def test_the_share_is_what_goes_where_layers_share_weights(name):
             refused += 1
             continue
         scores = [0.0 if layer in removed else 1.0 for layer in range(6)]
-        plan = lowest(Decoder(build("causal", name)), scores, len(removed))
+        plan = plan_lowest(Decoder(build("causal", name)), scores, len(removed))
         assert plan.removed == removed
         assert plan.parameter_ratio == igia.parameter_ratio(removed) == (dense - size_of(small)) / dense
     assert refused < 5

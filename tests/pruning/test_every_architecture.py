@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import architecture_matrix as architectures
-import architecture_page
 import pytest
 import transformers as hf
 from architecture_matrix import LAST, REFUSED, UNBUILT, WORKS, WRONG, examine

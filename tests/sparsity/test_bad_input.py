@@ -8,11 +8,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from gradpruner.errors import GradPrunerError, InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.run.oneshot import _watch
+from gradpruner.sparsity import sparsify
 from gradpruner.sparsity.criteria import parse_criterion
 from gradpruner.sparsity.gradients import gradient_norms
 from gradpruner.sparsity.pattern import Pattern
-from gradpruner.sparsity.sparsify import sparsify
-from gradpruner.sparsity.statistics import Seen
+from gradpruner.sparsity.statistics import LinearStatistics
 from gradpruner.training.finetune import add_adapters
 from gradpruner.training.recipe import Recipe
 
@@ -150,7 +150,9 @@ def test_a_weight_that_overflows():
     weight = torch.tensor([[4e4, 6e4, 1.0, 1.0]], dtype=torch.float16)  # the first goes, the second makes up for it
     x = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.1, 0.0, 0.0], [0.0, 0.0, 9e6, 0.0], [0.0, 0.0, 0.0, 9e6]])
     with pytest.raises(InvalidArgument, match="float16 does not hold"):
-        parse_criterion("sparsegpt:damping=1e-15").prune_(weight, Seen(hessian=x.T @ x), Pattern("row", 0.25))
+        parse_criterion("sparsegpt:damping=1e-15").prune_(
+            weight, LinearStatistics(hessian=x.T @ x), Pattern("row", 0.25)
+        )
 
 
 def test_gradients_are_asked_for_rightly():

@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradpruner.checkpoint.mask_bits import unpack
+from gradpruner.sparsity import sparsify
 from gradpruner.sparsity.gradients import gradient_norms
-from gradpruner.sparsity.sparsify import sparsify
 
 RATIO = 0.43
 

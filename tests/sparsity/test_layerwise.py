@@ -8,8 +8,8 @@ import transformers as hf
 
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.model.decoder import Decoder
+from gradpruner.sparsity import sparsify
 from gradpruner.sparsity.layerwise import Layerwise
-from gradpruner.sparsity.sparsify import sparsify
 
 SIZES = {
     "vocab_size": 67,

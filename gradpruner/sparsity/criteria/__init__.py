@@ -1,6 +1,9 @@
-"""Criteria: which single weights go. One file each, registered by name."""
+"""Criteria that decide which single weights are zeroed, each in its own file and registered by name.
 
-from gradpruner.sparsity.criteria.base import CRITERIA, Criterion, parse_criterion
+`gradpruner.sparsity.criteria.base` explains what a criterion is and how to add one.
+"""
+
+from gradpruner.sparsity.criteria.base import CRITERIA, Criterion, ImportanceTerms, Metric, parse_criterion, register
 from gradpruner.sparsity.criteria.dsnot import DsNoT
 from gradpruner.sparsity.criteria.gblm import Gblm
 from gradpruner.sparsity.criteria.igia import IgiaTimesWeight
@@ -14,8 +17,11 @@ __all__ = [
     "DsNoT",
     "Gblm",
     "IgiaTimesWeight",
+    "ImportanceTerms",
     "Magnitude",
+    "Metric",
     "SparseGpt",
     "Wanda",
     "parse_criterion",
+    "register",
 ]

@@ -1,23 +1,34 @@
-"""gblm: weight times gradient, samples taken one by one, beside weight times activation."""
+"""Criterion "gblm": weight times activation, plus weight times gradient."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gradpruner.checks import is_number
+from gradpruner.checks import check_bool, is_number
 from gradpruner.errors import InvalidArgument
-from gradpruner.sparsity.criteria.base import Metric, Terms, register
-from gradpruner.sparsity.statistics import NORMS, Seen
+from gradpruner.sparsity.checks import check_norm
+from gradpruner.sparsity.criteria.base import ImportanceTerms, Metric, register
+from gradpruner.sparsity.statistics import NORMS, LinearStatistics
 
 
 @register
 @dataclass(frozen=True)
 class Gblm(Metric):
-    """abs(W) * (norm2(x) + alpha * norm_p of the gradients over samples), not divided by their number.
+    """Importance |W| · (‖X‖₂ + α · ‖g‖_p). The norm of the gradient g is taken over samples, entry by entry.
 
-    p: 1 or 2. activations: without them it is abs(W) * norm_p alone. Raises InvalidArgument.
-    Source: docs/method.md, section 7 (Das et al. 2023).
+    ‖g‖₁ is the sum over samples of |g|, and ‖g‖₂ the root of the sum of g². Neither is divided by the number of
+    samples. Signs never cancel between samples. ‖X‖₂ is as in Wanda, the root of a mean over sequences.
+
+    Args:
+        p: 1 or 2. Default 2.
+        alpha: α, a number above 0. Default 100.
+        activations: False leaves ‖X‖₂ out. Default True.
+
+    Raises:
+        InvalidArgument: an option is not one of these values.
+
+    Source: docs/method.md, section 7 (Das et al. 2023, GBLM-Pruner).
     """
 
     p: int = 2
@@ -26,25 +37,23 @@ class Gblm(Metric):
     name: ClassVar[str] = "gblm"
 
     def __post_init__(self) -> None:
-        """Check the options."""
-        if self.p not in (1, 2) or isinstance(self.p, bool):
-            raise InvalidArgument(f"p = {self.p!r}; accepted are 1 and 2, the norm over samples")
-        number = is_number(self.alpha)
-        if not number or not 0 < self.alpha < float("inf"):
+        """Check the options before time is spent."""
+        check_norm(self.p)
+        if not is_number(self.alpha) or not 0 < self.alpha < float("inf"):
             raise InvalidArgument(f"alpha = {self.alpha!r}; expected a number above 0")
-        if not isinstance(self.activations, bool):
-            raise InvalidArgument(f"activations = {self.activations!r}; accepted are true and false")
+        check_bool("activations", self.activations)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Norms of the inputs, unless only gradients count."""
+        """The norms of the inputs, unless only gradients count."""
         return frozenset({NORMS} if self.activations else ())
 
     @property
     def gradients(self) -> int:  # type: ignore[override]
-        """The norm over samples."""
+        """The norm over samples that is asked for."""
         return self.p
 
-    def terms(self, seen: Seen) -> Terms:
-        """Norms of inputs and gradients."""
-        return (seen.norms if self.activations else None), seen.grads, float(self.alpha)
+    def terms(self, statistics: LinearStatistics) -> ImportanceTerms:
+        """The norms of the inputs and of the gradients."""
+        norms = statistics.norms if self.activations else None
+        return ImportanceTerms(norms, statistics.gradients, float(self.alpha))

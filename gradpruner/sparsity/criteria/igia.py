@@ -1,22 +1,27 @@
-"""igia: weight times what a probe of this package saw of it while the model was fine-tuned."""
+"""Criterion "igia": weight times the importance that a probe accumulated during fine-tuning."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gradpruner.sparsity.criteria.base import Metric, Terms, register
-from gradpruner.sparsity.statistics import Seen
+from gradpruner.sparsity.criteria.base import ImportanceTerms, Metric, register
+from gradpruner.sparsity.statistics import LinearStatistics
 
 
 @register
 @dataclass(frozen=True)
 class IgiaTimesWeight(Metric):
-    """abs(W) * F, with F as the merge ranks by (docs/method.md, section 1). It needs importance. Source: D."""
+    """Importance |W| · F. F is the squared gradient, summed over the steps of a probe.
+
+    Merges rank entries by the same F. It needs an `Igia` with the importance of every weight.
+
+    Source: docs/method.md, section 1; the use for single weights is D.
+    """
 
     name: ClassVar[str] = "igia"
     importance: ClassVar[bool] = True
 
-    def terms(self, seen: Seen) -> Terms:
-        """F in the place of a gradient."""
-        return None, seen.grads, 1.0
+    def terms(self, statistics: LinearStatistics) -> ImportanceTerms:
+        """F takes the place of the gradient."""
+        return ImportanceTerms(gradients=statistics.gradients)

@@ -1,4 +1,4 @@
-"""sparsegpt: columns from left to right; what a removed weight did is given to those still to come."""
+"""Criterion "sparsegpt": zero weights column by column, and let the later columns make up for it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ from gradpruner.checks import check_int, is_number
 from gradpruner.errors import InvalidArgument
 from gradpruner.sparsity.criteria.base import Criterion, register
 from gradpruner.sparsity.pattern import Pattern, largest
-from gradpruner.sparsity.statistics import HESSIAN, Seen
+from gradpruner.sparsity.statistics import HESSIAN, LinearStatistics
 
 
 @register
 @dataclass(frozen=True)
 class SparseGpt(Criterion):
-    """Optimal brain surgeon, a column at a time: w^2 / [H^-1]_jj decides, the columns to the right make up for it.
+    """Optimal brain surgeon, one column after the other. H = Xᵀ X is the Hessian of the layer's squared error.
 
-    block: columns among which a choice is made at once; for N:M it is M that decides. damping: share of the mean
-    diagonal of H that is added to it. Raises InvalidArgument.
-    Source: docs/method.md, section 7 (Frantar and Alistarh 2023).
+    Columns are visited from left to right. The weights with the smallest w² / [H⁻¹]ⱼⱼ are zeroed. The columns to the
+    right of a zeroed weight are changed so that the layer's output changes least.
+
+    Args:
+        block: number of columns among which a choice is made at once. For N:M it is M columns. Default 128.
+        damping: what is added to the diagonal of H, as a share of its mean, above 0 and below 1. Default 0.01.
+
+    Raises:
+        InvalidArgument: an option is not one of these values.
+
+    Source: docs/method.md, section 7 (Frantar and Alistarh 2023, SparseGPT).
     """
 
     block: int = 128
@@ -33,50 +41,71 @@ class SparseGpt(Criterion):
     needs: ClassVar[frozenset[str]] = frozenset({HESSIAN})
 
     def __post_init__(self) -> None:
-        """Check the options."""
+        """Check the options before time is spent."""
         check_int("block", self.block, 1, "a number of columns")
         if not is_number(self.damping) or not 0 < self.damping < 1:
             raise InvalidArgument(f"damping = {self.damping!r}; accepted is a share above 0 and below 1")
 
-    def prune_(self, weight: Tensor, seen: Seen, pattern: Pattern) -> Tensor:
-        """Zero entries and change the others; the Hessian in `seen` is used up."""
-        assert seen.hessian is not None
+    def prune_(self, weight: Tensor, statistics: LinearStatistics, pattern: Pattern) -> Tensor:
+        """Zero entries and change the others.
+
+        Args:
+            weight: (out, in), changed in place.
+            statistics: the Hessian of the inputs. It is overwritten.
+            pattern: how many entries are zeroed, and among which the choice is made.
+
+        Returns:
+            The mask of the entries that stay.
+
+        Raises:
+            InvalidArgument: the Hessian cannot be inverted, or the dtype of the weight cannot hold the changed values.
+        """
+        assert statistics.hessian is not None
         width = weight.shape[1]
         updated, kept = weight.float(), torch.empty_like(weight, dtype=torch.bool)
-        dead = seen.hessian.diagonal() == 0
-        updated[:, dead] = 0
-        factor = inverse_factor_(seen.hessian, dead, self.damping)
+        always_zero = statistics.hessian.diagonal() == 0  # inputs
+        updated[:, always_zero] = 0
+        factor = inverse_factor_(statistics.hessian, always_zero, self.damping)
         group = pattern.groups(width)[1] if pattern.is_n_of_m else self.block  # columns that are chosen among at once
         step = max(group, self.block // group * group)
         for start in range(0, width, step):
             stop = min(start + step, width)
-            part, inverse = updated[:, start:stop], factor[start:stop, start:stop]
-            errors = torch.empty_like(part)
+            columns, inverse = updated[:, start:stop], factor[start:stop, start:stop]
+            errors = torch.empty_like(columns)
             for first in range(0, stop - start, group):
                 last = min(first + group, stop - start)
-                chosen = _choose(part[:, first:last], 1 / inverse.diagonal()[first:last], pattern, start + first)
-                kept[:, start + first : start + last] = chosen
+                scale = 1 / inverse.diagonal()[first:last]
+                kept[:, start + first : start + last] = _choose(columns[:, first:last], scale, pattern, start + first)
                 for j in range(first, last):
-                    alive = kept[:, start + j]
-                    errors[:, j] = torch.where(alive, 0.0, part[:, j]) / inverse[j, j]
-                    part[:, j:] -= errors[:, j : j + 1] * inverse[j, j:]
-                    part[:, j].masked_fill_(~alive, 0.0)
+                    stays = kept[:, start + j]
+                    errors[:, j] = torch.where(stays, 0.0, columns[:, j]) / inverse[j, j]
+                    columns[:, j:] -= errors[:, j : j + 1] * inverse[j, j:]
+                    columns[:, j].masked_fill_(~stays, 0.0)
             updated[:, stop:] -= errors @ factor[start:stop, stop:]
         weight.copy_(updated)
         if not bool(weight.isfinite().all()):
             raise InvalidArgument(
-                f"{weight.dtype} does not hold what sparsegpt makes of a weight; expected more damping"
+                f"{weight.dtype} does not hold the values that sparsegpt computes for a weight; expected more damping"
             )
         return pack(kept)
 
 
-def inverse_factor_(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped H, float32 (in, in); H is overwritten.
+def inverse_factor_(hessian: Tensor, always_zero: Tensor, damping: float) -> Tensor:
+    """Compute the upper Cholesky factor of the inverse of the damped Hessian.
 
-    dead: inputs that were always zero. Raises InvalidArgument if H cannot be inverted.
+    Args:
+        hessian: float32 (in, in). It is overwritten.
+        always_zero: the inputs that were always zero, boolean (in,). Their diagonal becomes 1.
+        damping: what is added to the diagonal, as a share of its mean.
+
+    Returns:
+        float32 (in, in).
+
+    Raises:
+        InvalidArgument: the damped Hessian cannot be inverted.
     """
     diagonal = hessian.diagonal()
-    diagonal[dead] = 1
+    diagonal[always_zero] = 1
     diagonal += damping * diagonal.mean()
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
@@ -85,17 +114,22 @@ def inverse_factor_(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
         raise InvalidArgument(f"damping is too small to invert the Hessian ({error}); expected a larger one") from error
 
 
-def _choose(part: Tensor, scale: Tensor, pattern: Pattern, start: int) -> Tensor:
-    """Which entries of the columns from `start` on stay: boolean, the shape of `part`; abs(w) / d ranks as its square.
+def _choose(columns: Tensor, scale: Tensor, pattern: Pattern, start: int) -> Tensor:
+    """Choose the entries of some columns that stay: boolean, the shape of `columns`.
 
-    Of row and matrix so many that the shares of all blocks add up exactly.
+    Args:
+        columns: float32 (out, columns), from column `start` of the weight on.
+        scale: 1 / d of each column, where d² is [H⁻¹]ⱼⱼ. |w| / d ranks entries as w² / d² does.
+        pattern: for "row" and "matrix", each block gets as many as make the shares of all blocks add up exactly.
+        start: index of the first column.
     """
-    rows, columns = part.shape
+    rows, width = columns.shape
 
-    def gone(lines: int) -> int:
-        return int(pattern.share * lines * (start + columns)) - int(pattern.share * lines * start)
+    def zeroed(lines: int) -> int:
+        """How many entries of these columns are zeroed, in so many rows together."""
+        return int(pattern.share * lines * (start + width)) - int(pattern.share * lines * start)
 
     if pattern.within == "matrix":
-        return largest(ops.weight_importance(part, scale, None, 1.0), rows * columns - gone(rows))
-    kept, group = pattern.groups(columns) if pattern.is_n_of_m else (columns - gone(1), columns)
-    return unpack(ops.prune_groups_(part.clone(), scale, None, 1.0, kept, group), columns)
+        return largest(ops.weight_importance(columns, scale, None, 1.0), rows * width - zeroed(rows))
+    kept, group = pattern.groups(width) if pattern.is_n_of_m else (width - zeroed(1), width)
+    return unpack(ops.prune_groups_(columns.clone(), scale, None, 1.0, kept, group), width)
