@@ -464,7 +464,7 @@ def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: 
 def _report(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.compare.experiment import SETTINGS
     from gradpruner.compare.outputs import rewrite
-    from gradpruner.run.run import write_report
+    from gradpruner.run.page import write_report
 
     folder = Path(options.folder)
     if (folder / SETTINGS).exists():
