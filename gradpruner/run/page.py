@@ -115,11 +115,13 @@ def _write(folder: Path) -> Path:
 
 
 def _task(settings: Mapping[str, Any]) -> str:
-    recipe = settings["recipe"]
-    return (
-        f"{settings['source']}, {settings['train_examples']} training and {settings['test_examples']} test examples, "
-        f"{settings['steps']} steps of {recipe['batch_size'] * recipe['accumulation']}"
-    )
+    """Return one line on model, data and steps; of an older folder, only what it has recorded."""
+    parts = [str(settings["source"])]
+    if "train_examples" in settings:
+        parts.append(f"{settings['train_examples']} training and {settings['test_examples']} test examples")
+    recipe = settings.get("recipe")
+    size = f" of {recipe['batch_size'] * recipe['accumulation']}" if recipe else ""
+    return ", ".join([*parts, f"{settings['steps']} steps{size}"])
 
 
 def _figures(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[Tile]:
@@ -200,7 +202,7 @@ def _losses(rows: Sequence[Mapping[str, Any]], steps: int) -> Picture | None:
 def _probe(probe: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     stability = probe["stability"]
     facts = [
-        ("steps", f"{probe['steps']} of {settings['steps']}; the pruned model trains in the others"),
+        ("steps", f"{settings['probe_steps']} of {settings['steps']}; the pruned model trains in the others"),
         ("margin at the cut", f"{probe['margin']:.3f}"),
         ("removed layers settled after half of the probe", f"{stability[(len(stability) - 1) // 2]:.0%}"),
     ]
@@ -214,14 +216,17 @@ def _probe(probe: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tuple[
 def _settings(settings: Mapping[str, Any], plan: Plan) -> list[tuple[str, str]]:
     """Return the settings as names and values, those that are empty left out."""
     apart = {"source", "model", "data", "recipe", "steps", "preset"}
-    preset, recipe, model = settings.get("preset"), settings["recipe"], settings.get("model")
+    preset, recipe, model = settings.get("preset"), settings.get("recipe"), settings.get("model")
     facts = [("model", str(settings["source"])), ("plan", plan.summary())]
     if isinstance(preset, Mapping):
         facts.append(("preset", _listed(preset)))
     elif preset is not None:
         facts.append(("preset", str(preset)))
     facts += [(_words(name), str(value)) for name, value in settings.items() if name not in apart and value is not None]
-    facts += [("fine-tuning", _listed(recipe)), ("data, digest", str(settings["data"]))]
+    if recipe is not None:
+        facts.append(("fine-tuning", _listed(recipe)))
+    if "data" in settings:
+        facts.append(("data, digest", str(settings["data"])))
     if isinstance(model, Mapping) and isinstance(model.get("versions"), Mapping):
         facts.append(("versions", ", ".join(f"{name} {version}" for name, version in model["versions"].items())))
     return facts

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import base64
-import itertools
 import math
 import random
 import re
@@ -11,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from gradpruner.compare.analysis import Comparison, headline
+from gradpruner.compare.bootstrap import Difference
+from gradpruner.compare.choice_plots import settled
 from gradpruner.compare.page import PICTURES, write_comparison
-from gradpruner.compare.plots import method_styles, running_mean, settled, spaced
+from gradpruner.compare.plots import method_styles
 from gradpruner.compare.results import Cost, Result, read_costs, read_results, write_costs, write_results
-from gradpruner.compare.tables import duration, quantity
 from gradpruner.errors import CheckpointError, InvalidArgument
 from gradpruner.plan import Plan
+from gradpruner.report.numbers import duration, quantity
+from gradpruner.report.plots import running_mean
 
 LAYERS = 30
 METHODS = {  # exact match lost at 40 %, and how steeply it falls
@@ -96,11 +98,11 @@ def make_data(methods=tuple(METHODS), counts=(6, 9, 12, 15), seeds=3, macro_f1=T
             )
             for count in (0, *counts)
         ],
-        "differences": [
-            {"method": method, "count": 12, "difference": gap, "low": gap - 0.011, "high": gap + 0.011}
+        "differences": {
+            (method, 12): Difference(gap, gap - 0.011, gap + 0.011)
             for method in methods[1:]
             for gap in [METHODS.get(method, 0.03) - METHODS["gradpruner"]]
-        ],
+        },
         "probe": {
             "layer_scores": {"igia": [10 ** noise.gauss(-2.6 + (j not in PLAN.removed), 0.25) for j in range(LAYERS)]},
             "kind": "igia",
@@ -212,8 +214,9 @@ def result(method, count, seed, exact_match, **changes):
     return Result(method, count, seed=seed, exact_match=exact_match, **{**fields, **changes})
 
 
-def difference(method, low, high):
-    return {"method": method, "count": 4, "difference": (low + high) / 2, "low": low, "high": high}
+def differences(**bounds):
+    """The default method minus others, by the ends of the intervals, with 4 layers removed."""
+    return {(name, 4): Difference((low + high) / 2, low, high) for name, (low, high) in bounds.items()}
 
 
 RESULTS = [
@@ -228,7 +231,7 @@ RESULTS = [
     result("gradpruner:merge=0", 4, 0, 0.768),
 ]
 COSTS = [Cost(10, 0, 2.0, 4000, 1.0, 2000, 1000, 1e9), Cost(6, 4, 1.3, 2800, 0.7, 0, 680, 6e8)]
-BARE = {"title": "t", "task": "k", "losses": {}, "costs": [], "differences": []}
+BARE = {"title": "t", "task": "k", "losses": {}, "costs": [], "differences": {}}
 
 
 def test_page_has_everything_and_needs_no_network(whole):
@@ -263,8 +266,8 @@ def test_plots_are_large_enough_for_a_slide(whole):
 
 
 def test_main_table_has_means_spreads_relative_values_and_intervals(tmp_path):
-    differences = [difference("laco", 0.05, 0.17), difference("drop-last", -0.3, -0.2)]
-    page = Page(write_comparison(tmp_path, **{**BARE, "results": RESULTS, "differences": differences}))
+    intervals = differences(**{"laco": (0.05, 0.17), "drop-last": (-0.3, -0.2)})
+    page = Page(write_comparison(tmp_path, **{**BARE, "results": RESULTS, "differences": intervals}))
     head, *rows = page.tables[0]
     assert head[0] == "method" and "macro F1" not in head
     assert rows == [
@@ -314,20 +317,20 @@ def test_papers_figures_are_left_out_far_from_its_share(tmp_path, figures):
     ],
 )
 def test_headline_claims_what_the_intervals_do(intervals, words):
-    rows = [difference(name, *bounds) for name, bounds in zip(["laco", "drop-last"], intervals, strict=False)]
-    sentence = headline(Comparison(RESULTS, rows))
+    known = differences(**dict(zip(["laco", "drop-last"], intervals, strict=False)))
+    sentence = headline(Comparison(RESULTS, known))
     assert sentence == f"With 4 of 10 layers removed, gradpruner keeps 0.760 of 0.800 exact match (−5.0 %){words}"
 
 
 def test_headline_of_other_cases():
-    behind = [difference("gradpruner:merge=0", -0.2, -0.1)]
+    behind, ahead = (differences(**{"gradpruner:merge=0": ends}) for ends in ((-0.2, -0.1), (0.1, 0.2)))
     assert headline(Comparison(RESULTS, behind)).endswith("behind its own variant gradpruner:merge=0.")
-    assert "gradpruner:merge=0" not in headline(Comparison(RESULTS, [difference("gradpruner:merge=0", 0.1, 0.2)]))
+    assert "gradpruner:merge=0" not in headline(Comparison(RESULTS, ahead))
     start = "With 4 of 10 layers removed, "
     alone = [result("gradpruner", 4, 0, 0.7)]
     assert headline(Comparison(alone)) == f"{start}gradpruner reaches 0.700 exact match."
     better = [*alone, result("dense", 0, 0, 0.5), result("laco", 4, 0, 0.6)]
-    assert headline(Comparison(better, [difference("laco", 0.05, 0.15)])) == (
+    assert headline(Comparison(better, differences(laco=(0.05, 0.15)))) == (
         f"{start}gradpruner reaches 0.700 exact match, the dense model 0.500 (+40.0 %), ahead of laco."
     )
     perplexity = [
@@ -376,38 +379,23 @@ def test_accuracy_plot_shows_means_and_extremes(tmp_path, figures):
     assert (span.get_y(), span.get_y() + span.get_height()) == pytest.approx((0.78, 0.82))
     widths = {name: line.get_linewidth() for name, line in lines.items() if not name.startswith("_")}
     assert max(widths, key=widths.__getitem__) == "gradpruner"
-    names = [text.get_text() for text in axes.texts]
-    assert names == ["drop-last", "laco", "gradpruner", "gradpruner:merge=0", "dense"]
+    names = [text.get_text() for text in figures["accuracy"].legends[0].get_texts()]
+    assert names == ["dense", "gradpruner:merge=0", "gradpruner", "laco", "drop-last"]  # as the lines end
 
 
-def test_names_beside_the_lines_do_not_touch(tmp_path, figures):
+def test_many_methods_fit_into_the_legend(tmp_path, figures):
     methods = ("gradpruner", *(f"method {n}" for n in range(9)))
     write_comparison(tmp_path, **make_data(methods=methods))
     for name in ("accuracy", "losses"):
-        axes = figures[name].axes[0]
-        texts = [text for text in axes.texts if text.get_text() in ("dense", *methods)]
-        boxes = sorted((text.get_window_extent() for text in texts), key=lambda box: box.y0)
-        assert len(boxes) == 11
-        assert all(below.y1 <= above.y0 + 1 for below, above in itertools.pairwise(boxes))
-        assert all(box.x1 <= figures[name].bbox.x1 for box in boxes)
+        (legend,) = figures[name].legends
+        assert sorted(text.get_text() for text in legend.get_texts()) == sorted(["dense", *methods])
+        box, whole = legend.get_window_extent(), figures[name].bbox
+        assert (
+            box.x0 >= figures[name].axes[0].bbox.x1 and box.x1 <= whole.x1 and whole.y0 <= box.y0 < box.y1 <= whole.y1
+        )
     styles = method_styles(Comparison(make_data(methods=methods)["results"]))
     looks = {(style["color"], str(style.get("linestyle")), style.get("marker")) for style in styles.values()}
     assert len(looks) == len({style.get("marker") for style in styles.values()}) == 11
-
-
-@pytest.mark.parametrize(
-    ("places", "expected"),
-    [
-        ([0.5], [0.5]),
-        ([0.1, 0.9], [0.1, 0.9]),
-        ([0.5, 0.5], [0.45, 0.55]),
-        ([0.5, 0.5, 0.5], [0.4, 0.5, 0.6]),
-        ([0.0, 0.0], [0.0, 0.1]),
-        ([0.2, 1.0, 1.0], [0.2, 0.9, 1.0]),
-    ],
-)
-def test_spaced(places, expected):
-    assert spaced(places, 0.1, 0, 1) == pytest.approx(expected)
 
 
 def test_layers_plot_fills_what_each_method_removes(tmp_path, figures):
@@ -492,7 +480,7 @@ def test_what_is_missing_is_left_out(tmp_path):
         {"probe": None},
         {"losses": {}},
         {"sensitivity": ()},
-        {"differences": []},
+        {"differences": {}},
         make_data(dense=False, counts=(12,)),
         make_data(methods=("gradpruner",)),
         make_data(methods=("shortgpt", "laco"), seeds=1, macro_f1=False),
@@ -515,7 +503,7 @@ def test_names_are_escaped(tmp_path, figures):
     assert "script" not in [tag for tag, _ in page.tags]
     assert page.text.count(evil) >= 8
     assert evil in page.images[0]["alt"]
-    assert evil in [text.get_text() for text in figures["accuracy"].axes[0].texts]
+    assert evil in [text.get_text() for text in figures["accuracy"].legends[0].get_texts()]
 
 
 def test_csv_round_trip(tmp_path):
@@ -571,7 +559,7 @@ def test_quantities(value, words):
 
 def test_a_model_is_held_against_the_dense_one_of_its_own_seeds():
     dense = [result("dense", 0, 0, 0.8), result("dense", 0, 1, 0.6)]
-    found = Comparison([*dense, result("gradpruner", 12, 0, 0.8), result("shortgpt", 12, 7, 0.7)], [], 12)
+    found = Comparison([*dense, result("gradpruner", 12, 0, 0.8), result("shortgpt", 12, 7, 0.7)], {}, 12)
     assert found.relative("gradpruner") == pytest.approx(0)
     assert found.relative("shortgpt") == pytest.approx(0)  # no seed in common: against all of them
     assert "0.800 of 0.800" in headline(found, [])
