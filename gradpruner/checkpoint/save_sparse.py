@@ -51,7 +51,7 @@ def check_stored(stored: StoredModel, masks: Masks) -> None:
     for name in masks.bits:
         if name not in weights:
             raise ModelMismatch(f"the model has no weight {name!r}; the masks are another model's")
-        tensor = stored.whole.get(stored.parameter_name(weights[name]))
+        tensor = stored.one_to_one.get(stored.parameter_name(weights[name]))
         if tensor is None:
             raise UnsupportedModel(f"{name!r} has a mask, and is stored in another form than the model has it")
         masks.check_weight(name, tensor.read().t() if weights[name].transposed else tensor.read())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from gradpruner.cli import options as given
@@ -66,8 +65,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.compare.experiment import Compare, work_in_processes
+    from gradpruner.compare.experiment import Compare
     from gradpruner.compare.outputs import write
+    from gradpruner.compare.processes import work_in_processes
     from gradpruner.compare.sensitivity import variants
     from gradpruner.run.job import Job
 
@@ -83,15 +83,15 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
         ratios=[options.ratio],
         seeds=options.seeds,
         methods=list(dict.fromkeys(row["method"] for row in rows)),
-        say=_quiet if options.json else _say,
     )
     work_in_processes(comparison, options.processes)
     return write(comparison, costs=False, sensitivity=rows)
 
 
 def _compare(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.compare.experiment import Compare, work_in_processes
+    from gradpruner.compare.experiment import Compare
     from gradpruner.compare.outputs import write
+    from gradpruner.compare.processes import work_in_processes
     from gradpruner.run.job import Job
 
     train_examples, test_examples = given.split(options)
@@ -103,15 +103,6 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
         methods=options.methods,
         ratios=options.ratios,
         seeds=options.seeds,
-        say=_quiet if options.json else _say,
     )
     work_in_processes(comparison, options.processes)
     return write(comparison, costs=not options.no_costs)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _quiet(line: str) -> None:
-    pass

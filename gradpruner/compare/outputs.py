@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradpruner.compare.analysis import Differences, spread
+from gradpruner.compare.analysis import DENSE, Differences, spread
 from gradpruner.compare.bootstrap import Difference, paired_difference
+from gradpruner.compare.cells import OURS, Cell, finished
 from gradpruner.compare.costs import measure
-from gradpruner.compare.experiment import DENSE, OURS, SETTINGS, Cell, Compare, finished
+from gradpruner.compare.experiment import SETTINGS, Compare
 from gradpruner.compare.page import write_comparison
 from gradpruner.compare.results import Result, read_costs, write_costs, write_results
 from gradpruner.compare.sensitivity import scored

@@ -6,13 +6,16 @@ import contextlib
 import csv
 import dataclasses
 import json
+import logging
 import os
+import queue
 import random
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,9 +41,12 @@ from word_tokenizers import make_tokenizer
 import gradpruner
 from gradpruner.cli.main import main
 from gradpruner.compare import costs, sensitivity
-from gradpruner.compare import experiment as compare
+from gradpruner.compare import experiment
 from gradpruner.compare import outputs as compared
-from gradpruner.compare.experiment import DENSE, Cell, Compare, work_in_processes
+from gradpruner.compare import processes, scoring
+from gradpruner.compare.analysis import DENSE
+from gradpruner.compare.cells import Cell, finished
+from gradpruner.compare.experiment import Compare
 from gradpruner.compare.operations import training_operations
 from gradpruner.compare.results import Cost, Result, read_results
 from gradpruner.compare.sensitivity_factors import FACTORS
@@ -69,22 +75,36 @@ def counting():
     calls = {"tune": [], "watch": []}
     with pytest.MonkeyPatch.context() as patch:
         for name in calls:
-            real = getattr(compare, name)
+            real = getattr(experiment, name)
 
             def spy(model, tokenizer, rows, recipe, _name=name, _real=real, **options):
                 calls[_name].append({"rows": list(rows), "recipe": recipe, "options": options})
                 return _real(model, tokenizer, rows, recipe, **options)
 
-            patch.setattr(compare, name, spy)
+            patch.setattr(experiment, name, spy)
         yield calls
+
+
+@contextlib.contextmanager
+def logged(lines):
+    """Inside, what a comparison logs goes into a list."""
+    handler, package = logging.Handler(), logging.getLogger("gradpruner")
+    handler.emit = lambda record: lines.append(record.getMessage())
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")
 def base(home, tmp_path_factory):
     """A finished comparison, what was written of it, and the calls that made it."""
     out, said = tmp_path_factory.mktemp("base") / "out", []
-    with counting() as calls:
-        made = comparison(home, out, say=said.append)
+    with counting() as calls, logged(said):
+        made = comparison(home, out)
         made.work()
     return made, compared.write(made, costs=False), calls, said
 
@@ -291,12 +311,14 @@ def test_what_cannot_be_compared_is_refused_first(home, tmp_path, options, messa
 def test_a_wrong_ratio_is_told_before_processes_start(home, tmp_path):
     made = comparison(home, tmp_path / "out", ratios=(0.05,))
     with pytest.raises(InvalidArgument, match=r"ratio = 0\.05 of 6 layers rounds to none"):
-        work_in_processes(made, 2)
+        processes.work_in_processes(made, 2)
 
 
 def test_two_processes_find_what_one_finds(base, home, tmp_path):
-    made = comparison(home, tmp_path / "out")
-    work_in_processes(made, 2)
+    made, said = comparison(home, tmp_path / "out"), []
+    with logged(said):
+        processes.work_in_processes(made, 2)
+    assert sum("exact match" in line for line in said) == 8  # of both processes
     compared.write(made, costs=False)
     assert results(made.folder) == results(base[0].folder)
     for name in ("losses.csv", "differences.csv"):
@@ -310,14 +332,14 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 import small_comparisons
-from gradpruner.compare import experiment as compare
-real, calls = compare.tune, []
+from gradpruner.compare import experiment
+real, calls = experiment.tune, []
 def dying(*args, **options):
     calls.append(1)
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **options)
-compare.tune = dying
+experiment.tune = dying
 small_comparisons.comparison(Path({home!r}), {out!r}).work()
 """
 
@@ -361,13 +383,14 @@ def test_a_failed_process_is_told_of(home, tmp_path, monkeypatch):
         exitcode = 1
 
         def __init__(self, target, args):
-            assert target is compare._child and args[1:] in ((0, 2), (1, 2))
+            assert target is processes._work and args[1:3] in ((0, 2), (1, 2))
 
         start = join = lambda self: None
 
-    monkeypatch.setattr(compare.multiprocessing, "get_context", lambda kind: type("Spawn", (), {"Process": Child}))
+    spawn = SimpleNamespace(Process=Child, Queue=queue.SimpleQueue)
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: spawn)
     with pytest.raises(GradPrunerError, match="2 of 2 processes failed"):
-        work_in_processes(comparison(home, tmp_path / "out"), 2)
+        processes.work_in_processes(comparison(home, tmp_path / "out"), 2)
 
 
 @pytest.mark.parametrize("train_on", ["answer", "all"])
@@ -383,7 +406,7 @@ def test_tested(home, train_on):
         model.lm_head.weight[space] = 5 * embedded[colon]
         model.lm_head.weight[letters[0]] = 5 * embedded[space]
         model.lm_head.weight[tokenizer.eos_token_id] = 5 * embedded[letters].sum(0)
-    found = compare.tested(model, tokenizer, TEST, job(home, train_on=train_on))
+    found = scoring.tested(model, tokenizer, TEST, job(home, train_on=train_on))
     rows = tokenize(TEST, tokenizer, max_length=512)
     collate = Collator(tokenizer)
     right = exact_matches(model, rows, collate=collate, batch_size=4)
@@ -394,20 +417,20 @@ def test_tested(home, train_on):
     assert found["perplexity"] == pytest.approx(perplexity(model, every, collate=collate, batch_size=4), rel=1e-5)
     assert found["examples"] == len(TEST)
     texts = [Example(e.prompt, "") for e in TEST]
-    plain = compare.tested(model, tokenizer, texts, job(home, train_on=train_on))
+    plain = scoring.tested(model, tokenizer, texts, job(home, train_on=train_on))
     assert plain["exact_match"] is plain["macro_f1"] is None and plain["right"] == ""
     rows = tokenize(texts, tokenizer, max_length=512)
     assert plain["perplexity"] == pytest.approx(perplexity(model, rows, collate=collate, batch_size=4), rel=1e-5)
     many = [Example(f"{i}:", "abcdefghijk"[i % 11]) for i in range(22)]
-    assert compare.tested(model, tokenizer, many, job(home))["macro_f1"] is None  # too many classes
-    assert compare.tested(model, tokenizer, many[:10], job(home))["macro_f1"] is not None
+    assert scoring.tested(model, tokenizer, many, job(home))["macro_f1"] is None  # too many classes
+    assert scoring.tested(model, tokenizer, many[:10], job(home))["macro_f1"] is not None
 
 
 def test_an_answer_without_a_prompt_has_a_class_too(home, monkeypatch):
     model, tokenizer = gradpruner.model.load.load_model(home / "model")
     seen, bare = [], [Example("", "ab"), Example("", "cd")]
-    monkeypatch.setattr(compare, "macro_f1", lambda said, truth: seen.append((said, truth)) or 1.0)
-    compare.tested(model, tokenizer, bare, job(home))
+    monkeypatch.setattr(scoring, "macro_f1", lambda said, truth: seen.append((said, truth)) or 1.0)
+    scoring.tested(model, tokenizer, bare, job(home))
     (said, truth), rows = seen[0], tokenize(bare, tokenizer, max_length=9)
     assert truth == [tuple(row["labels"][1:]) for row in rows]  # nothing stands before the first: nobody says it
     assert [len(s) for s in said] == [len(t) for t in truth] == [2, 2]
@@ -657,7 +680,7 @@ def test_a_comparison_with_a_run_that_diverged_says_so(copied, home, capsys):
 
 
 def finished_of(folder, method):
-    return next(c["trained"] for c in compare.finished(folder) if c["method"] == method and c["seed"] == 0)
+    return next(c["trained"] for c in finished(folder) if c["method"] == method and c["seed"] == 0)
 
 
 # commands
@@ -856,14 +879,14 @@ def test_layers_and_weights_in_one_comparison(home, tmp_path):
         held_out=HELD_OUT,
     )
     made = []
-    tested = compare.tested
+    tested = experiment.tested
 
     def keep(model, *rest):
         made.append(model)
         return tested(model, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "tested", keep)
+        patch.setattr(experiment, "tested", keep)
         comparison.work()
     sparse, layers = made
     assert len(sparse.model.layers) == len(layers.model.layers) == 3

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import gradpruner
 from gradpruner.checkpoint import stored_model as stored
 from gradpruner.checkpoint.masks import Masks
-from gradpruner.compare import experiment as compare
+from gradpruner.compare.cells import finished
 from gradpruner.compare.results import Cost, Result, read_costs, read_results, write_costs, write_results
 from gradpruner.errors import CheckpointError, GradPrunerError
 from gradpruner.probe.igia import Igia
@@ -227,7 +227,7 @@ READERS = {
     "results": (results, read_results, table_mutations),
     "costs": (costs, read_costs, table_mutations),
     "auto": (auto, use_auto, json_mutations),
-    "cell": (cell, lambda path: compare.finished(path.parents[1]), json_mutations),
+    "cell": (cell, lambda path: finished(path.parents[1]), json_mutations),
     "report": (report, lambda path: page.write_report(path.parent), json_mutations),
     "trainer state": (trainer_state, use_trainer_state, json_mutations),
     "jsonl": (rows(".jsonl", '{"a": "x", "b": 1}\n{"a": "y", "b": 2}\n'), use_rows, table_mutations),

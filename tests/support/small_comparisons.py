@@ -58,7 +58,7 @@ USED, SEEDS = ["gradpruner", "drop-last", "shortgpt"], (0, 1)
 
 
 def comparison(home, out, methods=USED, seeds=SEEDS, train=TRAIN, test=TEST, **changed):
-    options = {k: changed.pop(k) for k in ("ratios", "held_out", "dense", "say") if k in changed}
+    options = {k: changed.pop(k) for k in ("ratios", "held_out", "dense") if k in changed}
     return Compare(
         job(home, **changed), train, test, out, methods=methods, seeds=seeds, **{"held_out": HELD_OUT, **options}
     )
