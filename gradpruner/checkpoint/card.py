@@ -1,4 +1,4 @@
-"""The model card of a pruned checkpoint: what was removed, how it was chosen, what it cost, how to load it."""
+"""The model card of a pruned checkpoint: what was removed, why, and how to load it."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def model_card(
     results: Sequence[Mapping[str, Any]] = (),
     trust_remote_code: bool = False,
 ) -> str:
-    """Return the text of README.md for a pruned model: metadata that the hub reads, and text for people.
+    """Return the text of README.md for a pruned model.
 
-    Nothing is downloaded.
+    It begins with metadata that the hub reads. Nothing is downloaded.
 
     Args:
         source: the pruned model, its checkpoint folder, or that folder as `StoredModel` has read it.
@@ -143,12 +143,12 @@ def write_card(folder: str | os.PathLike[str], text: str) -> Path:
 
 
 def is_ours(folder: str | os.PathLike[str]) -> bool:
-    """Return whether the folder's README.md is a card of a pruned model, and not the dense model's."""
+    """Return whether the folder's README.md is a pruned model's card, not the dense one's."""
     return TAG in (_metadata_of(Path(folder) / CARD_FILE).get("tags") or ())
 
 
 def carry_card(source: Path, folder: Path) -> None:
-    """Take what a model's card says of licence and base model along to a model that was made from it.
+    """Carry licence and base model from a model's card to a model made from it.
 
     The dense model's card is copied whole. A card of ours describes another state of the model: only its licence,
     language and base model are written, for `model_card` to read.
@@ -178,7 +178,7 @@ def _config(source: Any, folder: Path | None, trust_remote_code: bool) -> Any:
 
 
 def _kind(scores: Igia | Sequence[float] | None, kind: str | None, plan: Plan) -> str | None:
-    """Return the kind of score that chose the layers, so that the table of scores explains the cut."""
+    """Return the kind of score that chose the layers, so that the table explains the cut."""
     if kind is not None and plan.kind is not None and kind != plan.kind:
         raise InvalidArgument(f"kind = {kind!r}; the plan was chosen by {plan.kind!r} scores: expected that, or None")
     known = kind or plan.kind
@@ -291,7 +291,10 @@ def _parameters(source: nn.Module | StoredModel | str | os.PathLike[str]) -> int
 
 
 def _size_rows(plan: Plan, parameter_ratio: float | None, parameters: int) -> list[dict[str, Any]]:
-    """Return the table of sizes. Parameters of the dense model are not known without the removed share."""
+    """Return the table of sizes.
+
+    The dense model's parameters are not known without the share that was removed.
+    """
     before = "dense" if plan.before is None else "before"
     dense, removed = "", "not recorded"
     if parameter_ratio is not None:

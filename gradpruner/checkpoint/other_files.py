@@ -1,4 +1,4 @@
-"""The files beside the weights: which of them are copied with a checkpoint, and which may be uploaded."""
+"""The files beside the weights: which are copied, and which may be uploaded."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def is_license(name: str) -> bool:
 
 
 def _is_stray(file: Path, weights: Collection[Path]) -> bool:
-    """Return whether a server would take a file for weights or their index although the model has others."""
+    """Return whether a server would take a file for weights that the model does not have."""
     if file.name == INDEX:
         return (file.parent / SINGLE).is_file()
     return file.suffix == ".safetensors" and file not in weights

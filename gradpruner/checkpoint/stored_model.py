@@ -1,4 +1,4 @@
-"""A checkpoint folder as transformers would load it, without its values: which stored tensor becomes what."""
+"""Which stored tensor of a checkpoint folder becomes what, once transformers loads it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class Role:
 
 
 class StoredModel:
-    """The model of a folder of safetensors, built by its transformers class on the meta device, and its tensors.
+    """The model of a checkpoint folder, without values, and the tensors that are stored.
+
+    The model is built by its transformers class on the meta device.
 
     Attributes:
         folder: the folder.
@@ -144,7 +146,9 @@ class StoredModel:
         return f"{matches[0][1]}{layer}{matches[0][3]}"
 
     def samples(self, weight: Weight) -> Tensor:
-        """Return the values at `sample_positions` of a linear weight, read from the files, as loading would have them.
+        """Return the values at `sample_positions` of a linear weight, as loading would.
+
+        They are read from the files.
 
         Raises:
             UnsupportedModel: the weight is made of stored tensors in a way that is not known here.
@@ -157,7 +161,7 @@ class StoredModel:
         return torch.cat([stored.read_entries([position]).to(dtype) for stored, position in entries])
 
     def _locate_entry(self, name: str, shape: tuple[int, ...], position: int) -> tuple[TensorInFile, int]:
-        """Return the tensor that holds an entry of a weight of several experts, and the position inside it.
+        """Return the stored tensor that holds an entry of an expert weight, and the position.
 
         Each expert is stored as one matrix, or as several that are put one below another.
         Raises UnsupportedModel for any other way of making the parameter out of what is stored.
@@ -178,7 +182,10 @@ class StoredModel:
 
 
 def _stacks(parts: list[tuple[Role, TensorInFile]]) -> list[list[TensorInFile]]:
-    """Return the stored matrices by source pattern, then by expert; nothing if they are more than stacked."""
+    """Return the stored matrices by source pattern, then by expert.
+
+    The result is empty if more is done to them than to stack them.
+    """
     converter = parts[0][0].converter if parts else None
     if converter is None:
         return []
@@ -244,7 +251,7 @@ def load_empty(kind: Any, config: Any, stored: Mapping[str, TensorInFile]) -> tu
 
 
 def _check_sizes(folder: Path, config: Any, stored: Mapping[str, TensorInFile]) -> None:
-    """Raise CheckpointError where the config names sizes that the stored tensors do not bear out.
+    """Raise CheckpointError if the config names sizes that no stored tensor bears out.
 
     This comes before the model is built: a damaged number may cost gigabytes.
     """

@@ -1,4 +1,4 @@
-"""What the results of a comparison say: means and spreads, who is ahead of whom, and one sentence on all of it."""
+"""What the results of a comparison say: means, spreads, standings and one sentence."""
 
 from __future__ import annotations
 
@@ -161,7 +161,9 @@ class Comparison:
         return spread(getattr(run, field) for run in self.at(method, count))
 
     def dense_beside(self, method: str, count: int | None = None) -> Spread | None:
-        """Return the dense model's metric over the seeds of a method's runs, over all seeds where it shares none.
+        """Return the dense model's metric over the seeds of a method's runs.
+
+        It is over all seeds where the two have none in common.
 
         Args:
             method: the method whose runs are compared with the dense model.
@@ -172,7 +174,9 @@ class Comparison:
         return spread(getattr(run, field) for run in alike or self.at(DENSE))
 
     def relative(self, method: str, count: int | None = None) -> float | None:
-        """Return the relative change of the metric's mean from the dense model's with the same seeds.
+        """Return the relative change of the metric's mean from the dense model's.
+
+        Both means are over the same seeds.
 
         Args:
             method: the method's name.
@@ -185,7 +189,7 @@ class Comparison:
         return here.mean / dense.mean - 1 if here and dense and dense.mean else None
 
     def difference(self, method: str) -> Difference | None:
-        """Return the default method minus this one at the main number, None where it was not computed."""
+        """Return the default method minus this one at the main number, if it was computed."""
         return self.differences.get((method, self.main))
 
     def best_first(self) -> list[str]:
@@ -194,7 +198,7 @@ class Comparison:
         return sorted(means, key=lambda name: means[name], reverse=self.metric.field != "perplexity")
 
     def others(self, variants: bool) -> list[str]:
-        """Return what else was run at the main number: the default's variants, or the other methods.
+        """Return what else was run at the main number: variants, or the other methods.
 
         A variant is the default method with another setting, such as "gradpruner:merge=0".
         """
@@ -203,7 +207,7 @@ class Comparison:
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """Return mean, extremes and deviation of the values that are not None; None if all of them are."""
+    """Return mean, extremes and deviation of the values that are not None, if there are any."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -212,7 +216,7 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 
 def cost_shares(costs: Sequence[Cost], count: int) -> dict[Measure, float]:
-    """Return what a model with so many layers removed costs, as shares of the dense model's costs.
+    """Return what a model with layers removed costs, as shares of the dense model's costs.
 
     Args:
         costs: what was measured, one per number of removed layers.
@@ -230,7 +234,7 @@ def cost_shares(costs: Sequence[Cost], count: int) -> dict[Measure, float]:
 
 
 def near_paper(comparison: Comparison) -> bool:
-    """Return whether the main number of layers is near the share at which the paper measured its costs."""
+    """Return whether the main number is near the share at which the paper measured costs."""
     return abs(comparison.ratio(comparison.main) - USUAL_RATIO) <= 0.05
 
 

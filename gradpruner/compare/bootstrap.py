@@ -1,4 +1,4 @@
-"""How sure the difference between two models is, when both were scored on the same examples."""
+"""How sure the difference between two models is, on the same examples."""
 
 from __future__ import annotations
 

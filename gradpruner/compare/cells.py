@@ -1,4 +1,4 @@
-"""The models of a comparison, one cell each, and what its folder says of those that are done."""
+"""The models of a comparison, one cell each, and the results of those that are done."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ class Cell:
 
 
 def finished(folder: Path) -> list[dict[str, Any]]:
-    """Return every model of a comparison that is done: dense first, then by count, method and seed.
+    """Return every model of a comparison that is done.
+
+    Dense models come first, then models by count, method and seed.
 
     Raises:
         CheckpointError: a file in the folder is damaged.

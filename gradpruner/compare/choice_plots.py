@@ -1,4 +1,4 @@
-"""The plots of the choice itself: scores and removed layers, how soon they settle, how settings change the result."""
+"""The plots of the choice itself: removed layers, how soon they settle, settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def plot_layers(
     scores: Sequence[float] = (),
     plan: Plan | None = None,
 ) -> None:
-    """Plot the layer scores, and below them which layers each method removes at the main number.
+    """Plot the layer scores, and below them the layers that each method removes.
+
+    Each method is shown at the main number of removed layers.
 
     Args:
         path: the PNG.
@@ -98,7 +100,9 @@ def settled(stability: Sequence[float]) -> int | None:
 
 
 def plot_sensitivity(path: Target, rows: Sequence[Mapping[str, Any]], dense: float | None, task: str) -> None:
-    """Plot exact match as one factor at a time changes, one panel per factor; defaults are filled points.
+    """Plot exact match as one factor at a time changes, one panel per factor.
+
+    Filled points are the defaults.
 
     Args:
         path: the PNG.
@@ -165,7 +169,7 @@ def _draw_factor(axes: Axes, rows: Sequence[Mapping[str, Any]], dense: float | N
 
 
 def _draw_removed(axes: Axes, comparison: Comparison, rows: Sequence[str]) -> None:
-    """Draw one row per method and one cell per layer, the fuller the more seeds removed the layer."""
+    """Draw one row per method, one cell per layer, darker where more seeds removed it."""
     from matplotlib.patches import Patch
 
     for row, name in enumerate(rows):

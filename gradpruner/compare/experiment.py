@@ -1,4 +1,4 @@
-"""Methods against each other on one budget: the same rows in the same order, the same number of optimizer steps.
+"""Compare methods on one budget: the same rows, the same order, the same steps.
 
 Everything is kept in one folder under what it was made from: a probe, a plan, a trained model's figures are computed
 once, whoever asks for them. A comparison that was stopped, or is asked for more, goes on from what is there. The folder
@@ -138,7 +138,10 @@ class Compare:
         }
 
     def _begin(self) -> None:
-        """Write the terms into a folder that holds no comparison. Raises InvalidArgument if it holds parts of one."""
+        """Write the terms into a folder that holds no comparison.
+
+        Raises InvalidArgument if it holds parts of one.
+        """
         parts = [name for name in KEPT if (self.folder / name).exists()]
         if parts:
             raise InvalidArgument(
@@ -221,7 +224,10 @@ class Compare:
         return self.folder / "cells" / f"{cell.name}.json"
 
     def _make(self, cell: Cell) -> None:
-        """Cut, train and score one model, and write its cell. A model that another cell has trained is not again."""
+        """Cut, train and score one model, and write its cell.
+
+        A model that was trained for another cell is not trained again.
+        """
         untrained = self._untrained(cell)
         content = [_content(untrained.model), untrained.rows, untrained.recipe.to_dict(), self.terms["data"]]
         key = digest_of(content if untrained.masks is None else [*content, "masked"])
@@ -302,7 +308,7 @@ class Compare:
         return Clues(model, batches(rows), batches(held_out), seed, igia)
 
     def _probe(self, method: Method, tokenizer: Any, seed: int) -> Path:
-        """Return the folder of the probe that a method needs. The probe is made now if it is not there."""
+        """Return the folder of the probe that a method needs, making it if it is not there."""
         steps = method.probe_steps or self.job.probing
         recipe = self._probe_recipe(method, seed)
         examples = self._train[: max(1, round(method.share * len(self._train)))] if method.share else self._train
@@ -354,7 +360,10 @@ class Compare:
 
 
 def _method_names(methods: Sequence[str], job: Job) -> list[str]:
-    """Return every method once, by its full name. Raises InvalidArgument if its probe takes all the steps."""
+    """Return every method once, by its full name.
+
+    Raises InvalidArgument if a probe takes all the steps.
+    """
     parsed = {spelled(method): method for method in map(parse_method, methods)}
     for name, method in parsed.items():
         probing = method.probe_steps or job.probing

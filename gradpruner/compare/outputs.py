@@ -1,4 +1,4 @@
-"""Write what a comparison found as CSV files, a table and a page, from its folder and at any time."""
+"""Write what a comparison found, from its folder: CSV files, a table and a page."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _failures(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _shown_apart(results: Sequence[Result], sensitivity: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Return the methods that the page shows as values of a setting and not among the other methods.
+    """Return the methods that the page shows only as values of a setting.
 
     There are none where the default method, which they belong to, was not run.
     """
@@ -174,7 +174,10 @@ def _differences(cells: Sequence[Mapping[str, Any]]) -> Differences:
 
 
 def _measure(comparison: Compare) -> None:
-    """Measure one model per number of removed layers: the costs do not depend on which layers are removed."""
+    """Measure one model per number of removed layers.
+
+    The costs do not depend on which layers they are.
+    """
     job, layers = comparison.job, comparison.layers()
     plans = {c["count"]: Plan(layers, c["removed"]) if c["count"] else None for c in finished(comparison.folder)}
     loading = {
@@ -196,7 +199,10 @@ def _measure(comparison: Compare) -> None:
 
 
 def _probe(folder: Path, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Return scores and ranking of one model of the default method, at the count that was run most often."""
+    """Return what the probe of one model of the default method found.
+
+    It is a model with the number of removed layers that was run most often.
+    """
     ours = [c for c in cells if c["method"] == OURS and (folder / "probes" / c.get("probe", "-") / IGIA).is_file()]
     if not ours:
         return None

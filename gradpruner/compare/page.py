@@ -1,4 +1,4 @@
-"""The page of a comparison: one HTML file that needs no other, and its plots as PNGs beside it."""
+"""The page of a comparison, an HTML file that needs no other, and its plots as PNGs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_comparison(
     sensitivity: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write report.html and its plots to an existing folder. What there is no data for is left out.
+    """Write report.html and its plots. What there is no data for is left out.
 
     Args:
         folder: where the page and the plots go. Plots of an earlier page that this one lacks are removed.
@@ -106,7 +106,10 @@ class _Pictures:
         self.drawn: set[str] = set()
 
     def draw(self, name: str, says: str, plot: Callable[[Path, str], None]) -> Picture:
-        """Draw one plot and return it for the page; `says` is what it shows, for those who cannot see it."""
+        """Draw one plot and return it for the page.
+
+        `says` is what the plot shows, for those who cannot see it.
+        """
         plot(self.folder / name, self.task)
         self.drawn.add(name)
         return Picture(base64_png(self.folder / name), says)

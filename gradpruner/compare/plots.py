@@ -1,4 +1,7 @@
-"""The plots of what the methods reach: accuracy, losses, costs. Each is a PNG that can stand alone on a slide."""
+"""The plots of what the methods reach: accuracy, losses, costs.
+
+Each is a PNG that can stand alone on a slide.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ WIDTH, HEIGHT = 9.6, 5.4  # inches; a slide's shape
 
 
 def method_styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """Return one look per method, the same in every plot. No two methods share colour, dashes and marker."""
+    """Return one look per method, the same in every plot.
+
+    No two methods share colour, dashes and marker.
+    """
     styles: dict[str, dict[str, Any]] = {DENSE: {"color": INK, "linestyle": (0, (6, 2)), "linewidth": 1.8}}
     styles[comparison.default] = {"color": BLUE, "marker": "o", "markersize": 9, "linewidth": 3.6, "zorder": 5}
     for index, name in enumerate(comparison.methods[1:]):
@@ -55,7 +61,7 @@ def method_styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
 
 
 def plot_accuracy(path: Target, comparison: Comparison, task: str) -> None:
-    """Plot the metric against the share of layers removed: one line per method, with a band over the seeds.
+    """Plot the metric against the share of layers removed, one line per method.
 
     Args:
         path: the PNG.
@@ -95,7 +101,7 @@ def plot_accuracy(path: Target, comparison: Comparison, task: str) -> None:
 
 
 def plot_losses(path: Target, comparison: Comparison, losses: Losses, task: str) -> None:
-    """Plot the training loss over the optimizer steps, smoothed: of the dense model and of each method.
+    """Plot the smoothed training losses over the optimizer steps.
 
     Args:
         path: the PNG.
@@ -117,9 +123,10 @@ def plot_losses(path: Target, comparison: Comparison, losses: Losses, task: str)
 
 
 def loss_curves(comparison: Comparison, losses: Losses) -> dict[str, LossCurve]:
-    """Return the losses of the dense model and of each method at the main number, means over the seeds.
+    """Return the losses of the dense model and of each method, means over the seeds.
 
-    A pruned run has more steps than losses. The missing ones were the probe's, before the cut.
+    Each method is taken at the main number of removed layers. A pruned run has more steps than losses. The missing
+    ones were the probe's, before the cut.
 
     Args:
         comparison: the results.
@@ -137,7 +144,9 @@ def loss_curves(comparison: Comparison, losses: Losses) -> dict[str, LossCurve]:
 
 
 def plot_costs(path: Target, comparison: Comparison, costs: Sequence[Cost], task: str) -> None:
-    """Plot the costs at the main number as shares of the dense model's, with a tick where the paper has a figure.
+    """Plot the costs at the main number as shares of the dense model's.
+
+    A tick shows the paper's figure, where it has one.
 
     Args:
         path: the PNG.
@@ -200,7 +209,7 @@ def _runs(xs: Sequence[float], wanted: Sequence[float]) -> list[list[float]]:
 
 
 def _add_legend(figure: Figure, comparison: Comparison, ends: Mapping[str, float]) -> None:
-    """Put a legend to the right of the axes, in the order in which the lines end, the topmost first."""
+    """Put a legend to the right of the axes, in the order in which the lines end."""
     handles = {line.get_label(): line for line in figure.axes[0].lines}
     names = sorted(ends, key=lambda name: -ends[name] if math.isfinite(ends[name]) else math.inf)
     legend = figure.legend(

@@ -19,7 +19,9 @@ PACKAGE = "gradpruner"  # the logger above all of the package's
 
 
 def work_in_processes(comparison: Compare, processes: int) -> None:
-    """Do `comparison.work()` in several processes, each with its share of the cores and one GPU, if there is one.
+    """Do `comparison.work()` in several processes.
+
+    Each gets its share of the cores and, where there are any, a GPU.
 
     Args:
         comparison: the comparison.
@@ -49,7 +51,7 @@ def work_in_processes(comparison: Compare, processes: int) -> None:
 
 @contextlib.contextmanager
 def _log_queue(spawn: Any) -> Iterator[Any]:
-    """Give a queue; what other processes log into it is handled as if this process had logged it."""
+    """Give a queue. What other processes log into it is handled as if logged here."""
     queue = spawn.Queue()
     listener = QueueListener(queue, _HandleHere())
     listener.start()

@@ -23,7 +23,7 @@ Row = dict[str, Any]  # a value by the name of its column; a line break in a nam
 
 
 def main_rows(comparison: Comparison) -> list[Row]:
-    """Return the dense model and every method at the main number of removed layers, the best first."""
+    """Return the dense model and every method at the main number, the best first."""
     names = _listed(comparison)
     metrics = [metric for metric in METRICS if any(comparison.spread(name, metric=metric) for name in names)]
     rows = []
@@ -62,7 +62,7 @@ def main_note(comparison: Comparison) -> str:
 
 
 def count_rows(comparison: Comparison) -> list[Row]:
-    """Return every method at every number of removed layers; nothing where the main table has them all."""
+    """Return every method at every number of removed layers, if there are several."""
     counts = sorted({count for name in comparison.methods for count in comparison.counts(name)})
     if len(counts) < 2:
         return []
@@ -95,7 +95,7 @@ def loss_rows(comparison: Comparison) -> list[Row]:
 
 
 def cost_rows(comparison: Comparison, costs: Sequence[Cost]) -> list[Row]:
-    """Return the costs of the dense and the main model, and every model's share of the dense model's.
+    """Return the costs of the dense and the main model, and every model's shares.
 
     Args:
         comparison: the results.

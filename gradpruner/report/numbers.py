@@ -14,7 +14,9 @@ def percent(share: float) -> str:
 
 
 def signed(value: float, digits: int) -> str:
-    """Return a number with its sign, a true minus and not a hyphen; what rounds to zero has no sign.
+    """Return a number with its sign. What rounds to zero has none.
+
+    The minus is a true one and not a hyphen.
 
     Args:
         value: the number.
@@ -25,7 +27,7 @@ def signed(value: float, digits: int) -> str:
 
 
 def quantity(value: float, unit: str) -> str:
-    """Return a quantity with the prefix that leaves one to three digits before the point: "3.41 GB".
+    """Return a quantity with one to three digits before the point: "3.41 GB".
 
     Args:
         value: the quantity in the unit, 0 or more.

@@ -1,4 +1,4 @@
-"""HTML pages from jinja2 templates: each is one file that needs no other file and no network.
+"""HTML pages from jinja2 templates. A page needs no other file and no network.
 
 A page's template extends `report/templates/page.html`, lies in the `templates` folder of the room that fills it, and is
 named by its path inside the package. Every value is escaped unless a template asks otherwise, and none does.

@@ -1,4 +1,4 @@
-"""The style of every plot, and the two plots that single runs and comparisons share: layer scores and losses."""
+"""The style of every plot, and the plots that runs and comparisons share."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def title_figure(figure: Figure, title: str) -> None:
 
 
 def style_axes(axes: Axes, across: str, up: str, grid: Literal["x", "y"] = "y") -> None:
-    """Give axes the look of all plots: no frame, a faint grid behind the data, labels that a slide can carry.
+    """Give axes the look of all plots.
+
+    No frame, a faint grid behind the data, labels that a slide can carry.
 
     Args:
         axes: the axes.
@@ -213,7 +215,7 @@ def mark_probe(axes: Axes, steps: int) -> None:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Return the mean of each value and of those before it in the window, of fewer at the start.
+    """Return the mean of each value and those before it in the window, fewer at the start.
 
     Args:
         values: the values in order.
@@ -224,7 +226,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def _floor(values: Sequence[float]) -> float:
-    """Return where the logarithmic axis starts: the power of ten below the smallest positive score."""
+    """Return where the axis starts: the power of ten below the smallest positive score."""
     positive = [value for value in values if value > 0]
     if not positive:
         return 0.1

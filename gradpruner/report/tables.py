@@ -1,7 +1,8 @@
-"""One table, three forms: aligned text, Markdown, and (by the macro `table` of macros.html) HTML.
+"""One table in three forms: aligned text, Markdown and HTML.
 
-All of them take the same rows: a sequence of mappings from a column's name to a value. The columns are all names in
-the order in which they first appear. A name may hold newlines: HTML breaks the line there.
+The macro `table` of macros.html makes the HTML. All forms take the same rows: a sequence of mappings from a column's
+name to a value. The columns are all names in the order in which they first appear. A name may hold newlines: HTML breaks
+the line there.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def table(rows: Rows) -> str:
 
 
 def markdown_table(rows: Rows) -> str:
-    """Return the rows as a Markdown table. Bars and line breaks inside a cell are made harmless."""
+    """Return the rows as a Markdown table. Bars and line breaks in a cell are harmless."""
     columns = columns_of(rows)
     lines = [columns, ["---"] * len(columns), *([shown(row.get(column)) for column in columns] for row in rows)]
     return "\n".join("| " + " | ".join(_markdown_cell(text) for text in line) + " |" for line in lines)
@@ -70,7 +71,7 @@ def is_numeric(rows: Rows, column: str) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a person reads it: floats with four significant digits, None as nothing."""
+    """Return a value as a person reads it: four significant digits, nothing for None."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""The page of one run: what the pruned model keeps of the dense one, which layers were removed, what it costs."""
+"""The page of one run: what is kept of the dense model, removed layers, costs."""
 
 from __future__ import annotations
 

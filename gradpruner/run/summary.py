@@ -1,4 +1,4 @@
-"""What a run found, for people: one sentence, one table, and what must be known beside the table."""
+"""What a run found, for people: one sentence, one table and the notes beside it."""
 
 from __future__ import annotations
 
@@ -59,9 +59,10 @@ def outcome(rows: Sequence[Mapping[str, Any]], plan: Plan) -> str:
 
 
 def comparison(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the results as a table: one line per measure, one column per model, and pruned over dense.
+    """Return the results as a table: one line per measure, one column per model.
 
-    What was measured in turns is a median, with the lowest and the highest turn in brackets.
+    Of two models, the last column is pruned over dense. What was measured in turns is a median, with the lowest and the
+    highest turn in brackets.
     """
     table = []
     for label, (key, unit, style) in MEASURES.items():

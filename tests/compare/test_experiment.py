@@ -40,10 +40,8 @@ from word_tokenizers import make_tokenizer
 
 import gradpruner
 from gradpruner.cli.main import main
-from gradpruner.compare import costs, sensitivity
-from gradpruner.compare import experiment
+from gradpruner.compare import costs, experiment, processes, scoring, sensitivity
 from gradpruner.compare import outputs as compared
-from gradpruner.compare import processes, scoring
 from gradpruner.compare.analysis import DENSE
 from gradpruner.compare.cells import Cell, finished
 from gradpruner.compare.experiment import Compare
