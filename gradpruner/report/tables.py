@@ -1,8 +1,8 @@
 """One table in three forms: aligned text, Markdown and HTML.
 
 The macro `table` of macros.html makes the HTML. All forms take the same rows: a sequence of mappings from a column's
-name to a value. The columns are all names in the order in which they first appear. A name may hold newlines: HTML breaks
-the line there.
+name to a value. The columns are all names in the order in which they first appear. A name may hold newlines, where HTML
+breaks the line.
 """
 
 from __future__ import annotations
