@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.session import Session
-from gradpruner.compare.experiment import DENSE, OURS, Compare, work_in_processes
+from gradpruner.compare.analysis import DENSE
+from gradpruner.compare.cells import OURS
+from gradpruner.compare.experiment import Compare
+from gradpruner.compare.processes import work_in_processes
 from gradpruner.run.job import Job
 from gradpruner.training.data import Example, load_examples
 from gradpruner.training.recipe import Recipe

@@ -260,8 +260,8 @@ def _check_merged(stored: StoredModel, plan: Plan, work: Path) -> str:
     said = []
     for target, donors in plan.donors.items():
         for name in CHECKED:
-            expected = stored.whole[f"model.layers.{target}.{name}"].read()
-            values = [stored.whole[f"model.layers.{donor}.{name}"].read() for donor in donors]
+            expected = stored.one_to_one[f"model.layers.{target}.{name}"].read()
+            values = [stored.one_to_one[f"model.layers.{donor}.{name}"].read() for donor in donors]
             factors = [igia.importance[donor, name] for donor in donors]
             a, b = [f.a for f in factors if isinstance(f, Factors)], [f.b for f in factors if isinstance(f, Factors)]
             before, k = expected.clone(), int(TOP * expected.numel())

@@ -1,7 +1,7 @@
-"""What a checkpoint says beside its weights: the plan it was pruned by, the masks it keeps to, its card and licence.
+"""Keep what lies in a checkpoint beside its weights: plan, masks, card and licence.
 
-Loading a model does not see any of it. So whoever loads a model to train, cut or save it asks here, and carries it
-along or refuses.
+Loading a model sees none of them. So whoever loads a model to train, cut or save it asks here, and takes them along or
+refuses.
 """
 
 from __future__ import annotations
@@ -23,11 +23,16 @@ from gradpruner.storage.links import names_of
 
 
 def plan_of(source: str, model: Any, revision: str | None = None) -> Plan | None:
-    """The plan that a loaded model was pruned by, None if there is none.
+    """Return the plan that a loaded model was pruned by, None if there is none.
 
-    source, revision: what `load_model` loaded it from.
+    Args:
+        source: the folder or hub id that the model was loaded from.
+        model: the model.
+        revision: the commit that it was loaded from, of a hub id.
 
-    Raises ModelMismatch if the model has another number of layers than the plan leaves, CheckpointError.
+    Raises:
+        ModelMismatch: the model has another number of layers than the plan leaves.
+        CheckpointError: the plan is damaged, or the hub could not be asked.
     """
     path = _beside(source, PLAN_FILE, revision)
     if path is None:
@@ -36,11 +41,16 @@ def plan_of(source: str, model: Any, revision: str | None = None) -> Plan | None
 
 
 def masks_of(source: str, model: Any, revision: str | None = None) -> Masks | None:
-    """The masks that a loaded model keeps to, None if there are none.
+    """Return the masks that a loaded model keeps to, None if there are none.
 
-    source, revision: what `load_model` loaded it from.
+    Args:
+        source: the folder or hub id that the model was loaded from.
+        model: the model.
+        revision: the commit that it was loaded from, of a hub id.
 
-    Raises ModelMismatch if the model does not keep to them, CheckpointError.
+    Raises:
+        ModelMismatch: the model does not keep to them.
+        CheckpointError: the masks are damaged, or the hub could not be asked.
     """
     path = _beside(source, MASKS, revision)
     if path is None:
@@ -54,7 +64,17 @@ def masks_of(source: str, model: Any, revision: str | None = None) -> Masks | No
 
 
 def refuse_masks(source: str, what: str, revision: str | None = None) -> None:
-    """Raises InvalidArgument if the checkpoint `source` holds masks, which `what`, a command, would not keep to."""
+    """Refuse a checkpoint with masks, on behalf of a command that would not keep to them.
+
+    Args:
+        source: the folder or hub id.
+        what: the command, for the message.
+        revision: the commit, of a hub id.
+
+    Raises:
+        InvalidArgument: the checkpoint holds masks.
+        CheckpointError: the hub could not be asked.
+    """
     if _beside(source, MASKS, revision) is not None:
         raise InvalidArgument(
             f"{what}: source {source!r} holds {MASKS}, and {what} would not keep to these masks. The commands probe, "
@@ -72,10 +92,25 @@ def save_from(
     masks: Masks | None,
     overwrite: bool,
 ) -> Path:
-    """`gradpruner.save` of a model that was made from `source`, with what must not be lost on the way.
+    """Save a model made from another checkpoint, with what must not be lost on the way.
 
-    That is the plan and the masks, which the model is checked to keep to, and out of a folder `source` the licence
-    files and what its card says of licence and base model. Raises as `save_sparse` does.
+    Args:
+        source: what the model was made from. Out of a folder, the licence files are copied, and what the card says of
+            licence and base model.
+        model: the model.
+        folder: see `save`.
+        tokenizer: see `save`.
+        plan: the plan that the model was pruned by, None if it was not.
+        masks: the masks that it keeps to, None if there are none.
+        overwrite: see `save`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelMismatch: a masked entry is not zero. Nothing is written then.
+        InvalidArgument: see `save`.
+        CheckpointError: see `save`.
     """
     if masks is not None:
         masks.check(model)
@@ -93,7 +128,10 @@ def save_from(
 
 
 def _beside(source: str, name: str, revision: str | None) -> Path | None:
-    """A file of a checkpoint folder or hub repository. Where the hub cannot be reached, its cache alone is asked."""
+    """Return a file of a checkpoint folder or hub repository, None if there is no such file.
+
+    Where the hub cannot be reached, only its cache on this machine is asked.
+    """
     if source == DEMO_MODEL or Path(source).is_file():
         return None  # one GGUF file
     if Path(source).is_dir():

@@ -1,4 +1,4 @@
-"""Generation configs that transformers reads, and would not write: what of them can be saved."""
+"""Save what can be saved of generation configs that transformers refuses to write."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 logger = logging.getLogger(__name__)
 
-# what the other fields depend on comes first
+# fields that the others depend on, tried first
 SWITCHES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate", "penalty_alpha", "cache_implementation")
 
 
 def savable(config: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
-    """A config that transformers writes, with all fields of `config` that it can have, and the names of the others.
+    """Return a config that transformers writes, and the names of the fields left out.
 
-    Older chat models have a temperature or a top_p beside do_sample=False, say. Generation ignores such a field.
+    Older chat models have, for example, a temperature or a top_p beside do_sample=False. Generation ignores such a
+    field.
     """
     if _can_be_saved(config):
         return config, []
@@ -37,7 +38,7 @@ def savable(config: GenerationConfig) -> tuple[GenerationConfig, list[str]]:
 
 @contextlib.contextmanager
 def saved_as_far_as_possible(model: Any) -> Iterator[None]:
-    """Inside, the model has a generation config that can be saved; what that lacks is logged. Outside, its own."""
+    """Give the model a config that can be saved, inside the block. What it lacks is logged."""
     own = getattr(model, "generation_config", None)
     if not isinstance(own, GenerationConfig):
         yield
@@ -51,7 +52,7 @@ def saved_as_far_as_possible(model: Any) -> Iterator[None]:
 
 
 def rewrite(folder: Path) -> None:
-    """Do the same with the generation_config.json of a checkpoint folder, if it has one."""
+    """Make a folder's generation_config.json one that can be saved, if there is one."""
     if not (folder / GENERATION_CONFIG_NAME).is_file():
         return
     try:

@@ -25,9 +25,23 @@ class HoldSparsity(TrainerCallback):
         self._masks = masks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Zero the masked entries: the model may still be dense."""
+        """Zero the masked entries, because the model may still be dense.
+
+        Args:
+            args: the Trainer's arguments. Not used.
+            state: the Trainer's state. Not used.
+            control: the Trainer's control. Not used.
+            **kwargs: has the model.
+        """
         self._masks.apply_(kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Zero the masked entries after an optimizer step."""
+        """Zero the masked entries after an optimizer step.
+
+        Args:
+            args: the Trainer's arguments. Not used.
+            state: the Trainer's state. Not used.
+            control: the Trainer's control. Not used.
+            **kwargs: has the model.
+        """
         self._masks.apply_(kwargs["model"])

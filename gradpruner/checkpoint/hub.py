@@ -1,4 +1,4 @@
-"""Publishing: a pruned checkpoint, verified, with its card, to the Hugging Face hub."""
+"""Publish a pruned checkpoint, verified and with its card, on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from gradpruner.memory import free_memory
 from gradpruner.model.logits import logits_of
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
-from gradpruner.storage.tensor_files import INDEX, SINGLE, read_folder
+from gradpruner.storage.tensor_files import INDEX, SINGLE
 
-# of an earlier upload: vLLM and others read every *.safetensors they find, and transformers takes an adapter first
+# files of an earlier upload: vLLM and others read every *.safetensors they find, and transformers prefers an adapter
 REPLACED = (
     SINGLE,
     INDEX,
@@ -54,45 +54,80 @@ def push_to_hub(
     commit_message: str = "Upload a pruned model",
     api: Any = None,
 ) -> str:
-    """Verify a pruned model, write its card and upload both in one commit; the URL of the commit.
+    """Verify a pruned model, write its card, and upload both in one commit.
 
-    source: a model (with its plan and tokenizer), saved as `save` does, or a checkpoint folder: its files must be
-    whole, the stock class must take exactly these keys and shapes, and, where the model fits in memory, answer with
-    finite numbers. The card is written into the folder, unless one of ours is there and nothing to write into it is
-    given (plan, base_model, license, scores, results: see `model_card`). Weights of an earlier upload are replaced;
-    pickles and Python code never leave the machine. private, token, revision: as huggingface_hub has them. api: an
-    `huggingface_hub.HfApi` for another endpoint.
-    Raises InvalidArgument, ModelMismatch, UnsupportedModel, CheckpointError; GradPrunerError if the hub refuses.
+    Weights of an earlier upload are replaced. Pickles and Python code never leave the machine.
+
+    Args:
+        source: a model, or a checkpoint folder. Of a folder, the files must be whole, the transformers class must take
+            exactly these keys and shapes, and, where the model fits in memory, its logits must be finite. The card is
+            written into the folder, unless one of ours is there and none of plan, base_model, license, scores and
+            results is given. A model in memory is saved first, as `save` does it.
+        repo_id: hub id to upload to, "owner/name". It is made if it does not exist.
+        plan: see `model_card`. Needed for a model in memory.
+        tokenizer: saved beside a model in memory. A folder has its own.
+        base_model: see `model_card`.
+        license: see `model_card`.
+        scores: see `model_card`.
+        kind: see `model_card`.
+        results: see `model_card`.
+        private: whether a new repository is private. Default: what the account says.
+        token: hub token, True for the one of this machine. Default: that one, if there is one.
+        revision: branch to upload to. Default: "main".
+        commit_message: first line of the commit.
+        api: a `huggingface_hub.HfApi` for another endpoint.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        InvalidArgument: `repo_id` is no hub id, a model comes without a plan, a folder comes with a tokenizer, or
+            there is no such folder.
+        ModelMismatch: the model does not have the layers that the plan keeps, or does not keep to its masks.
+        UnsupportedModel: the model is quantised or holds adapters.
+        CheckpointError: the folder is damaged.
+        GradPrunerError: the hub refuses the upload or cannot be reached.
+
+    Example:
+        ```python
+        gradpruner.push_to_hub("small", "owner/small", base_model="owner/dense", license="mit")
+        ```
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    # 1. refuse before any work
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise InvalidArgument(f"repo_id = {repo_id!r}: {error}") from None
-    known = {"plan": plan, "base_model": base_model, "license": license, "scores": scores, "results": results or None}
-    given = {key: value for key, value in known.items() if value is not None}
+    options = {"plan": plan, "base_model": base_model, "license": license, "scores": scores, "results": results or None}
+    about = {name: value for name, value in options.items() if value is not None}
     with tempfile.TemporaryDirectory() as temporary:
+        # 2. a verified folder
+        shown: nn.Module | StoredModel
         if isinstance(source, nn.Module):
             if plan is None:
                 raise InvalidArgument("plan = None; expected the plan that the model was pruned by")
             folder = save(source, Path(temporary) / "model", tokenizer=tokenizer, plan=plan)
+            shown, tensors = source, None  # a model in memory knows where it came from
         else:
             if tokenizer is not None:
                 raise InvalidArgument("tokenizer is given with a folder; expected it in the folder")
             folder = Path(source)
-            verify_folder(folder)
-        if given or not is_ours(folder):
-            # a model in memory knows where it came from
-            write_card(folder, model_card(source, name=repo_id, kind=kind, **given))  # type: ignore[arg-type]
+            shown = verify_folder(folder)
+            tensors = shown.stored
+        # 3. its card
+        if about or not is_ours(folder):
+            write_card(folder, model_card(shown, name=repo_id, kind=kind, **about))  # type: ignore[arg-type]
+        # 4. one commit
         api = api if api is not None else HfApi()
         try:
             api.create_repo(repo_id, private=private, exist_ok=True, token=token)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
-                allow_patterns=[glob.escape(file) for file in uploaded_files(folder)],
+                allow_patterns=[glob.escape(file) for file in uploaded_files(folder, tensors)],
                 delete_patterns=list(REPLACED),
                 commit_message=commit_message,
                 revision=revision,
@@ -103,23 +138,27 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
-def verify_folder(folder: Path) -> None:
-    """Raises CheckpointError unless the folder is a whole, sound checkpoint.
+def verify_folder(folder: Path) -> StoredModel:
+    """Check that a folder is a whole, sound checkpoint, and return what was read of it.
 
-    Also raises InvalidArgument, ModelMismatch (the model does not keep to the masks in the folder), UnsupportedModel.
+    Where the model fits in memory twice, it is loaded and must answer with finite numbers.
+
+    Raises:
+        CheckpointError: it is not: a tensor is missing or too many, or an answer is not finite.
+        InvalidArgument: there is no such folder.
+        ModelMismatch: the model does not keep to the masks in the folder.
+        UnsupportedModel: the model is quantised or holds adapters.
     """
     stored = StoredModel(folder)
-    tensors = read_folder(folder)
-    strange = sorted(tensors.keys() - stored.tensors.keys())
-    if strange:
-        raise CheckpointError(f"{folder} holds tensors that its model has no place for: {strange[:3]}")
+    if stored.unused:
+        raise CheckpointError(f"{folder} holds tensors that its model has no place for: {stored.unused[:3]}")
     if (folder / MASKS).is_file():
         check_stored(stored, Masks.load(folder / MASKS))
-    if 2 * sum(tensor.size for tensor in tensors.values()) >= free_memory():
-        return
-    kind: Any = type(stored.model)
-    with quiet():
-        model = kind.from_pretrained(folder, dtype="auto", use_safetensors=True)
-    logits = logits_of(model)
-    if logits is not None and not bool(torch.isfinite(logits).all()):
-        raise CheckpointError(f"the model in {folder} answers with numbers that are not finite")
+    if 2 * sum(tensor.size for tensor in stored.stored.values()) < free_memory():
+        kind: Any = type(stored.model)
+        with quiet():
+            model = kind.from_pretrained(folder, dtype="auto", use_safetensors=True)
+        logits = logits_of(model)
+        if logits is not None and not bool(torch.isfinite(logits).all()):
+            raise CheckpointError(f"the model in {folder} answers with numbers that are not finite")
+    return stored

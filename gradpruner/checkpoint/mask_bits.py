@@ -1,4 +1,7 @@
-"""Masks as bits: eight entries of a row in a byte, the lowest bit first, as `gradpruner.ops` writes them."""
+"""Masks as bits: eight entries of a row per byte, the lowest bit first.
+
+`gradpruner.ops` writes them in the same way.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,20 @@ from torch.nn.functional import pad
 
 
 def pack(kept: Tensor) -> Tensor:
-    """Boolean (out, in) to uint8 (out, ceil(in / 8)); bits past the last column are zero."""
+    """Pack a boolean mask (out, in) into uint8 (out, ceil(in / 8)).
+
+    Bits past the last column are zero.
+    """
     places = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=kept.device)
     return (pad(kept, (0, -kept.shape[1] % 8)).view(kept.shape[0], -1, 8) * places).sum(-1, dtype=torch.uint8)
 
 
 def unpack(mask: Tensor, width: int) -> Tensor:
-    """uint8 (out, ceil(width / 8)) to boolean (out, width)."""
+    """Unpack bits into a boolean mask (out, width).
+
+    Args:
+        mask: uint8 (out, ceil(width / 8)).
+        width: number of columns.
+    """
     places = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return (mask.unsqueeze(-1) >> places & 1).flatten(1)[:, :width].bool()

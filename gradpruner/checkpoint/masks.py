@@ -1,4 +1,4 @@
-"""Masks: which weights of a model stay, as bits in one file, and how training keeps to them."""
+"""Which weights of a model stay: masks as bits in one file, and training that keeps them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from gradpruner.model.decoder import Decoder, is_packed
 from gradpruner.storage.checked_tensors import read_checked, read_described, write_described
 
 FORMAT = "gradpruner.masks/2"
-PREFIX = "mask of "  # before the names of tensors, so that no program can take a mask for a weight
+PREFIX = "mask of "  # before the name of every tensor, so that no program takes a mask for a weight
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Masks by parameter name, as the plain model names them.
+    """The masks of a model's linear weights, by parameter name as the plain model has it.
 
-    bits: uint8 (out, ceil(in / 8)), in host memory; transposed weights are masked as (out, in) too. widths: number of
-    inputs. about: how they were made (method, pattern, allocation), for people.
+    Args:
+        bits: one bit per entry, uint8 (out, ceil(in / 8)), in host memory. A set bit is an entry that stays. Weights
+            that are stored transposed are masked as (out, in) too.
+        widths: the number of inputs of each weight.
+        about: how they were made (method, pattern, allocation), for people.
     """
 
     bits: Mapping[str, Tensor]
@@ -37,7 +40,17 @@ class Masks:
 
     @classmethod
     def of(cls, model: nn.Module) -> Masks:
-        """Masks of what is not zero in the linears of a model's decoder layers. Raises UnsupportedModel."""
+        """Return the masks of what is not zero in the linear weights of a model's decoder layers.
+
+        Args:
+            model: a transformers or PEFT model, some of whose weights are zero.
+
+        Returns:
+            One mask per linear weight.
+
+        Raises:
+            UnsupportedModel: a weight holds several experts in one tensor.
+        """
         decoder, bits, widths = Decoder(model), dict[str, Tensor](), dict[str, int]()
         for weight in decoder.weights:
             stored = decoder.parameter(weight).detach()
@@ -49,32 +62,70 @@ class Masks:
         return cls(bits, widths)
 
     def sparsity(self) -> float:
-        """Share of the masked weights' entries that is zero, 0 to 1."""
+        """Return the share of the masked weights' entries that is zero.
+
+        Returns:
+            0 (all entries stay) to 1.
+        """
         kept = sum(int(unpack(mask, self.widths[name]).sum()) for name, mask in self.bits.items())
         return 1 - kept / sum(len(mask) * self.widths[name] for name, mask in self.bits.items())
 
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> None:
-        """Zero what is masked, in place, under adapters too. Raises ModelMismatch if the weights are others."""
+        """Set every masked entry to zero, in place, under adapters too.
+
+        Args:
+            model: the model that the masks are of.
+
+        Raises:
+            ModelMismatch: the model has other weights.
+            UnsupportedModel: a weight is quantised or sharded.
+        """
         for weight, mask in self._matched(model):
             ops.apply_mask_(weight, mask.to(weight.device))
 
     def check(self, model: nn.Module) -> None:
-        """Raises ModelMismatch unless the model has these weights, and every masked entry of them is zero."""
+        """Check that the model has these weights, and that every masked entry of them is zero.
+
+        Args:
+            model: the model that the masks are of.
+
+        Raises:
+            ModelMismatch: it has other weights, or a masked entry is not zero.
+            UnsupportedModel: a weight is quantised or sharded.
+        """
         for name, (weight, _) in zip(self.bits, self._matched(model), strict=True):
             self.check_weight(name, weight)
 
     def check_weight(self, name: str, weight: Tensor) -> None:
-        """Raises ModelMismatch unless every masked entry of this weight, (out, in), is zero."""
+        """Check that every masked entry of one weight is zero.
+
+        Args:
+            name: the parameter's name.
+            weight: its values, (out, in).
+
+        Raises:
+            ModelMismatch: the mask has another shape, or a masked entry is not zero.
+        """
         mask = self._fitting(name, tuple(weight.shape))
         if bool(weight.detach()[~unpack(mask.to(weight.device), weight.shape[1])].any()):
             raise ModelMismatch(f"{name} has entries that its mask has taken out")
 
     def of_layers(self, model: nn.Module, kept: Sequence[int]) -> Masks:
-        """Masks of the smaller model that only the decoder layers `kept` are left of, under their new numbers.
+        """Return the masks of a model that has lost layers, under the layers' new numbers.
 
-        A merge keeps to the masks of the layer that it adds to: zero has no sign, so nothing is added to it. A patch
-        does not. model: the model before or after the layers were removed. Raises ModelMismatch.
+        They hold after a merge: nothing is added to an entry that is zero, because zero has no sign. They do not hold
+        after a patch.
+
+        Args:
+            model: the model before or after the layers were removed.
+            kept: the layers that are left, by their old numbers, ascending.
+
+        Returns:
+            The masks of the layers that are left.
+
+        Raises:
+            ModelMismatch: the masks are another model's.
         """
         new = {f"{Decoder(model).path}.{old}.": f"{Decoder(model).path}.{i}." for i, old in enumerate(kept)}
         renamed = {}
@@ -88,7 +139,7 @@ class Masks:
         return Masks(bits, {renamed[name]: self.widths[name] for name in renamed}, self.about)
 
     def _fitting(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The bits of a weight of this shape, (out, in). Raises ModelMismatch if they are not."""
+        """Return the bits of a weight, (out, in). Raises ModelMismatch if they do not fit it."""
         mask = self.bits[name]
         if mask.dtype != torch.uint8 or mask.ndim != 2 or mask.shape[1] != -(-self.widths[name] // 8):
             raise ModelMismatch(f"{name}: its mask is {mask.dtype} of {tuple(mask.shape)}, not bits of its inputs")
@@ -97,7 +148,8 @@ class Masks:
         return mask
 
     def _matched(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        decoder, found = Decoder(model), list[tuple[Tensor, Tensor]]()
+        """Return every masked weight of the model, (out, in), with its bits."""
+        decoder, pairs = Decoder(model), list[tuple[Tensor, Tensor]]()
         weights = {decoder.path_of(weight): weight for weight in decoder.weights}
         for name in self.bits:
             if name not in weights:
@@ -106,21 +158,39 @@ class Masks:
             weight = stored.t() if weights[name].transposed else stored
             if is_packed(decoder.parameter(weights[name])) or is_sharded(decoder.parameter(weights[name])):
                 raise UnsupportedModel(f"{name} is quantised or sharded: masks apply to plain weights")
-            found.append((weight, self._fitting(name, tuple(weight.shape))))
-        return found
+            pairs.append((weight, self._fitting(name, tuple(weight.shape))))
+        return pairs
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one file, whole or not at all, with checksums. Raises InvalidArgument, CheckpointError.
+        """Write one file, atomically and with checksums.
 
-        Its content is safetensors. Give it another ending where it lies beside weights: servers read every file that
-        ends in .safetensors.
+        The content is safetensors. Give the file another ending where it lies beside weights: servers read every file
+        that ends in .safetensors.
+
+        Args:
+            path: the file.
+
+        Raises:
+            InvalidArgument: the folder does not exist.
+            CheckpointError: the file cannot be written.
         """
         tensors = {PREFIX + name: mask.contiguous() for name, mask in self.bits.items()}
         write_described(path, tensors, {"format": FORMAT, "widths": dict(self.widths), "about": dict(self.about)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
-        """Read what `save` wrote. Raises InvalidArgument if there is no file, CheckpointError if it is damaged."""
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The masks, in host memory.
+
+        Raises:
+            InvalidArgument: there is no such file.
+            CheckpointError: it is damaged.
+        """
         if not Path(path).is_file():
             raise InvalidArgument(f"masks file {str(path)!r} does not exist")
         prefixed, header = read_described(Path(path), "masks", FORMAT)

@@ -1,4 +1,4 @@
-"""Saving: an ordinary Hugging Face checkpoint, verified before it gets its name."""
+"""Save a model as an ordinary checkpoint, which is verified before it gets its name."""
 
 from __future__ import annotations
 
@@ -41,18 +41,37 @@ def save(
     group: Any = None,
     beside: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Write the model as safetensors with its config, verify it by reading it back, and only then name it `folder`.
+    """Write a model with its config, and name the folder only after reading it back.
 
-    Verified: the files describe a model with exactly these keys and shapes, and, where the model fits in memory a
-    second time, every tensor bit for bit, and the logits (of a sharded model not the logits). tokenizer: saved beside
-    it. plan: kept as gradpruner.json.
+    The weights are safetensors. It is verified that the files describe a model with exactly these keys and shapes.
+    Where the model fits in memory a second time, every tensor is compared bit for bit, and so are the logits, except
+    those of a sharded model. Whatever fails, the folder is as it was before.
 
-    In several processes all of them call it: the first one writes, the others wait for it. A model sharded by FSDP2
-    is gathered one tensor at a time into its host memory. group: False where the process of rank 0 saves alone. beside:
-    writes what else belongs into the folder that it is given, before that gets its name.
-    A field of the generation config that transformers reads and will not write is left out, and logged.
-    Raises InvalidArgument (adapters not merged, quantised weights, folder in use) or CheckpointError, in every process;
-    the folder is then as it was.
+    In several processes all of them call it: the first one writes, the others wait. A model sharded by FSDP2 is
+    gathered one tensor at a time into the first one's host memory. A field of the generation config that transformers
+    reads and refuses to write is left out and logged.
+
+    Args:
+        model: a transformers model without adapters and without quantised weights.
+        folder: the checkpoint folder to make.
+        tokenizer: saved beside the model. Default: none.
+        plan: the plan that the model was pruned by, saved as gradpruner.json. Default: none.
+        overwrite: replace the folder if it exists. Default False.
+        group: False where the process of rank 0 saves alone, None (default) where all processes call.
+        beside: gets the new folder before it has its name, and writes what else belongs into it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InvalidArgument: the model has adapters or quantised weights or is no transformers model, the folder exists,
+            or the processes name different folders. Every process raises it.
+        CheckpointError: it could not be written, or what was written is not the model. Every process raises it.
+
+    Example:
+        ```python
+        gradpruner.save(model, "small", tokenizer=tokenizer, plan=plan)
+        ```
     """
     base: Any = unwrap(model)
     if group not in (None, False):
@@ -77,9 +96,15 @@ def save(
 
 
 def plan_in(folder: Path, layers: int) -> Plan | None:
-    """The plan in a checkpoint folder whose model has so many decoder layers, None if there is none.
+    """Return the plan in a checkpoint folder, None if there is none.
 
-    Raises ModelMismatch if the plan leaves another number of layers, CheckpointError.
+    Args:
+        folder: the folder.
+        layers: how many decoder layers its model has.
+
+    Raises:
+        ModelMismatch: the plan leaves another number of layers.
+        CheckpointError: the plan is damaged.
     """
     path = folder / PLAN_FILE
     if not path.is_file():
@@ -94,16 +119,19 @@ def plan_in(folder: Path, layers: int) -> Plan | None:
 
 
 def _gathered(base: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
-    """The whole state dict in host memory, empty where it is not kept: a collective for each tensor in turn."""
-    found: dict[str, torch.Tensor] = {}
-    seen: dict[int, torch.Tensor] = {}  # tied weights stay one tensor
+    """Gather a sharded state dict into host memory, by one collective per tensor.
+
+    The result is empty in a process that does not keep it.
+    """
+    state: dict[str, torch.Tensor] = {}
+    gathered: dict[int, torch.Tensor] = {}  # by identity: tied weights stay one tensor
     for name, tensor in base.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            gathered = whole(tensor.detach())
-            seen[id(tensor)] = gathered.cpu() if keep else torch.empty(0)
+        if id(tensor) not in gathered:
+            full = whole(tensor.detach())
+            gathered[id(tensor)] = full.cpu() if keep else torch.empty(0)
         if keep:
-            found[name] = seen[id(tensor)]
-    return found
+            state[name] = gathered[id(tensor)]
+    return state
 
 
 def _write(
@@ -136,20 +164,24 @@ def _write(
 
 
 def drop_missing_code(folder: Path) -> None:
-    """Take out of config.json's auto_map the files of code that are not in the folder: nothing could load them."""
+    """Remove from config.json's auto_map code that is not in the folder to be loaded."""
     fields = read_json(folder / "config.json", "config")
-    named = fields.get("auto_map") or {}
-    # "owner/name--file.Class" is of another repository
-    found = {k: v for k, v in named.items() if "--" in str(v) or (folder / f"{str(v).split('.')[0]}.py").is_file()}
-    if found != named:
-        logger.warning(f"config.auto_map names code that does not come along: {sorted(named.keys() - found.keys())}")
-        rest = {name: value for name, value in fields.items() if name != "auto_map"}
-        write_json(folder / "config.json", rest | ({"auto_map": found} if found else {}))
+    classes = fields.get("auto_map") or {}
+    # "owner/name--file.Class" is code of another repository
+    present = {k: v for k, v in classes.items() if "--" in str(v) or (folder / f"{str(v).split('.')[0]}.py").is_file()}
+    if present != classes:
+        missing = sorted(classes.keys() - present.keys())
+        logger.warning(f"config.auto_map names code that does not come along: {missing}")
+        others = {name: value for name, value in fields.items() if name != "auto_map"}
+        write_json(folder / "config.json", others | ({"auto_map": present} if present else {}))
 
 
 @contextlib.contextmanager
 def _counting_what_is_there(base: Any) -> Iterator[None]:
-    """The model's config without the layers that it counts and the model does not have; as it was again outside."""
+    """Make the config count only layers that the model has, inside the block.
+
+    Layers beside the decoder, such as those for multi-token prediction, may be in the config and not in the model.
+    """
     gone = absent_counts(type(base), base.config)
     generation = getattr(base, "generation_config", None)
     drafts = getattr(generation, "use_mtp", None)
@@ -168,9 +200,15 @@ def _counting_what_is_there(base: Any) -> Iterator[None]:
 
 
 def verify(model: nn.Module, folder: str | os.PathLike[str], state: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Raises CheckpointError unless the stock class loads `folder` as exactly `model`.
+    """Check that transformers loads a folder as exactly this model.
 
-    state: the state dict of a model whose own is sharded; its logits are then not asked for.
+    Args:
+        model: the model that was saved.
+        folder: where it was saved.
+        state: the gathered state dict of a sharded model. Its logits are not compared then.
+
+    Raises:
+        CheckpointError: it does not: keys, shapes, values or logits differ.
     """
     kind: Any = type(model)
     expected = model.state_dict() if state is None else state
@@ -214,13 +252,24 @@ def verify(model: nn.Module, folder: str | os.PathLike[str], state: Mapping[str,
 
 
 def _same(reloaded: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Bit for bit; a model of mixed dtypes reloads in one, so then as rounded to it."""
+    """Return whether two tensors are equal bit for bit.
+
+    A model of mixed dtypes reloads in one dtype. Its tensors are then compared as rounded to that.
+    """
     a, b = reloaded.cpu().contiguous(), tensor.detach().cpu().to(reloaded.dtype).contiguous()
     return a.numel() == 0 or torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
 def check_loaded(model: nn.Module, info: Mapping[str, Any]) -> None:
-    """Raises CheckpointError if transformers' loading info says that a checkpoint and `model` do not match."""
+    """Check that a checkpoint and a model have the same tensors.
+
+    Args:
+        model: the model.
+        info: what transformers says of the loading, by `output_loading_info`.
+
+    Raises:
+        CheckpointError: a tensor is missing, too many, or of another shape.
+    """
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())  # in this model, not in its class
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         names = [name for name in info.get(what, ()) if name not in tied]
@@ -230,7 +279,10 @@ def check_loaded(model: nn.Module, info: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Saving and reading back are steps of ours: no progress bars of transformers'."""
+    """Switch off the progress bars of transformers, inside the block.
+
+    They would show loading that the user did not ask for.
+    """
     was = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

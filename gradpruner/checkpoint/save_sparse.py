@@ -14,7 +14,7 @@ from gradpruner.checkpoint.stored_model import StoredModel
 from gradpruner.errors import ModelMismatch, UnsupportedModel
 from gradpruner.plan import Plan
 
-# its content is safetensors, but its name is not: servers take every *.safetensors, *.bin and *.pt for weights
+# the content is safetensors and the ending is not: servers take every *.safetensors, *.bin and *.pt for weights
 MASKS = "gradpruner.masks"
 
 
@@ -27,9 +27,23 @@ def save_sparse(
     plan: Plan | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """`gradpruner.save`, and the masks in the folder; first that the model keeps to them.
+    """Save a sparse model with `gradpruner.save`, its masks in the same folder.
 
-    Raises ModelMismatch where a masked entry is not zero, InvalidArgument, CheckpointError; nothing is then written.
+    Args:
+        model: a transformers model whose masked entries are zero.
+        masks: which entries stay.
+        folder: see `save`.
+        tokenizer: see `save`.
+        plan: see `save`.
+        overwrite: see `save`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelMismatch: a masked entry is not zero. Nothing is written then.
+        InvalidArgument: see `save`.
+        CheckpointError: see `save`.
     """
     masks.check(model)
     return save(
@@ -43,15 +57,21 @@ def save_sparse(
 
 
 def check_stored(stored: StoredModel, masks: Masks) -> None:
-    """`Masks.check` of a checkpoint folder, with one weight in memory at a time.
+    """Check that a checkpoint folder keeps to its masks, with one weight in memory at a time.
 
-    Raises ModelMismatch, UnsupportedModel (a masked weight is stored in several tensors).
+    Args:
+        stored: the folder.
+        masks: which entries stay.
+
+    Raises:
+        ModelMismatch: a masked entry is not zero, or the masks are another model's.
+        UnsupportedModel: a masked weight is stored in several tensors.
     """
     weights = {stored.decoder.path_of(weight): weight for weight in stored.decoder.weights}
     for name in masks.bits:
         if name not in weights:
             raise ModelMismatch(f"the model has no weight {name!r}; the masks are another model's")
-        tensor = stored.whole.get(stored.parameter_name(weights[name]))
+        tensor = stored.one_to_one.get(stored.parameter_name(weights[name]))
         if tensor is None:
             raise UnsupportedModel(f"{name!r} has a mask, and is stored in another form than the model has it")
         masks.check_weight(name, tensor.read().t() if weights[name].transposed else tensor.read())

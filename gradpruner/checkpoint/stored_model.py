@@ -1,7 +1,9 @@
-"""A checkpoint folder as the stock class would load it, without its values: which stored tensor becomes what."""
+"""Which stored tensor of a checkpoint folder becomes what, once transformers loads it."""
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -27,10 +29,13 @@ MOST_WITHOUT_TENSORS = 1000  # layers; those that share everything have no tenso
 
 @dataclass(frozen=True)
 class Role:
-    """What transformers makes of one stored tensor: the parameter it goes into, and whether it is only a part of it.
+    """What transformers makes of one stored tensor.
 
-    converter: the transformation that it goes through, None where it becomes the parameter as it is; pattern: the
-    one of its sources that the tensor is.
+    Args:
+        parameter: name of the parameter that it goes into.
+        converter: the transformers conversion that it goes through with others. None where it becomes the parameter
+            as it is.
+        pattern: the one of the converter's source patterns that the tensor's name matches.
     """
 
     parameter: str
@@ -39,12 +44,29 @@ class Role:
 
 
 class StoredModel:
-    """The model of a folder of safetensors, built by the stock class on the meta device, and its tensors.
+    """The model of a checkpoint folder, without values, and the tensors that are stored.
 
-    tensors: the stored ones that the model uses, by the name they are stored under; unused: the names of the others;
-    roles: what becomes of each that is used.
-    Raises InvalidArgument (no such folder or config), CheckpointError (damaged, not all of the model is there, or a
-    symbolic link leads out of the folder), UnsupportedModel (quantised, or holding adapters).
+    The model is built by its transformers class on the meta device.
+
+    Attributes:
+        folder: the folder.
+        config: its transformers configuration.
+        model: the model, on the meta device.
+        decoder: the decoder layers of the model.
+        stored: every tensor in the folder, by the name it is stored under.
+        tensors: those that the model uses.
+        unused: the names of the others.
+        roles: what becomes of each tensor that is used.
+        one_to_one: the tensors that become a parameter as they are, by the parameter's name.
+
+    Args:
+        folder: a checkpoint folder.
+        trust_remote_code: run Python code from the folder, if the model's class is in it. Default False.
+
+    Raises:
+        InvalidArgument: there is no such folder, or no config.json in it.
+        CheckpointError: the folder is damaged, a part of the model is missing, or a symbolic link leads out of it.
+        UnsupportedModel: the model is quantised, holds adapters, or has a parameter that two tensors are stored for.
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
@@ -53,57 +75,63 @@ class StoredModel:
         check_links(folder)
         if (folder / "adapter_config.json").exists():
             raise UnsupportedModel(f"{folder} holds adapters: merge them into the model and save it first")
-        self.config = config_of(folder, trust_remote_code)
+        self.folder, self.config = folder, config_of(folder, trust_remote_code)
         quantised = quantisation_of(self.config)
         if quantised is not None:
             raise UnsupportedModel(f"{folder} is quantised, stored in {quantised}: {WANTED}")
-        stored = read_folder(folder)
-        count = max((count for _, count in layer_counts(self.config)), default=0)
-        if count > max(len(stored), MOST_WITHOUT_TENSORS):  # before so many are built
-            raise CheckpointError(f"{folder}: config.json says {count} decoder layers; it holds {len(stored)} tensors")
-        _check_head_sizes(folder, self.config, stored)
+        self.stored = read_folder(folder)
+        _check_sizes(folder, self.config, self.stored)
         kind = _class_of(folder, self.config, trust_remote_code)
         self.model: Any
-        self.model, info = load_empty(kind, self.config, stored)
+        self.model, info = load_empty(kind, self.config, self.stored)
         # what the model has no place for stays behind, as it does when the model is loaded and saved
         check_loaded(self.model, {**info, "unexpected_keys": ()})
         self.decoder = Decoder(self.model)
         parameters = self.model.state_dict()
         self._dtypes = {name: tensor.dtype for name, tensor in parameters.items()}
-        roles = {name: _role(self.model, name, parameters) for name in stored}
+        roles = {name: _role(self.model, name, parameters) for name in self.stored}
         self.roles = {name: role for name, role in roles.items() if role.parameter in parameters}
-        self.tensors = {name: stored[name] for name in self.roles}
-        self.unused = sorted(stored.keys() - self.roles.keys())
-        self.whole: dict[str, TensorInFile] = {}
-        self._parts: dict[str, list[tuple[Role, TensorInFile]]] = {}
+        self.tensors = {name: self.stored[name] for name in self.roles}
+        self.unused = sorted(self.stored.keys() - self.roles.keys())
+        self.one_to_one: dict[str, TensorInFile] = {}
+        self._made_of: dict[str, list[tuple[Role, TensorInFile]]] = {}  # parameters of several stored tensors
         for name, role in self.roles.items():
             if role.converter is not None:
-                self._parts.setdefault(role.parameter, []).append((role, stored[name]))
-            elif role.parameter in self.whole:
-                other = self.whole[role.parameter].name
+                self._made_of.setdefault(role.parameter, []).append((role, self.stored[name]))
+            elif role.parameter in self.one_to_one:
+                other = self.one_to_one[role.parameter].name
                 raise UnsupportedModel(f"{name!r} and {other!r} are both stored for {role.parameter!r}: {IN_MEMORY}")
             else:
-                self.whole[role.parameter] = stored[name]
+                self.one_to_one[role.parameter] = self.stored[name]
 
     def loaded_dtype(self, name: str) -> torch.dtype:
-        """The dtype that a stored tensor has once it is loaded: that of the model, where it holds fractions."""
+        """Return the dtype that a stored tensor has once it is loaded.
+
+        Floating-point tensors are loaded in the dtype of the model, others as they are stored.
+        """
         stored, loaded = self.tensors[name].dtype, self._dtypes[self.roles[name].parameter]
         return loaded if stored.is_floating_point and loaded.is_floating_point else stored
 
     def parameter_name(self, weight: Weight) -> str:
-        """The name in the model of a linear weight of the decoder."""
+        """Return the name in the model of a linear weight of the decoder."""
         return self.decoder.path_of(weight)
 
     def layer_of(self, name: str) -> int | None:
-        """The decoder layer that a stored tensor goes into, None for one outside the layers."""
+        """Return the decoder layer that a stored tensor goes into, None for one outside the layers."""
         parameter, head = self.roles[name].parameter, f"{self.decoder.path}."
         return int(parameter.removeprefix(head).split(".")[0]) if parameter.startswith(head) else None
 
     def renamed(self, name: str, layer: int | None) -> str:
-        """The name to store a tensor under when its decoder layer has become `layer` (None: it is in none).
+        """Return the name to store a tensor under once its decoder layer has another number.
 
         A name that lacks only the prefix of the base model gets it, as it does when the model is loaded and saved.
-        Raises UnsupportedModel where the name does not say the layer.
+
+        Args:
+            name: the name that it is stored under now.
+            layer: the new number of its layer, None for a tensor outside the layers.
+
+        Raises:
+            UnsupportedModel: the name does not say the layer.
         """
         role, old, path = self.roles[name], self.layer_of(name), self.decoder.path
         prefix = f"{self.model.base_model_prefix}."
@@ -118,20 +146,27 @@ class StoredModel:
         return f"{matches[0][1]}{layer}{matches[0][3]}"
 
     def samples(self, weight: Weight) -> Tensor:
-        """The values at `sample_positions` of a linear weight as loading would store them, read from the files."""
+        """Return the values at `sample_positions` of a linear weight, as loading would.
+
+        They are read from the files.
+
+        Raises:
+            UnsupportedModel: the weight is made of stored tensors in a way that is not known here.
+        """
         name, dtype = self.parameter_name(weight), self.decoder.parameter(weight).dtype
         positions = sample_positions(math.prod(weight.shape))
-        if name in self.whole:
-            return self.whole[name].read_entries(positions).to(dtype)
-        places = [self._place(name, weight.shape, position) for position in positions]
-        return torch.cat([stored.read_entries([position]).to(dtype) for stored, position in places])
+        if name in self.one_to_one:
+            return self.one_to_one[name].read_entries(positions).to(dtype)
+        entries = [self._locate_entry(name, weight.shape, position) for position in positions]
+        return torch.cat([stored.read_entries([position]).to(dtype) for stored, position in entries])
 
-    def _place(self, name: str, shape: tuple[int, ...], position: int) -> tuple[TensorInFile, int]:
-        """Where an entry of an expert weight is stored, one matrix an expert, or several to be put one below another.
+    def _locate_entry(self, name: str, shape: tuple[int, ...], position: int) -> tuple[TensorInFile, int]:
+        """Return the stored tensor that holds an entry of an expert weight, and the position.
 
+        Each expert is stored as one matrix, or as several that are put one below another.
         Raises UnsupportedModel for any other way of making the parameter out of what is stored.
         """
-        stacks = _stacks(self._parts.get(name, []))
+        stacks = _stacks(self._made_of.get(name, []))
         experts, rows, columns = shape if len(shape) == 3 else (0, 0, 0)
         heights = [stack[0].shape[0] for stack in stacks]
         fits = all(
@@ -141,21 +176,22 @@ class StoredModel:
             raise UnsupportedModel(f"{name!r} is stored in another form than the model has it: {IN_MEMORY}")
         expert, rest = divmod(position, rows * columns)
         row, column = divmod(rest, columns)
-        for stack, height in zip(stacks, heights, strict=True):
-            if row < height:
-                return stack[expert], row * columns + column
-            row -= height
-        raise AssertionError("a row below the last")
+        first_rows = [0, *itertools.accumulate(heights[:-1])]
+        part = bisect.bisect_right(first_rows, row) - 1
+        return stacks[part][expert], (row - first_rows[part]) * columns + column
 
 
 def _stacks(parts: list[tuple[Role, TensorInFile]]) -> list[list[TensorInFile]]:
-    """Matrices by source, then expert, if that is all that is done to them; else nothing."""
+    """Return the stored matrices by source pattern, then by expert.
+
+    The result is empty if more is done to them than to stack them.
+    """
     converter = parts[0][0].converter if parts else None
     if converter is None:
         return []
     sources = converter.source_patterns
-    done = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
-    if done != [("MergeModulelist", 0), ("Concatenate", 1)][: 1 if len(sources) == 1 else 2]:
+    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
+    if steps != [("MergeModulelist", 0), ("Concatenate", 1)][: 1 if len(sources) == 1 else 2]:
         return []
     stacks: list[list[TensorInFile]] = [[] for _ in sources]
     for role, stored in parts:
@@ -166,7 +202,7 @@ def _stacks(parts: list[tuple[Role, TensorInFile]]) -> list[list[TensorInFile]]:
 
 
 def _role(model: Any, name: str, parameters: dict[str, Tensor]) -> Role:
-    """As transformers decides it on loading."""
+    """Return what transformers would make of a stored tensor on loading."""
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
     used = model._weight_conversions or []
@@ -182,10 +218,20 @@ def _role(model: Any, name: str, parameters: dict[str, Tensor]) -> Role:
 
 
 def load_empty(kind: Any, config: Any, stored: Mapping[str, TensorInFile]) -> tuple[Any, dict[str, Any]]:
-    """The stock class's model of these stored tensors on the meta device, and transformers' loading info.
+    """Build the model of these stored tensors on the meta device.
 
-    The names, shapes and dtypes of the tensors are given to it, not the files: it would map all of them at once.
-    Raises CheckpointError.
+    The class gets the names, shapes and dtypes of the tensors and not the files: it would map all of them at once.
+
+    Args:
+        kind: the transformers class.
+        config: its configuration.
+        stored: the tensors, by the name they are stored under.
+
+    Returns:
+        The model, and transformers' loading info.
+
+    Raises:
+        CheckpointError: transformers cannot load it.
     """
     # in the order in which transformers reads them: without a dtype in the config the first tensor's is that of all
     ordered = sorted(stored.items(), key=lambda item: (item[1].file.name, item[0]))
@@ -204,8 +250,15 @@ def load_empty(kind: Any, config: Any, stored: Mapping[str, TensorInFile]) -> tu
         raise CheckpointError(f"the checkpoint does not load: {error}") from error
 
 
-def _check_head_sizes(folder: Path, config: Any, stored: Mapping[str, TensorInFile]) -> None:
-    """Raises CheckpointError where a head is wider than any stored tensor: its table of angles may take gigabytes."""
+def _check_sizes(folder: Path, config: Any, stored: Mapping[str, TensorInFile]) -> None:
+    """Raise CheckpointError if the config names sizes that no stored tensor bears out.
+
+    This comes before the model is built: a damaged number may cost gigabytes.
+    """
+    count = max((count for _, count in layer_counts(config)), default=0)
+    if count > max(len(stored), MOST_WITHOUT_TENSORS):
+        raise CheckpointError(f"{folder}: config.json says {count} decoder layers; it holds {len(stored)} tensors")
+    # the table of angles of rotary positions is as wide as a head
     widest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
     for name, value in vars(text_config(config)).items():
         if name.endswith("head_dim") and type(value) is int and value > widest:
@@ -215,7 +268,15 @@ def _check_head_sizes(folder: Path, config: Any, stored: Mapping[str, TensorInFi
 
 
 def config_of(folder: Path, trust_remote_code: bool) -> Any:
-    """The folder's transformers configuration. Raises InvalidArgument."""
+    """Return a checkpoint folder's transformers configuration.
+
+    Args:
+        folder: the folder.
+        trust_remote_code: run Python code from the folder, if the config class is in it.
+
+    Raises:
+        InvalidArgument: transformers cannot read it.
+    """
     from transformers import AutoConfig  # slow to import
 
     with refusing("model", str(folder), {}):

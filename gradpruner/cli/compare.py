@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from typing import Any
 
 from gradpruner.cli import options as given
 from gradpruner.compare.sensitivity_factors import FACTORS
 from gradpruner.methods.names import METHOD_NAMES
-
-logger = logging.getLogger(__name__)
 
 
 def add_compare(commands: Any) -> None:
@@ -67,8 +64,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.compare.experiment import Compare, work_in_processes
+    from gradpruner.compare.experiment import Compare
     from gradpruner.compare.outputs import write
+    from gradpruner.compare.processes import work_in_processes
     from gradpruner.compare.sensitivity import variants
     from gradpruner.run.job import Job
 
@@ -84,15 +82,15 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
         ratios=[options.ratio],
         seeds=options.seeds,
         methods=list(dict.fromkeys(row["method"] for row in rows)),
-        say=logger.info,
     )
     work_in_processes(comparison, options.processes)
     return write(comparison, costs=False, sensitivity=rows)
 
 
 def _compare(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.compare.experiment import Compare, work_in_processes
+    from gradpruner.compare.experiment import Compare
     from gradpruner.compare.outputs import write
+    from gradpruner.compare.processes import work_in_processes
     from gradpruner.run.job import Job
 
     train_examples, test_examples = given.split(options)
@@ -104,7 +102,6 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
         methods=options.methods,
         ratios=options.ratios,
         seeds=options.seeds,
-        say=logger.info,
     )
     work_in_processes(comparison, options.processes)
     return write(comparison, costs=not options.no_costs)

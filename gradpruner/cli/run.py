@@ -130,7 +130,7 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
         from gradpruner.compare.outputs import rewrite
 
         return {**rewrite(folder), "failed": None}  # the report is written; what it says is no failure of this command
-    from gradpruner.run.run import write_report
+    from gradpruner.run.page import write_report
 
     path = write_report(folder)
     return {"json": {"report": str(path)}, "line": str(path)}

@@ -1,30 +1,38 @@
-"""What the results of a comparison say: means and spreads, who is ahead of whom, and all of it in one sentence."""
+"""What the results of a comparison say: means, spreads, standings and one sentence."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from gradpruner.compare.bootstrap import Difference, Standing
 from gradpruner.compare.results import Cost, Result
 from gradpruner.errors import InvalidArgument
+from gradpruner.report.numbers import percent
 
 DENSE, DEFAULT = "dense", "gradpruner"
-USUAL_RATIO = 0.4  # of the layers; the source's, and where its costs were measured (P)
-Standing = Literal["ahead", "level", "behind"]
+USUAL_RATIO = 0.4  # of the layers: the paper's, at which it measured its costs
+Differences = Mapping[tuple[str, int], Difference]  # by method and number of removed layers
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of merit: its field of a `Result`, its name, how many digits of it are worth showing."""
+    """A measure of quality.
+
+    Args:
+        field: its field of a `Result`.
+        name: what people call it.
+        digits: digits after the point that are worth showing.
+    """
 
     field: str
     name: str
     digits: int
 
     def shown(self, value: float) -> str:
-        """The value as text."""
+        """Return a value as text."""
         return f"{value:.{self.digits}f}"
 
 
@@ -34,7 +42,15 @@ METRICS = (EXACT_MATCH, Metric("macro_f1", "macro F1", 3), Metric("perplexity", 
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over the seeds; `deviation` is the sample's, None with one seed."""
+    """A figure over the seeds.
+
+    Args:
+        mean: the mean.
+        low: the lowest value.
+        high: the highest value.
+        deviation: standard deviation of the sample, None with one seed.
+        seeds: how many values there are.
+    """
 
     mean: float
     low: float
@@ -44,22 +60,15 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """The default method minus another, in exact match, with its 95 % interval."""
-
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def standing(self) -> Standing:
-        """Where the default method stands; "level" if the interval holds zero."""
-        return "ahead" if self.low > 0 else "behind" if self.high < 0 else "level"
-
-
-@dataclass(frozen=True)
 class Measure:
-    """A cost: its field of a `Cost`, its name, its unit, and what share of dense the source reports for it (P)."""
+    """A cost.
+
+    Args:
+        field: its field of a `Cost`.
+        name: what people call it.
+        unit: its unit.
+        paper: the share of the dense model's cost that the paper reports, None where it reports none.
+    """
 
     field: str
     name: str
@@ -80,13 +89,21 @@ MEASURES = (
 class Comparison:
     """Results by method and number of removed layers.
 
-    main: the number of removed layers that was tried with the most seeds; of several, the planned one, then the one
-    nearest to 40 %. default: "gradpruner", or the first method where it was not run. metric: the first there is.
-    Raises InvalidArgument without a pruned model, or where a run occurs twice.
+    Its `default` is "gradpruner", or the first method where that was not run. Its `main` is the number of removed
+    layers that everything is told at: the one that the default was run with the most seeds at. Of several, it is the
+    planned one, then the one nearest to 40 % of the layers. Its `metric` is the first of `METRICS` that was measured.
+
+    Args:
+        results: one per run.
+        differences: the default method minus another one, in exact match, by method and number of removed layers.
+        planned: the number of layers that a plan removes, if there is a plan to show.
+
+    Raises:
+        InvalidArgument: no pruned model is among the results, or a run occurs twice.
     """
 
     def __init__(
-        self, results: Sequence[Result], differences: Sequence[Mapping[str, Any]] = (), planned: int | None = None
+        self, results: Sequence[Result], differences: Differences | None = None, planned: int | None = None
     ) -> None:
         self.groups: dict[tuple[str, int], list[Result]] = {}
         for result in results:
@@ -106,62 +123,91 @@ class Comparison:
             key=lambda count: (
                 len(self.groups[self.default, count]),
                 count == planned,
-                -round(abs(self.ratio(count) - USUAL_RATIO), 6),  # of two as near, the fewer
+                -round(abs(self.ratio(count) - USUAL_RATIO), 6),  # of two that are as near, the smaller number
             ),
         )
         self.layers = self.at(self.default)[0].layers + self.main
         self.metric = next((m for m in METRICS if any(getattr(r, m.field) is not None for r in results)), EXACT_MATCH)
-        self.differences = {
-            (row["method"], row["count"]): Difference(row["difference"], row["low"], row["high"]) for row in differences
-        }
+        self.differences = dict(differences or {})
 
     def counts(self, method: str) -> list[int]:
-        """The numbers of removed layers that the method was run with, ascending."""
+        """Return the numbers of removed layers that the method was run with, ascending."""
         return sorted(count for name, count in self.groups if name == method)
 
     def at(self, method: str, count: int | None = None) -> list[Result]:
-        """The runs with so many layers removed: the main number, for the dense model none, unless told."""
+        """Return the runs of a method with one number of removed layers.
+
+        Args:
+            method: the method's name, or "dense".
+            count: the number of removed layers. Default: the main one, for the dense model 0.
+        """
         if count is None:
             count = 0 if method == DENSE else self.main
         return self.groups.get((method, count), [])
 
     def ratio(self, count: int) -> float:
-        """The share of the layers that so many removed ones are."""
+        """Return the share of the layers that so many removed ones are."""
         return next(runs[0].ratio for (_, removed), runs in self.groups.items() if removed == count)
 
     def spread(self, method: str, count: int | None = None, metric: Metric | None = None) -> Spread | None:
-        """A metric over the seeds, at the main number unless told; None where it was not measured."""
+        """Return a metric over the seeds, None where it was not measured.
+
+        Args:
+            method: the method's name, or "dense".
+            count: the number of removed layers, as for `at`.
+            metric: default the comparison's own.
+        """
         field = (metric or self.metric).field
         return spread(getattr(run, field) for run in self.at(method, count))
 
     def dense_beside(self, method: str, count: int | None = None) -> Spread | None:
-        """The dense model's metric over the seeds that these runs have; over all, where it has none of these."""
+        """Return the dense model's metric over the seeds of a method's runs.
+
+        It is over all seeds where the two have none in common.
+
+        Args:
+            method: the method whose runs are compared with the dense model.
+            count: the number of removed layers, as for `at`.
+        """
         seeds, field = {run.seed for run in self.at(method, count)}, self.metric.field
         alike = [run for run in self.at(DENSE) if run.seed in seeds]
         return spread(getattr(run, field) for run in alike or self.at(DENSE))
 
     def relative(self, method: str, count: int | None = None) -> float | None:
-        """How far the metric's mean is from the dense model's with the same seeds, as a share of that."""
+        """Return the relative change of the metric's mean from the dense model's.
+
+        Both means are over the same seeds.
+
+        Args:
+            method: the method's name.
+            count: the number of removed layers, as for `at`.
+
+        Returns:
+            −0.025 where the method lost 2.5 %. None where one of the two was not measured.
+        """
         here, dense = self.spread(method, count), self.dense_beside(method, count)
         return here.mean / dense.mean - 1 if here and dense and dense.mean else None
 
     def difference(self, method: str) -> Difference | None:
-        """The default method minus this one at the main number, where it was computed."""
+        """Return the default method minus this one at the main number, if it was computed."""
         return self.differences.get((method, self.main))
 
     def best_first(self) -> list[str]:
-        """The methods that were scored at the main number."""
-        means = {name: each.mean for name in self.methods if (each := self.spread(name))}
+        """Return the methods that were scored at the main number, the best first."""
+        means = {name: scores.mean for name in self.methods if (scores := self.spread(name))}
         return sorted(means, key=lambda name: means[name], reverse=self.metric.field != "perplexity")
 
     def others(self, variants: bool) -> list[str]:
-        """What else was run at the main number: the default's own variants ("gradpruner:merge=0"), or the others."""
+        """Return what else was run at the main number: variants, or the other methods.
+
+        A variant is the default method with another setting, such as "gradpruner:merge=0".
+        """
         prefix = f"{self.default}:"
         return [name for name in self.methods[1:] if self.at(name) and name.startswith(prefix) == variants]
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """Mean, extremes and deviation of what is not None."""
+    """Return mean, extremes and deviation of the values that are not None, if there are any."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -170,22 +216,37 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 
 def cost_shares(costs: Sequence[Cost], count: int) -> dict[Measure, float]:
-    """What a model with so many layers removed costs, as shares of the dense one's costs; {} where unknown."""
+    """Return what a model with layers removed costs, as shares of the dense model's costs.
+
+    Args:
+        costs: what was measured, one per number of removed layers.
+        count: the number of removed layers.
+
+    Returns:
+        A share per measure; nothing where the costs of the dense or of this model are not known.
+    """
     by_count = {cost.count: cost for cost in costs}
     dense, pruned = by_count.get(0), by_count.get(count)
     if dense is None or pruned is None or count == 0:
         return {}
-    both = {measure: (getattr(pruned, measure.field), getattr(dense, measure.field)) for measure in MEASURES}
-    return {measure: part / whole for measure, (part, whole) in both.items() if whole}
+    pairs = {measure: (getattr(pruned, measure.field), getattr(dense, measure.field)) for measure in MEASURES}
+    return {measure: part / whole for measure, (part, whole) in pairs.items() if whole}
 
 
 def near_paper(comparison: Comparison) -> bool:
-    """Whether the main number of layers is about the share of them that the source measured costs at."""
+    """Return whether the main number is near the share at which the paper measured costs."""
     return abs(comparison.ratio(comparison.main) - USUAL_RATIO) <= 0.05
 
 
 def headline(comparison: Comparison, costs: Sequence[Cost] = ()) -> str:
-    """The outcome at the main number of removed layers, in one sentence that claims no more than the intervals do."""
+    """Return the outcome at the main number of removed layers, in one sentence.
+
+    The sentence claims no more than the intervals of the differences do.
+
+    Args:
+        comparison: the results.
+        costs: what was measured of the models' costs.
+    """
     removed = f"With {comparison.main} of {comparison.layers} layers removed, {comparison.default}"
     sentence = f"{removed} {_kept(comparison)}{_standings(comparison)}"
     share = cost_shares(costs, comparison.main).get(MEASURES[0])
@@ -194,51 +255,44 @@ def headline(comparison: Comparison, costs: Sequence[Cost] = ()) -> str:
     return f"{sentence}."
 
 
-def share_text(share: float) -> str:
-    """A share as text: "40 %"."""
-    return f"{share * 100:.0f} %"
-
-
-def percent(share: float) -> str:
-    """A change as text, with its sign: "−2.5 %"."""
-    return f"{signed(share * 100, 1)} %"
-
-
-def signed(value: float, digits: int) -> str:
-    """A number with its sign, a true minus; none for zero."""
-    text = f"{value:+.{digits}f}".replace("-", "−")
-    return text[1:] if float(text[1:]) == 0 else text
-
-
 def _kept(comparison: Comparison) -> str:
     metric = comparison.metric
     here, dense = comparison.spread(comparison.default), comparison.dense_beside(comparison.default)
     if here is None:
         return "was not scored"
-    mine = metric.shown(here.mean)
+    score = metric.shown(here.mean)
     change = comparison.relative(comparison.default)
     if dense is None or change is None:
-        return f"reaches {mine} {metric.name}"
+        return f"reaches {score} {metric.name}"
     if metric.field != "perplexity" and change <= 0:
-        return f"keeps {mine} of {metric.shown(dense.mean)} {metric.name} ({percent(change)})"
-    return f"reaches {mine} {metric.name}, the dense model {metric.shown(dense.mean)} ({percent(change)})"
+        return f"keeps {score} of {metric.shown(dense.mean)} {metric.name} ({percent(change)})"
+    return f"reaches {score} {metric.name}, the dense model {metric.shown(dense.mean)} ({percent(change)})"
 
 
 def _standings(comparison: Comparison) -> str:
-    """Whom the default method is ahead of, level with, behind; a variant of its own counts only where it is better."""
+    """Return whom the default method is ahead of, level with and behind.
+
+    A variant of the default is named only where it is better.
+    """
     others = comparison.others(variants=False)
-    found: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": [], "without an interval against": []}
-    words = {"ahead": "ahead of", "level": "level with", "behind": "behind", None: "without an interval against"}
+    words: dict[Standing | None, str] = {
+        "ahead": "ahead of",
+        "level": "level with",
+        "behind": "behind",
+        None: "without an interval against",
+    }
+    names: dict[str, list[str]] = {word: [] for word in words.values()}
     for name in others:
         difference = comparison.difference(name)
-        found[words[difference.standing if difference else None]].append(name)
-    order = list(found) if found["ahead of"] else ["behind", "level with", "without an interval against"]
-    clauses = [f"{word} {_named(found[word], len(others), word != 'ahead of')}" for word in order if found[word]]
-    if not found["ahead of"] and (found["behind"] or found["level with"]):
+        names[words[difference.standing if difference else None]].append(name)
+    order = list(names) if names["ahead of"] else ["behind", "level with", "without an interval against"]
+    clauses = [f"{word} {_named(names[word], len(others), word != 'ahead of')}" for word in order if names[word]]
+    if not names["ahead of"] and (names["behind"] or names["level with"]):
         clauses.append("ahead of none")
     better = [name for name in comparison.others(variants=True) if _is_behind(comparison, name)]
     if better:
-        clauses.append(f"behind its own variant{'s' * (len(better) > 1)} {', '.join(better)}")
+        plural = "s" if len(better) > 1 else ""
+        clauses.append(f"behind its own variant{plural} {', '.join(better)}")
     return "".join(f", {clause}" for clause in clauses)
 
 
@@ -248,7 +302,7 @@ def _is_behind(comparison: Comparison, name: str) -> bool:
 
 
 def _named(names: Sequence[str], total: int, by_name: bool) -> str:
-    """Few names as they are, where the sentence bears them; many as a count."""
+    """Return few names as they are, where the sentence bears them, and many as a count."""
     if total == 1 or (by_name and len(names) <= 2):
         return " and ".join(names)
     return f"{len(names)} of {total} other methods"

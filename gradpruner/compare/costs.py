@@ -1,4 +1,4 @@
-"""What a model of so many layers costs to train and to serve: time, peak memory, bytes, operations."""
+"""Measure what a model costs to train and to serve: time, memory, bytes, operations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gradpruner.training.evaluate import generation_speed
 from gradpruner.training.finetune import add_adapters, finish, train
 from gradpruner.training.recipe import Recipe, Row
 
-STEPS, NEW_TOKENS = 8, 64
+STEPS, NEW_TOKENS = 8, 64  # optimizer steps that are timed, tokens that are generated
 
 
 def measure(
@@ -41,34 +41,47 @@ def measure(
     rank_factor: int = 1,
     rounds: int = 3,
 ) -> list[Cost]:
-    """Costs of the model cut by each plan (None: dense), every one in processes of its own, in turns.
+    """Measure the costs of the model cut by each plan, in processes of their own, in turns.
 
-    Each model, the dense one too, is first written as a checkpoint into a temporary folder in `beside`, by a process of
-    its own; those that measure load that and nothing else, so a pruned model's memory holds no page of the dense one.
+    Each model, the dense one too, is first written as a checkpoint into a temporary folder, by a process of its own.
+    The processes that measure load that and nothing else, so a pruned model's memory holds no page of the dense one.
     All of these checkpoints are on the disk together until the end.
 
-    Seconds are medians; peaks are what was held beyond the process before the model came; generation is of 64 tokens,
-    greedily, one sequence; operations: see `training_operations`, of one training step.
-    rank_factor: of the adapters of what is cut, see `Preset`. loading: arguments of `load_model`. rows: in order,
-    those of at least 8 steps. A plan's merging is left out: it changes values, which cost nothing.
-    Raises InvalidArgument where the disk has no room for a checkpoint.
+    Seconds are medians over the rounds. Peaks are what a process held beyond what it had before the model came.
+    Generation is greedy, of one sequence and 64 tokens. Operations are those of `training_operations`, of one step.
+
+    Args:
+        loading: arguments of `load_model`.
+        plans: which layers are removed, None for the dense model. Merging is left out: it changes values, and values
+            cost nothing.
+        rows: training rows in order, those of at least 8 steps.
+        recipe: how the dense model is trained.
+        beside: existing folder that the temporary one is made in.
+        rank_factor: widens the adapters of a cut model, see `Preset`. Default 1.
+        rounds: how often each model is measured. Default 3.
+
+    Returns:
+        One `Cost` per plan, in their order.
+
+    Raises:
+        InvalidArgument: the disk has no room for a checkpoint.
     """
-    found: list[list[Cost]] = [[] for _ in plans]
-    dropped = [None if plan is None else Plan(plan.layers, plan.removed) for plan in plans]
+    costs: list[list[Cost]] = [[] for _ in plans]
+    without_merging = [None if plan is None else Plan(plan.layers, plan.removed) for plan in plans]
     with (
         tempfile.TemporaryDirectory(prefix=".gradpruner-costs-", dir=beside) as scratch,
         multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool,
     ):
         folders = [str(Path(scratch, str(number))) for number in range(len(plans))]
-        for plan, folder in zip(dropped, folders, strict=True):
+        for plan, folder in zip(without_merging, folders, strict=True):
             pool.apply(_write, (loading, plan, folder))
         for _ in range(rounds):
-            for each, plan, folder in zip(found, dropped, folders, strict=True):
+            for costs_of_plan, plan, folder in zip(costs, without_merging, folders, strict=True):
                 count = 0 if plan is None else len(plan.removed)
-                width = recipe if plan is None else recipe.widened(rank_factor)
-                of_it = {**loading, "source": folder}
-                each.append(pool.apply(_measured, (of_it, count, rows[: STEPS * recipe.rows_a_step], width)))
-    return [_median(each) for each in found]
+                widened = recipe if plan is None else recipe.widened(rank_factor)
+                arguments = ({**loading, "source": folder}, count, rows[: STEPS * recipe.rows_a_step], widened)
+                costs_of_plan.append(pool.apply(_measured, arguments))
+    return [_median(costs_of_plan) for costs_of_plan in costs]
 
 
 def _median(costs: Sequence[Cost]) -> Cost:
@@ -86,7 +99,7 @@ def _write(loading: dict[str, Any], plan: Plan | None, folder: str) -> None:
 
 
 def _measured(loading: dict[str, Any], count: int, rows: Sequence[Row], recipe: Recipe) -> Cost:
-    """Costs of a model as it is; count: the layers that it has lost."""
+    """Measure the costs of a model from which `count` layers were removed before."""
     reset_peak_memory()
     before = 0 if torch.cuda.is_available() else peak_memory()
     model, tokenizer = load_model(**loading)

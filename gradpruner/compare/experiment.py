@@ -1,8 +1,8 @@
-"""Methods against each other on one budget: the same rows in the same order, the same number of optimizer steps.
+"""Compare methods on one budget: the same rows, the same order, the same steps.
 
 Everything is kept in one folder under what it was made from: a probe, a plan, a trained model's figures are computed
-once, whoever asks for them, and a comparison that was stopped, or is asked for more, goes on from what is there. The
-folder belongs to one content of the model and to one set of package versions: with others it is not continued.
+once, whoever asks for them. A comparison that was stopped, or is asked for more, goes on from what is there. The folder
+belongs to one content of the model and to one set of package versions: with others it is not continued.
 """
 
 from __future__ import annotations
@@ -10,27 +10,28 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
-import multiprocessing
+import logging
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from gradpruner.checkpoint.companions import refuse_masks
 from gradpruner.checkpoint.masks import Masks
+from gradpruner.compare.analysis import DENSE
+from gradpruner.compare.cells import Cell, digest_of, finished
+from gradpruner.compare.scoring import tested
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS
-from gradpruner.errors import GradPrunerError, InvalidArgument
-from gradpruner.methods import METHODS, Clues, GradPruner, Method, format_method, parse_method
+from gradpruner.errors import InvalidArgument
+from gradpruner.methods import Clues, Method, format_method, parse_method
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.identity import identify
 from gradpruner.model.load import load_model
-from gradpruner.model.loss import IGNORED
 from gradpruner.plan import Plan, how_many
 from gradpruner.probe.igia import Igia
 from gradpruner.run.folder import MODEL, known_model, named, recorded
@@ -43,53 +44,45 @@ from gradpruner.storage.locks import claim, lock
 from gradpruner.storage.provenance import MADE_FROM, digest, is_made
 from gradpruner.training.checkpoints import Checkpoints
 from gradpruner.training.data import Collator, Example, tokenize
-from gradpruner.training.evaluate import answers, macro_f1, perplexity, perplexity_of
 from gradpruner.training.finetune import check_comparable
 from gradpruner.training.recipe import Recipe, Row, schedule
 
-DENSE, OURS = "dense", format_method(GradPruner())
-FEW = 10  # classes: with more of them, macro-F1 is not what people look at
-EVALUATED_AT_ONCE = 32
+logger = logging.getLogger(__name__)
+
 SETTINGS = COMPARISON_SETTINGS
-KEPT = ("model.json", "cells", "trained", "probes", "plans")
-LAYERS = "model.json"  # of the dense model; written once all that can be told beforehand was checked
+LAYERS = "model.json"  # of the dense model; written once everything that can be checked beforehand was checked
+KEPT = (LAYERS, "cells", "trained", "probes", "plans")
 TERMS = ("source", "steps", "recipe", "probe_steps", "max_length", "train_on", "dtype", "attention")  # of a job
 
 
-def _nothing(line: str) -> None:
-    """Say nothing; unlike a lambda it goes with a comparison into another process."""
+class _Untrained(NamedTuple):
+    """A model that is cut and not yet trained, with the rest of its budget."""
 
-
-@dataclass(frozen=True)
-class Cell:
-    """One model of the comparison: what a method (or nothing, "dense") makes with `count` layers less."""
-
-    method: str
-    count: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """As a file is called: by what its method does, whatever the defaults are when that is asked for."""
-        return f"{self.method.partition(':')[0]}-{_digest(self.options)[:8]}-{self.count}-{self.seed}"
-
-    @property
-    def title(self) -> str:
-        """As a person reads it."""
-        return f"{self.method}{f', {self.count} layers less' if self.count else ''}, seed {self.seed}"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of the method, spelled out."""
-        return {} if self.method == DENSE else parse_method(self.method).options
+    model: Any
+    tokenizer: Any
+    rows: list[Row]
+    recipe: Recipe
+    masks: Masks | None
+    about: dict[str, Any]  # what the cell's file says of it
 
 
 class Compare:
     """A comparison and its folder.
 
-    job: model, steps, recipe; its seed is replaced by each of `seeds`, its ratio and merging by those of the methods.
-    methods: see `parse_method`. ratios: shares of the layers. held_out: training examples that nothing is trained on,
-    for methods that want to try. Raises InvalidArgument; also if the folder holds a comparison on other terms.
+    Args:
+        job: model, steps and recipe. Its seed is replaced by each of `seeds`, its ratio and merging by those of the
+            methods.
+        train_examples: what is trained on, and held out.
+        test_examples: what the trained models are scored on.
+        folder: where everything is kept. A folder with a comparison on the same terms is continued.
+        methods: what removes the layers; see `parse_method`.
+        ratios: shares of the layers to remove. Default: 0.4 alone.
+        seeds: training seeds, one run of every model for each. Default: 0 alone.
+        held_out: training examples that nothing is trained on, for methods that try cuts. Default 48.
+        dense: train the dense model too. Default True.
+
+    Raises:
+        InvalidArgument: an argument is empty or wrong, or the folder holds a comparison on other terms.
     """
 
     def __init__(
@@ -104,7 +97,6 @@ class Compare:
         seeds: Sequence[int] = (0,),
         held_out: int = 48,
         dense: bool = True,
-        say: Callable[[str], None] = _nothing,
     ) -> None:
         if not test_examples or not 0 < held_out < len(train_examples):
             raise InvalidArgument(
@@ -113,56 +105,74 @@ class Compare:
             )
         if not methods or not ratios or not seeds:
             raise InvalidArgument("methods, ratios or seeds is empty; expected at least one of each")
-        self.job, self.folder, self.say = job, Path(folder), say
-        parsed = {format_method(method): method for method in map(parse_method, methods)}
-        for name, method in parsed.items():
-            probing = method.probe_steps or job.probing
-            if probing >= job.steps:
-                raise InvalidArgument(f"{name}: {probing} steps to probe of {job.steps}; expected fewer")
-        self.methods, self.seeds = list(parsed), list(dict.fromkeys(seeds))
+        self.job, self.folder = job, Path(folder)
+        self.methods, self.seeds = _method_names(methods, job), list(dict.fromkeys(seeds))
         self.ratios, self.with_dense = ratios, dense
         shuffled = list(train_examples)
         random.Random(0).shuffle(shuffled)
         self._held_out, self._train, self._test = shuffled[:held_out], shuffled[held_out:], list(test_examples)
-        self.terms = {
-            **{name: job.to_dict()[name] for name in TERMS},
-            "train_examples": len(self._train),
-            "test_examples": len(self._test),
-            "data": _digest([*self._held_out, *self._train, *self._test]),
-            "held_out": held_out,
-        }
-        self.terms["recipe"] = {**self.terms["recipe"], "seed": None}
         before = recorded(self.folder, SETTINGS)
         self._identity = identify(
-            job.source, trust_remote_code=job.trust_remote_code, say=say, known=known_model(before, job.source)
+            job.source,
+            trust_remote_code=job.trust_remote_code,
+            say=logger.info,
+            known=known_model(before, job.source),
         )
-        self.terms[MODEL] = self._identity.to_dict()
-        if before is not None:
-            changed = sorted(name for name in self.terms if before.get(name) != self.terms[name])
-            if changed and not (self.folder / LAYERS).exists():
-                write_json(self.folder / SETTINGS, self.terms)  # nothing is there that was made on the old terms
-            elif changed:
-                raise InvalidArgument(
-                    f"folder {str(self.folder)!r} holds a comparison with another "
-                    f"{', '.join(named(changed, before, self.terms))}; expected a new folder, or the same terms, model "
-                    "and package versions to go on or to add methods, ratios and seeds"
-                )
+        self.terms = self._own_terms()
+        if before is None:
+            self._begin()
         else:
-            there = [name for name in KEPT if (self.folder / name).exists()]
-            if there:
-                raise InvalidArgument(
-                    f"folder {str(self.folder)!r} holds {', '.join(there)} of a comparison, but not its {SETTINGS}; "
-                    f"expected a new folder, or the {SETTINGS} that belongs to them"
-                )
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / SETTINGS, self.terms)
+            self._continue(before)
         self._made_from = {"terms": digest(self.terms)}
 
+    def _own_terms(self) -> dict[str, Any]:
+        """Return what every model of the folder must have been made on."""
+        terms = {name: self.job.to_dict()[name] for name in TERMS}
+        return {
+            **terms,
+            "recipe": {**terms["recipe"], "seed": None},
+            "train_examples": len(self._train),
+            "test_examples": len(self._test),
+            "data": digest_of([*self._held_out, *self._train, *self._test]),
+            "held_out": len(self._held_out),
+            MODEL: self._identity.to_dict(),
+        }
+
+    def _begin(self) -> None:
+        """Write the terms into a folder that holds no comparison.
+
+        Raises InvalidArgument if it holds parts of one.
+        """
+        parts = [name for name in KEPT if (self.folder / name).exists()]
+        if parts:
+            raise InvalidArgument(
+                f"folder {str(self.folder)!r} holds {', '.join(parts)} of a comparison, but not its {SETTINGS}; "
+                f"expected a new folder, or the {SETTINGS} that belongs to them"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / SETTINGS, self.terms)
+
+    def _continue(self, before: Mapping[str, Any]) -> None:
+        """Go on with a folder's comparison. Raises InvalidArgument if it is on other terms."""
+        changed = sorted(name for name in self.terms if before.get(name) != self.terms[name])
+        if changed and not (self.folder / LAYERS).exists():
+            write_json(self.folder / SETTINGS, self.terms)  # nothing is there that was made on the old terms
+        elif changed:
+            raise InvalidArgument(
+                f"folder {str(self.folder)!r} holds a comparison with another "
+                f"{', '.join(named(changed, before, self.terms))}; expected a new folder, or the same terms, model "
+                "and package versions to go on or to add methods, ratios and seeds"
+            )
+
     def cells(self, layers: int) -> list[Cell]:
-        """All models, dense ones first."""
+        """Return all models of the comparison, dense ones first.
+
+        Args:
+            layers: decoder layers of the dense model.
+        """
         counts = list(dict.fromkeys(how_many(layers, ratio) for ratio in self.ratios))
-        found = [Cell(DENSE, 0, seed) for seed in self.seeds] if self.with_dense else []
-        return found + [Cell(m, count, seed) for seed in self.seeds for count in counts for m in self.methods]
+        dense = [Cell(DENSE, 0, seed) for seed in self.seeds] if self.with_dense else []
+        return dense + [Cell(m, count, seed) for seed in self.seeds for count in counts for m in self.methods]
 
     def work(self) -> None:
         """Make every model that is not there yet and that no other process is making."""
@@ -175,14 +185,20 @@ class Compare:
                     gc.collect()
 
     def layers(self) -> int:
-        """Decoder layers of the dense model. The first time, raises what `check_comparison` does, and ProbeError where
-        a method could not score them."""
+        """Return the number of decoder layers of the dense model.
+
+        The first call checks everything that can be checked beforehand.
+
+        Raises:
+            InvalidArgument: see `check_comparison`.
+            ProbeError: a method could not score the layers.
+        """
         path = self.folder / LAYERS
         with lock(self.folder / "locks" / "model"):
             if not path.exists():
                 model, tokenizer = self._load()
-                of_it = {"held-out": self._held_out, "training": self._train, "test": self._test}
-                check_comparison(self.job, model, tokenizer, of_it)
+                examples = {"held-out": self._held_out, "training": self._train, "test": self._test}
+                check_comparison(self.job, model, tokenizer, examples)
                 decoder = Decoder(model)
                 for method in map(parse_method, self.methods):
                     if method.scored:
@@ -193,15 +209,15 @@ class Compare:
 
     @property
     def revision(self) -> str | None:
-        """The commit of a hub id that every model of the comparison is made from; None for files on this machine."""
+        """The commit of a hub id that every model is made from; None for files on this machine."""
         return self._identity.revision
 
     def finished(self) -> list[dict[str, Any]]:
-        """Every model in the folder that is done."""
+        """Return every model in the folder that is done."""
         return finished(self.folder)
 
     def rows_of_dense(self) -> list[Row]:
-        """The rows of the dense run with the first seed, in order."""
+        """Return the rows of the dense run with the first seed, in order."""
         recipe = dataclasses.replace(self.job.recipe, seed=self.seeds[0])
         return self._rows(self._train, self._load()[1], recipe)
 
@@ -209,6 +225,28 @@ class Compare:
         return self.folder / "cells" / f"{cell.name}.json"
 
     def _make(self, cell: Cell) -> None:
+        """Cut, train and score one model, and write its cell.
+
+        A model that was trained for another cell is not trained again.
+        """
+        untrained = self._untrained(cell)
+        content = [_content(untrained.model), untrained.rows, untrained.recipe.to_dict(), self.terms["data"]]
+        key = digest_of(content if untrained.masks is None else [*content, "masked"])
+        with lock(self.folder / "locks" / key):
+            path = self.folder / "trained" / f"{key}.json"
+            checkpoints = Checkpoints(self.folder / "checkpoints" / key, self.job.save_steps, {"trained": key})
+            if not is_made(path, self._made_from):
+                logger.info(f"{cell.title}: {len(untrained.rows) // untrained.recipe.rows_a_step} steps")
+                path.parent.mkdir(exist_ok=True)
+                figures = self._train_and_test(untrained, checkpoints)
+                write_json(path, {**figures, MADE_FROM: self._made_from})
+            checkpoints.discard()
+        self._cell(cell).parent.mkdir(exist_ok=True)
+        write_json(self._cell(cell), {**untrained.about, "trained": key, MADE_FROM: self._made_from})
+        logger.info(f"{cell.title}: exact match {read_json(path, 'training')['exact_match']}")
+
+    def _untrained(self, cell: Cell) -> _Untrained:
+        """Return the model of a cell before its training, the layers of its plan removed."""
         began = time.perf_counter()
         model, tokenizer = self._load()
         layers = len(Decoder(model).layers)
@@ -220,42 +258,36 @@ class Compare:
             about |= {"removed": [], "merged": {}}
         else:
             method = parse_method(cell.method)
-            probing = method.probe_steps or self.job.probing
-            if method.probed or method.settled("adapters") == "keep":
+            probed_rows = (method.probe_steps or self.job.probing) * recipe.rows_a_step
+            keeps_adapters = method.settled("adapters") == "keep"
+            if method.probed or keeps_adapters:
                 about["probe"] = self._probe(method, tokenizer, cell.seed).name
-            if method.settled("adapters") == "keep":
+            if keeps_adapters:
                 model = load_probed_model(model, self.folder / "probes" / about["probe"])
-            clues = self._clues(method, model, tokenizer, rows[: probing * recipe.rows_a_step], cell.seed)
-            self.say(f"{cell.title}: choosing")
+            clues = self._clues(method, model, tokenizer, rows[:probed_rows], cell.seed)
+            logger.info(f"{cell.title}: choosing")
             plan = self._plan(method, clues, cell)
             model = method.cut(clues, plan)
             masks = method.masks(model)
-            rows, recipe = rows[probing * recipe.rows_a_step :], recipe.widened(method.settled("rank_factor"))
+            rows, recipe = rows[probed_rows:], recipe.widened(method.settled("rank_factor"))
             about |= {"removed": list(plan.removed), "merged": plan.to_dict()["merge"]}
         about["seconds_to_cut"] = time.perf_counter() - began
-        content = [_content(model), rows, recipe.to_dict(), self.terms["data"]]
-        key = _digest(content if masks is None else [*content, "masked"])
-        with lock(self.folder / "locks" / key):
-            path = self.folder / "trained" / f"{key}.json"
-            checkpoints = Checkpoints(self.folder / "checkpoints" / key, self.job.save_steps, {"trained": key})
-            if not is_made(path, self._made_from):
-                self.say(f"{cell.title}: {len(rows) // recipe.rows_a_step} steps")
-                path.parent.mkdir(exist_ok=True)
-                done = self._train_and_test(model, tokenizer, rows, recipe, masks, checkpoints)
-                write_json(path, {**done, MADE_FROM: self._made_from})
-            checkpoints.discard()
-        self._cell(cell).parent.mkdir(exist_ok=True)
-        write_json(self._cell(cell), {**about, "trained": key, MADE_FROM: self._made_from})
-        self.say(f"{cell.title}: exact match {read_json(path, 'training')['exact_match']}")
+        return _Untrained(model, tokenizer, rows, recipe, masks, about)
 
-    def _train_and_test(
-        self, model: Any, tokenizer: Any, rows: list[Row], recipe: Recipe, masks: Masks | None, checkpoints: Checkpoints
-    ) -> dict[str, Any]:
-        model, training = tune(model, tokenizer, rows, recipe, quiet=True, masks=masks, checkpoints=checkpoints)
-        found = tested(model, tokenizer, self._test, self.job)
+    def _train_and_test(self, untrained: _Untrained, checkpoints: Checkpoints) -> dict[str, Any]:
+        model, training = tune(
+            untrained.model,
+            untrained.tokenizer,
+            untrained.rows,
+            untrained.recipe,
+            quiet=True,
+            masks=untrained.masks,
+            checkpoints=checkpoints,
+        )
+        scores = tested(model, untrained.tokenizer, self._test, self.job)
         decoder = Decoder(model)
         return {
-            **found,
+            **scores,
             "layers": len(decoder.layers),
             "parameters": decoder.total_parameters(),
             "training_seconds": training.seconds,
@@ -266,8 +298,8 @@ class Compare:
         collate = Collator(tokenizer)
         size = self.job.recipe.batch_size
 
-        def batches(of: Sequence[Row]) -> list[Any]:
-            return [collate(of[i : i + size]) for i in range(0, len(of), size)]
+        def batches(rows: Sequence[Row]) -> list[Any]:
+            return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
         held_out = self._tokens(self._held_out, tokenizer)
 
@@ -277,16 +309,16 @@ class Compare:
         return Clues(model, batches(rows), batches(held_out), seed, igia)
 
     def _probe(self, method: Method, tokenizer: Any, seed: int) -> Path:
-        """The folder of the probe that a method needs, made now if it is not there."""
+        """Return the folder of the probe that a method needs, making it if it is not there."""
         steps = method.probe_steps or self.job.probing
         recipe = self._probe_recipe(method, seed)
         examples = self._train[: max(1, round(method.share * len(self._train)))] if method.share else self._train
         rows = self._rows(examples, tokenizer, recipe)[: steps * recipe.rows_a_step]
-        path = self.folder / "probes" / _digest([rows, recipe.to_dict(), self._identity.to_dict()])
+        path = self.folder / "probes" / digest_of([rows, recipe.to_dict(), self._identity.to_dict()])
         with lock(self.folder / "locks" / path.name):
             if not is_made(path, self._made_from):
                 path.parent.mkdir(exist_ok=True)
-                self.say(f"seed {seed}: probing {steps} steps")
+                logger.info(f"seed {seed}: probing {steps} steps")
                 model = self._load()[0]
                 if method.scored:
                     check_comparable(model, recipe)
@@ -328,71 +360,21 @@ class Compare:
         return schedule(self._tokens(examples, tokenizer), self.job.steps, recipe)
 
 
-def finished(folder: Path) -> list[dict[str, Any]]:
-    """Every model of a comparison that is done: dense first, then by count, method and seed."""
-    order = [DENSE, OURS]
-    with reading(str(folder)):
-        cells = [read_json(path, "cell") for path in sorted((folder / "cells").glob("*.json"))]
-        for cell in cells:  # what "gradpruner" meant then may have another name now
-            if cell["method"] != DENSE:
-                cell["method"] = format_method(METHODS[cell["method"].partition(":")[0]](**cell["options"]))
-        cells.sort(key=lambda c: (c["count"], c["method"] not in order, c["method"], c["seed"]))
-        return [{**read_json(folder / "trained" / f"{c['trained']}.json", "training"), **c} for c in cells]
+def _method_names(methods: Sequence[str], job: Job) -> list[str]:
+    """Return every method once, by its full name.
 
-
-def work_in_processes(comparison: Compare, processes: int) -> None:
-    """`comparison.work()` in so many processes, each with its share of the cores and, where there are, a GPU.
-
-    Raises InvalidArgument if a ratio is wrong, GradPrunerError if a process failed; the others finish what they can.
+    Raises InvalidArgument if a probe takes all the steps.
     """
-    comparison.cells(comparison.layers())  # what is wrong with a ratio is told here, not by every process
-    if processes == 1:
-        comparison.work()
-        return
-    spawn = multiprocessing.get_context("spawn")
-    children = [spawn.Process(target=_child, args=(comparison, i, processes)) for i in range(processes)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    failed = sum(child.exitcode != 0 for child in children)
-    if failed:
-        raise GradPrunerError(f"{failed} of {processes} processes failed; what the others finished is kept")
-
-
-def _child(comparison: Compare, index: int, processes: int) -> None:
-    if torch.cuda.device_count():
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(index % torch.cuda.device_count())
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    comparison.work()
-
-
-def tested(model: Any, tokenizer: Any, examples: Sequence[Example], job: Job) -> dict[str, Any]:
-    """Exact match, macro-F1 where there are few different answers, perplexity; `right`: 1 or 0 for every example."""
-    collate, found = Collator(tokenizer), dict[str, Any](exact_match=None, macro_f1=None, right="")
-    answered = [e for e in examples if e.answer]
-    rows = tokenize(answered, tokenizer, max_length=job.max_length)
-    judged = answers(model, rows, collate=collate, batch_size=EVALUATED_AT_ONCE) if rows else []
-    if judged:
-        found["exact_match"] = sum(answer.right for answer in judged) / len(judged)
-        found["right"] = "".join(str(int(answer.right)) for answer in judged)
-        truth = [tuple(t for t in row["labels"][1:] if t != IGNORED) for row in rows]  # nothing says the first token
-        if len(set(truth)) <= FEW:
-            found["macro_f1"] = macro_f1([answer.predicted for answer in judged], truth)
-    if job.train_on == "answer" and len(answered) == len(examples):
-        found["perplexity"] = perplexity_of(sum(a.loss for a in judged) / sum(a.tokens for a in judged))
-    else:
-        every = tokenize(examples, tokenizer, max_length=job.max_length, train_on=job.train_on)  # type: ignore[arg-type]
-        found["perplexity"] = perplexity(model, every, collate=collate, batch_size=EVALUATED_AT_ONCE)
-    return {**found, "examples": len(examples)}
-
-
-def _digest(of: Any) -> str:
-    return hashlib.sha256(repr(of).encode()).hexdigest()[:16]
+    parsed = {format_method(method): method for method in map(parse_method, methods)}
+    for name, method in parsed.items():
+        probing = method.probe_steps or job.probing
+        if probing >= job.steps:
+            raise InvalidArgument(f"{name}: {probing} steps to probe of {job.steps}; expected fewer")
+    return list(parsed)
 
 
 def _content(model: nn.Module) -> str:
-    """A digest of every parameter: two plans that make the same model are trained once."""
+    """Return a digest of every parameter. Two plans that make the same model are trained once."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""Operations of a training step, the same number whichever kernels of attention and experts compute it."""
+"""Count the operations of a training step, the same number whichever kernels compute it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ COUNTED = ("eager", "sdpa")  # attention of which every product is counted
 
 
 def training_operations(model: Any, batch: Mapping[str, Any]) -> int:
-    """Floating-point operations of one forward and backward on `batch` (with labels), 2 per multiply-add.
+    """Return the floating-point operations of a forward and backward pass.
 
-    Counted are the products of matrices. Attention counts in full, masked half and padding included, with twice the
-    forward for its backward; what a fused kernel computes anew is not counted. Other attention than eager and sdpa is
-    replaced by sdpa for this step, and experts by a loop over them, whose products torch sees.
+    A multiply-add is 2 operations.
+
+    Only products of matrices are counted. Attention counts in full, its masked half and padding included, and its
+    backward as twice the forward. What a fused kernel computes a second time is not counted. Attention other than eager
+    and sdpa is replaced by sdpa for this step, and experts by a loop over them, whose products torch sees.
+
+    Args:
+        model: a transformers model or a PEFT model. Its gradients are those of the batch afterwards.
+        batch: keyword arguments of the model, with labels.
     """
     with _counted_implementations(model), FlopCounterMode(display=False, custom_mapping=_attention()) as counter:
         model(**batch).loss.backward()
@@ -27,7 +33,11 @@ def training_operations(model: Any, batch: Mapping[str, Any]) -> int:
 
 
 def _forward(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Of shapes (rows, heads, tokens, size): the scores of all queries and keys, and their product with the values."""
+    """Return the operations of attention.
+
+    They are the scores of all queries and keys, and their product with the values. The arguments are shapes,
+    (rows, heads, tokens, size).
+    """
     rows, heads, tokens, size = query
     return int(2 * rows * heads * tokens * key[-2] * (size + value[-1]))
 
@@ -37,7 +47,10 @@ def _backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_shape
 
 
 def _attention() -> dict[Any, Any]:
-    """A formula for every fused attention: torch has none for the CPU's, and counts a backward of others as 2.5."""
+    """Return a formula for every fused attention.
+
+    torch has none for the CPU's, and counts the backward of the others as 2.5 forwards.
+    """
     formulas: dict[Any, Any] = {}
     for name in (
         "efficient_attention",
@@ -55,7 +68,7 @@ def _attention() -> dict[Any, Any]:
 
 @contextlib.contextmanager
 def _counted_implementations(model: Any) -> Iterator[None]:
-    """Inside, the transformers model computes attention and experts with products that are counted."""
+    """Make the model use attention and experts whose products are counted, in the block."""
     plain = model.get_base_model() if is_peft(model) else model
     attention = getattr(plain.config, "_attn_implementation", None)
     experts = getattr(plain.config, "_experts_implementation", None)

@@ -1,4 +1,4 @@
-"""What a comparison found, as CSV files, a table and a page: written anew from its folder at any time."""
+"""Write what a comparison found, from its folder: CSV files, a table and a page."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradpruner.compare.bootstrap import paired_difference
+from gradpruner.compare.analysis import DENSE, Differences, spread
+from gradpruner.compare.bootstrap import Difference, paired_difference
+from gradpruner.compare.cells import OURS, Cell, finished
 from gradpruner.compare.costs import measure
-from gradpruner.compare.experiment import DENSE, OURS, SETTINGS, Cell, Compare, finished
+from gradpruner.compare.experiment import SETTINGS, Compare
 from gradpruner.compare.page import write_comparison
 from gradpruner.compare.results import Result, read_costs, write_costs, write_results
 from gradpruner.compare.sensitivity import scored
@@ -29,10 +31,20 @@ logger = logging.getLogger(__name__)
 
 
 def write(comparison: Compare, *, costs: bool, sensitivity: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """Write results.csv, losses.csv, differences.csv, costs.csv (measured now if `costs`) and report.html.
+    """Write results.csv, losses.csv, differences.csv, costs.csv and report.html.
 
-    sensitivity: rows of `gradpruner.compare.sensitivity.variants` whose methods are those of the comparison. Returns what the
-    command prints: a table, and the same as JSON.
+    Args:
+        comparison: a comparison with at least one finished model.
+        costs: measure the models' costs now and write costs.csv.
+        sensitivity: rows of `gradpruner.compare.sensitivity.variants` whose methods are those of the comparison.
+
+    Returns:
+        What the command prints: "line", a table as text; "json", the same for programs; "failed", sentences on the
+        runs that are no success.
+
+    Raises:
+        InvalidArgument: no model is finished, or matplotlib is missing.
+        CheckpointError: a file is damaged or cannot be written.
     """
     if sensitivity:
         count = how_many(comparison.layers(), comparison.ratios[0])
@@ -45,21 +57,30 @@ def write(comparison: Compare, *, costs: bool, sensitivity: Sequence[Mapping[str
 
 
 def rewrite(folder: Path) -> dict[str, Any]:
-    """The same again, of every model that the folder of a comparison holds.
+    """Write the files of `write` again, of every finished model in the folder of a comparison.
 
-    Raises InvalidArgument if it is none, CheckpointError if a file in it is damaged.
+    Args:
+        folder: the folder. Costs and sensitivity are taken from costs.csv and sensitivity.json, if they are there.
+
+    Returns:
+        What `write` returns.
+
+    Raises:
+        InvalidArgument: it is not the folder of a comparison, or no model in it is finished.
+        CheckpointError: a file in it is damaged.
     """
     with reading(str(folder)):
         return _rewritten(folder)
 
 
 def _rewritten(folder: Path) -> dict[str, Any]:
-    terms, found = read_json(folder / SETTINGS, "comparison"), finished(folder)
-    if not found:
+    terms, cells = read_json(folder / SETTINGS, "comparison"), finished(folder)
+    if not cells:
         raise InvalidArgument(f"folder {str(folder)!r} holds no finished model of a comparison")
-    results = [_result(terms, cell) for cell in found]
-    losses = {(c["method"], c["count"], c["seed"]): c["training"]["losses"] for c in found}
-    differences = _differences(found)
+    results = [_result(terms, cell) for cell in cells]
+    losses = {(c["method"], c["count"], c["seed"]): c["training"]["losses"] for c in cells}
+    differences = _differences(cells)
+    # 1. files for programs
     write_results(folder / "results.csv", results)
     write_lines(
         folder / "losses.csv",
@@ -69,36 +90,46 @@ def _rewritten(folder: Path) -> dict[str, Any]:
     write_lines(
         folder / "differences.csv",
         ("method", "count", "difference", "low", "high"),
-        [tuple(row.values()) for row in differences],
+        [(*key, difference.mean, difference.low, difference.high) for key, difference in differences.items()],
     )
+    # 2. the page
     costs, tried = folder / "costs.csv", folder / "sensitivity.json"
     sensitivity = scored(read_json(tried, "sensitivity"), results) if tried.exists() else []
-    apart, failed = _apart(results, sensitivity), _failed(found)
+    apart, failed = _shown_apart(results, sensitivity), _failures(cells)
     page = write_comparison(
         folder,
         title="Which layers can go",
         task=_task(terms),
-        results=[r for r in results if r.method not in apart],
+        results=[result for result in results if result.method not in apart],
         losses={key: values for key, values in losses.items() if key[0] not in apart},
         costs=read_costs(costs) if costs.exists() else [],
-        differences=[row for row in differences if row["method"] not in apart],
-        probe=_probe(folder, found),
+        differences={key: difference for key, difference in differences.items() if key[0] not in apart},
+        probe=_probe(folder, cells),
         sensitivity=sensitivity,
         notes=[*failed, *_notes(terms)],
     )
+    # 3. what the command prints
     rows = _rows(results, differences)
     line = "\n\n".join([table(rows), *failed, f"report: {page}"])
     return {"json": {"rows": rows, "failed": failed, "report": str(page)}, "line": line, "failed": " ".join(failed)}
 
 
-def _failed(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence on every model whose training was no success."""
-    about = [(Cell(c["method"], c["count"], c["seed"]).title, c["training"]["losses"], c["perplexity"]) for c in cells]
-    return [why for title, losses, score in about if (why := why_failed(f"the run of {title},", losses, score))]
+def _failures(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence on every model whose training was no success."""
+    sentences = []
+    for cell in cells:
+        title = Cell(cell["method"], cell["count"], cell["seed"]).title
+        why = why_failed(f"the run of {title},", cell["training"]["losses"], cell["perplexity"])
+        if why:
+            sentences.append(why)
+    return sentences
 
 
-def _apart(results: Sequence[Result], sensitivity: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Methods that the page shows as values of a setting, and not among the others, if the default is there to show."""
+def _shown_apart(results: Sequence[Result], sensitivity: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the methods that the page shows only as values of a setting.
+
+    There are none where the default method, which they belong to, was not run.
+    """
     if not any(result.method == OURS for result in results):
         return set()
     return {row["method"] for row in sensitivity if not row["is_default"]}
@@ -127,24 +158,26 @@ def _result(terms: Mapping[str, Any], cell: Mapping[str, Any]) -> Result:
     )
 
 
-def _differences(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The default method against every other one, on the seeds that both have."""
+def _differences(cells: Sequence[Mapping[str, Any]]) -> Differences:
+    """Return the default method against every other one, on the seeds that both have."""
     right: dict[tuple[str, int], dict[int, list[float]]] = {}
     for cell in cells:
         if cell["right"]:
             right.setdefault((cell["method"], cell["count"]), {})[cell["seed"]] = [float(c) for c in cell["right"]]
-    found = []
+    differences: dict[tuple[str, int], Difference] = {}
     for (method, count), theirs in right.items():
         ours = right.get((OURS, count), {})
         seeds = sorted(ours.keys() & theirs.keys())
         if method not in (OURS, DENSE) and seeds:
-            d = paired_difference([ours[s] for s in seeds], [theirs[s] for s in seeds])
-            found.append({"method": method, "count": count, "difference": d.mean, "low": d.low, "high": d.high})
-    return found
+            differences[method, count] = paired_difference([ours[s] for s in seeds], [theirs[s] for s in seeds])
+    return differences
 
 
 def _measure(comparison: Compare) -> None:
-    """One line for every number of layers: only that number costs, not which layers they are."""
+    """Measure one model per number of removed layers.
+
+    The costs do not depend on which layers they are.
+    """
     job, layers = comparison.job, comparison.layers()
     plans = {c["count"]: Plan(layers, c["removed"]) if c["count"] else None for c in finished(comparison.folder)}
     loading = {
@@ -166,7 +199,10 @@ def _measure(comparison: Compare) -> None:
 
 
 def _probe(folder: Path, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Scores and ranking of one model of the default method: at the count that was run most often."""
+    """Return what the probe of one model of the default method found.
+
+    It is a model with the number of removed layers that was run most often.
+    """
     ours = [c for c in cells if c["method"] == OURS and (folder / "probes" / c.get("probe", "-") / IGIA).is_file()]
     if not ours:
         return None
@@ -181,7 +217,7 @@ def _probe(folder: Path, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any] |
     )
     try:
         stability = igia.stability(plan, kind)
-    except ProbeError as error:  # of a comparison that was made before such a plan was refused
+    except ProbeError as error:  # the comparison was made before such a plan was refused
         logger.warning(f"the layer scores are left out of the report: {error}")
         return None
     return {
@@ -211,30 +247,35 @@ def _notes(terms: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _rows(results: Sequence[Result], differences: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _rows(results: Sequence[Result], differences: Differences) -> list[dict[str, Any]]:
+    """Return the table that the command prints, columns without any value left out."""
     groups: dict[tuple[int, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.count, result.method), []).append(result)
-    against = {(d["count"], d["method"]): d for d in differences}
     dense = {r.seed: r.exact_match for r in results if r.method == DENSE and r.exact_match is not None}
     rows = []
     for (count, method), group in sorted(groups.items(), key=lambda item: item[0][0]):
-        scores = [r.exact_match for r in group if r.exact_match is not None]
-        mean = statistics.fmean(scores) if scores else None
-        beside = [dense[r.seed] for r in group if r.seed in dense]  # the same seeds
-        d = against.get((count, method))
+        match, f1 = spread(r.exact_match for r in group), spread(r.macro_f1 for r in group)
+        perplexity = spread(r.perplexity for r in group)
+        beside = spread(dense[r.seed] for r in group if r.seed in dense)  # the same seeds
         rows.append(
             {
                 "layers removed": count,
                 "method": method,
-                "exact match": mean,
-                "least": min(scores, default=None),
-                "most": max(scores, default=None),
-                "of dense": mean / statistics.fmean(beside) if any(beside) and mean is not None else None,
-                "macro F1": statistics.fmean(r.macro_f1 for r in group) if group[0].macro_f1 is not None else None,  # type: ignore[misc]
-                "perplexity": statistics.fmean(r.perplexity for r in group if r.perplexity is not None),
+                "exact match": match and match.mean,
+                "least": match and match.low,
+                "most": match and match.high,
+                "of dense": match.mean / beside.mean if match and beside and beside.mean else None,
+                "macro F1": f1 and f1.mean,
+                "perplexity": perplexity and perplexity.mean,
                 "seeds": len(group),
-                "ours minus it": f"{d['difference']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]" if d else "",
+                "ours minus it": _interval(differences.get((method, count))),
             }
         )
     return [{k: v for k, v in row.items() if any(other[k] not in (None, "") for other in rows)} for row in rows]
+
+
+def _interval(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"

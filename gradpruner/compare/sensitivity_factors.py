@@ -1,10 +1,13 @@
-"""What `gradpruner sensitivity` changes, one at a time. Pure data: the command line shows it without loading torch."""
+"""What `gradpruner sensitivity` changes, one setting at a time.
+
+Pure data, so that the command line can show it without loading torch.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-# by the name that people read: the method's option, what else has to be said for it to matter, and its values
+# by the name that people read: the method's option, another option without which it has no effect, its values
 FACTORS: dict[str, tuple[str, str, tuple[Any, ...]]] = {
     "probe steps": ("probe_steps", "", (5, 10, 20, 40, 100)),
     "layer score": ("kind", "", ("squared", "norm", "normalized")),

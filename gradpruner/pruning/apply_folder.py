@@ -158,9 +158,9 @@ def _merges(stored: StoredModel, plan: Plan, igia: Igia, share: Fraction, scale:
 
 def _whole(stored: StoredModel, weight: Weight) -> TensorInFile:
     name = stored.parameter_name(weight)
-    if name not in stored.whole:
+    if name not in stored.one_to_one:
         raise UnsupportedModel(f"{name!r}, to be merged, is stored in another form than the model has it: {IN_MEMORY}")
-    return stored.whole[name]
+    return stored.one_to_one[name]
 
 
 def _pending(stored: StoredModel, plan: Plan, merges: dict[str, Merge]) -> dict[str, Pending]:

@@ -1,10 +1,12 @@
-"""Plots: one style, and the scores of the layers."""
+"""The style of every plot, and the plots that runs and comparisons share."""
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from gradpruner.errors import InvalidArgument
@@ -14,10 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-# Okabe and Ito's palette, told apart by every kind of colour vision and, by lightness and hatching, in print.
+# Okabe and Ito's palette: every kind of colour vision tells it apart, and so does print, by lightness and hatching.
+INK, BLUE, GREY = "#1B1F24", "#0072B2", "#59636E"
 STYLES: dict[str, dict[str, Any]] = {
-    "kept": {"color": "#0072B2"},
+    "kept": {"color": BLUE},
     "merged": {"color": "#E69F00", "hatch": "//"},
     "dropped": {"color": "#D9D9D9", "edgecolor": "#8C8C8C"},
 }
@@ -28,21 +30,109 @@ class PlanLike(Protocol):
 
     @property
     def layers(self) -> int:
-        """Number of decoder layers."""
+        """Number of decoder layers before the cut."""
 
     @property
     def drop(self) -> Sequence[int]:
-        """Layers removed outright."""
+        """Layers that are removed outright."""
 
     @property
     def merge(self) -> Mapping[int, int] | Sequence[int]:
-        """Layers folded into another one."""
+        """Layers that are merged into another one and then removed."""
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """The training losses of consecutive optimizer steps.
+
+    Args:
+        start: optimizer steps of the run before the first loss. 0 for a run whose every step has one.
+        values: one loss per step.
+    """
+
+    start: int
+    values: Sequence[float]
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure.
+
+    Args:
+        width: in inches.
+        height: in inches.
+
+    Raises:
+        InvalidArgument: matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure  # not pyplot, whose state belongs to the caller
+    except ImportError:
+        raise InvalidArgument("a plot needs matplotlib: pip install gradpruner[plot]") from None
+    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def title_figure(figure: Figure, title: str) -> None:
+    """Put a title over the whole figure, at its left.
+
+    Args:
+        figure: the figure.
+        title: plain text. Nothing in it is taken for mathematics.
+    """
+    figure.suptitle(title, fontsize=15, fontweight="bold", x=0.01, ha="left", parse_math=False)
+
+
+def style_axes(axes: Axes, across: str, up: str, grid: Literal["x", "y"] = "y") -> None:
+    """Give axes the look of all plots.
+
+    No frame, a faint grid behind the data, labels that a slide can carry.
+
+    Args:
+        axes: the axes.
+        across: label of the horizontal axis.
+        up: label of the vertical axis.
+        grid: the axis whose ticks have grid lines.
+    """
+    axes.set_xlabel(across, fontsize=13, parse_math=False)
+    axes.set_ylabel(up, fontsize=13, parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write the figure as a PNG, atomically.
+
+    Args:
+        figure: the figure.
+        path: the file.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def png_of(figure: Figure) -> bytes:
+    """Return the figure as a PNG, for a page that holds it without a file beside it."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
 
 
 def plot_layer_scores(
     scores: Sequence[float], plan: PlanLike, path: str | os.PathLike[str], title: str | None = None
 ) -> None:
-    """Write a PNG of one bar per layer, on a logarithmic axis, coloured by what the plan does with the layer.
+    """Write a PNG with one bar per layer, coloured by what the plan does with the layer.
+
+    Args:
+        scores: one score per layer, 0 or more. The axis is logarithmic.
+        plan: which layers are removed.
+        path: the file.
+        title: text over the plot.
 
     Raises:
         InvalidArgument: matplotlib is missing, or `scores` is not one finite score per layer of the plan.
@@ -56,7 +146,16 @@ def plot_layer_scores(
 
 
 def draw_layer_scores(axes: Axes, scores: Sequence[float], plan: PlanLike) -> None:
-    """Draw what `plot_layer_scores` writes. Raises InvalidArgument if `scores` does not fit the plan."""
+    """Draw the plot of `plot_layer_scores` into axes.
+
+    Args:
+        axes: where to draw.
+        scores: one score per layer.
+        plan: which layers are removed.
+
+    Raises:
+        InvalidArgument: `scores` is not one finite score per layer of the plan.
+    """
     values = [float(score) for score in scores]
     if len(values) != plan.layers:
         raise InvalidArgument(f"scores has {len(values)} values, but the plan is for {plan.layers} layers")
@@ -80,40 +179,54 @@ def draw_layer_scores(axes: Axes, scores: Sequence[float], plan: PlanLike) -> No
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=12)
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches. Raises InvalidArgument where matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure  # not pyplot, whose state belongs to the caller
-    except ImportError:
-        raise InvalidArgument("a plot needs matplotlib: pip install gradpruner[plot]") from None
-    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+def draw_losses(axes: Axes, curves: Mapping[str, LossCurve], styles: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw training losses over the optimizer steps, smoothed, on a logarithmic axis.
+
+    Args:
+        axes: where to draw.
+        curves: by the name that the legend shows; at least one.
+        styles: by the same names, arguments of `Axes.plot`.
+    """
+    from matplotlib.ticker import LogLocator
+
+    # about a fortieth of the longest run, so that curves of any length are as smooth as each other
+    window = max(1, max(len(curve.values) for curve in curves.values()) // 40)
+    for name, curve in curves.items():
+        smooth = running_mean(curve.values, window)
+        axes.plot(range(curve.start, curve.start + len(smooth)), smooth, label=name, **styles[name])
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))  # even a narrow range of losses has numbers then
+    axes.set_xlim(0, max(curve.start + len(curve.values) for curve in curves.values()) * 1.01)
+    style_axes(axes, "optimizer step", f"training loss, mean of {window} steps" if window > 1 else "training loss")
 
 
-def title_figure(figure: Figure, title: str) -> None:
-    """Put a title over the whole figure, at its left."""
-    figure.suptitle(title, fontsize=15, fontweight="bold", x=0.01, ha="left", parse_math=False)
+def mark_probe(axes: Axes, steps: int) -> None:
+    """Shade the steps of the probe, which come before the cut.
+
+    Args:
+        axes: axes whose horizontal axis counts optimizer steps.
+        steps: how many steps the probe had.
+    """
+    axes.axvspan(0, steps, color=INK, alpha=0.06, linewidth=0)
+    place = axes.get_xaxis_transform()
+    axes.text(steps / 2, 0.03, "probe", transform=place, ha="center", va="bottom", rotation=90, fontsize=11)
 
 
-def style_axes(axes: Axes, across: str, up: str, grid: Literal["x", "y"] = "y") -> None:
-    """The look all plots share: open axes, a faint grid behind the data, labels that a slide can carry."""
-    axes.set_xlabel(across, fontsize=13, parse_math=False)
-    axes.set_ylabel(up, fontsize=13, parse_math=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, alpha=0.3)
-    axes.set_axisbelow(True)
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Return the mean of each value and those before it in the window, fewer at the start.
 
-
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write the figure as a PNG, atomically. Raises CheckpointError if the file cannot be written."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    Args:
+        values: the values in order.
+        window: how many values a mean is made of.
+    """
+    parts = (values[max(0, end - window) : end] for end in range(1, len(values) + 1))
+    return [sum(part) / len(part) for part in parts]
 
 
 def _floor(values: Sequence[float]) -> float:
-    """Where the logarithmic axis starts: the power of ten below the smallest positive score."""
+    """Return where the axis starts: the power of ten below the smallest positive score."""
     positive = [value for value in values if value > 0]
     if not positive:
         return 0.1

@@ -24,20 +24,18 @@ from gradpruner.model.decoder import Decoder
 from gradpruner.model.identity import identify
 from gradpruner.model.load import Loaded
 from gradpruner.plan import Plan
-from gradpruner.probe.coverage import share_range
 from gradpruner.probe.igia import SCORES, Igia
-from gradpruner.report.pages import html_report
-from gradpruner.report.plots import plot_layer_scores
-from gradpruner.run.auto_ratio import AUTO, Choice, choose, hold_out, trial_rows
+from gradpruner.run.auto_ratio import AUTO, Choice, choose, hold_out
 from gradpruner.run.folder import SETTINGS, SPEEDS, RunFolder, known_model, recorded
 from gradpruner.run.job import Job
 from gradpruner.run.models import RunModels
+from gradpruner.run.page import write_report
 from gradpruner.run.plan_file import check_made_by_run, with_parameter_ratio
 from gradpruner.run.probe_folder import IGIA, save_probe
 from gradpruner.run.speeds import rows_with_speeds
 from gradpruner.run.stages import tune, watch
-from gradpruner.run.summary import OF_THE_MACHINE, comparison, notes
-from gradpruner.storage.files import read_json, reading, write_json
+from gradpruner.run.summary import OF_THE_MACHINE, comparison
+from gradpruner.storage.files import read_json, write_json
 from gradpruner.storage.provenance import MADE_FROM, RECORD, digest
 from gradpruner.training.data import Example
 from gradpruner.training.divergence import why_failed
@@ -339,40 +337,3 @@ class Run:
             "failed": why_failed(f"the {name} run", training.losses, evaluation.perplexity),
             "training": training.to_dict(),
         }
-
-
-def write_report(folder: Path) -> Path:
-    """Draw layer_scores.png and write report.html from results.json.
-
-    Raises InvalidArgument if there is none, CheckpointError if it or run.json is damaged.
-    """
-    with reading(str(folder / "results.json")):
-        return _report_of(folder)
-
-
-def _report_of(folder: Path) -> Path:
-    results, settings = read_json(folder / "results.json", "results"), read_json(folder / "run.json", "run")
-    plan, probe, picture = Plan.from_dict(results["plan"]), results["probe"], folder / "layer_scores.png"
-    plot_layer_scores(probe["layer_scores"], plan, picture)
-    stability = probe["stability"]
-    summary = {
-        "model": settings["source"],
-        "plan": plan.summary(),
-        "steps": f"{settings['steps']}, {settings['probe_steps']} of them to probe",
-        "margin at the cut": f"{probe['margin']:.3f}",
-        **({"watched of each layer's parameters": share_range(probe["watched"])} if "watched" in probe else {}),
-        "removed layers settled after half of the probe": f"{stability[(len(stability) - 1) // 2]:.0%}",
-    }
-    auto, rows = results.get("auto"), results["rows"]
-    beside = {text: list[dict[str, Any]]() for text in (notes(rows), *(row.get("failed") for row in rows)) if text}
-    if auto:
-        beside[auto["reason"]] = trial_rows(auto)
-    html_report(
-        folder / "report.html",
-        title="gradpruner",
-        summary=summary,
-        rows=comparison(rows),
-        plots=[picture],
-        explained=beside,
-    )
-    return folder / "report.html"

@@ -1,4 +1,4 @@
-"""The table at the end of a run: the dense and the pruned model, and one over the other."""
+"""What a run found, for people: one sentence, one table and the notes beside it."""
 
 from __future__ import annotations
 
@@ -6,31 +6,66 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gradpruner.plan import Plan
+from gradpruner.report.numbers import percent
+
 TURNS = "tokens_per_second_turns"  # one number per turn, see `speeds_in_turns`
-OF_THE_MACHINE = (
-    "training step (s)",
-    "generation (tokens/s)",
-    "peak memory, training (GB)",
-)  # as `comparison` has them
+# by the name of a line in `comparison`: the field of a row, the unit it is divided by, its format
+MEASURES = {
+    "layers": ("layers", 1, "{:.0f}"),
+    "parameters (M)": ("parameters", 1e6, "{:.1f}"),
+    "exact match": ("exact_match", 1, "{:.3f}"),
+    "perplexity": ("perplexity", 1, "{:.3f}"),
+    "training step (s)": ("step_seconds", 1, "{:.2f}"),
+    "generation (tokens/s)": ("tokens_per_second", 1, "{:.1f}"),
+    "peak memory, training (GB)": ("peak_bytes", 1e9, "{:.2f}"),
+    "checkpoint (MB)": ("checkpoint_bytes", 1e6, "{:.1f}"),
+}
+# lines that say something of the machine: a model card leaves them out
+OF_THE_MACHINE = ("training step (s)", "generation (tokens/s)", "peak memory, training (GB)")
+
+
+def outcome(rows: Sequence[Mapping[str, Any]], plan: Plan) -> str:
+    """Return the result of a run in one sentence, accuracy first.
+
+    Args:
+        rows: the dense model's results and the pruned model's, or the pruned model's alone.
+        plan: the plan that the model was pruned by.
+
+    Returns:
+        A sentence such as "The pruned model keeps 0.816 of 0.843 exact match (−3.2 %) with 12 of 30 decoder layers
+        removed; a training step takes 0.67 of the dense model's time." Exact match decides, or perplexity where no
+        answers were scored.
+    """
+    pruned, dense = rows[-1], rows[0] if len(rows) > 1 else None
+    removed = f"with {len(plan.removed)} of {plan.layers} decoder layers removed"
+    field, name, style = "exact_match", "exact match", "{:.3f}"
+    if pruned[field] is None:
+        field, name, style = "perplexity", "perplexity", "{:.2f}"
+    if pruned[field] is None:
+        return f"The pruned model was not scored, {removed}."
+    score = style.format(pruned[field])
+    if dense is None or not dense[field]:
+        return f"The pruned model reaches {score} {name} {removed}."
+    before, change = style.format(dense[field]), percent(pruned[field] / dense[field] - 1)
+    if field == "exact_match" and pruned[field] <= dense[field]:
+        sentence = f"The pruned model keeps {score} of {before} {name} ({change}) {removed}"
+    else:
+        sentence = f"The pruned model reaches {score} {name}, the dense model {before} ({change}), {removed}"
+    if dense["step_seconds"]:
+        share = pruned["step_seconds"] / dense["step_seconds"]
+        sentence += f"; a training step takes {share:.2f} of the dense model's time"
+    return f"{sentence}."
 
 
 def comparison(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Results as a table a person can read: one line a measure, one column a model, and pruned over dense.
+    """Return the results as a table: one line per measure, one column per model.
 
-    What was measured in turns is a median, with the lowest and the highest turn in brackets.
+    Of two models, the last column is pruned over dense. What was measured in turns is a median, with the lowest and the
+    highest turn in brackets.
     """
-    shown = {
-        "layers": ("layers", 1, "{:.0f}"),
-        "parameters (M)": ("parameters", 1e6, "{:.1f}"),
-        "exact match": ("exact_match", 1, "{:.3f}"),
-        "perplexity": ("perplexity", 1, "{:.3f}"),
-        "training step (s)": ("step_seconds", 1, "{:.2f}"),
-        "generation (tokens/s)": ("tokens_per_second", 1, "{:.1f}"),
-        "peak memory, training (GB)": ("peak_bytes", 1e9, "{:.2f}"),
-        "checkpoint (MB)": ("checkpoint_bytes", 1e6, "{:.1f}"),
-    }
     table = []
-    for label, (key, unit, style) in shown.items():
+    for label, (key, unit, style) in MEASURES.items():
         if any(row[key] is None for row in rows):
             continue
         if key == "tokens_per_second" and all(row.get(TURNS) for row in rows):
@@ -45,26 +80,31 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _in_turns(rows: Sequence[Mapping[str, Any]], style: str) -> dict[str, str]:
     line = {row["name"]: spread(row[TURNS], style) for row in rows}
-    if len(rows) == 2:  # within each turn: what slows both down is not in the ratio
+    if len(rows) == 2:  # within each turn: what slows both models down is not in the ratio
         ratios = [pruned / dense for dense, pruned in zip(rows[0][TURNS], rows[1][TURNS], strict=True)]
         line["pruned / dense"] = spread(ratios, "{:.1%}")
     return line
 
 
 def spread(values: Sequence[float], style: str) -> str:
-    """The median, with the lowest and the highest in brackets."""
+    """Return the median, with the lowest and the highest value in brackets: "2.0 (1.0 to 3.0)".
+
+    Args:
+        values: at least one.
+        style: the format of each: "{:.1f}".
+    """
     middle, low, high = (style.format(value) for value in (statistics.median(values), min(values), max(values)))
     return f"{middle} ({low} to {high})"
 
 
 def notes(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What must be known beside the table to read it right; "" for one model."""
+    """Return what must be known to read the table of `comparison` right; "" for one model."""
     if len(rows) < 2:
         return ""
     turns = rows[0].get(TURNS)
     generation = f"Generation: the models took {len(turns)} turns; median (lowest to highest). " if turns else ""
     return (
-        f"{generation}Training step and peak memory: each model in its own run, one run after the "
-        "other in one process. What else the machine did then is in them, and on a CPU memory of the first run can be "
+        f"{generation}Training step and peak memory were measured in each model's own run. The runs follow each other "
+        "in one process: what else the machine did then is in the numbers, and on a CPU memory of the first run can be "
         "in the second run's peak. gradpruner compare measures costs apart and in turns."
     )

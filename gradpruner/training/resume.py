@@ -220,8 +220,8 @@ def load_changed(decoder: Decoder, plan: Plan, patched: Iterable[tuple[int, str]
     with torch.no_grad():
         for weight in changed:
             name = stored.parameter_name(weight)
-            if name in stored.whole:
-                values = stored.whole[name].read()
+            if name in stored.one_to_one:
+                values = stored.one_to_one[name].read()
             else:  # stored in another form, for example one matrix per expert
                 kind: Any = type(decoder.base)
                 values = kind.from_pretrained(folder, dtype="auto").get_parameter(name)
@@ -275,9 +275,9 @@ def full_precision(decoder: Decoder) -> Path:
             ) from error
     stored = StoredModel(folder)
     for parameter_name, parameter in base_parameters(decoder.base):
-        if parameter.ndim != 1 or is_packed(parameter) or parameter_name not in stored.whole:
+        if parameter.ndim != 1 or is_packed(parameter) or parameter_name not in stored.one_to_one:
             continue  # norms and biases are left as they are
-        known = stored.whole[parameter_name].read().to(torch.bfloat16)
+        known = stored.one_to_one[parameter_name].read().to(torch.bfloat16)
         if not torch.equal(known, whole(parameter.detach()).cpu().to(torch.bfloat16)):
             raise InvalidArgument(f"{folder} is not what the quantised base was loaded from (another revision?)")
     return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from small_comparisons import comparison, counting, make_home
+from small_comparisons import comparison, counting, logged, make_home
 
 from gradpruner.compare import outputs
 
@@ -19,8 +19,8 @@ def home(tmp_path_factory):
 def base(home, tmp_path_factory):
     """A finished comparison, what was written of it, and the calls that made it."""
     out, said = tmp_path_factory.mktemp("base") / "out", []
-    with counting() as calls:
-        made = comparison(home, out, say=said.append)
+    with counting() as calls, logged(said):
+        made = comparison(home, out)
         made.work()
     return made, outputs.write(made, costs=False), calls, said
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from comparison_pages import RESULTS, difference, result
+from comparison_pages import RESULTS, differences, result
 
 from gradpruner.compare.analysis import Comparison, headline
 
@@ -21,20 +21,20 @@ from gradpruner.compare.analysis import Comparison, headline
     ],
 )
 def test_headline_claims_what_the_intervals_do(intervals, words):
-    rows = [difference(name, *bounds) for name, bounds in zip(["laco", "drop-last"], intervals, strict=False)]
-    sentence = headline(Comparison(RESULTS, rows))
+    known = differences(**dict(zip(["laco", "drop-last"], intervals, strict=False)))
+    sentence = headline(Comparison(RESULTS, known))
     assert sentence == f"With 4 of 10 layers removed, gradpruner keeps 0.760 of 0.800 exact match (−5.0 %){words}"
 
 
 def test_headline_of_other_cases():
-    behind = [difference("gradpruner:merge=0", -0.2, -0.1)]
+    behind, ahead = (differences(**{"gradpruner:merge=0": ends}) for ends in ((-0.2, -0.1), (0.1, 0.2)))
     assert headline(Comparison(RESULTS, behind)).endswith("behind its own variant gradpruner:merge=0.")
-    assert "gradpruner:merge=0" not in headline(Comparison(RESULTS, [difference("gradpruner:merge=0", 0.1, 0.2)]))
+    assert "gradpruner:merge=0" not in headline(Comparison(RESULTS, ahead))
     start = "With 4 of 10 layers removed, "
     alone = [result("gradpruner", 4, 0, 0.7)]
     assert headline(Comparison(alone)) == f"{start}gradpruner reaches 0.700 exact match."
     better = [*alone, result("dense", 0, 0, 0.5), result("laco", 4, 0, 0.6)]
-    assert headline(Comparison(better, [difference("laco", 0.05, 0.15)])) == (
+    assert headline(Comparison(better, differences(laco=(0.05, 0.15)))) == (
         f"{start}gradpruner reaches 0.700 exact match, the dense model 0.500 (+40.0 %), ahead of laco."
     )
     perplexity = [
@@ -54,7 +54,7 @@ def test_main_number_is_the_one_with_most_seeds_then_the_planned_one():
 
 def test_a_model_is_held_against_the_dense_one_of_its_own_seeds():
     dense = [result("dense", 0, 0, 0.8), result("dense", 0, 1, 0.6)]
-    found = Comparison([*dense, result("gradpruner", 12, 0, 0.8), result("shortgpt", 12, 7, 0.7)], [], 12)
+    found = Comparison([*dense, result("gradpruner", 12, 0, 0.8), result("shortgpt", 12, 7, 0.7)], {}, 12)
     assert found.relative("gradpruner") == pytest.approx(0)
     assert found.relative("shortgpt") == pytest.approx(0)  # no seed in common: against all of them
     assert "0.800 of 0.800" in headline(found, [])

@@ -22,14 +22,14 @@ def test_the_interval_is_that_of_the_normal_approximation_for_many_examples():
     assert found.mean == pytest.approx(mean)
     assert found.low == pytest.approx(mean - 1.96 * error, abs=0.1 * error)
     assert found.high == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
-    assert found.ahead and not found.behind
-    assert paired_difference([theirs], [ours]).behind
+    assert found.standing == "ahead"
+    assert paired_difference([theirs], [ours]).standing == "behind"
 
 
 def test_pairing_matters_and_runs_are_averaged():
     right, wrong = [1.0, 0.0] * 50, [0.0, 1.0] * 50
     same = paired_difference([right], [right])
-    assert (same.mean, same.low, same.high, same.ahead, same.behind) == (0, 0, 0, False, False)
+    assert (same.mean, same.low, same.high, same.standing) == (0, 0, 0, "level")
     assert paired_difference([right, wrong], [wrong, right]) == same
     assert paired_difference([right], [wrong]).low < -0.1  # as means alone they would be equal too, with no spread
 

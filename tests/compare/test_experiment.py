@@ -25,8 +25,10 @@ from small_comparisons import (
 from word_tokenizers import make_tokenizer
 
 import gradpruner
-from gradpruner.compare import experiment, outputs
-from gradpruner.compare.experiment import DENSE, Cell, Compare
+from gradpruner.compare import experiment, outputs, scoring
+from gradpruner.compare.analysis import DENSE
+from gradpruner.compare.cells import Cell
+from gradpruner.compare.experiment import Compare
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods import METHODS
 from gradpruner.training.data import Collator, Example, tokenize
@@ -200,7 +202,7 @@ def test_tested(home, train_on):
         model.lm_head.weight[space] = 5 * embedded[colon]
         model.lm_head.weight[letters[0]] = 5 * embedded[space]
         model.lm_head.weight[tokenizer.eos_token_id] = 5 * embedded[letters].sum(0)
-    found = experiment.tested(model, tokenizer, TEST, job(home, train_on=train_on))
+    found = scoring.tested(model, tokenizer, TEST, job(home, train_on=train_on))
     rows = tokenize(TEST, tokenizer, max_length=512)
     collate = Collator(tokenizer)
     right = exact_matches(model, rows, collate=collate, batch_size=4)
@@ -211,20 +213,20 @@ def test_tested(home, train_on):
     assert found["perplexity"] == pytest.approx(perplexity(model, every, collate=collate, batch_size=4), rel=1e-5)
     assert found["examples"] == len(TEST)
     texts = [Example(e.prompt, "") for e in TEST]
-    plain = experiment.tested(model, tokenizer, texts, job(home, train_on=train_on))
+    plain = scoring.tested(model, tokenizer, texts, job(home, train_on=train_on))
     assert plain["exact_match"] is plain["macro_f1"] is None and plain["right"] == ""
     rows = tokenize(texts, tokenizer, max_length=512)
     assert plain["perplexity"] == pytest.approx(perplexity(model, rows, collate=collate, batch_size=4), rel=1e-5)
     many = [Example(f"{i}:", "abcdefghijk"[i % 11]) for i in range(22)]
-    assert experiment.tested(model, tokenizer, many, job(home))["macro_f1"] is None  # too many classes
-    assert experiment.tested(model, tokenizer, many[:10], job(home))["macro_f1"] is not None
+    assert scoring.tested(model, tokenizer, many, job(home))["macro_f1"] is None  # too many classes
+    assert scoring.tested(model, tokenizer, many[:10], job(home))["macro_f1"] is not None
 
 
 def test_an_answer_without_a_prompt_has_a_class_too(home, monkeypatch):
     model, tokenizer = gradpruner.model.load.load_model(home / "model")
     seen, bare = [], [Example("", "ab"), Example("", "cd")]
-    monkeypatch.setattr(experiment, "macro_f1", lambda said, truth: seen.append((said, truth)) or 1.0)
-    experiment.tested(model, tokenizer, bare, job(home))
+    monkeypatch.setattr(scoring, "macro_f1", lambda said, truth: seen.append((said, truth)) or 1.0)
+    scoring.tested(model, tokenizer, bare, job(home))
     (said, truth), rows = seen[0], tokenize(bare, tokenizer, max_length=9)
     assert truth == [tuple(row["labels"][1:]) for row in rows]  # nothing stands before the first: nobody says it
     assert [len(s) for s in said] == [len(t) for t in truth] == [2, 2]

@@ -10,8 +10,9 @@ import pytest
 from small_comparisons import LAYERS, PROBE, STEPS, TEST, USED, cell, comparison, lines
 
 from gradpruner.cli.main import main
-from gradpruner.compare import experiment, outputs
-from gradpruner.compare.experiment import DENSE
+from gradpruner.compare import outputs
+from gradpruner.compare.analysis import DENSE
+from gradpruner.compare.cells import finished
 from gradpruner.compare.results import read_results
 
 
@@ -84,4 +85,4 @@ def test_a_comparison_with_a_run_that_diverged_says_so(copied, home, capsys):
 
 
 def finished_of(folder, method):
-    return next(c["trained"] for c in experiment.finished(folder) if c["method"] == method and c["seed"] == 0)
+    return next(c["trained"] for c in finished(folder) if c["method"] == method and c["seed"] == 0)

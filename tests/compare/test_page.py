@@ -6,7 +6,7 @@ import base64
 import re
 
 import pytest
-from comparison_pages import BARE, COSTS, RESULTS, Page, difference, make_data, report, result
+from comparison_pages import BARE, COSTS, RESULTS, Page, differences, make_data, report, result
 
 from gradpruner.compare.page import PICTURES, write_comparison
 from gradpruner.compare.results import Cost
@@ -53,8 +53,8 @@ def test_plots_are_large_enough_for_a_slide(whole):
 
 
 def test_main_table_has_means_spreads_relative_values_and_intervals(tmp_path):
-    differences = [difference("laco", 0.05, 0.17), difference("drop-last", -0.3, -0.2)]
-    page = Page(write_comparison(tmp_path, **{**BARE, "results": RESULTS, "differences": differences}))
+    intervals = differences(**{"laco": (0.05, 0.17), "drop-last": (-0.3, -0.2)})
+    page = Page(write_comparison(tmp_path, **{**BARE, "results": RESULTS, "differences": intervals}))
     head, *rows = page.tables[0]
     assert head[0] == "method" and "macro F1" not in head
     assert rows == [
@@ -124,7 +124,7 @@ def test_what_is_missing_is_left_out(tmp_path):
         {"probe": None},
         {"losses": {}},
         {"sensitivity": ()},
-        {"differences": []},
+        {"differences": {}},
         make_data(dense=False, counts=(12,)),
         make_data(methods=("gradpruner",)),
         make_data(methods=("shortgpt", "laco"), seeds=1, macro_f1=False),
@@ -147,4 +147,4 @@ def test_names_are_escaped(tmp_path, figures):
     assert "script" not in [tag for tag, _ in page.tags]
     assert page.text.count(evil) >= 8
     assert evil in page.images[0]["alt"]
-    assert evil in [text.get_text() for text in figures["accuracy"].axes[0].texts]
+    assert evil in [text.get_text() for text in figures["accuracy"].legends[0].get_texts()]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 from comparison_pages import BARE, LAYERS, PLAN, RESULTS, Page, make_data, report
 
 from gradpruner.compare.analysis import Comparison
+from gradpruner.compare.choice_plots import settled
 from gradpruner.compare.page import write_comparison
-from gradpruner.compare.plots import method_styles, running_mean, settled, spaced
+from gradpruner.compare.plots import method_styles
+from gradpruner.report.plots import running_mean
 
 
 def test_accuracy_plot_shows_means_and_extremes(tmp_path, figures):
@@ -30,38 +31,23 @@ def test_accuracy_plot_shows_means_and_extremes(tmp_path, figures):
     assert (span.get_y(), span.get_y() + span.get_height()) == pytest.approx((0.78, 0.82))
     widths = {name: line.get_linewidth() for name, line in lines.items() if not name.startswith("_")}
     assert max(widths, key=widths.__getitem__) == "gradpruner"
-    names = [text.get_text() for text in axes.texts]
-    assert names == ["drop-last", "laco", "gradpruner", "gradpruner:merge=0", "dense"]
+    names = [text.get_text() for text in figures["accuracy"].legends[0].get_texts()]
+    assert names == ["dense", "gradpruner:merge=0", "gradpruner", "laco", "drop-last"]  # as the lines end
 
 
-def test_names_beside_the_lines_do_not_touch(tmp_path, figures):
+def test_many_methods_fit_into_the_legend(tmp_path, figures):
     methods = ("gradpruner", *(f"method {n}" for n in range(9)))
     write_comparison(tmp_path, **make_data(methods=methods))
     for name in ("accuracy", "losses"):
-        axes = figures[name].axes[0]
-        texts = [text for text in axes.texts if text.get_text() in ("dense", *methods)]
-        boxes = sorted((text.get_window_extent() for text in texts), key=lambda box: box.y0)
-        assert len(boxes) == 11
-        assert all(below.y1 <= above.y0 + 1 for below, above in itertools.pairwise(boxes))
-        assert all(box.x1 <= figures[name].bbox.x1 for box in boxes)
+        (legend,) = figures[name].legends
+        assert sorted(text.get_text() for text in legend.get_texts()) == sorted(["dense", *methods])
+        box, whole = legend.get_window_extent(), figures[name].bbox
+        assert (
+            box.x0 >= figures[name].axes[0].bbox.x1 and box.x1 <= whole.x1 and whole.y0 <= box.y0 < box.y1 <= whole.y1
+        )
     styles = method_styles(Comparison(make_data(methods=methods)["results"]))
     looks = {(style["color"], str(style.get("linestyle")), style.get("marker")) for style in styles.values()}
     assert len(looks) == len({style.get("marker") for style in styles.values()}) == 11
-
-
-@pytest.mark.parametrize(
-    ("places", "expected"),
-    [
-        ([0.5], [0.5]),
-        ([0.1, 0.9], [0.1, 0.9]),
-        ([0.5, 0.5], [0.45, 0.55]),
-        ([0.5, 0.5, 0.5], [0.4, 0.5, 0.6]),
-        ([0.0, 0.0], [0.0, 0.1]),
-        ([0.2, 1.0, 1.0], [0.2, 0.9, 1.0]),
-    ],
-)
-def test_spaced(places, expected):
-    assert spaced(places, 0.1, 0, 1) == pytest.approx(expected)
 
 
 def test_layers_plot_fills_what_each_method_removes(tmp_path, figures):

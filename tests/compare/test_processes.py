@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from small_comparisons import LAYERS, comparison, counting, lines, results
+from small_comparisons import LAYERS, comparison, counting, lines, logged, results
 
-from gradpruner.compare import experiment, outputs
-from gradpruner.compare.experiment import work_in_processes
+from gradpruner.compare import outputs, processes
 from gradpruner.compare.results import read_results
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.storage.locks import claim
@@ -21,12 +22,14 @@ from gradpruner.storage.locks import claim
 def test_a_wrong_ratio_is_told_before_processes_start(home, tmp_path):
     made = comparison(home, tmp_path / "out", ratios=(0.05,))
     with pytest.raises(InvalidArgument, match=r"ratio = 0\.05 of 6 layers rounds to none"):
-        work_in_processes(made, 2)
+        processes.work_in_processes(made, 2)
 
 
 def test_two_processes_find_what_one_finds(base, home, tmp_path):
-    made = comparison(home, tmp_path / "out", ["drop-last"])
-    work_in_processes(made, 2)
+    made, messages = comparison(home, tmp_path / "out", ["drop-last"]), []
+    with logged(messages):
+        processes.work_in_processes(made, 2)
+    assert sum("exact match" in line for line in messages) == 4  # of both processes
     outputs.write(made, costs=False)
     assert_same_where_made(made.folder, base[0].folder, 4)
 
@@ -98,10 +101,11 @@ def test_a_failed_process_is_told_of(home, tmp_path, monkeypatch):
         exitcode = 1
 
         def __init__(self, target, args):
-            assert target is experiment._child and args[1:] in ((0, 2), (1, 2))
+            assert target is processes._work and args[1:3] in ((0, 2), (1, 2))
 
         start = join = lambda self: None
 
-    monkeypatch.setattr(experiment.multiprocessing, "get_context", lambda kind: type("Spawn", (), {"Process": Child}))
+    spawn = SimpleNamespace(Process=Child, Queue=queue.SimpleQueue)
+    monkeypatch.setattr(processes.multiprocessing, "get_context", lambda kind: spawn)
     with pytest.raises(GradPrunerError, match="2 of 2 processes failed"):
-        work_in_processes(comparison(home, tmp_path / "out"), 2)
+        processes.work_in_processes(comparison(home, tmp_path / "out"), 2)

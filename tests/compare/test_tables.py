@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gradpruner.compare.tables import duration, quantity
+from gradpruner.report.numbers import duration, quantity
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.5, "0.5 s"), (96, "96 s"), (444, "7.4 min"), (7500, "2 h 05 min")])

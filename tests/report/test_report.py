@@ -8,9 +8,9 @@ import pytest
 
 from gradpruner.errors import InvalidArgument
 from gradpruner.plan import Plan
-from gradpruner.report.pages import html_report
+from gradpruner.report.pages import PAGES, Picture, Tile, base64_png
 from gradpruner.report.plots import STYLES, plot_layer_scores
-from gradpruner.report.tables import table
+from gradpruner.report.tables import Tagged, markdown_table, table
 
 PNG = b"\x89PNG\r\n\x1a\n and so on"
 SCORES = [0.9, 0.01, 0.0, 0.02, 0.004, 2.0]
@@ -113,33 +113,61 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_html_report_escapes_everything_and_needs_no_network(tmp_path):
-    path = tmp_path / "report.html"
-    (tmp_path / "plot.png").write_bytes(PNG)
-    evil = "<script>alert('&')</script>"
-    html_report(
-        path,
-        title=evil,
-        summary={evil: evil, "exact match": 0.755555},
-        rows=[{evil: evil, "layers": 18}, {"layers": None}],
-        plots=[tmp_path / "plot.png", PNG],
+def render(text, **values):
+    return PAGES.from_string(f"{{% from 'report/templates/macros.html' import plot, table, tiles %}}{text}").render(
+        values
     )
-    raw = path.read_text(encoding="utf-8")
+
+
+def test_every_value_of_a_page_is_escaped():
+    evil = "<script>alert('&')</script>"
+    rows = [{evil: evil, "layers": Tagged("ahead", evil)}, {"layers": None}]
+    raw = render(
+        "{{ table(rows, stressed=evil) }}{{ tiles(figures) }}{{ plot(picture) }}",
+        rows=rows,
+        figures=[Tile(evil, evil, evil)],
+        picture=Picture(base64_png(PNG), evil),
+        evil=evil,
+    )
     page = Page(raw)
     assert "script" not in page.tags
-    assert page.text.count(evil) == 6  # title, heading, key, value, column, cell
-    assert "0.7556" in page.text and "None" not in page.text
-    assert page.tags.count("img") == 2 and raw.count("data:image/png;base64,iVBOR") == 2
-    assert not re.search(r"https?:|src=\"(?!data:)|@import|url\(|<link", raw)
+    assert page.text.count(evil) == 6  # column, two cells, a figure's name, value and note
+    assert evil in page.values and page.tags.count("img") == 1 and raw.count("data:image/png;base64,iVBOR") == 1
+    assert 'class="ours"' in raw and '<span class="tag ahead">ahead</span>' in raw and "None" not in page.text
+
+
+def test_the_frame_of_a_page_needs_no_network(tmp_path):
+    raw = PAGES.get_template("report/templates/page.html").render(title="<b>", task="&")
+    assert raw.startswith("<!DOCTYPE html>") and "&lt;b&gt;" in raw and "&amp;" in raw
+    assert not re.search(r"https?:|src=\"(?!data:)|@import|url\(|<link|<script", raw)
     assert "prefers-color-scheme: dark" in raw
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["plot.png", "report.html"]
 
 
-def test_html_report_refuses_what_is_no_png(tmp_path):
-    for plots in ([b"GIF89a"], [tmp_path / "missing.png"]):
-        with pytest.raises(InvalidArgument, match="plots"):
-            html_report(tmp_path / "report.html", title="t", summary={}, rows=[], plots=plots)
-    assert not list(tmp_path.iterdir())
+def test_what_is_no_png_is_refused(tmp_path):
+    for plot in (b"GIF89a", tmp_path / "missing.png"):
+        with pytest.raises(InvalidArgument, match="plot"):
+            base64_png(plot)
+
+
+def test_one_table_in_three_forms():
+    rows = [
+        {"name\nof it": "a | b", "value": 0.123456},
+        {"name\nof it": "c", "value": None, "stand": Tagged("level", "0")},
+    ]
+    assert table(rows).split("\n") == [
+        "name of it   value  stand",
+        "----------  ------  -------",
+        "a | b       0.1235",
+        "c                   level 0",
+    ]
+    assert markdown_table(rows).split("\n") == [
+        "| name of it | value | stand |",
+        "| --- | --- | --- |",
+        "| a \\| b | 0.1235 |  |",
+        "| c |  | level 0 |",
+    ]
+    page = Page(render("{{ table(rows) }}", rows=rows))
+    assert "name" in page.text and "0.1235" in page.text and page.tags.count("br") == 1 and page.tags.count("td") == 4
 
 
 def test_table():

@@ -23,13 +23,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import gradpruner
 from gradpruner.checkpoint import stored_model as stored
 from gradpruner.checkpoint.masks import Masks
-from gradpruner.compare import experiment as compare
+from gradpruner.compare.cells import finished
 from gradpruner.compare.results import Cost, Result, read_costs, read_results, write_costs, write_results
 from gradpruner.errors import CheckpointError, GradPrunerError
 from gradpruner.probe.igia import Igia
 from gradpruner.probe.importance import Factors
-from gradpruner.run import auto_ratio
-from gradpruner.run import run as pipeline
+from gradpruner.run import auto_ratio, page
 from gradpruner.storage import tensor_files as shards
 from gradpruner.training import data
 from gradpruner.training import resume as training_files
@@ -228,8 +227,8 @@ READERS = {
     "results": (results, read_results, table_mutations),
     "costs": (costs, read_costs, table_mutations),
     "auto": (auto, use_auto, json_mutations),
-    "cell": (cell, lambda path: compare.finished(path.parents[1]), json_mutations),
-    "report": (report, lambda path: pipeline.write_report(path.parent), json_mutations),
+    "cell": (cell, lambda path: finished(path.parents[1]), json_mutations),
+    "report": (report, lambda path: page.write_report(path.parent), json_mutations),
     "trainer state": (trainer_state, use_trainer_state, json_mutations),
     "jsonl": (rows(".jsonl", '{"a": "x", "b": 1}\n{"a": "y", "b": 2}\n'), use_rows, table_mutations),
     "json": (rows(".json", '[{"a": "x", "b": 1}, {"a": "y", "b": 2}]'), use_rows, json_mutations),
@@ -243,7 +242,8 @@ def survive(name, count, folder, monkeypatch):
     content = path.read_bytes()
     use(path)  # what is not damaged is accepted
     if name == "report":  # drawing takes longer than everything else
-        monkeypatch.setattr(pipeline, "plot_layer_scores", lambda scores, plan, file: file.write_bytes(b""))
+        monkeypatch.setattr(page, "plot_layer_scores", lambda scores, plan, file: file.write_bytes(b"\x89PNG"))
+        monkeypatch.setattr(page, "png_of", lambda figure: b"\x89PNG")
     # transformers repeats what it reads, and pytest's workers cannot send half a surrogate pair to each other
     monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
     accepted = 0

@@ -8,6 +8,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+from gradpruner.compare.bootstrap import Difference
 from gradpruner.compare.page import write_comparison
 from gradpruner.compare.results import Cost, Result
 from gradpruner.plan import Plan
@@ -94,11 +95,11 @@ def make_data(methods=tuple(METHODS), counts=(6, 9, 12, 15), seeds=3, macro_f1=T
             )
             for count in (0, *counts)
         ],
-        "differences": [
-            {"method": method, "count": 12, "difference": gap, "low": gap - 0.011, "high": gap + 0.011}
+        "differences": {
+            (method, 12): Difference(gap, gap - 0.011, gap + 0.011)
             for method in methods[1:]
             for gap in [METHODS.get(method, 0.03) - METHODS["gradpruner"]]
-        ],
+        },
         "probe": {
             "layer_scores": {"igia": [10 ** noise.gauss(-2.6 + (j not in PLAN.removed), 0.25) for j in range(LAYERS)]},
             "kind": "igia",
@@ -186,8 +187,9 @@ def result(method, count, seed, exact_match, **changes):
     return Result(method, count, seed=seed, exact_match=exact_match, **{**fields, **changes})
 
 
-def difference(method, low, high):
-    return {"method": method, "count": 4, "difference": (low + high) / 2, "low": low, "high": high}
+def differences(**bounds):
+    """The default method minus others, by the ends of the intervals, with 4 layers removed."""
+    return {(name, 4): Difference((low + high) / 2, low, high) for name, (low, high) in bounds.items()}
 
 
 RESULTS = [
@@ -204,4 +206,4 @@ RESULTS = [
 
 
 COSTS = [Cost(10, 0, 2.0, 4000, 1.0, 2000, 1000, 1e9), Cost(6, 4, 1.3, 2800, 0.7, 0, 680, 6e8)]
-BARE = {"title": "t", "task": "k", "losses": {}, "costs": [], "differences": []}
+BARE = {"title": "t", "task": "k", "losses": {}, "costs": [], "differences": {}}

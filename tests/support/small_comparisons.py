@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import json
+import logging
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ USED, SEEDS = ["gradpruner", "drop-last", "shortgpt"], (0, 1)
 
 
 def comparison(home, out, methods=USED, seeds=SEEDS, train=TRAIN, test=TEST, **changed):
-    options = {k: changed.pop(k) for k in ("ratios", "held_out", "dense", "say") if k in changed}
+    options = {k: changed.pop(k) for k in ("ratios", "held_out", "dense") if k in changed}
     return Compare(
         job(home, **changed), train, test, out, methods=methods, seeds=seeds, **{"held_out": HELD_OUT, **options}
     )
@@ -85,6 +86,20 @@ def counting():
 
             patch.setattr(experiment, name, spy)
         yield calls
+
+
+@contextlib.contextmanager
+def logged(lines):
+    """Inside, what a comparison logs goes into a list."""
+    handler, package = logging.Handler(), logging.getLogger("gradpruner")
+    handler.emit = lambda record: lines.append(record.getMessage())
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(logging.NOTSET)
 
 
 def files(folder, names=("results.csv", "losses.csv", "differences.csv")):

@@ -1,0 +1,79 @@
+"""A comparison in several processes, whose log messages appear in the first one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator
+from logging.handlers import QueueHandler, QueueListener
+from typing import Any
+
+import torch
+
+from gradpruner.compare.experiment import Compare
+from gradpruner.errors import GradPrunerError
+
+PACKAGE = "gradpruner"  # the logger above all of the package's
+
+
+def work_in_processes(comparison: Compare, processes: int) -> None:
+    """Do `comparison.work()` in several processes.
+
+    Each gets its share of the cores and, where there are any, a GPU.
+
+    Args:
+        comparison: the comparison.
+        processes: how many. 1 works in this process.
+
+    Raises:
+        InvalidArgument: a ratio is wrong.
+        GradPrunerError: a process failed. The others finish what they can, and it is kept.
+    """
+    comparison.cells(comparison.layers())  # a wrong ratio is refused here, not by every process
+    if processes == 1:
+        comparison.work()
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with _log_queue(spawn) as queue:
+        level = logging.getLogger(PACKAGE).getEffectiveLevel()
+        arguments = [(comparison, index, processes, queue, level) for index in range(processes)]
+        children = [spawn.Process(target=_work, args=of_child) for of_child in arguments]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+    failed = sum(child.exitcode != 0 for child in children)
+    if failed:
+        raise GradPrunerError(f"{failed} of {processes} processes failed; what the others finished is kept")
+
+
+@contextlib.contextmanager
+def _log_queue(spawn: Any) -> Iterator[Any]:
+    """Give a queue. What other processes log into it is handled as if logged here."""
+    queue = spawn.Queue()
+    listener = QueueListener(queue, _HandleHere())
+    listener.start()
+    try:
+        yield queue
+    finally:
+        listener.stop()
+
+
+class _HandleHere(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand the record of another process to this process's logger of the same name."""
+        logging.getLogger(record.name).handle(record)
+
+
+def _work(comparison: Compare, index: int, processes: int, queue: Any, level: int) -> None:
+    """Work in a process of its own, logging into the queue."""
+    logger = logging.getLogger(PACKAGE)
+    logger.addHandler(QueueHandler(queue))
+    logger.setLevel(level)
+    logger.propagate = False
+    if torch.cuda.device_count():
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index % torch.cuda.device_count())
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    comparison.work()

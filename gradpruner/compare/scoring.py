@@ -1,0 +1,48 @@
+"""How the models of a comparison are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gradpruner.model.loss import IGNORED
+from gradpruner.run.job import Job
+from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.training.evaluate import answers, macro_f1, perplexity, perplexity_of
+
+FEW = 10  # classes: with more of them, macro F1 is not what people look at
+EVALUATED_AT_ONCE = 32  # examples
+
+
+def tested(model: Any, tokenizer: Any, examples: Sequence[Example], job: Job) -> dict[str, Any]:
+    """Score a model on examples.
+
+    Args:
+        model: a transformers model.
+        tokenizer: its tokenizer.
+        examples: what to score it on.
+        job: how the examples become tokens.
+
+    Returns:
+        "exact_match" of the answers, None without answers. "macro_f1", None with more than 10 different answers.
+        "perplexity" of the tokens that were trained on. "right": one character per answer, "1" or "0". "examples":
+        how many there were.
+    """
+    collate, scores = Collator(tokenizer), dict[str, Any](exact_match=None, macro_f1=None, right="")
+    answered = [e for e in examples if e.answer]
+    rows = tokenize(answered, tokenizer, max_length=job.max_length)
+    judged = answers(model, rows, collate=collate, batch_size=EVALUATED_AT_ONCE) if rows else []
+    if judged:
+        scores["exact_match"] = sum(answer.right for answer in judged) / len(judged)
+        scores["right"] = "".join(str(int(answer.right)) for answer in judged)
+        truth = [
+            tuple(t for t in row["labels"][1:] if t != IGNORED) for row in rows
+        ]  # nothing predicts the first token
+        if len(set(truth)) <= FEW:
+            scores["macro_f1"] = macro_f1([answer.predicted for answer in judged], truth)
+    if job.train_on == "answer" and len(answered) == len(examples):
+        scores["perplexity"] = perplexity_of(sum(a.loss for a in judged) / sum(a.tokens for a in judged))
+    else:
+        every = tokenize(examples, tokenizer, max_length=job.max_length, train_on=job.train_on)  # type: ignore[arg-type]
+        scores["perplexity"] = perplexity(model, every, collate=collate, batch_size=EVALUATED_AT_ONCE)
+    return {**scores, "examples": len(examples)}
