@@ -1,4 +1,4 @@
-"""The commands for one stage of a run each: `probe`, `plan`, `apply`, `finetune` and `evaluate`."""
+"""The commands for one stage each: `probe`, `plan`, `apply`, `finetune`, `evaluate`."""
 
 from __future__ import annotations
 

