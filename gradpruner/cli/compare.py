@@ -1,4 +1,4 @@
-"""The commands `compare` and `sensitivity`: arguments to calls; no logic."""
+"""The commands `compare` and `sensitivity`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ METHODS = ("gradpruner", "shortgpt", "laco", "drop-last", "random", "magnitude",
 
 
 def add_compare(commands: Any) -> None:
-    """`gradpruner compare`."""
+    """Add the command `compare`."""
     parser = given.command(
         commands,
         "compare",
@@ -36,7 +36,7 @@ def add_compare(commands: Any) -> None:
 
 
 def add_sensitivity(commands: Any) -> None:
-    """`gradpruner sensitivity`."""
+    """Add the command `sensitivity`."""
     parser = given.command(
         commands,
         "sensitivity",

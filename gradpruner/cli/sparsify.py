@@ -1,4 +1,4 @@
-"""The command `sparsify`: arguments to calls; no logic."""
+"""The command `sparsify`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ METHODS = ("magnitude", "wanda", "gblm", "sparsegpt", "igia", "dsnot")
 
 
 def add_sparsify(commands: Any) -> None:
-    """`gradpruner sparsify`."""
+    """Add the command `sparsify`."""
     parser = given.command(
         commands,
         "sparsify",

@@ -106,6 +106,7 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _training(options: argparse.Namespace, recipe: Any, revision: str | None = None) -> tuple[Any, Any, list[Any]]:
+    """Return the model, its tokenizer, and the rows of a training in order."""
     from gradpruner.training.data import tokenize
     from gradpruner.training.recipe import schedule
 
