@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import random
@@ -170,9 +171,15 @@ def tokenize(
 
 
 class Collator:
-    """Tokenised rows to one batch of tensors, padded on the right to a multiple of 8 tokens.
+    """Collate tokenised rows to one batch of tensors, padded on the right to a multiple of 8 tokens.
 
-    Usable as `data_collator`: input_ids, attention_mask and labels, int64 of shape (rows, tokens).
+    It can be a Trainer's `data_collator`. `pad_id` is the token that it pads with.
+
+    Args:
+        tokenizer: the model's. Its padding token is used, or its end token if it has none. It is not changed.
+
+    Raises:
+        InvalidArgument: the tokenizer has neither a padding token nor an end token.
     """
 
     multiple = 8  # tensor cores want it, and fewer different shapes are compiled
@@ -181,22 +188,31 @@ class Collator:
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         if self.pad_id is None:
             raise InvalidArgument("tokenizer has neither a padding token nor an end token")
+        self._tokenizer = tokenizer
+        self._collate: Any = None  # made at the first batch, because transformers' collator is slow to import
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
-        """Pad `rows` into one batch; token ids get the padding token, labels -100."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        shape = (len(rows), -(-longest // self.multiple) * self.multiple)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.int64),
-            "labels": torch.full(shape, IGNORED),
-        }
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            batch["input_ids"][index, :length] = torch.tensor(row["input_ids"])
-            batch["attention_mask"][index, :length] = 1
-            batch["labels"][index, :length] = torch.tensor(row["labels"])
-        return batch
+        """Pad rows into one batch. Token ids are padded with the padding token, labels with -100.
+
+        Args:
+            rows: `input_ids` and `labels` of each row.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, int64 of shape (rows, tokens).
+        """
+        if self._collate is None:
+            self._collate = self._make_collate()
+        return dict(self._collate([dict(row) for row in rows], return_tensors="pt"))
+
+    def _make_collate(self) -> Any:
+        from transformers import DataCollatorForSeq2Seq
+
+        tokenizer = self._tokenizer
+        if tokenizer.pad_token_id is None or tokenizer.padding_side != "right":
+            tokenizer = copy.deepcopy(tokenizer)  # a shallow copy shares its special tokens with the user's
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            tokenizer.padding_side = "right"
+        return DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=self.multiple, label_pad_token_id=IGNORED)
 
 
 def is_file(source: str | PathLike[str]) -> bool:
