@@ -1,4 +1,4 @@
-"""The command line: it turns arguments into calls of the library and has no logic of its own."""
+"""The command line. It turns arguments into calls and has no logic of its own."""
 
 from gradpruner.cli.main import main
 

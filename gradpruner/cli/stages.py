@@ -282,8 +282,8 @@ def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: 
 
     rows = consecutive(tokens_of(text_of(examples), tokenizer, options.window), options.window)
     check_rows(model, tokenizer, rows)
-    found = perplexity(model, rows, collate=Collator(tokenizer), batch_size=options.batch_size)
+    value = perplexity(model, rows, collate=Collator(tokenizer), batch_size=options.batch_size)
     return {
-        "json": {"perplexity": found, "windows": len(rows), "tokens": options.window},
-        "line": f"{options.model}: perplexity {found:.4g} on {len(rows)} windows of {options.window} tokens",
+        "json": {"perplexity": value, "windows": len(rows), "tokens": options.window},
+        "line": f"{options.model}: perplexity {value:.4g} on {len(rows)} windows of {options.window} tokens",
     }

@@ -39,7 +39,9 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Loaded:
-    """Load a model and its tokenizer. Weights are read from safetensors or GGUF, never from a pickle.
+    """Load a model and its tokenizer.
+
+    Weights are read from safetensors or GGUF, never from a pickle.
 
     Args:
         source: a folder, a hub id, a `.gguf` file (it is dequantised), or "smollm2", which is SmolLM2-135M-Instruct

@@ -1,7 +1,8 @@
-"""ratio = "auto": how many layers go, from the gaps between their scores and a short check on held-out examples.
+"""ratio = "auto": choose how many layers are removed, by trying cuts.
 
-The gaps propose a handful of counts. The dense model and those cuts that a bisection asks for are trained for a few
-steps and scored; the largest count that loses no more of the dense score than the user allows is taken.
+The margins between layer scores propose a handful of counts. The dense model and the cuts that a bisection asks for are
+trained for a few steps and scored on held-out examples. The largest count that loses no more of the dense model's score
+than the user allows is taken.
 """
 
 from __future__ import annotations
@@ -103,10 +104,19 @@ def gap(scores: Sequence[float], count: int, protect: Iterable[int] = (0,)) -> f
 
 
 def candidates(scores: Sequence[float], protect: Iterable[int] = (0,), *, least: int = 1) -> list[int]:
-    """Counts to try, ascending: the range from 10 % to 60 % of the layers in five parts, of each the largest gap.
+    """Return the counts to try, ascending.
 
-    In parts, so that a bisection has a small and a large cut to turn to wherever the gaps are; of equal gaps the
-    smaller count. least: no count below it. Raises InvalidArgument where no count is left.
+    The range from 10 % to 60 % of the layers is divided into five parts. Of each part, the count with the largest margin
+    is taken, and of equal margins the smaller count. The parts give the bisection small and large cuts to turn to,
+    wherever the margins are.
+
+    Args:
+        scores: layer scores.
+        protect: layers that are never removed. Default: the first.
+        least: the smallest count. Default 1.
+
+    Raises:
+        InvalidArgument: no count is left.
     """
     protected = set(protect)
     first = max(least, math.ceil(LEAST * len(scores)))
