@@ -106,9 +106,9 @@ def gap(scores: Sequence[float], count: int, protect: Iterable[int] = (0,)) -> f
 def candidates(scores: Sequence[float], protect: Iterable[int] = (0,), *, least: int = 1) -> list[int]:
     """Return the counts to try, ascending.
 
-    The range from 10 % to 60 % of the layers is divided into five parts. Of each part, the count with the largest margin
-    is taken, and of equal margins the smaller count. The parts give the bisection small and large cuts to turn to,
-    wherever the margins are.
+    The range from 10 % to 60 % of the layers is divided into five parts. Of each part, the count with the largest
+    margin is taken, and of equal margins the smaller count. The parts give the bisection small and large cuts to turn
+    to, wherever the margins are.
 
     Args:
         scores: layer scores.

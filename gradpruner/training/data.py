@@ -173,7 +173,8 @@ def tokenize(
 class Collator:
     """Collate tokenised rows to one batch of tensors.
 
-    Rows are padded on the right to a multiple of 8 tokens. It can be a Trainer's `data_collator`. `pad_id` is the token that it pads with.
+    Rows are padded on the right to a multiple of 8 tokens. The attribute `pad_id` is the token that it pads with. An
+    instance can be a Trainer's `data_collator`.
 
     Args:
         tokenizer: the model's. Its padding token is used, or its end token if it has none. It is not changed.
