@@ -1,7 +1,9 @@
-"""accelerate in a plain loop, sharded by FSDP2 (or DDP, or one process: the script is the same).
+"""accelerate in your own loop, sharded by FSDP2. The same script runs with DDP and in one process.
 
-accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \
-    examples/accelerate_fsdp2.py MODEL TEXTS.jsonl OUT
+MODEL is a folder or a hub id. TEXTS.jsonl has one JSON object per line, with a column "text".
+
+    accelerate launch --num_processes 4 --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \
+        examples/accelerate_fsdp2.py MODEL TEXTS.jsonl OUT
 """
 
 import sys
@@ -43,7 +45,7 @@ def main(model_name: str, data: str, out: str, steps: int = 60, probe_steps: int
             scheduler.step()
             optimizer.zero_grad()
             step += 1
-            if plan is None and probe.finished:  # on every process, at the same step
+            if plan is None and probe.finished:  # true on every process at the same step
                 plan = probe.igia.plan(ratio=0.4)
                 gradpruner.cut(model, optimizer, plan, probe.igia)
                 accelerator.print(plan.summary())

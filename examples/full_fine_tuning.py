@@ -1,6 +1,8 @@
-"""Full fine-tuning: no adapters; the weights that are left keep their optimizer state.
+"""Full fine-tuning without adapters. The weights of the kept layers keep their optimizer state.
 
-python examples/full_fine_tuning.py MODEL TEXTS.jsonl OUT
+MODEL is a folder or a hub id. TEXTS.jsonl has one JSON object per line, with a column "text".
+
+    python examples/full_fine_tuning.py MODEL TEXTS.jsonl OUT
 """
 
 import sys
@@ -37,7 +39,7 @@ def main(model_name: str, data: str, out: str) -> None:
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
 
-    # plain AdamW: the importance is read from its second moment, and takes no memory of its own
+    # The gradients of all weights are watched. With plain AdamW they are read from its second moment: no extra memory.
     pruning = gradpruner.attach(trainer, steps=20, ratio=0.4)
 
     trainer.train()

@@ -1,6 +1,8 @@
-"""A loop of one's own: probe the first steps, cut, and let the same loop go on.
+"""Your own training loop: probe the first steps, cut the model, and let the same loop go on.
 
-python examples/plain_loop.py MODEL TEXTS.jsonl OUT        MODEL: a folder or a hub id; TEXTS.jsonl: rows with "text"
+MODEL is a folder or a hub id. TEXTS.jsonl has one JSON object per line, with a column "text".
+
+    python examples/plain_loop.py MODEL TEXTS.jsonl OUT
 """
 
 import sys
@@ -24,7 +26,7 @@ def main(model_name: str, data: str, out: str, steps: int = 60, probe_steps: int
     texts = load_dataset("json", data_files=data, split="train").shuffle(seed=0)["text"]
     probe = gradpruner.Probe(model)
     probe.start(optimizer, probe_steps)
-    plan, seen = None, []
+    plan, probe_batches = None, []
     for step in range(steps):
         texts_now = [texts[(4 * step + i) % len(texts)] for i in range(4)]
         batch = tokenizer(texts_now, return_tensors="pt", padding=True, truncation=True, max_length=256)
@@ -36,11 +38,12 @@ def main(model_name: str, data: str, out: str, steps: int = 60, probe_steps: int
         scheduler.step()
         optimizer.zero_grad()
         if plan is None:
-            seen.append(batch)
+            probe_batches.append(batch)
         if plan is None and probe.finished:
             plan = probe.igia.plan(ratio=0.4)
-            patches = gradpruner.fit_patches(model, plan, seen)  # what is linear in the gaps is not lost
-            # same model, adapters, optimizer and scheduler: the loop goes on
+            # each removed stretch of layers is replaced by its best linear map on these batches
+            patches = gradpruner.fit_patches(model, plan, probe_batches)
+            # model, adapters, optimizer and scheduler stay the same objects, so the loop goes on
             gradpruner.cut(model, optimizer, plan, probe.igia, patches=patches, adapters="keep")
             print(plan.summary())
         if step % 10 == 0:

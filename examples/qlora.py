@@ -1,7 +1,9 @@
-"""QLoRA: probe on the 4-bit model, merge into the full-precision checkpoint, and fine-tune what is left in 4 bit.
+"""QLoRA: probe the 4-bit model, cut the full-precision checkpoint, and fine-tune the smaller model in 4 bit.
 
-pip install bitsandbytes
-python examples/qlora.py MODEL_FOLDER TEXTS.jsonl OUT
+TEXTS.jsonl has one JSON object per line, with a column "text".
+
+    pip install bitsandbytes
+    python examples/qlora.py MODEL_FOLDER TEXTS.jsonl OUT
 """
 
 import sys
@@ -15,7 +17,7 @@ import gradpruner
 
 
 def train(model_name: str, data: str, steps: int, probed: bool):
-    """Some steps of LoRA on the 4-bit model; with `probed`, what the probe saw, else the adapted model."""
+    """Train LoRA on the 4-bit model. Return the probe's gradients if `probed`, otherwise the trained model."""
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
@@ -38,7 +40,7 @@ def main(folder: str, data: str, out: str) -> None:
     igia = train(folder, data, steps=20, probed=True)
     plan = igia.plan(ratio=0.4)
     print(plan.summary())
-    gradpruner.apply_folder(folder, out, plan, igia, overwrite=True)  # from file to file, in full precision
+    gradpruner.apply_folder(folder, out, plan, igia, overwrite=True)  # file by file, in full precision
     train(out, data, steps=20, probed=False).save_pretrained(f"{out}-adapter")
 
 

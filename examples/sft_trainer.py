@@ -1,7 +1,9 @@
-"""TRL's SFTTrainer: the same one line.
+"""TRL's SFTTrainer: one additional line, as for transformers.Trainer.
 
-pip install trl
-python examples/sft_trainer.py MODEL TEXTS.jsonl OUT
+MODEL is a folder or a hub id. TEXTS.jsonl has one JSON object per line, with a column "text".
+
+    pip install trl
+    python examples/sft_trainer.py MODEL TEXTS.jsonl OUT
 """
 
 import sys
@@ -34,7 +36,7 @@ def main(model_name: str, data: str, out: str) -> None:
         ),
     )
 
-    pruning = gradpruner.attach(trainer, steps=20, ratio=0.4)  # the one line
+    pruning = gradpruner.attach(trainer, steps=20, ratio=0.4)  # the one additional line
 
     trainer.train()
     print(pruning.plan.summary())

@@ -1,6 +1,8 @@
-"""transformers.Trainer: one line more, and the run that starts dense ends pruned.
+"""transformers.Trainer: with one more line, a run that starts with the dense model ends with a pruned one.
 
-python examples/trainer.py MODEL TEXTS.jsonl OUT [--resume]
+MODEL is a folder or a hub id. TEXTS.jsonl has one JSON object per line, with a column "text".
+
+    python examples/trainer.py MODEL TEXTS.jsonl OUT [--resume]
 """
 
 import sys
@@ -39,7 +41,7 @@ def main(model_name: str, data: str, out: str, resume: str = "") -> None:
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
 
-    pruning = gradpruner.attach(trainer, steps=20, ratio=0.4)  # the one line
+    pruning = gradpruner.attach(trainer, steps=20, ratio=0.4)  # the one additional line
 
     trainer.train(resume_from_checkpoint=resume == "--resume")
     print(pruning.plan.summary())

@@ -62,8 +62,8 @@ def test_planning_loads_no_trainer(home, tmp_path):
 def test_a_report_loads_no_trainer(tmp_path):
     plan = Plan(4, [2])
     row = dict.fromkeys(("exact_match", "perplexity", "step_seconds", "tokens_per_second", "peak_bytes"), 0.5)
-    row |= {"name": "pruned", "layers": 3, "parameters": 10, "checkpoint_bytes": 10}
-    probe = {"layer_scores": [1.0, 2.0, 0.5, 3.0], "stability": [1.0], "margin": 0.5}
+    row |= {"name": "pruned", "layers": 3, "parameters": 10, "checkpoint_bytes": 10, "failed": None}
+    probe = {"steps": 2, "skipped": 0, "layer_scores": [1.0, 2.0, 0.5, 3.0], "stability": [1.0], "margin": 0.5}
     content = {"rows": [row], "plan": plan.to_dict(), "probe": probe}
     (tmp_path / "results.json").write_text(json.dumps(content))
     (tmp_path / "run.json").write_text(json.dumps({"source": "m", "steps": 4, "probe_steps": 2}))

@@ -1,4 +1,7 @@
-"""A Trainer callback that keeps pruned weights at zero. It is slow to import, because transformers.Trainer is."""
+"""A Trainer callback that keeps pruned weights at zero.
+
+This module is slow to import, because transformers.Trainer is.
+"""
 
 from __future__ import annotations
 

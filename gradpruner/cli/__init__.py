@@ -1,4 +1,4 @@
-"""The command line: arguments to calls, no logic."""
+"""The command line. It turns arguments into calls and has no logic of its own."""
 
 from gradpruner.cli.main import main
 

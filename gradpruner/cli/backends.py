@@ -17,12 +17,12 @@ def _backends(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.ops import available_backends
     from gradpruner.ops.backends import build_note
 
-    found = available_backends()
-    if found["cpp"] == "available":
+    states = available_backends()
+    if states["cpp"] == "available":
         from gradpruner.ops.cpp import ISA
 
-        found["cpp instruction set"] = ISA
+        states["cpp instruction set"] = ISA
     note = build_note()
     if note is not None:
-        found["cpp build"] = note
-    return {"json": found, "line": "\n".join(f"{name}: {state}" for name, state in found.items())}
+        states["cpp build"] = note
+    return {"json": states, "line": "\n".join(f"{name}: {state}" for name, state in states.items())}

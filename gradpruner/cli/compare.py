@@ -1,4 +1,4 @@
-"""The commands `compare` and `sensitivity`: arguments to calls; no logic."""
+"""The commands `compare` and `sensitivity`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradpruner.methods.names import METHOD_NAMES
 
 
 def add_compare(commands: Any) -> None:
-    """`gradpruner compare`."""
+    """Add the command `compare`."""
     parser = given.command(
         commands,
         "compare",
@@ -32,7 +32,7 @@ def add_compare(commands: Any) -> None:
 
 
 def add_sensitivity(commands: Any) -> None:
-    """`gradpruner sensitivity`."""
+    """Add the command `sensitivity`."""
     parser = given.command(
         commands,
         "sensitivity",

@@ -1,9 +1,12 @@
-"""Options that several commands share, and what they say."""
+"""Options that several commands share, and what they stand for."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradpruner.model.load import Loaded
 
 DATA_HELP = """\
 data:
@@ -14,7 +17,15 @@ data:
 
 
 def command(commands: Any, name: str, call: Any, summary: str, example: str) -> argparse.ArgumentParser:
-    """A command with the options that all have."""
+    """Add a command with the options that all commands have.
+
+    Args:
+        commands: the subparsers.
+        name: of the command.
+        call: runs it, with the parsed options.
+        summary: one sentence for its help.
+        example: a call, for its help.
+    """
     parser = commands.add_parser(
         name,
         help=summary,
@@ -28,7 +39,7 @@ def command(commands: Any, name: str, call: Any, summary: str, example: str) -> 
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model, and how it is loaded."""
+    """Add the options that say which model is used and how it is loaded."""
     parser.add_argument("--model", required=True, metavar="M", help="checkpoint folder, hub id, .gguf file, or smollm2")
     parser.add_argument(
         "--dtype",
@@ -41,7 +52,12 @@ def model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def data_options(parser: argparse.ArgumentParser, *, testing: bool) -> None:
-    """Which data, and how it is read."""
+    """Add the options that say which data is used and how it is read.
+
+    Args:
+        parser: of the command.
+        testing: whether the command evaluates too.
+    """
     parser.add_argument("--data", required=True, metavar="D", help="file or hub id; see below")
     parser.add_argument("--split", default="train", help="split of a hub data set (default train)")
     parser.add_argument("--prompt", metavar="T", help="template of the prompt")
@@ -58,7 +74,12 @@ def data_options(parser: argparse.ArgumentParser, *, testing: bool) -> None:
 
 
 def plan_options(parser: argparse.ArgumentParser, *, auto: bool = False) -> None:
-    """How many layers go, and which. auto: whether there is a model to try cuts on."""
+    """Add the options that say how many layers are removed, and which.
+
+    Args:
+        parser: of the command.
+        auto: whether `--ratio auto` is accepted. It needs a model to try cuts on.
+    """
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument(
         "--ratio",
@@ -96,7 +117,7 @@ def _merge(text: str) -> str | int:
 
 
 def recipe_options(parser: argparse.ArgumentParser) -> None:
-    """How to fine-tune."""
+    """Add the options that say how to fine-tune."""
     parser.add_argument("--steps", type=int, required=True, metavar="N", help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples at a time (default 16)")
     parser.add_argument("--accumulation", type=int, default=1, metavar="N", help="batches of a step (default 1)")
@@ -107,7 +128,7 @@ def recipe_options(parser: argparse.ArgumentParser) -> None:
 
 
 def checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """How often a training is saved while it runs."""
+    """Add the option that says how often a training is saved while it runs."""
     parser.add_argument(
         "--save-steps",
         type=int,
@@ -118,7 +139,7 @@ def checkpoint_options(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe(options: argparse.Namespace) -> Any:
-    """What `recipe_options` say."""
+    """Return the recipe that the options of `recipe_options` describe."""
     from gradpruner.training.recipe import Recipe
 
     return Recipe(
@@ -132,7 +153,7 @@ def recipe(options: argparse.Namespace) -> Any:
 
 
 def job(options: argparse.Namespace) -> dict[str, Any]:
-    """What a `Job` is told by the options of the model, the data and the recipe."""
+    """Return the arguments of `Job` that the options of model, data and recipe give."""
     return {
         "source": options.model,
         "steps": options.steps,
@@ -147,8 +168,13 @@ def job(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def load(options: argparse.Namespace, revision: str | None = None) -> tuple[Any, Any]:
-    """The model and its tokenizer. revision: see `load_model`."""
+def load(options: argparse.Namespace, revision: str | None = None) -> Loaded:
+    """Load --model and its tokenizer.
+
+    Args:
+        options: with those of `model_options`.
+        revision: the commit of a hub id. Default: the newest.
+    """
     from gradpruner.model.load import load_model
     from gradpruner.run.job import torch_dtype
 
@@ -162,7 +188,7 @@ def load(options: argparse.Namespace, revision: str | None = None) -> tuple[Any,
 
 
 def examples(options: argparse.Namespace) -> list[Any]:
-    """The examples of --data."""
+    """Read the examples of --data."""
     from gradpruner.training.data import load_examples
 
     return load_examples(
@@ -176,7 +202,7 @@ def examples(options: argparse.Namespace) -> list[Any]:
 
 
 def amount(options: argparse.Namespace) -> dict[str, Any]:
-    """What `plan_options` say."""
+    """Return how many layers the options of `plan_options` ask for."""
     ratio = 0.4 if options.ratio is None and options.count is None else options.ratio
     return {
         "ratio": ratio,
@@ -186,12 +212,12 @@ def amount(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def choice(options: argparse.Namespace) -> dict[str, Any]:
-    """The preset and what differs from it."""
+    """Return the preset, and the settings of `plan_options` that differ from it."""
     return {"preset": options.preset, "kind": options.kind, "merge": options.merge}
 
 
 def split(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
-    """Training and test examples: of --test-data, or held out of --data."""
+    """Return training and test examples. The latter are of --test-data, or held out."""
     from gradpruner.training.data import is_file, load_examples, split_examples
 
     train_examples, templates = examples(options), {"prompt": options.prompt, "answer": options.answer}

@@ -111,6 +111,7 @@ def _demo(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Return what `run` and `demo` print of the results of a run."""
     from gradpruner.report.tables import table
     from gradpruner.run.auto_ratio import trial_rows
     from gradpruner.run.summary import comparison, notes

@@ -1,4 +1,4 @@
-"""The command `sparsify`: arguments to calls; no logic."""
+"""The command `sparsify`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gradpruner.sparsity.names import CRITERION_NAMES
 
 
 def add_sparsify(commands: Any) -> None:
-    """`gradpruner sparsify`."""
+    """Add the command `sparsify`."""
     parser = given.command(
         commands,
         "sparsify",

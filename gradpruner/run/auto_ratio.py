@@ -1,7 +1,8 @@
-"""ratio = "auto": how many layers go, from the gaps between their scores and a short check on held-out examples.
+"""ratio = "auto": choose how many layers are removed, by trying cuts.
 
-The gaps propose a handful of counts. The dense model and those cuts that a bisection asks for are trained for a few
-steps and scored; the largest count that loses no more of the dense score than the user allows is taken.
+The margins between layer scores propose a handful of counts. The dense model and the cuts that a bisection asks for are
+trained for a few steps and scored on held-out examples. The largest count that loses no more of the dense model's score
+than the user allows is taken.
 """
 
 from __future__ import annotations
@@ -43,10 +44,18 @@ class Trial:
 
 @dataclass(frozen=True)
 class Choice:
-    """How many of `layers` layers go, and why.
+    """How many layers are removed, and why.
 
-    measure: the score that decides. dense: what the dense model scored. steps: of the check, for each model. spent: of
-    all that was checked, beyond those of the job. trials: by count.
+    Args:
+        count: how many are removed.
+        layers: decoder layers of the dense model.
+        candidates: the counts that could be tried.
+        bound: share of the dense model's score that may be lost.
+        measure: the score that decides, "exact match" or "1 / perplexity".
+        dense: what the dense model scored.
+        trials: the cuts that were tried, by count.
+        steps: training steps of each trial.
+        spent: training steps of all trials and of the dense model, beyond those of the job.
     """
 
     count: int
@@ -61,7 +70,7 @@ class Choice:
 
     @property
     def reason(self) -> str:
-        """One sentence a person can read."""
+        """One sentence for people."""
         exact, examples = self.dense["exact_match"], self.dense["examples"]
         if self.measure == EXACT:
             unit = f"one example is {1 / (exact * examples):.1%}"
@@ -80,7 +89,7 @@ class Choice:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the choice as JSON holds it."""
         content = {**asdict(self), "candidates": list(self.candidates), "trials": [asdict(t) for t in self.trials]}
         return {**content, "reason": self.reason}
 
@@ -95,10 +104,19 @@ def gap(scores: Sequence[float], count: int, protect: Iterable[int] = (0,)) -> f
 
 
 def candidates(scores: Sequence[float], protect: Iterable[int] = (0,), *, least: int = 1) -> list[int]:
-    """Counts to try, ascending: the range from 10 % to 60 % of the layers in five parts, of each the largest gap.
+    """Return the counts to try, ascending.
 
-    In parts, so that a bisection has a small and a large cut to turn to wherever the gaps are; of equal gaps the
-    smaller count. least: no count below it. Raises InvalidArgument where no count is left.
+    The range from 10 % to 60 % of the layers is divided into five parts. Of each part, the count with the largest
+    margin is taken, and of equal margins the smaller count. The parts give the bisection small and large cuts to turn
+    to, wherever the margins are.
+
+    Args:
+        scores: layer scores.
+        protect: layers that are never removed. Default: the first.
+        least: the smallest count. Default 1.
+
+    Raises:
+        InvalidArgument: no count is left.
     """
     protected = set(protect)
     first = max(least, math.ceil(LEAST * len(scores)))
@@ -115,10 +133,21 @@ def candidates(scores: Sequence[float], protect: Iterable[int] = (0,), *, least:
 
 
 def search(counts: Sequence[int], trial_of: Callable[[int], Trial], bound: float) -> tuple[Trial, tuple[Trial, ...]]:
-    """The largest of the ascending counts that loses at most `bound`, and all trials by count; a bisection.
+    """Find the largest count that loses at most `bound`, by bisection.
 
-    What is lost is taken to grow with the count. Where it does not, the choice is still within the bound, and the
-    next larger candidate was seen not to be. Raises InvalidArgument if the smallest count loses more.
+    The loss is assumed to grow with the count. If it does not, the choice is still within the bound, and the next
+    larger candidate was tried and is not.
+
+    Args:
+        counts: ascending counts.
+        trial_of: tries a count.
+        bound: share of the dense model's score that may be lost.
+
+    Returns:
+        The trial of the chosen count, and all trials by count.
+
+    Raises:
+        InvalidArgument: every count that was tried loses more.
     """
     trials: list[Trial] = []
     best: Trial | None = None
@@ -151,13 +180,22 @@ def choose(
     least: int = 1,
     made_from: Mapping[str, str] | None = None,
 ) -> Choice:
-    """Try cuts and choose; `file` (JSON) keeps every check from when it is made, and none is made twice.
+    """Try cuts and choose how many layers are removed.
 
-    made_from: digests of what the checks are made from (see `gradpruner.storage.provenance`). Default: not recorded.
+    Args:
+        scores: layer scores.
+        check: returns what the model with so many layers removed scores on held-out examples after `steps` steps of
+            training. 0 is the dense model.
+        file: JSON file that keeps every check as soon as it is made. No check is made twice.
+        bound: share of the dense model's score that may be lost, 0 to 1.
+        steps: training steps of each check.
+        protect: layers that are never removed. Default: the first.
+        least: the smallest count. Default 1.
+        made_from: digests of what the checks are made from, see `gradpruner.storage.provenance`. Default: no record.
 
-    check: what the model with so many layers less (0: the dense one) scores on held-out examples after `steps` steps.
-    Raises InvalidArgument if no cut is within the bound, or if the file was made from something else, GradPrunerError
-    if the dense model has no score.
+    Raises:
+        InvalidArgument: no cut is within the bound, or the file was made from something else.
+        GradPrunerError: the dense model has no score.
     """
     path, protected = Path(file), set(protect)
     there = path.exists() if made_from is None else is_made(path, made_from)
@@ -192,7 +230,7 @@ def choose(
 
 
 def _known(path: Path) -> dict[str, dict[str, Any]]:
-    """The checks that are in the file. Raises CheckpointError if they are not what `choose` writes."""
+    """Read the checks of a file. Raises CheckpointError if `choose` does not write such."""
     with reading(str(path)):
         found: dict[str, dict[str, Any]] = dict(read_json(path, "auto")["checked"])
         for count, score in found.items():
@@ -208,9 +246,18 @@ def _known(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def hold_out(examples: Sequence[H], rows: int | None, seed: int) -> tuple[list[H], list[H]]:
-    """(the rest, held out): `rows` different examples, default 200 and at most 10 %, go with all their copies.
+    """Hold examples out, each with all its copies.
 
-    Raises InvalidArgument if one of the two would be empty.
+    Args:
+        examples: all examples.
+        rows: how many different examples to hold out. Default: 10 %, at most 200.
+        seed: of the choice.
+
+    Returns:
+        The examples to train on, and those that are held out.
+
+    Raises:
+        InvalidArgument: one of the two would be empty.
     """
     different = list(dict.fromkeys(examples))
     if rows is None:
@@ -226,7 +273,7 @@ def hold_out(examples: Sequence[H], rows: int | None, seed: int) -> tuple[list[H
 
 
 def trial_rows(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The trials of `Choice.to_dict` as a table: one line a cut."""
+    """Return the trials of `Choice.to_dict` as rows of a table, one per cut."""
     return [
         {
             "layers removed": trial["count"],

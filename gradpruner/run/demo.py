@@ -28,7 +28,9 @@ JOB = Job(
 
 
 def demo(folder: str | os.PathLike[str], *, quiet: bool = False) -> dict[str, Any]:
-    """Fine-tune SmolLM2-135M, dense and pruned, to name the chapter of a paragraph of the Python reference.
+    """Fine-tune SmolLM2-135M to name the chapter of a paragraph, dense and pruned.
+
+    The paragraphs are from the Python reference.
 
     Args:
         folder: where everything is written, as by `Run`. Run it again to resume.

@@ -44,10 +44,10 @@ FUNCTION_WORDS = re.compile(
 
 
 def paragraphs() -> list[tuple[str, str]]:
-    """Prose of this interpreter's reference as (paragraph, chapter), no two sharing eight words in a row.
+    """Return the prose of this interpreter's reference as pairs of paragraph and chapter.
 
-    Topics overlap ("compound" contains "for"), so shorter topics are read first: a paragraph that stands in
-    several belongs to the most specific one.
+    No two paragraphs share eight words in a row. Topics overlap ("compound" contains "for"), so shorter topics are read
+    first: a paragraph of several topics belongs to the most specific one.
 
     Raises:
         GradPrunerError: this interpreter was installed without `pydoc_data`.
@@ -66,7 +66,13 @@ def paragraphs() -> list[tuple[str, str]]:
 
 
 def demo_examples(seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """The task as (train, test): about 200 test paragraphs, every chapter in the same share of both.
+    """Return training and test examples, with about the same share of each chapter in both.
+
+    Args:
+        seed: of the shuffling.
+
+    Returns:
+        The training examples and about 200 test examples.
 
     Raises:
         GradPrunerError: this interpreter was installed without `pydoc_data`.
@@ -91,12 +97,15 @@ def demo_examples(seed: int = 0) -> tuple[list[Example], list[Example]]:
 
 
 def majority_share(examples: list[Example]) -> float:
-    """Share of the most frequent answer: the exact match of always giving it, the score to beat."""
+    """Return the share of the most frequent answer: the exact match of always giving it."""
     return max(Counter(example.answer for example in examples).values()) / len(examples)
 
 
 def shingles(text: str) -> set[tuple[str, ...]]:
-    """Every run of eight words of `text`, without case and punctuation; all of a text that is shorter."""
+    """Return every run of eight words of a text, without case and punctuation.
+
+    A text of fewer words is one run.
+    """
     words = re.findall(r"\w+", text.casefold())
     return {tuple(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
 
@@ -119,7 +128,7 @@ def _prose(topic: str) -> Iterator[str]:
 
 
 def _is_prose(line: str) -> bool:
-    """Sentences, not headings, grammar, code, tables or pointers elsewhere."""
+    """Return whether a line is prose: no heading, grammar, code, table or pointer elsewhere."""
     if line.startswith("See also") or "::=" in line or ">>>" in line or re.search(r"[=*\-|+]{4}", line):
         return False
     words = re.findall(r"[A-Za-z]+", line)
@@ -127,7 +136,10 @@ def _is_prose(line: str) -> bool:
 
 
 def _pieces(line: str) -> Iterator[str]:
-    """`line` in runs of whole sentences of at most `LONGEST` characters, without longer single sentences."""
+    """Split a line into runs of whole sentences of at most `LONGEST` characters.
+
+    A single sentence that is longer is left out.
+    """
     piece = ""
     for sentence in re.split(r"(?<=[.:?!]) (?=[A-Z\"*(])", line):
         if piece and len(piece) + 1 + len(sentence) > LONGEST:

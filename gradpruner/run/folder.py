@@ -1,4 +1,4 @@
-"""The folder of one run: the settings it belongs to, its stages, and what each stage was made from."""
+"""The folder of one run: its settings, its stages, and what each stage was made from."""
 
 from __future__ import annotations
 
@@ -139,7 +139,9 @@ def known_model(before: Mapping[str, Any] | None, source: str) -> dict[str, Any]
 
 
 def named(changed: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Name the settings that differ: of the model each file and package version, of a recipe or preset each field.
+    """Name the settings that differ.
+
+    Of the model, each file and package version is named. Of a recipe or a preset, each field.
 
     Args:
         changed: names of the settings that differ.

@@ -1,4 +1,4 @@
-"""The models of a run: dense, probed, cut. And the rows that they are trained and scored on."""
+"""The models of a run (dense, probed, cut), and the rows that they are trained on."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ class RunModels:
         return Loaded(model, tokenizer)
 
     def cut(self, plan: Plan) -> Loaded:
-        """Return the model without the removed layers, patched on the probe's rows and merged as the preset says."""
+        """Return the model without the removed layers, merged and patched as the preset says.
+
+        Patches are fitted on the rows of the probe.
+        """
         preset = self.job.preset
         model, tokenizer = self.load_probed()
         patches: list[Patch] = []

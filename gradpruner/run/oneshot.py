@@ -88,7 +88,7 @@ def prune(
 def _probe(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], recipe: Recipe, steps: int
 ) -> tuple[Igia, list[Mapping[str, Any]]]:
-    """Train on up to `steps` batches with a probe. Return what it accumulated, and the batches that were used."""
+    """Train on up to `steps` batches with a probe. Return its igia and the batches used."""
     device = next(model.parameters()).device
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)

@@ -63,7 +63,7 @@ def check_run(job: Job, model: Any, tokenizer: Any, folder: Path, examples: Mapp
 
 
 def check_comparison(job: Job, model: Any, tokenizer: Any, examples: Mapping[str, Sequence[Example]]) -> None:
-    """Check a comparison: its model and its data. It checks its own ratios and methods, and writes no checkpoint.
+    """Check the model and the data of a comparison. It checks ratios and methods itself.
 
     Args:
         job: the settings.
@@ -103,7 +103,7 @@ def check_examples(job: Job, model: Any, tokenizer: Any, examples: Mapping[str, 
 
 
 def check_rows(model: Any, tokenizer: Any, rows: Rows) -> None:
-    """Check that the model has an embedding of every token of the rows, and a position for each.
+    """Check that the model has an embedding and a position for every token of the rows.
 
     Args:
         model: the model.

@@ -23,7 +23,9 @@ IGIA, ADAPTERS, MODEL = "igia.safetensors", "adapters", "model"
 def save_probe(
     folder: str | os.PathLike[str], igia: Igia, model: nn.Module, *, made_from: Mapping[str, str] | None = None
 ) -> None:
-    """Write igia.safetensors and the adapters, or the whole model if that was trained. All or nothing is written.
+    """Write igia.safetensors and what the probe trained, all or nothing.
+
+    That is the adapters, or the whole model if all weights were trained.
 
     Args:
         folder: the folder to write.

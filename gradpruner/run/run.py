@@ -130,7 +130,7 @@ class Run:
     # stages
 
     def run_probe(self) -> Igia:
-        """Train for the first steps and write `probe/`: igia.safetensors, and the adapters that were trained."""
+        """Train for the first steps. Write igia.safetensors and what was trained to `probe/`."""
         if not self._stages.is_made("probe", self._stages.settings):
             logger.info(f"probe: {self.job.probing} steps")
             model, tokenizer = self.models.load_dense()
@@ -147,7 +147,9 @@ class Run:
         return Igia.load(self.probe_folder / IGIA)
 
     def make_plan(self) -> Plan:
-        """Score the layers and write plan.json. With ratio = "auto", try cuts first and write auto.json.
+        """Score the layers and write plan.json.
+
+        With ratio = "auto", cuts are tried first, and auto.json is written.
 
         plan.json may be edited, or put there by hand, until `cut` has used it.
         """
@@ -171,7 +173,7 @@ class Run:
         return plan
 
     def train_dense(self) -> dict[str, Any]:
-        """Fine-tune and evaluate the model as it is, with all the steps. Write `dense/` and return the results."""
+        """Fine-tune the model as it is, with all the steps. Write `dense/` and return results."""
         return self._stages.result("dense", self._stages.settings, self._fine_tune_dense)
 
     def cut(self, plan: Plan) -> Path:
@@ -190,7 +192,7 @@ class Run:
         return path
 
     def train_pruned(self, plan: Plan) -> dict[str, Any]:
-        """Fine-tune the smaller model with the steps after the probe. Write `model/` and return the results."""
+        """Fine-tune the smaller model with the remaining steps. Write `model/`, return results."""
         result = self._stages.result("pruned", self._made_from_plan(plan), lambda: self._fine_tune_pruned(plan))
         self._check_pruned_model(plan)
         return result
@@ -252,7 +254,7 @@ class Run:
     # how many layers, and which
 
     def plan_for(self, count: int | None) -> Plan:
-        """Return the plan by the probe's scores: of `count` layers, or of the job's ratio if it is None."""
+        """Return the plan by the probe's scores for `count` layers, or for the job's ratio."""
         ratio = self.job.ratio if count is None else None
         assert not isinstance(ratio, str)
         preset = self.job.preset
@@ -275,7 +277,10 @@ class Run:
         return choice
 
     def try_count(self, count: int) -> Evaluation:
-        """Score the cut of `count` layers after a short training on the rows after the probe's. 0: the dense model."""
+        """Score the cut of `count` layers after a short training. 0 is the dense model.
+
+        The training uses the rows after those of the probe.
+        """
         what = f"with {count} layers removed" if count else "of the dense model"
         logger.info(f"auto: {self.job.checking} steps {what}")
         if count:

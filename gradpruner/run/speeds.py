@@ -1,4 +1,4 @@
-"""Measure in turns how fast finished models generate, so that other load on the machine touches all of them."""
+"""Measure how fast models generate, in turns: other load on the machine touches them all."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def speeds_in_turns(
 def rows_with_speeds(
     rows: Sequence[Mapping[str, Any]], folders: Mapping[str, Path], file: Path, load: Callable[[str], Loaded]
 ) -> list[dict[str, Any]]:
-    """Add the generation speeds to the rows of results. They are measured once and kept in `file`.
+    """Add generation speeds to rows of results. They are measured once and kept in a file.
 
     Args:
         rows: results, each with the name of its model.

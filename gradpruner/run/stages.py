@@ -1,4 +1,4 @@
-"""The three things that a run does with a loaded model: watch its gradients, fine-tune it, measure it."""
+"""What a run does with a loaded model: watch its gradients, fine-tune it, measure it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def tune(
 
 
 def _mask_callbacks(masks: Masks | None, recipe: Recipe) -> list[TrainerCallback]:
-    """Return what holds the masks in every step. Where only adapters train, no step changes a masked weight."""
+    """Return what holds the masks in every step, if a step can change a masked weight."""
     if masks is None or recipe.rank:
         return []
     from gradpruner.checkpoint.hold_sparsity import HoldSparsity

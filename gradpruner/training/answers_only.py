@@ -18,14 +18,16 @@ from gradpruner.model.wrappers import is_peft
 
 
 def answers_only(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the same inputs, but ask for the logits that predict a token with a label and for no others."""
+    """Return the same inputs, but ask for no logits beside those that predict a label."""
     labels = nn.functional.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
     positions = (labels != IGNORED).any(0).nonzero().flatten()
     return {**inputs, "logits_to_keep": positions, "shift_labels": labels[:, positions]}
 
 
 def can_skip_logits(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Return whether the loss stays the same with `answers_only`. Not every model knows its arguments.
+    """Return whether the loss stays the same with `answers_only`.
+
+    Not every model knows the arguments that it adds.
 
     Args:
         model: a transformers model or a PEFT model.

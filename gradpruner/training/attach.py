@@ -1,4 +1,4 @@
-"""`attach`: probe, cut and go on inside one run of a `transformers.Trainer`, checkpoints included."""
+"""`attach`: probe, cut and go on inside one run of a `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -140,7 +140,9 @@ def attach(
 
 
 class PruneCallback(TrainerCallback):
-    """What `attach` adds to a Trainer. Read `plan` and `igia` after the cut; both are None before.
+    """What `attach` adds to a Trainer.
+
+    `plan` and `igia` can be read after the cut. Both are None before.
 
     Args:
         trainer: the Trainer. Its `train`, `_load_from_checkpoint` and `_save_checkpoint` are replaced by `attach`.
@@ -256,7 +258,7 @@ class PruneCallback(TrainerCallback):
         return patches
 
     def _figures(self, plan: Plan, igia: Igia, patches: list[Patch]) -> dict[str, float]:
-        """Return what the Trainer logs of the cut. The fate of a layer is 0 (kept), 1 (dropped) or 2 (merged)."""
+        """Return what the Trainer logs of the cut. Fates: 0 kept, 1 dropped, 2 merged."""
         kind = self._options.preset.kind
         figures = {
             "gradpruner/removed_layers": float(len(plan.removed)),
@@ -286,7 +288,9 @@ class PruneCallback(TrainerCallback):
         return self._trainer_train(resume_from_checkpoint, *args, **kwargs)
 
     def save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write our files, then the Trainer's own: its last file then says that the checkpoint is complete.
+        """Write our files, then the Trainer's own.
+
+        The Trainer's last file then says that the checkpoint is complete.
 
         Args:
             model: as the Trainer passes it.

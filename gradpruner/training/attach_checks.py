@@ -1,4 +1,4 @@
-"""What `attach` was asked to do, and whether a Trainer and its model allow it: checked before training begins."""
+"""The options of `attach`, and whether a Trainer and its model allow them."""
 
 from __future__ import annotations
 

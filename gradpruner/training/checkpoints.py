@@ -1,4 +1,4 @@
-"""Save a training while it runs, and go on from the newest complete checkpoint after an interruption."""
+"""Save a training while it runs, and go on from there after an interruption."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint, or None. Delete all others.
 
-        Raises InvalidArgument if the newest one belongs to another training, or the folder to somebody else.
+        Raises:
+            InvalidArgument: the newest one belongs to another training, or the folder to somebody else.
         """
         if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / MARK).is_file():
             raise InvalidArgument(
@@ -84,7 +85,11 @@ class Checkpoints:
         return newest
 
     def make_folder(self, model: nn.Module) -> None:
-        """Make the folder. Raise InvalidArgument if the disk cannot hold two checkpoints of `model` in it."""
+        """Make the folder, if the disk can hold two checkpoints of `model` in it.
+
+        Raises:
+            InvalidArgument: the disk has too little room.
+        """
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         there = any(self.folder.glob(f"{PREFIX}-*"))  # the newest one: only one more is to come
         place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
@@ -114,7 +119,7 @@ def checkpoints_beside(
     attention: str | None,
     masks: str | os.PathLike[str] | None,
 ) -> Checkpoints:
-    """Where the training of one model keeps its checkpoints: in a folder beside the one that the model goes to.
+    """Return where a training keeps its checkpoints: beside the folder of its model.
 
     Args:
         out: the folder of the trained model; the checkpoints are in `OUT-checkpoints`.
@@ -140,7 +145,12 @@ def recorded_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def save_trained(model: nn.Module, folder: Path) -> None:
-    """Write the parameters that train, and all buffers, under the names that the model has for them."""
+    """Write the parameters that train, and all buffers, under their own names.
+
+    Args:
+        model: the model that trains.
+        folder: where to write. It is made if it does not exist.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     buffers = {name for name, _ in model.named_buffers()}  # some share memory, which safetensors does not take
     state = {
@@ -153,7 +163,13 @@ def save_trained(model: nn.Module, folder: Path) -> None:
 def load_trained(model: nn.Module, folder: Path) -> None:
     """Read what `save_trained` wrote into the same model.
 
-    Raises ModelMismatch if the names, shapes or dtypes differ, CheckpointError if the file is damaged.
+    Args:
+        model: the model that trains.
+        folder: what `save_trained` wrote.
+
+    Raises:
+        ModelMismatch: names, shapes or dtypes differ.
+        CheckpointError: the file is damaged.
     """
     try:
         stored = load_file(folder / WEIGHTS)

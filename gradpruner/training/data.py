@@ -1,7 +1,8 @@
-"""From JSONL, JSON, CSV, text or a hub data set to tokenised examples, ready for a training loop."""
+"""Read examples from files or a hub data set, and tokenise them for a training loop."""
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import random
@@ -35,7 +36,12 @@ Template = list[tuple[str, str | None]]  # text, then the column that follows it
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and the answer to learn; an empty answer makes the prompt plain language-model text."""
+    """One prompt and the answer to learn.
+
+    Args:
+        prompt: text before the answer.
+        answer: text to learn. If it is empty, the prompt is plain language-model text.
+    """
 
     prompt: str
     answer: str
@@ -50,10 +56,16 @@ def load_examples(
     limit: int | None = None,
     seed: int | None = None,
 ) -> list[Example]:
-    r"""Read examples from a file or a hub data set; shuffle if `seed` is given, then keep at most `limit`.
+    r"""Read examples from a file or a hub data set.
 
-    `prompt` and `answer` are templates such as "Question: {text}\nIntent:" and "{category}"; a prompt
-    template alone makes plain text. Without templates the usual column pairs are recognised, or "text" alone.
+    Args:
+        source: a .jsonl, .json, .csv or .txt file, or the id of a hub data set.
+        split: split of a hub data set. Default "train".
+        prompt: template of the prompt, such as "Question: {text}\nIntent:". Alone it makes plain text. Default: the
+            usual column pairs are recognised (see `KNOWN_COLUMNS`), or a column "text" alone.
+        answer: template of the answer, such as "{category}".
+        limit: keep at most this many examples. Default: all.
+        seed: shuffle with this seed before `limit` is applied. Default: no shuffling.
 
     Raises:
         InvalidArgument: source, split, template, limit or a row's content is wrong; the message says which.
@@ -76,7 +88,15 @@ def load_examples(
 def split_examples(
     examples: Sequence[Example], held_out: int | float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Split shuffled examples into (train, held out): a count if `held_out` is an int, a share if a float.
+    """Shuffle examples and hold some of them out.
+
+    Args:
+        examples: all examples.
+        held_out: how many to hold out if it is an int, or their share if it is a float.
+        seed: of the shuffling.
+
+    Returns:
+        The examples to train on, and those that are held out.
 
     Raises:
         InvalidArgument: one of the two parts would be empty.
@@ -99,11 +119,20 @@ def tokenize(
     max_length: int,
     train_on: Literal["answer", "all"] = "answer",
 ) -> list[dict[str, list[int]]]:
-    """Token ids and labels of each example: [BOS] prompt answer EOS, at most `max_length` tokens.
+    """Tokenise examples as [BOS] prompt answer EOS.
 
     Prompt and answer are tokenised apart, so that the answer's tokens do not depend on the prompt's end and
-    generation from the prompt can reproduce them. A prompt that is too long loses its beginning. Labels are
-    -100 on the prompt, unless `train_on` is "all" or the answer is empty (plain text).
+    generation from the prompt can reproduce them. A prompt that is too long loses its beginning.
+
+    Args:
+        examples: what to tokenise.
+        tokenizer: the model's. It must have an end token.
+        max_length: the most tokens of an example.
+        train_on: "answer" for labels on the answer and the end token only, "all" for labels on every token. An example
+            without an answer has labels on every token.
+
+    Returns:
+        `input_ids` and `labels` of each example. Labels are -100 where nothing is learned.
 
     Raises:
         InvalidArgument: an answer does not fit or has no tokens, `train_on` is unknown, or the tokenizer has no end
@@ -142,9 +171,16 @@ def tokenize(
 
 
 class Collator:
-    """Tokenised rows to one batch of tensors, padded on the right to a multiple of 8 tokens.
+    """Collate tokenised rows to one batch of tensors.
 
-    Usable as `data_collator`: input_ids, attention_mask and labels, int64 of shape (rows, tokens).
+    Rows are padded on the right to a multiple of 8 tokens. The attribute `pad_id` is the token that it pads with. An
+    instance can be a Trainer's `data_collator`.
+
+    Args:
+        tokenizer: the model's. Its padding token is used, or its end token if it has none. It is not changed.
+
+    Raises:
+        InvalidArgument: the tokenizer has neither a padding token nor an end token.
     """
 
     multiple = 8  # tensor cores want it, and fewer different shapes are compiled
@@ -153,26 +189,39 @@ class Collator:
         self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         if self.pad_id is None:
             raise InvalidArgument("tokenizer has neither a padding token nor an end token")
+        self._tokenizer = tokenizer
+        self._collate: Any = None  # made at the first batch, because transformers' collator is slow to import
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
-        """Pad `rows` into one batch; token ids get the padding token, labels -100."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        shape = (len(rows), -(-longest // self.multiple) * self.multiple)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.int64),
-            "labels": torch.full(shape, IGNORED),
-        }
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            batch["input_ids"][index, :length] = torch.tensor(row["input_ids"])
-            batch["attention_mask"][index, :length] = 1
-            batch["labels"][index, :length] = torch.tensor(row["labels"])
-        return batch
+        """Pad rows into one batch. Token ids are padded with the padding token, labels with -100.
+
+        Args:
+            rows: `input_ids` and `labels` of each row.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, int64 of shape (rows, tokens).
+        """
+        if self._collate is None:
+            self._collate = self._make_collate()
+        return dict(self._collate([dict(row) for row in rows], return_tensors="pt"))
+
+    def _make_collate(self) -> Any:
+        from transformers import DataCollatorForSeq2Seq
+
+        tokenizer = self._tokenizer
+        if tokenizer.pad_token_id is None or tokenizer.padding_side != "right":
+            tokenizer = copy.deepcopy(tokenizer)  # a shallow copy shares its special tokens with the user's
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            tokenizer.padding_side = "right"
+        return DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=self.multiple, label_pad_token_id=IGNORED)
 
 
 def is_file(source: str | PathLike[str]) -> bool:
-    """Whether `source` names a file rather than a hub data set. Raises InvalidArgument for a folder."""
+    """Return whether a source is a file rather than a hub data set.
+
+    Raises:
+        InvalidArgument: it is a folder.
+    """
     path = Path(source)
     if path.is_dir():
         raise InvalidArgument(f"source {source} is a folder; accepted: a {', '.join(FILE_TYPES)} file or a hub id")
@@ -196,7 +245,7 @@ def _read_file(path: Path, split: str) -> list[Row]:
 
 
 def _read_text(path: Path) -> Iterator[Row]:
-    """The whole file is one row."""
+    """Read a text file as one row."""
     text = path.read_text(encoding="utf-8-sig")
     if text.strip():
         yield {"text": text}
@@ -265,7 +314,7 @@ def _read_hub(name: str, split: str) -> list[Row]:
 
 
 def _class_name(value: Any, names: list[str] | None) -> Any:
-    """The name of a class label, which a language model can say; None for -1, which means unlabelled."""
+    """Return the name of a class label, or None for -1, which means unlabelled."""
     if names is None or value is None:
         return value
     return names[value] if value >= 0 else None
@@ -326,13 +375,13 @@ def _cell(row: Row, column: str, where: str) -> str:
 
 
 def _bos(tokenizer: Any) -> list[int]:
-    """The begin token, as a list, if this tokenizer puts one before every text."""
+    """Return the begin token as a list, empty if the tokenizer puts none before a text."""
     first = tokenizer("a")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
 def _adds_space(tokenizer: Any) -> bool:
-    """Whether this tokenizer, as SentencePiece's do, reads every text as if a space stood before it."""
+    """Return whether the tokenizer, like SentencePiece's, puts a space before every text."""
     return tokenizer.tokenize("a")[0].startswith("\u2581")
 
 

@@ -1,4 +1,4 @@
-"""When a training run counts as failed although every loss was finite: its loss rose."""
+"""Tell a training run that failed although every loss was finite: its loss rose."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ MOST = 20  # steps at either end
 
 
 def ends(losses: Sequence[float]) -> tuple[float, float]:
-    """Mean losses of the first and of the last fifth of the steps, 1 to 20 steps each."""
+    """Return the mean losses of the first and of the last fifth of the steps, at most 20."""
     steps = max(1, min(MOST, len(losses) // 5))
     return statistics.fmean(losses[:steps]), statistics.fmean(losses[-steps:])
 
 
 def has_diverged(losses: Sequence[float]) -> bool:
-    """Whether the loss at the end is more than twice the loss at the start, and more than 0.5 nats above it."""
+    """Return whether the loss at the end is far above the loss at the start.
+
+    That is more than twice as high, and more than 0.5 nats higher. See `ends` for what start and end are.
+    """
     if not losses:
         return False
     start, end = ends(losses)
@@ -25,7 +28,12 @@ def has_diverged(losses: Sequence[float]) -> bool:
 
 
 def explained(what: str, losses: Sequence[float]) -> str:
-    """One sentence on a run that has diverged, and what to try."""
+    """Return a message on a run that has diverged, with what to try.
+
+    Args:
+        what: the run, as the message names it.
+        losses: training loss of each step.
+    """
     start, end = ends(losses)
     return (
         f"{what} has diverged: its loss rose from {start:.3g} to {end:.3g}, more than {RISE:g} times. Its model is not "
@@ -34,7 +42,13 @@ def explained(what: str, losses: Sequence[float]) -> str:
 
 
 def why_failed(what: str, losses: Sequence[float], perplexity: float | None) -> str | None:
-    """Why a run is no success, None where it is: its loss rose, or what it made does not answer with numbers."""
+    """Return why a run is no success, or None if it is one.
+
+    Args:
+        what: the run, as the message names it.
+        losses: training loss of each step.
+        perplexity: of the trained model. None if it was not measured.
+    """
     if has_diverged(losses):
         return explained(what, losses)
     if perplexity is not None and not math.isfinite(perplexity):

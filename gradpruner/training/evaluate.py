@@ -29,7 +29,7 @@ WARM_UP = 8  # tokens generated before any are timed
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The quality of one model on a set of examples. A measure that does not apply or was not asked for is None.
+    """The quality of one model on a set of examples. A measure that was not taken is None.
 
     Args:
         exact_match: share of the answers that greedy generation reproduces in full, 0 to 1.
@@ -107,7 +107,9 @@ def macro_f1(predicted: Sequence[Hashable], truth: Sequence[Hashable]) -> float:
 
 
 def exact_match(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> float:
-    """Return the share of rows, 0 to 1, whose answer greedy generation would reproduce, end token included.
+    """Return the share of rows whose answer greedy generation would reproduce, 0 to 1.
+
+    The end token counts too.
 
     Args:
         model: see the module.
@@ -148,7 +150,10 @@ def exact_matches(model: Any, rows: Rows, *, collate: Collate, batch_size: int) 
 
 
 def perplexity_of(loss: float) -> float:
-    """Return the perplexity of a mean loss per token in nats: infinite if it overflows a float, NaN of a NaN."""
+    """Return the perplexity of a mean loss per token in nats.
+
+    It is infinite if it overflows a float, and NaN of a NaN.
+    """
     try:
         return math.exp(loss)
     except OverflowError:
@@ -156,7 +161,9 @@ def perplexity_of(loss: float) -> float:
 
 
 def perplexity(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> float:
-    """Compute the exponential of the mean cross entropy over all labelled tokens of all rows, summed in float64.
+    """Compute the exponential of the mean cross entropy over all labelled tokens.
+
+    Losses are summed in float64.
 
     Args:
         model: see the module.
@@ -175,7 +182,7 @@ def perplexity(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> 
 
 
 def rouge_l(model: Any, rows: Rows, tokenizer: Any, *, max_new_tokens: int, batch_size: int) -> float:
-    """Compute the mean ROUGE-L F-measure, 0 to 1, of greedily generated text against the answers.
+    """Compute the mean ROUGE-L F-measure of greedily generated answers, 0 to 1.
 
     Args:
         model: see the module.
@@ -201,7 +208,7 @@ def rouge_l(model: Any, rows: Rows, tokenizer: Any, *, max_new_tokens: int, batc
 
 
 def rouge_scorer() -> Any:
-    """Return the scorer of `rouge_l`. Raises InvalidArgument if the rouge-score package is missing."""
+    """Return the scorer of `rouge_l`. Raises InvalidArgument without the rouge-score package."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
@@ -248,7 +255,7 @@ def _batches_of_logits(
 
 
 def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], **limits: int) -> list[list[int]]:
-    """Continue `prompts` greedily. They are padded on the left, so that all end where generation starts."""
+    """Continue prompts greedily. They are padded on the left, so that all end together."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
@@ -269,7 +276,10 @@ def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], **limits: in
 
 
 def _batches(rows: Rows, batch_size: int) -> Iterator[list[int]]:
-    """Yield row indices, longest first: little padding, and a batch too large for the memory fails at once."""
+    """Yield row indices, longest rows first.
+
+    There is little padding then, and a batch that is too large for the memory fails at once.
+    """
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
@@ -284,7 +294,11 @@ def _check(rows: Rows, batch_size: int) -> None:
 
 
 def check_labels(rows: Rows) -> None:
-    """Check that every row has a label after its first token. Raises InvalidArgument, which names the row."""
+    """Check that every row has a label after its first token.
+
+    Raises:
+        InvalidArgument: one has not. The message names the row.
+    """
     for index, row in enumerate(rows):
         if all(label == IGNORED for label in row["labels"][1:]):
             raise InvalidArgument(f"row {index} has no label after its first token: there is nothing to predict")

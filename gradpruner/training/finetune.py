@@ -1,6 +1,7 @@
-"""The standard fine-tuning run: `transformers.Trainer` and peft, configured, with one order of the data for every run.
+"""The standard fine-tuning run: `transformers.Trainer` and peft, configured.
 
-transformers.Trainer and peft are slow to import, so they are imported when a training begins.
+Every run takes the rows in one given order. transformers.Trainer and peft are slow to import, so they are imported when
+a training begins.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
 
 
 def check_comparable(model: nn.Module, recipe: Recipe, protect: Iterable[int] = (0,)) -> None:
-    """Check before any training that a probe with this recipe can compare the layers of `model`.
+    """Check that a probe with this recipe can compare the layers of a model.
 
     Args:
         model: the plain model. If the recipe has no adapters, all of its weights train.
@@ -198,7 +199,7 @@ def train(
 
 
 def _computes_in_bfloat16(model: nn.Module) -> bool:
-    """Return whether weights train in half precision, or only float32 adapters train on a bfloat16 model."""
+    """Return whether half-precision weights train, or float32 adapters on a bfloat16 model."""
     return trains_in_half(model) or (
         any(p.dtype == torch.bfloat16 for p in model.parameters())
         and all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
@@ -206,7 +207,7 @@ def _computes_in_bfloat16(model: nn.Module) -> bool:
 
 
 def _narrow_inputs(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Keep peft from widening every activation to the adapters' float32, which autocast would narrow again."""
+    """Keep peft from widening activations to float32, which autocast would narrow again."""
     from peft.helpers import disable_input_dtype_casting
 
     return disable_input_dtype_casting(model) if is_peft(model) else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Weights that train in half precision: float32 while they train, and their own dtype before and after."""
+"""Train half-precision weights in float32, and give them their own dtype back afterwards."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def trains_in_half(model: nn.Module) -> bool:
-    """Whether a weight that trains is bfloat16 or float16."""
+    """Return whether a weight that trains is bfloat16 or float16."""
     return any(p.requires_grad and p.dtype in HALF for p in model.parameters())
 
 
 @contextlib.contextmanager
 def float32_masters(model: nn.Module) -> Iterator[None]:
-    """Inside, every weight that trains is float32; afterwards it has its own dtype again. The parameters stay the same.
+    """Make every weight that trains float32 inside the block, and its own dtype afterwards.
 
-    An optimizer step changes a weight by about the learning rate, which is often less than half precision can add to
-    it, and float16 gradients and squares leave the range of float16. Source: Micikevicius et al. 2018, section 3.1.
-    Raises GradPrunerError where a trained weight is outside the range of its own dtype.
+    The parameters stay the same objects. An optimizer step changes a weight by about the learning rate, which is often
+    less than half precision can add to it. Float16 gradients and their squares leave the range of float16.
+
+    Raises:
+        GradPrunerError: a trained weight is outside the range of its own dtype.
+
+    Source: Micikevicius et al. 2018, section 3.1.
     """
     halves = [(n, p, p.dtype) for n, p in model.named_parameters() if p.requires_grad and p.dtype in HALF]
     for _, parameter, _ in halves:

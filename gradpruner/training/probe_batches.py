@@ -1,6 +1,6 @@
-"""Record the batches that a model was called with during the probe, in host memory and in checkpoints.
+"""Record the batches that a model was called with during the probe.
 
-Patches are fitted on them.
+They are kept in host memory and in checkpoints. Patches are fitted on them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _token_count(batch: Mapping[str, Tensor]) -> int:
 
 
 def save_batches(batches: Iterable[Mapping[str, Tensor]], folder: Path, peers: Peers | None) -> None:
-    """Write the file of this process, with checksums. Every process calls it and waits until all have written theirs.
+    """Write the batches of this process, with checksums. It waits for all other processes.
 
     Args:
         batches: those of this process.
@@ -94,7 +94,9 @@ def save_batches(batches: Iterable[Mapping[str, Tensor]], folder: Path, peers: P
 
 
 def load_batches(folder: Path, peers: Peers | None) -> list[dict[str, Tensor]]:
-    """Read what this process has saved. If the number of processes is another now, they share the files.
+    """Read what this process has saved.
+
+    If there are more or fewer processes now, they share the files.
 
     Args:
         folder: a checkpoint.

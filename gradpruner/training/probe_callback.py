@@ -1,4 +1,4 @@
-"""For people who have their own Trainer: a callback that probes its first steps."""
+"""A Trainer callback that probes the first steps and changes nothing else."""
 
 from __future__ import annotations
 
@@ -13,9 +13,18 @@ from gradpruner.probe.probe import Probe
 
 
 class ProbeCallback(TrainerCallback):
-    """Watches the first `steps` optimizer steps of a `transformers.Trainer` and changes nothing else.
+    """Watch the first optimizer steps of a `transformers.Trainer`, and change nothing.
 
-    save_to: where igia.safetensors is written when training ends. Further arguments are `Probe`'s.
+    Args:
+        steps: optimizer steps to watch. Default 40.
+        save_to: where igia.safetensors is written when training ends. Default: nowhere.
+        **options: further arguments of `Probe`.
+
+    Example:
+        probe = gradpruner.ProbeCallback(steps=40)
+        trainer.add_callback(probe)
+        trainer.train()
+        plan = probe.igia.plan(ratio=0.4)
     """
 
     def __init__(self, steps: int = 40, *, save_to: str | os.PathLike[str] | None = None, **options: Any) -> None:
@@ -23,12 +32,12 @@ class ProbeCallback(TrainerCallback):
         self._probe: Probe | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach to the model and the optimizer that the Trainer has just made."""
+        """Start to watch the model and the optimizer that the Trainer has just made."""
         self._probe = Probe(kwargs["model"], **self._options)
         self._probe.start(kwargs["optimizer"], self._steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let go of the model; write the igia where asked to."""
+        """Let go of the model, and write the igia if asked to."""
         assert self._probe is not None
         self._probe.stop()
         if self._save_to is not None:  # on every process: each holds a part, and one writes
@@ -36,7 +45,11 @@ class ProbeCallback(TrainerCallback):
 
     @property
     def igia(self) -> Igia:
-        """What was seen. Raises ProbeError before the first optimizer step."""
+        """The accumulated gradients so far.
+
+        Raises:
+            ProbeError: training has not begun, or no optimizer step was made.
+        """
         if self._probe is None:
             raise ProbeError("training has not begun")
         return self._probe.igia

@@ -14,17 +14,30 @@ from gradpruner.errors import InvalidArgument
 Row = Mapping[str, Any]
 
 
-GROUPED = 50  # batches whose rows are sorted together: as transformers groups by length
+GROUPED = 50  # batches whose rows are sorted together, as in transformers' group_by_length
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to fine-tune; the defaults are the paper's LoRA setting (docs/method.md, sections 1 and 6).
+    """How to fine-tune. The defaults are the paper's LoRA setting.
 
-    batch_size: examples of one forward pass. accumulation: forward passes of one optimizer step. warmup: share of
-    the steps with a rising learning rate; then it falls linearly. rank: of the adapters, on every linear of
-    every decoder layer; 0 trains all weights. group_by_length: rows of a batch of about one length, which saves
-    padding. Raises InvalidArgument.
+    Args:
+        batch_size: examples of one forward pass. Default 16.
+        accumulation: forward passes of one optimizer step. Default 1.
+        learning_rate: the highest learning rate. Default 1e-4.
+        weight_decay: of AdamW. Default 0.1.
+        warmup: share of the steps in which the learning rate rises. Afterwards it falls linearly. Default 0.03.
+        max_grad_norm: gradients are clipped to this norm. Default 1.
+        rank: rank of the LoRA adapters, which are on every linear of every decoder layer. 0 trains all weights.
+            Default 8.
+        alpha: numerator of LoRA's scale, alpha / rank. Default 32.
+        seed: of the order of the rows and of the adapters. Default 0.
+        group_by_length: whether the rows of a batch have about one length, which saves padding. Default False.
+
+    Raises:
+        InvalidArgument: a value is not accepted.
+
+    Source: docs/method.md, sections 1 and 6.
     """
 
     batch_size: int = 16
@@ -56,19 +69,32 @@ class Recipe:
         return self.batch_size * self.accumulation
 
     def widened(self, factor: int) -> Recipe:
-        """With `factor` times the rank, and with alpha times its root, as rank-stabilised LoRA has it (Kalajdzievski
-        2023): at equal alpha / rank a wide adapter would need a lower learning rate."""
+        """Return the recipe with `factor` times the rank, and alpha times the root of it.
+
+        At equal alpha / rank, a wide adapter would need a lower learning rate.
+
+        Source: rank-stabilised LoRA, Kalajdzievski 2023.
+        """
         return dataclasses.replace(self, rank=self.rank * factor, alpha=round(self.alpha * factor**0.5))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the recipe as JSON holds it."""
         return asdict(self)
 
 
 def schedule(rows: Sequence[Row], steps: int, recipe: Recipe) -> list[Row]:
-    """The rows in the order in which `steps` optimizer steps use them, each epoch shuffled anew by the seed.
+    """Return the rows in the order in which the optimizer steps use them.
 
-    A probe takes the first of them and the pruned model goes on with the rest: one budget. Raises InvalidArgument.
+    Each epoch is shuffled anew. A probe takes the first of the rows and the pruned model goes on with the rest, so both
+    together see what the dense model sees.
+
+    Args:
+        rows: tokenised training rows.
+        steps: optimizer steps of the whole run.
+        recipe: batch size and seed.
+
+    Raises:
+        InvalidArgument: there are no rows, or `steps` is below 1.
     """
     if not rows:
         raise InvalidArgument("rows is empty; expected at least one training example")
@@ -83,7 +109,7 @@ def schedule(rows: Sequence[Row], steps: int, recipe: Recipe) -> list[Row]:
 
 
 def _grouped(ordered: list[Row], batch_size: int, shuffler: random.Random) -> list[Row]:
-    """The same rows, sorted by length within every `GROUPED` batches, those batches in random order."""
+    """Sort the rows by length within every `GROUPED` batches. Shuffle those batches."""
     result = list[Row]()
     for start in range(0, len(ordered), GROUPED * batch_size):
         part = sorted(ordered[start : start + GROUPED * batch_size], key=lambda row: len(row["input_ids"]))

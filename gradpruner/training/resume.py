@@ -57,7 +57,7 @@ class CutState:
 
 
 def newest_complete(folder: str | os.PathLike[str]) -> str:
-    """Return the newest checkpoint that was written to the end. Raises CheckpointError if there is none."""
+    """Return the newest complete checkpoint. Raises CheckpointError if there is none."""
     checkpoints = [p for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if re.fullmatch(r".*-\d+", p.name)]
     finished = [p for p in checkpoints if is_complete(p)]
     if not finished:
@@ -206,7 +206,9 @@ def rebuild_cut(
 
 
 def load_changed(decoder: Decoder, plan: Plan, patched: Iterable[tuple[int, str]], folder: Path) -> None:
-    """Read the merged and patched weights of a cut base model from the checkpoint that was made of it, one at a time.
+    """Read the merged and patched weights of a cut base model from its checkpoint.
+
+    One weight is in memory at a time.
 
     Args:
         decoder: of the cut model. Its weights are changed.

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class RowTrainer(Trainer):
-    """A Trainer that takes the rows in the order in which they are given, and skips logits that no label needs."""
+    """A Trainer that takes the rows in their given order and skips logits without a label."""
 
     _skips_logits: bool | None = None  # not known before the first batch
 
@@ -55,7 +55,13 @@ class RowTrainer(Trainer):
             raise CheckpointError(f"could not write a checkpoint in {place}: {error}; earlier ones are kept") from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the parameters that train, bit for bit. The Trainer's own way renames weights and omits shared ones."""
+        """Write the parameters that train, bit for bit.
+
+        The Trainer's own way renames weights and omits shared ones.
+
+        Args:
+            output_dir: where to. Default: the Trainer's output_dir.
+        """
         save_trained(self.accelerator.unwrap_model(self.model), Path(output_dir or str(self.args.output_dir)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -125,7 +131,9 @@ class StepRecorder(TrainerCallback):
 
 
 class CheckpointCompleter(TrainerCallback):
-    """Complete every checkpoint that the Trainer saves: sync its files, write its record, delete older checkpoints.
+    """Complete every checkpoint that the Trainer saves.
+
+    Its files are synced to disk, its record is written, and older checkpoints are deleted.
 
     Args:
         checkpoints: where they are.

@@ -1,4 +1,4 @@
-"""Text as one row of tokens, cut into windows of one length: to calibrate pruning on, and to take the perplexity of."""
+"""Cut text into windows of one length, to calibrate pruning on or to take perplexity of."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ from gradpruner.training.data import Example
 
 
 def text_of(examples: Sequence[Example]) -> str:
-    """The examples one after the other, a blank line between them."""
+    """Return the examples as one text, with a blank line between them."""
     return "\n\n".join(f"{example.prompt} {example.answer}".strip() for example in examples)
 
 
 def tokens_of(text: str, tokenizer: Any, length: int) -> list[int]:
-    """All tokens of the text. Raises InvalidArgument if it has fewer than `length`, a window's, or that is below 2."""
+    """Return all tokens of a text.
+
+    Args:
+        text: the text.
+        tokenizer: the model's.
+        length: tokens of a window.
+
+    Raises:
+        InvalidArgument: the text is shorter than one window, or `length` is below 2.
+    """
     check_int("length", length, 2, "a number of tokens")
     tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]
     if len(tokens) < length:
@@ -29,15 +38,32 @@ def tokens_of(text: str, tokenizer: Any, length: int) -> list[int]:
 
 
 def consecutive(tokens: Sequence[int], length: int) -> list[dict[str, list[int]]]:
-    """Rows that cover the tokens one after the other; what is left of the last is left out. Every token is a label."""
+    """Cut tokens into consecutive rows in which every token is a label.
+
+    Tokens at the end that fill no row are left out.
+
+    Args:
+        tokens: of the whole text.
+        length: tokens of a row.
+    """
     starts = range(0, len(tokens) - length + 1, length)
     return [{"input_ids": list(tokens[s : s + length]), "labels": list(tokens[s : s + length])} for s in starts]
 
 
 def sampled(tokens: Sequence[int], length: int, count: int, seed: int) -> list[dict[str, Tensor]]:
-    """`count` batches of one window each, input_ids int64 (1, length), at random places; they may overlap.
+    """Take windows at random places of the tokens. They may overlap.
 
-    Raises InvalidArgument.
+    Args:
+        tokens: of the whole text.
+        length: tokens of a window.
+        count: how many windows.
+        seed: of the places.
+
+    Returns:
+        Batches of one window each: `input_ids`, int64 of shape (1, length).
+
+    Raises:
+        InvalidArgument: `count` is below 1.
     """
     check_int("samples", count, 1)
     places = random.Random(seed)

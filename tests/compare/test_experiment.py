@@ -147,7 +147,7 @@ def test_two_spellings_of_one_method(home, tmp_path):
     ("changed", "name"),
     [
         ({"steps": 9}, "steps"),
-        ({"recipe": {"learning_rate": 1e-3}}, "recipe"),
+        ({"recipe": {"learning_rate": 1e-3}}, r"recipe \(learning_rate\)"),
         ({"probe_steps": 4}, "probe_steps"),
         ({"max_length": 64}, "max_length"),
         ({"dtype": "bfloat16"}, "dtype"),

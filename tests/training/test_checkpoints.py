@@ -16,7 +16,7 @@ from training_runs import llama
 from word_tokenizers import make_tokenizer
 
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
-from gradpruner.training import checkpoints
+from gradpruner.training import checkpoints, row_trainer
 from gradpruner.training.checkpoints import Checkpoints
 from gradpruner.training.data import Collator
 from gradpruner.training.finetune import add_adapters, train
@@ -77,7 +77,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(kind, tmp_path, monkeypa
 
 
 def test_a_checkpoint_that_was_not_completed_is_passed_over(tmp_path, monkeypatch):
-    real = checkpoints.write_json
+    real = row_trainer.write_json
 
     def dying(path, content):
         if path.parent.name == "checkpoint-4":
@@ -85,7 +85,7 @@ def test_a_checkpoint_that_was_not_completed_is_passed_over(tmp_path, monkeypatc
         real(path, content)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoints, "write_json", dying)
+        patch.setattr(row_trainer, "write_json", dying)
         trained(RECIPE, checkpoints=every(tmp_path / "kept"))
     assert sorted(path.name for path in (tmp_path / "kept").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     with monkeypatch.context() as patch:

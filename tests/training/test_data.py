@@ -268,7 +268,13 @@ def test_collator_pads_right_to_a_multiple_of_eight():
 def test_collator_falls_back_to_the_end_token():
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
-    assert Collator(tokenizer).pad_id == tokenizer.eos_token_id
+    tokenizer.padding_side = "left"
+    collate = Collator(tokenizer)
+    assert collate.pad_id == tokenizer.eos_token_id
+    batch = collate([{"input_ids": [7, 8], "labels": [-100, 8]}])
+    assert batch["input_ids"].tolist() == [[7, 8] + [tokenizer.eos_token_id] * 6]
+    assert batch["attention_mask"].tolist() == [[1] * 2 + [0] * 6]
+    assert tokenizer.pad_token is None and tokenizer.padding_side == "left"  # the user's own is not changed
     tokenizer.eos_token = None
     with pytest.raises(InvalidArgument, match="padding"):
         Collator(tokenizer)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gradpruner.errors import InvalidArgument
+from gradpruner.model import loss
 from gradpruner.training import evaluate
 from gradpruner.training.data import Collator, Example, tokenize
 from gradpruner.training.evaluate import (
@@ -170,7 +171,7 @@ def test_perplexity(model, rows, collate, tokenizer, batch_size, monkeypatch):
     for data in (rows, plain, rows + plain):
         found = perplexity(model, data, collate=collate, batch_size=batch_size)
         assert found == pytest.approx(naive_perplexity(model, data), rel=1e-5)
-    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", 1000)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 1000)
     assert perplexity(model, plain, collate=collate, batch_size=batch_size) == pytest.approx(
         naive_perplexity(model, plain), rel=1e-5
     )
