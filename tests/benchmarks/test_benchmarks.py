@@ -15,7 +15,7 @@ from benchmarks.records import Result, read
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records, "FOLDER", tmp_path / "results")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    words = "x threshold --shapes tiny --repeats 2 --skip compiled --also test_benchmarks:Mine --csv --plot"
+    words = "x threshold --shapes tiny --repeats 2 --skip compiled --also wrong_implementations:Mine --csv --plot"
     monkeypatch.setattr(sys, "argv", words.split())
     assert main() == 0
     out = capsys.readouterr().out
@@ -29,8 +29,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 def test_the_command_goes_on_after_a_failure_and_ends_with_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records, "FOLDER", tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    words = "x threshold gram_norm --shapes tiny --repeats 1 --skip compiled --also test_benchmarks:OwnSums"
-    monkeypatch.setattr(sys, "argv", [*words.split(), "--also", "test_benchmarks:Raising", "--csv"])
+    words = "x threshold gram_norm --shapes tiny --repeats 1 --skip compiled --also wrong_implementations:OwnSums"
+    monkeypatch.setattr(sys, "argv", [*words.split(), "--also", "wrong_implementations:Raising", "--csv"])
     assert main() == 1
     out, err = capsys.readouterr()
     assert "wrong: wrong: the threshold is off by" in out and "\ngram_norm\n" in out
