@@ -21,8 +21,9 @@ class FencedExamples(griffe.Extension):
 
 
 def fenced(match: re.Match[str]) -> str:
-    """The example as Markdown; left alone where it is written as a doctest or fenced already."""
+    """The example as Markdown."""
     code = textwrap.dedent(match[1]).strip("\n")
-    if code.startswith((">>>", "```")):
-        return match[0]
-    return f"**Example:**\n\n```python\n{code}\n```"
+    if code.startswith("```"):
+        return f"**Example:**\n\n{code}"
+    language = "pycon" if code.startswith(">>>") else "python"
+    return f"**Example:**\n\n```{language}\n{code}\n```"
