@@ -53,8 +53,8 @@ def test_differences_by_hand():
         cell(DENSE, "1" * 32, count=0),
         cell("random", ""),  # text without answers
     ]
-    found = {row["method"]: row for row in outputs._differences(cells)}
-    assert found.keys() == {"laco", "block"} and all(row["count"] == 2 for row in found.values())
+    found = outputs._differences(cells)
+    assert found.keys() == {("laco", 2), ("block", 2)}
 
     def mean(rows):
         return [sum(map(int, column)) / len(column) for column in zip(*rows, strict=True)]
@@ -66,10 +66,11 @@ def test_differences_by_hand():
         gaps = [a - b for a, b in zip(ours, other, strict=True)]
         draw = random.Random(11)
         means = sorted(sum(draw.choices(gaps, k=len(gaps))) / len(gaps) for _ in range(4000))
-        assert found[method]["difference"] == pytest.approx(sum(gaps) / len(gaps))
-        assert found[method]["low"] == pytest.approx(means[100], abs=0.03)
-        assert found[method]["high"] == pytest.approx(means[3900], abs=0.03)
-        assert found[method]["low"] < found[method]["difference"] < found[method]["high"]
+        difference = found[method, 2]
+        assert difference.mean == pytest.approx(sum(gaps) / len(gaps))
+        assert difference.low == pytest.approx(means[100], abs=0.03)
+        assert difference.high == pytest.approx(means[3900], abs=0.03)
+        assert difference.low < difference.mean < difference.high
 
 
 def test_a_comparison_with_a_run_that_diverged_says_so(copied, home, capsys):
