@@ -14,7 +14,7 @@ from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument,
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.full_precision import check_full_precision
 from gradpruner.model.parameter_counts import count_parameters
-from gradpruner.plan import select
+from gradpruner.probe.selection import select
 from gradpruner.pruning.surgery import prepare
 
 if TYPE_CHECKING:
