@@ -28,6 +28,7 @@ from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.model.extra_layers import generation_changes
 from gradpruner.model.logits import differ, logits_of, longer_input, say_what_is_not_passed
 from gradpruner.plan import Plan
+from gradpruner.presets import Preset
 from gradpruner.probe.igia import Igia
 from gradpruner.pruning.apply import check_fits, skipping_logits
 from gradpruner.pruning.merge import donors_of, merge_weight_
@@ -69,8 +70,9 @@ def apply_folder(
     plan: Plan,
     igia: Igia | None = None,
     *,
-    top: float = 0.2,
-    weight: float = 1.0,
+    preset: str = "default",
+    top: float | None = None,
+    weight: float | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -89,12 +91,13 @@ def apply_folder(
     the stock class; where the dense model fits in memory twice, also the logits, against the dense model with the
     same layers skipped. Raises InvalidArgument, ModelMismatch, UnsupportedModel, CheckpointError.
     """
-    share, source = exact_share("top", top), Path(source)
+    settings = Preset.of(preset, top=top, weight=weight)
+    share, source = exact_share("top", settings.top), Path(source)
     stored = StoredModel(source, trust_remote_code=trust_remote_code)
     check_fits(stored.decoder, plan, igia, stored.samples)
     masks, earlier = _kept_masks(stored, source, plan), plan_in(source, len(stored.decoder.layers))
     surgery = prepare(stored.decoder, plan.kept)
-    merges = _merges(stored, plan, igia, share, weight) if igia is not None else {}
+    merges = _merges(stored, plan, igia, share, settings.weight) if igia is not None else {}
     pending = _pending(stored, plan, merges)
     surgery.perform()
     if stored.unused:
@@ -108,7 +111,7 @@ def apply_folder(
         _write_config(stored.model, temporary)
         copy_others(source, temporary, code=trust_remote_code)
         drop_missing_code(temporary)
-        _cut_generation(temporary, plan, extra_gone=bool(surgery.gone))
+        _cut_generation(temporary, plan, extra_gone=bool(surgery.absent))
         rewrite(temporary)
         carry_card(source, temporary)
         write_json(temporary / PLAN_FILE, dataclasses.replace(plan, before=earlier).to_dict())

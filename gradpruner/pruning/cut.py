@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradpruner.checks import check_choice, exact_share
+from gradpruner.checks import exact_share
 from gradpruner.distributed.fsdp import reshard
 from gradpruner.errors import UnsupportedModel
 from gradpruner.model.decoder import Decoder, base_name
@@ -19,9 +19,9 @@ from gradpruner.model.optimizers import check_optimizer, drop_state, replace, un
 from gradpruner.model.rollback import restorer
 from gradpruner.model.wrappers import peft_of, root_of, wrappers
 from gradpruner.plan import Plan
-from gradpruner.presets import ADAPTERS
+from gradpruner.presets import Preset
 from gradpruner.probe.igia import Igia
-from gradpruner.pruning.adapters import check_are_lora, check_can_be_fresh, make_fresh
+from gradpruner.pruning.adapters import check_adapters, make_fresh
 from gradpruner.pruning.apply import removing
 from gradpruner.pruning.patch import Patch
 
@@ -32,10 +32,11 @@ def cut(
     plan: Plan,
     igia: Igia | None = None,
     *,
-    top: float = 0.2,
-    weight: float = 1.0,
+    preset: str = "default",
+    top: float | None = None,
+    weight: float | None = None,
     patches: Sequence[Patch] = (),
-    adapters: str = "discard",
+    adapters: str | None = None,
     seed: int = 0,
     layers: str | nn.ModuleList | None = None,
 ) -> None:
@@ -51,21 +52,21 @@ def cut(
 
     Nothing is changed unless everything succeeds. Raises InvalidArgument, ModelMismatch, UnsupportedModel.
     """
+    settings = Preset.of(preset, top=top, weight=weight, adapters=adapters)
     check_wrappers(model)
-    decoder, peft, share = Decoder(model, layers), peft_of(model), exact_share("top", top)
+    decoder, peft, share = Decoder(model, layers), peft_of(model), exact_share("top", settings.top)
     inner = unwrapped(optimizer)
     if inner is not None:
         check_optimizer(inner)
-    check_choice("adapters", adapters, ADAPTERS)
     if peft is not None:
-        (check_are_lora if adapters == "keep" else check_can_be_fresh)(peft)
+        check_adapters(peft, settings.adapters)
     root = root_of(model)
     if root is not None:
         reshard(root)  # the optimizer holds the shards
     dense = {id(p) for p in decoder.given.parameters()}
-    acting = peft if adapters == "keep" else None
+    acting = peft if settings.adapters == "keep" else None
     fresh: list[nn.Parameter] = []
-    with removing(decoder, plan, igia, share, weight, patches, acting=acting) as removal:
+    with removing(decoder, plan, igia, share, settings.weight, patches, acting=acting) as removal:
         if peft is not None and acting is None:
             fresh = _renewed(peft, seed)
     gone = dense - {id(p) for p in decoder.given.parameters()}

@@ -276,7 +276,9 @@ class Run:
         if chosen.patch:
             collate, rows, size = Collator(tokenizer), self._probe_rows(tokenizer), self.job.recipe.batch_size
             patches = fit_patches(model, plan, (collate(rows[i : i + size]) for i in range(0, len(rows), size)))
-            self.say(f"patches: {', '.join(f'{p.weight.layer}: {p.left:.2f} left' for p in patches) or 'none'}")
+            self.say(
+                f"patches: {', '.join(f'{p.weight.layer}: {p.unexplained:.2f} unexplained' for p in patches) or 'none'}"
+            )
         igia = Igia.load(self._probed / IGIA) if plan.merge else None
         smaller = apply(
             model, plan, igia, top=chosen.top, weight=chosen.weight, patches=patches, adapters=chosen.adapters

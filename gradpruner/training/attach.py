@@ -24,7 +24,7 @@ from gradpruner.plan import Plan, gaps
 from gradpruner.presets import Preset
 from gradpruner.probe.igia import SCORES, Igia
 from gradpruner.probe.probe import Probe
-from gradpruner.pruning.adapters import check_are_lora, check_can_be_fresh, describe, without_adapters
+from gradpruner.pruning.adapters import check_adapters, describe, without_adapters
 from gradpruner.pruning.apply_folder import apply_folder
 from gradpruner.pruning.cut import check_wrappers, cut
 from gradpruner.pruning.patch import Patch, fit_patches
@@ -163,7 +163,7 @@ class PruneCallback(TrainerCallback):
         if altered is not None:
             raise UnsupportedModel(f"{altered}, which a cut cannot tell apart from it")
         if peft is not None:
-            (check_are_lora if self._settings.adapters == "keep" else check_can_be_fresh)(peft)
+            check_adapters(peft, self._settings.adapters)
         decoder = Decoder(model)
         self._check_plans(decoder)
         self._check_scores(model)
@@ -285,8 +285,10 @@ class PruneCallback(TrainerCallback):
             logger.warning("gaps are not patched: the Trainer's model was not called with keyword arguments")
             return []
         patches = fit_patches(model, plan, batches)
-        left = ", ".join(f"{patch.left:.3f} after layer {patch.weight.layer}" for patch in patches)
-        logger.info(f"{len(patches)} of {len(gaps(plan))} gaps are patched; left of the squared error: {left or 'all'}")
+        shares = ", ".join(f"{patch.unexplained:.3f} after layer {patch.weight.layer}" for patch in patches)
+        logger.info(
+            f"{len(patches)} of {len(gaps(plan))} gaps are patched; unexplained share of the error: {shares or 'all'}"
+        )
         return patches
 
     # what goes to disk
@@ -324,7 +326,7 @@ class PruneCallback(TrainerCallback):
             "gradpruner/gaps": float(len(gaps(plan))),
             "gradpruner/patched_gaps": float(len(patches)),
         }
-        figures |= {f"gradpruner/left/{patch.weight.layer:02d}": patch.left for patch in patches}
+        figures |= {f"gradpruner/unexplained/{patch.weight.layer:02d}": patch.unexplained for patch in patches}
         fate = {**dict.fromkeys(plan.kept, 0.0), **dict.fromkeys(plan.drop, 1.0), **dict.fromkeys(plan.merge, 2.0)}
         for layer, score in enumerate(igia.layer_scores(self._settings.kind).tolist()):
             figures[f"gradpruner/watched/{layer:02d}"] = igia.watched[layer]

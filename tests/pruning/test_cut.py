@@ -35,8 +35,8 @@ def probe_and_cut(model, optimizer, step, **options):
     with probe.watching(optimizer, PROBE):
         for i in range(PROBE):
             step(i)
-    plan = probe.igia.plan(0.4)
-    gradpruner.cut(model, optimizer, plan, probe.igia, **options)
+    plan = probe.igia.plan(0.4, preset="paper")
+    gradpruner.cut(model, optimizer, plan, probe.igia, preset="paper", **options)
     return plan, probe.igia
 
 
@@ -106,7 +106,7 @@ def test_through_accelerate_in_a_plain_loop():
             scheduler.step()
             optimizer.zero_grad()
         if probe.finished and len(Decoder(model).layers) == LAYERS:
-            gradpruner.cut(model, optimizer, probe.igia.plan(0.4), probe.igia)
+            gradpruner.cut(model, optimizer, probe.igia.plan(0.4, preset="paper"), probe.igia, preset="paper")
     assert len(Decoder(model).layers) == LAYERS - 3
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert {int(optimizer.state[p]["step"]) for p in held} == {10 - PROBE}
@@ -189,7 +189,7 @@ def test_the_adapter_config_says_where_the_layers_are_now(options, tmp_path):
     plan = gradpruner.Plan(LAYERS, drop=[1, 3, 6])
     for i in range(3):
         step(i)
-    gradpruner.cut(model, optimizer, plan)
+    gradpruner.cut(model, optimizer, plan, adapters="discard")
     base = without_adapters(model.get_base_model())
     gradpruner.save(base, tmp_path / "base")
     describe(model, str(tmp_path / "base"))
@@ -328,7 +328,7 @@ def test_fresh_adapters_hang_on_the_seed_and_on_nothing_else():
         optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
         torch.manual_seed(seed * 7)  # the global generator neither matters nor moves
         state = torch.get_rng_state()
-        gradpruner.cut(model, optimizer, gradpruner.Plan(LAYERS, drop=[1, 3]), seed=seed)
+        gradpruner.cut(model, optimizer, gradpruner.Plan(LAYERS, drop=[1, 3]), adapters="discard", seed=seed)
         assert torch.equal(state, torch.get_rng_state())
         return tensors(model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import architecture_matrix as architectures
@@ -13,7 +14,7 @@ from tiny_configs import REGISTERED
 
 import gradpruner
 from gradpruner.model import layer_config, logits
-from gradpruner.pruning import apply as merge
+from gradpruner.pruning import apply as apply_module
 from gradpruner.pruning import surgery
 
 PAGE = Path(__file__).parents[2] / "docs" / "decoders.md"
@@ -98,25 +99,25 @@ def test_the_page_lists_every_registered_architecture():
 
 
 def broken(step, monkeypatch):
-    prepare, changes = merge.prepare, layer_config._changes
+    prepare, changes = apply_module.prepare, layer_config._changes
 
     def unnumbered(decoder, kept):  # layers keep the index they had
-        planned = prepare(decoder, kept)
-        planned.attributes.clear()
-        return planned
+        return dataclasses.replace(prepare(decoder, kept), attributes=())
 
     def flipped(old, kept, layers):  # a list of every layer that says the opposite
         found = changes(old, kept, layers)
         return {**found, "no_rope_layers": [1 - rope for rope in found["no_rope_layers"]]}
 
     if step == "numbers":
-        monkeypatch.setattr(merge, "prepare", unnumbered)
+        monkeypatch.setattr(apply_module, "prepare", unnumbered)
     elif step == "rope":
         monkeypatch.setattr(layer_config, "_changes", flipped)
     elif step == "layers":  # the kept layers are not those of the plan
-        monkeypatch.setattr(merge, "prepare", lambda decoder, kept: prepare(decoder, tuple(k or 1 for k in kept)))
+        monkeypatch.setattr(
+            apply_module, "prepare", lambda decoder, kept: prepare(decoder, tuple(k or 1 for k in kept))
+        )
     elif step == "merge":
-        monkeypatch.setattr(merge, "_fold", lambda *_: None)
+        monkeypatch.setattr(apply_module, "merge_into", lambda *_: None)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def broken(step, monkeypatch):
 def test_the_walk_sees_a_broken_step(name, step, seen, monkeypatch):
     """With the package's own comparisons left out: those of the walk are enough."""
     assert examine("causal", name).status == WORKS
-    for module in ("gradpruner.pruning.apply", "gradpruner.checkpoint"):
+    for module in ("gradpruner.pruning.apply", "gradpruner.checkpoint.save"):
         monkeypatch.setattr(f"{module}.differ", lambda *_: None)
     broken(step, monkeypatch)
     if step == "rope":
