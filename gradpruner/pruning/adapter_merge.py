@@ -1,4 +1,4 @@
-"""Add adapters to the weights beside them, by peft; and find out before whether that will work."""
+"""Add adapters to the weights beside them, and check beforehand that it will work."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _check_switched_on(base: nn.Module) -> None:
 
 
 def _check_not_shared(base: nn.Module) -> None:
-    """Refuse an adapter beside a weight that several modules use: added to it, it would act in all of them."""
+    """Refuse an adapter beside a weight of several modules: it would act in all of them."""
     adapted = {name for name, _ in _adapted_modules(base)}
     users: dict[int, dict[str, str]] = defaultdict(dict)  # by parameter: its modules, and its name in each
     replacing = set()

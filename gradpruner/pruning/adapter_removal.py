@@ -1,4 +1,4 @@
-"""Remove the adapters of a model that was cut: discard what they learned, or add it to the weights first."""
+"""Remove adapters from a cut model: discard what they learned, or add it to the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gradpruner.pruning.adapter_merge import check_mergeable, values_beside
 
 
 def check_removable(decoder: Decoder, adapters: str) -> None:
-    """Check that the adapters of a model can be removed as asked. A model without adapters passes.
+    """Check that adapters can be removed as asked. A model without adapters passes.
 
     Args:
         decoder: the model.
@@ -45,7 +45,7 @@ def check_removable(decoder: Decoder, adapters: str) -> None:
 
 
 def check_unaltered(decoder: Decoder) -> None:
-    """Refuse adapters that hold a part of the base weights, or that are merged into them already.
+    """Refuse adapters that hold a part of the base weights, or are merged into them.
 
     Raises UnsupportedModel.
     """
@@ -58,7 +58,7 @@ def check_unaltered(decoder: Decoder) -> None:
 
 
 def remove_adapters(decoder: Decoder, adapters: str, expected: Tensor | None, tokens: int) -> None:
-    """Leave the base model without adapters and with all parameters trainable, or leave everything as it was.
+    """Leave the base model without adapters and trainable, or leave everything as it was.
 
     Args:
         decoder: the model, already cut. Without adapters, nothing is done.

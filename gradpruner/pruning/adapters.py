@@ -1,4 +1,4 @@
-"""LoRA adapters of a model that is cut while it trains: kept or started anew, described, switched off.
+"""LoRA adapters of a model that is cut in place: keep them, or start them anew.
 
 The modules and parameters of the adapters stay the same objects, so every wrapper and optimizer that knows them still
 does.
@@ -49,7 +49,7 @@ def _check_are_lora(peft: Any) -> None:
 
 
 def _check_can_be_fresh(peft: Any) -> None:
-    """Refuse trained LoRAs that cannot start anew in place: their start changed the base weights, or is unknown."""
+    """Refuse LoRAs whose start changed the base weights, or is unknown."""
     for name, config in peft.peft_config.items():
         if not any(p.requires_grad for p in _parameters_of(peft, name)):
             continue
@@ -96,7 +96,7 @@ def make_fresh(peft: Any, seed: int) -> list[nn.Parameter]:
 
 
 def _renew(module: Any, adapter: str, config: Any, generator: torch.Generator) -> None:
-    """Do what peft's reset_lora_parameters does, with a generator of our own, and for sharded parameters too."""
+    """Do what reset_lora_parameters does, with our generator, and for shards too."""
     if adapter in module.lora_A:
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter]
         values = torch.empty(a.shape)
@@ -140,7 +140,7 @@ def _parameters_of(module: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
 
 
 def _norms(module: Any, adapter: str) -> Tensor:
-    """What DoRA divides by: the norms of the base weight with the adapter, in the shape of its magnitudes."""
+    """What DoRA divides by: the norms of the base weight with the adapter."""
     dora = module.lora_magnitude_vector[adapter]
     magnitudes = dora.weight
     if adapter in module.lora_A:
@@ -217,7 +217,7 @@ def _names_layers(config: Any) -> bool:
 
 
 def without_adapters(base: Any) -> Any:
-    """Make a plain model that shares the tensors of the model inside adapters, so that `save` can write it.
+    """Make a plain model that shares the tensors of a model inside adapters, for `save`.
 
     Raises UnsupportedModel where a tensor of the plain model is missing.
     """
@@ -240,7 +240,7 @@ def without_adapters(base: Any) -> Any:
 
 @contextlib.contextmanager
 def casting_inputs(base: nn.Module) -> Iterator[None]:
-    """Let adapters take inputs of another dtype, where peft was told to leave the conversion to autocast."""
+    """Let adapters convert inputs of another dtype, where peft leaves that to autocast."""
     strict = [m for m in base.modules() if getattr(m, "cast_input_dtype_enabled", None) is False]
     for module in strict:
         module.cast_input_dtype_enabled = True  # type: ignore[assignment]

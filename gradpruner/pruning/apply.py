@@ -1,4 +1,4 @@
-"""`apply`: merge, patch and remove layers of a model in memory. In place, and all or nothing."""
+"""`apply`: merge, patch and remove layers of a model in memory, all or nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from gradpruner.pruning.adapter_removal import check_removable, check_unaltered,
 from gradpruner.pruning.adapters import adapters_off, casting_inputs, keeping_scales
 from gradpruner.pruning.merge import merge_into
 from gradpruner.pruning.patch import Patch, add_patch, check_patches
-from gradpruner.pruning.surgery import ReplacedParameter, prepare
+from gradpruner.pruning.prepared_surgery import ReplacedParameter
+from gradpruner.pruning.surgery import prepare
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def removing(
     *,
     acting: Any = None,
 ) -> Iterator[Removal]:
-    """Merge, patch and remove layers of the base model, whatever wraps it. Inside the block the model is cut.
+    """Merge, patch and remove layers. Inside the block the model is cut.
 
     If anything fails, here or inside the block, all is undone. Adapters of kept layers stay.
 
@@ -197,7 +198,7 @@ def removing(
 def check_fits(
     decoder: Decoder, plan: Plan, igia: Igia | None, samples: Callable[[Weight], Tensor] | None = None
 ) -> None:
-    """Check that plan and igia were made for this model, and that its layers can be merged as the plan says.
+    """Check that plan and igia were made for this model, and that its layers can be merged.
 
     Args:
         decoder: the model.

@@ -1,4 +1,4 @@
-"""Merge removed layers into a kept one: add their most important entries where the signs agree.
+"""Merge layers: add the most important entries to a kept layer, where the signs agree.
 
 Source: docs/method.md, section 3.
 """
@@ -19,7 +19,7 @@ from gradpruner.probe.importance import Dense, Factors
 
 
 def donors_of(kept: Weight, donors: tuple[int, ...], igia: Igia) -> list[int]:
-    """Choose the donor layers whose weight of the same name has an importance; others add nothing.
+    """Choose the donors whose weight of this name has an importance; others add nothing.
 
     Args:
         kept: the weight of the kept layer.
@@ -41,7 +41,7 @@ def merge_into(
     scale: float,
     undo: list[tuple[Tensor, Tensor]],
 ) -> None:
-    """Merge the donors' weights of one name into that of the kept layer, all donors in one pass.
+    """Merge the donors' weights of one name into the kept layer's, in one pass.
 
     Args:
         decoder: the model.
@@ -111,7 +111,7 @@ def _merge_matrix(
     scale: float,
     first: int,
 ) -> None:
-    """Merge matrices. The threshold belongs to the whole matrix, the index of its last tie to these rows."""
+    """Merge matrices. Thresholds are of the whole matrix, indices of these rows."""
     rows, columns = weight.shape
     scales = [float(scale)] * len(donors)
     factors = [f.to(weight.device) for f in importance if isinstance(f, Factors)]

@@ -57,7 +57,7 @@ def fit_patches(
     layers: str | nn.ModuleList | None = None,
     group: Any = None,
 ) -> list[Patch]:
-    """Fit the linear map that replaces each gap of removed layers. Give the patches to `apply` or `cut`.
+    """Fit the linear map that replaces each gap of removed layers, for `apply` or `cut`.
 
     Memory: the sums of one gap take 8 w (w + h) bytes on the device, where w is the width of what enters its linear
     and h that of the model: 2.1 GB for w = 14336 and h = 4096. Solving takes about twice as much again. If the sums of
@@ -175,9 +175,9 @@ def add_patch(decoder: Decoder, patch: Patch, undo: list[tuple[Tensor, Tensor]])
 
 
 def _called(model: nn.Module) -> nn.Module:
-    """The module to call: FSDP2's root, else what is inside DistributedDataParallel and torch.compile.
+    """The module to call: FSDP2's root, else what is inside the wrappers.
 
-    DistributedDataParallel would talk to other processes.
+    DistributedDataParallel would talk to other processes, and compiled code would not call hooks.
     """
     root = root_of(model)
     if root is not None:
@@ -206,7 +206,7 @@ def _in_step(batches: Iterable[Mapping[str, Any]], peers: Peers | None) -> Itera
 
 
 def _room(model: nn.Module) -> float:
-    """Bytes that the sums may take: a third of what the fullest GPU has free, infinity without a GPU."""
+    """Bytes that the sums may take: a third of the fullest GPU's, infinity without a GPU."""
     devices = {parameter.device for parameter in model.parameters()}
     free = [
         torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -217,7 +217,7 @@ def _room(model: nn.Module) -> float:
 
 
 def _passes(writers: Mapping[int, tuple[Weight, nn.Module]], room: float) -> list[list[int]]:
-    """Divide the layers before gaps into passes, in order: as many as there is room for their sums, at least one."""
+    """Divide the layers before gaps into passes whose sums fit; at least one layer each."""
     passes: list[list[int]] = []
     taken = 0
     for layer, (weight, _) in writers.items():

@@ -1,4 +1,4 @@
-"""The least-squares fit of one gap: sums over tokens, collected by hooks, and their solution."""
+"""The least-squares fit of one gap: sums over tokens, and their solution."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Sums:
         return Sums(*parts)
 
     def solve(self, ridge: float) -> Tensor:
-        """Solve for the change that leaves the least error, with a ridge relative to the mean square of an input.
+        """Solve for the change with the least error; the ridge is relative to an input's size.
 
         Returns float64 of shape (w, h).
         """
@@ -127,7 +127,7 @@ class GapFit:
         self._entered = self._left = torch.empty(0)
 
     def add(self, target: Tensor) -> None:
-        """Add a batch to the sums: `target` is the state at the end of the gap, shape (rows, tokens, h)."""
+        """Add a batch: `target` is the state at the gap's end, shape (rows, tokens, h)."""
         rows = torch.arange(self._rows, self._rows + len(target), device=target.device)
         self._rows += len(target)
         is_held_out = (rows % HELD_OUT == HELD_OUT - 1)[:, None].expand(target.shape[:2])

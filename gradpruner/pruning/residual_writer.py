@@ -1,4 +1,4 @@
-"""Find the linear of a decoder layer that writes straight to the residual stream: by trying, not by its name."""
+"""Find by trying which linear of a decoder layer writes to the residual stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Remove decoder layers from a transformers model so that nothing else changes, or refuse to.
+"""Plan how decoder layers are removed so that nothing else changes, or refuse to.
 
 A layer may depend on its index through its own `layer_idx`, through per-layer lists in the config, or through rules on
 the index. So the configuration is cut first. Then the dense and the cut model are built from their configurations on
@@ -9,126 +9,25 @@ to renumber, or a reason to refuse (docs/method.md, section 5).
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
 from gradpruner.errors import UnsupportedModel
 from gradpruner.model.config import text_config
-from gradpruner.model.decoder import CHECKPOINTED, Decoder
+from gradpruner.model.decoder import Decoder
 from gradpruner.model.empty_model import _shapes, absent_counts, build_empty
-from gradpruner.model.extra_layers import generation_changes, say_what_is_gone, without_extra
+from gradpruner.model.extra_layers import generation_changes, without_extra
 from gradpruner.model.layer_config import cut_config, renumber_modules
+from gradpruner.pruning.prepared_surgery import Attribute, PartPerLayer, Surgery, live_module
 
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number")
 PER_INSTANCE = ("_tied_weights_keys", "_keys_to_ignore_on_load_unexpected")  # transformers' own; may name layers
 PLAIN = (bool, int, float, str, type(None))
-
-
-class Attribute(NamedTuple):
-    """An attribute that gets another value. The owner is a module or the generation config."""
-
-    owner: Any
-    name: str
-    value: Any
-
-
-class PartPerLayer(NamedTuple):
-    """A parameter outside the layers that holds one equal part per layer along one axis."""
-
-    name: str
-    axis: int
-
-
-class ReplacedParameter(NamedTuple):
-    """A parameter and the smaller one that took its place.
-
-    Args:
-        old: the parameter of the dense model.
-        new: the parameter of the smaller model.
-        cut: cuts another tensor of the old shape in the same way, such as the optimizer's state.
-    """
-
-    old: nn.Parameter
-    new: nn.Parameter
-    cut: Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Surgery:
-    """A removal that was checked and is not yet done.
-
-    Args:
-        decoder: the model.
-        kept: the kept layers, ascending.
-        configs: pairs of a config object that the model holds and the one that takes its place.
-        attributes: attributes of modules and of the generation config that change.
-        parts: parameters outside the layers of which the parts of removed layers are cut out.
-        absent: counts of layers in the config that the model never had; they become 0.
-    """
-
-    decoder: Decoder
-    kept: tuple[int, ...]
-    configs: tuple[tuple[Any, Any], ...] = ()
-    attributes: tuple[Attribute, ...] = ()
-    parts: tuple[PartPerLayer, ...] = ()
-    absent: tuple[tuple[Any, str, int], ...] = ()
-
-    def perform(self) -> tuple[Callable[[], None], tuple[ReplacedParameter, ...]]:
-        """Cut the list of layers, renumber the kept ones, and swap the config.
-
-        If something fails half way, the model is left as it was.
-
-        Returns:
-            A function that undoes all of it, and the parameters outside the layers that were replaced.
-        """
-        base, layers = self.decoder.base, self.decoder.layers
-        undo: list[Attribute] = []
-
-        def assign(owner: Any, name: str, value: Any) -> None:
-            undo.append(Attribute(owner, name, getattr(owner, name)))
-            setattr(owner, name, value)
-
-        def restore() -> None:
-            for owner, name, value in reversed(undo):
-                setattr(owner, name, value)
-
-        replaced = []
-        replacements = {id(old): new for old, new in self.configs}
-        try:
-            for module in list(base.modules()):
-                for name, value in list(vars(module).items()):
-                    if id(value) in replacements:
-                        assign(module, name, replacements[id(value)])
-            for owner, name, value in self.attributes:
-                assign(owner, name, value)
-            for path, axis in self.parts:
-                owner_path, _, name = path.rpartition(".")
-                owner = _live(base, owner_path)
-                cut = functools.partial(_kept_parts, layers=len(layers), kept=self.kept, axis=axis)
-                old = getattr(owner, name)
-                assign(owner, name, nn.Parameter(cut(old), old.requires_grad))
-                replaced.append(ReplacedParameter(old, getattr(owner, name), cut))
-            parent_path, _, name = self.decoder.path.rpartition(".")
-            assign(base.get_submodule(parent_path), name, nn.ModuleList([layers[i] for i in self.kept]))
-            say_what_is_gone(self.absent)
-        except BaseException:
-            restore()
-            raise
-        return restore, tuple(replaced)
-
-
-def _kept_parts(tensor: torch.Tensor, layers: int, kept: tuple[int, ...], axis: int) -> torch.Tensor:
-    """Cut the parts of removed layers out of a tensor with one equal part per layer along `axis`."""
-    parts: torch.Tensor = tensor.detach().unflatten(axis, (layers, -1))
-    return parts.index_select(axis, torch.tensor(kept, device=tensor.device)).flatten(axis, axis + 1)
 
 
 def prepare(decoder: Decoder, kept: tuple[int, ...]) -> Surgery:
@@ -177,7 +76,7 @@ def prepare(decoder: Decoder, kept: tuple[int, ...]) -> Surgery:
 
 
 def _check_one_stream(decoder: Decoder) -> None:
-    """Refuse layers with two streams of hidden states (Reformer): skipping a layer passes one stream on."""
+    """Refuse layers with two streams of hidden states (Reformer): only one is passed on."""
     for layer in decoder.layers:
         names = list(inspect.signature(layer.forward).parameters)
         if "hidden_states" in names[1:]:
@@ -185,7 +84,7 @@ def _check_one_stream(decoder: Decoder) -> None:
 
 
 def _indices_by_name(decoder: Decoder, kept: tuple[int, ...]) -> Iterator[Attribute]:
-    """Renumber a model without a transformers config: only attributes with the usual names."""
+    """Renumber a model without a transformers config by the usual names of an index."""
     for new, old in enumerate(kept):
         for module in decoder.layers[old].modules():
             for name in INDEX_NAMES:
@@ -194,7 +93,7 @@ def _indices_by_name(decoder: Decoder, kept: tuple[int, ...]) -> Iterator[Attrib
 
 
 def _as_reloaded(config: Any) -> Any:
-    """Give the config that a reload will see: what JSON holds, and what the class accepts of it."""
+    """Give the config that a reload will see: what JSON holds and the class accepts."""
     try:
         return type(config).from_dict(config.to_dict())
     except Exception as error:
@@ -248,7 +147,7 @@ def _attributes_in_layer(
     if _shapes(before) != _shapes(after):
         raise UnsupportedModel(f"layer {old} would change its shape: its config has a rule on the layer's index")
     for path, module in modules.items():
-        live = _live(decoder.layers[old], path)
+        live = live_module(decoder.layers[old], path)
         values, values_after = _plain(module), _plain(modules_after[path])
         for name in sorted(values.keys() | values_after.keys()):
             value, value_after = values.get(name), values_after.get(name)
@@ -270,7 +169,7 @@ def _attributes_in_layer(
 def _parts_per_layer(
     decoder: Decoder, kept: tuple[int, ...], dense: nn.Module, small: nn.Module
 ) -> Iterator[PartPerLayer]:
-    """Refuse parameters outside the layers that change their shape, except for one part per layer (Gemma 3n)."""
+    """Refuse outer parameters that change their shape, except one part per layer (Gemma 3n)."""
     inside, layers = f"{decoder.path}.", len(decoder.layers)
     shapes = {name: shape for name, shape in _shapes(dense).items() if not name.startswith(inside)}
     for name, after in _shapes(small).items():
@@ -279,10 +178,11 @@ def _parts_per_layer(
         before = shapes.pop(name, None)
         if before == after:
             continue
-        axes = [axis for axis, (a, b) in enumerate(zip(before or (), after or (), strict=False)) if a != b]
-        if before is None or after is None or len(before) != len(after) or len(axes) != 1:
-            raise UnsupportedModel(f"{name} depends on the number of layers (it becomes {after})")
-        if before[axes[0]] % layers or after[axes[0]] * layers != before[axes[0]] * len(kept):
+        sizes = list(zip(before or (), after or (), strict=False))
+        axes = [axis for axis, (a, b) in enumerate(sizes) if a != b]
+        one_part_each = len(axes) == 1 and len(before or ()) == len(after or ())
+        one_part_each = one_part_each and all(a % layers == 0 for a, b in sizes if a != b)
+        if not one_part_each or any(b * layers != a * len(kept) for a, b in sizes if a != b):
             raise UnsupportedModel(f"{name} depends on the number of layers (it becomes {after})")
         yield PartPerLayer(name, axes[0])
     if shapes:
@@ -290,7 +190,7 @@ def _parts_per_layer(
 
 
 class _SameModule(NamedTuple):
-    """One module three times: in the empty dense model, in the empty cut model, and in the model itself."""
+    """One module in the empty dense model, in the empty cut model, and in the model itself."""
 
     dense: nn.Module
     small: nn.Module
@@ -303,14 +203,14 @@ def _same_modules(decoder: Decoder, kept: tuple[int, ...], dense: nn.Module, sma
     for new, old in enumerate(kept):
         after = small.get_submodule(f"{decoder.path}.{new}")
         for path, module in dense.get_submodule(f"{decoder.path}.{old}").named_modules():
-            yield _SameModule(module, after.get_submodule(path), _live(decoder.layers[old], path), False)
+            yield _SameModule(module, after.get_submodule(path), live_module(decoder.layers[old], path), False)
     for path, module in dense.named_modules():
         if path != decoder.path and not path.startswith(f"{decoder.path}."):
             yield _SameModule(module, small.get_submodule(path), decoder.base.get_submodule(path), True)
 
 
 def _attributes_outside(decoder: Decoder, modules: Iterable[_SameModule]) -> Iterator[Attribute]:
-    """Attributes outside the layers that follow from the config: a count of layers, "has any sliding layer"."""
+    """Attributes outside the layers that follow from the config, such as a count of layers."""
     for dense, small, live, is_outside in modules:
         if not is_outside:
             continue
@@ -339,21 +239,21 @@ def _own_configs(modules: Iterable[_SameModule], known: Iterable[tuple[Any, Any]
 
 
 def _check_cache(old: Any, new: Any) -> None:
-    """Refuse a hybrid that loses all attention layers: a cache counts its tokens in them, and could not generate."""
-    if _cache_error(new) is not None and _cache_error(old) is None:
+    """Refuse a hybrid that loses all attention layers: its cache counts tokens in them."""
+    if _has_cache(old) and not _has_cache(new):
         raise UnsupportedModel("no attention layer would be left, and a cache counts its tokens in one")
 
 
-def _cache_error(config: Any) -> Exception | None:
+def _has_cache(config: Any) -> bool:
     try:
         DynamicCache(config=config).get_seq_length()
-    except Exception as error:
-        return error
-    return None
+    except Exception:  # whatever it is, generation would end with it
+        return False
+    return True
 
 
 def _of_kept(value: Any, kept: tuple[int, ...], layers: int) -> Any:
-    """Cut a list with an entry per layer, a list of layers, or a dict by layer, to the kept ones."""
+    """Cut a list by layer, a list of layers, or a dict by layer to the kept ones."""
     if isinstance(value, (list, tuple)) and len(value) == layers:
         return [value[i] for i in kept]
     if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
@@ -363,21 +263,8 @@ def _of_kept(value: Any, kept: tuple[int, ...], layers: int) -> Any:
     return value
 
 
-def _live(layer: nn.Module, path: str) -> nn.Module:
-    """Find a module of a layer by its path in the plain model, through the adapters around it."""
-    module = layer
-    for part in path.split(".") if path else []:
-        while not hasattr(module, part) and hasattr(module, "base_layer"):  # adapters may be nested
-            module = module.base_layer  # type: ignore[assignment]
-        module = getattr(module, part)
-    module = getattr(module, CHECKPOINTED, module)
-    while hasattr(module, "base_layer"):
-        module = module.base_layer  # type: ignore[assignment]
-    return module
-
-
 def _plain(module: nn.Module, also: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Collect the attributes that a layer's behaviour may depend on: numbers, strings, lists and dicts of them."""
+    """Collect what a layer may depend on: numbers, strings, lists and dicts of them."""
     return {
         name: value
         for name, value in vars(module).items()
