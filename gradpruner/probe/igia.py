@@ -30,7 +30,7 @@ DEFAULT_KIND = Preset().kind
 
 @dataclass(frozen=True)
 class Igia:
-    """Initial Gradient Information Accumulation: what a probe accumulated over the first steps of a training.
+    """Initial Gradient Information Accumulation: what a probe read in its training steps.
 
     It belongs to one model on one task and carries the fingerprint of that model. `Probe.igia` makes it.
 
