@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gradpruner import CheckpointError, InvalidArgument, Plan
-from gradpruner.probe.selection import select
+from gradpruner.probe.selection import lowest_first, margin, select
 
 SCORES = [9.0, 1.0, 8.0, 2.0, 7.0, 3.0, 6.0, 4.0, 5.0, 10.0]
 
@@ -40,6 +40,14 @@ def test_layer_0_is_protected_and_others_on_request():
     assert select(scores, count=1, merge=0).removed == (1,)
     assert select(scores, count=1, merge=0, protect=()).removed == (0,)
     assert select(scores, count=1, merge=0, protect=(0, 1)).removed == (2,)
+
+
+def test_the_margin_of_a_cut():
+    assert lowest_first(SCORES)[:3] == [1, 3, 5] and lowest_first([1.0] * 3, ()) == [2, 1, 0]
+    assert margin(SCORES, [1, 3, 5]) == pytest.approx(1 - 3 / 4)
+    assert margin(SCORES, [1, 3, 7]) == pytest.approx(1 - 4 / 3)  # by hand: a kept layer scores lower
+    assert margin(SCORES, [1, 3, 5], protect=(0, 7)) == pytest.approx(1 - 3 / 5)
+    assert margin(SCORES, []) == margin([0.0, 0.0, 1.0], [2], ()) == margin([1.0, 2.0], [1]) == 0.0
 
 
 def test_by_parameters_the_fewest_lowest_layers_that_reach_it():

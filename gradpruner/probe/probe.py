@@ -100,7 +100,7 @@ class Probe:
         self._micro_batches = micro_batches
         self._reader: Reader | None = None
         self._handles: list[Any] = []
-        self._remaining = 0  # steps to watch
+        self._remaining = 0  # steps that are still to be watched
         self._pending: list[tuple[Tensor, Arrival]] = []
         self._usable: list[Tensor] = []
         self._skipped = 0
@@ -258,6 +258,23 @@ class Probe:
         # an interrupted probe on Adam finds F in the optimizer's state again
         return self._result(with_importance=self._reader.name != "adam")
 
+    def check_comparable(self, protect: Iterable[int] = (0,)) -> None:
+        """Check before the first step that a plan can be made of what this probe watches.
+
+        A probe whose scores are only looked at need not pass.
+
+        Args:
+            protect: layers that will not be removed. Default: the first layer.
+
+        Raises:
+            ProbeError: the scores of some layers could not be compared. The message names them and says what to do.
+        """
+        reader = self._reader
+        if reader is None:
+            known = "gradient" if self._estimator == "adam" else None  # Adam's reader needs the optimizer
+            reader = self._make_reader(None, None, kind=known)
+        self._coverage(reader).check_comparable(protect)
+
     def _go_on(self, optimizer: Any, steps: int, snapshot: Igia) -> None:
         """Take over the steps of a probe that was interrupted."""
         known = snapshot.steps + snapshot.skipped
@@ -277,23 +294,6 @@ class Probe:
     def _by_deepspeed(self) -> bool:
         return any(is_deepspeeds(p) for p in self._decoder.layers.parameters() if p.requires_grad)
 
-    def check_comparable(self, protect: Iterable[int] = (0,)) -> None:
-        """Check before the first step that a plan can be made of what this probe watches.
-
-        A probe whose scores are only looked at need not pass.
-
-        Args:
-            protect: layers that will not be removed. Default: the first layer.
-
-        Raises:
-            ProbeError: the scores of some layers could not be compared. The message names them and says what to do.
-        """
-        reader = self._reader
-        if reader is None:
-            known = "gradient" if self._estimator == "adam" else None  # Adam's reader needs the optimizer
-            reader = self._make_reader(None, None, kind=known)
-        self._coverage(reader).check_comparable(protect)
-
     def _coverage(self, reader: Reader) -> Coverage:
         return Coverage.of(self._decoder, reader.weights, reader.name, reader.adapters, counts=self._counts)
 
@@ -308,6 +308,7 @@ class Probe:
             )
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        """Read the gradients, or arrange that they are read after the closure."""
         if self._remaining <= 0:
             return None
         closure = closure_of(args, kwargs)
@@ -320,6 +321,7 @@ class Probe:
         return self._closure.arguments(args, kwargs)
 
     def _after_step(self) -> None:
+        """Count the step, and finish after the last one."""
         closure, self._closure = self._closure, None
         if closure is not None and not closure.calls:
             raise ProbeError("the optimizer did not call the closure that its step was given: no gradient was read")
@@ -333,9 +335,9 @@ class Probe:
         settled = self._pending[: max(len(self._pending) - but, 0)]
         if not settled:
             return
-        for _, arrival in settled:  # each: the next step may have read from other devices
+        for _, arrival in settled:  # every one: each step may have read from other devices
             arrival.wait()
-        # copies of their own: what they arrived in is pinned
+        # Copies: the memory in which the norms arrived is pinned, and wanted for later steps.
         finite = [norms.clone() if bool(norms.isfinite().all()) else None for norms, _ in settled]
         self._reader.settle(finite)
         self._usable += [norms for norms in finite if norms is not None]
@@ -374,6 +376,7 @@ class Probe:
     def _make_reader(
         self, optimizer: Any, steps: int | None, *, begun: bool = False, kind: str | None = None
     ) -> Reader:
+        """Make the reader of an estimator; "auto" chooses it here."""
         kind, decoder = kind or self._estimator, self._decoder
         if kind == "auto":
             if has_lora(decoder):

@@ -43,20 +43,20 @@ class ExactReader:
     def __init__(self, decoder: Decoder, *, importance: bool, micro_batches: int) -> None:
         check_int("micro_batches", micro_batches, 1, "a number of backward calls per step")
         self._importance, self._micro_batches = importance, micro_batches
-        found: list[tuple[Weight, nn.Module]] = []
+        linears: list[tuple[Weight, nn.Module]] = []
         for index in range(len(decoder.layers)):
             modules = linear_modules(decoder, index)
             for weight in decoder.weights:
                 module = modules.get(weight.name) if weight.layer == index else None
                 if type(module) is nn.Linear or (module is not None and is_transposed(module)):
-                    found.append((weight, module))
-        if not found:
+                    linears.append((weight, module))
+        if not linears:
             raise ProbeError("estimator 'exact': the decoder layers hold no plain linear layer")
-        hooked = [weight.name for weight, module in found if is_replaced(module)]
+        hooked = [weight.name for weight, module in linears if is_replaced(module)]
         if hooked:
             raise ProbeError(f"estimator 'exact': something else has replaced the forward of {hooked[0]}")
-        self.weights: tuple[Weight, ...] = tuple(weight for weight, _ in found)
-        self._modules = [module for _, module in found]
+        self.weights: tuple[Weight, ...] = tuple(weight for weight, _ in linears)
+        self._modules = [module for _, module in linears]
         self._totals: list[Tensor] = []  # one vector for neighbours on one device
         self._squares: list[WeightSquares] = []
         for device, group in itertools.groupby(self._modules, lambda module: module.weight.device):

@@ -61,7 +61,7 @@ class LoraReader:
     ) -> None:
         self._importance, self._dtype, self._peers = importance, factor_dtype, peers
         known = {(w.layer, w.name): w for w in decoder.weights}
-        found = []
+        adapted = []
         for index, layer in enumerate(decoder.layers):
             for path, module in layer.named_modules():
                 if not (hasattr(module, "lora_A") and hasattr(module, "lora_B") and hasattr(module, "base_layer")):
@@ -74,13 +74,13 @@ class LoraReader:
                     )
                 if (index, name) in known and _trained(module):
                     _check_factors(module, index, known[index, name])
-                    found.append((index, name, module))
-        if not found:
+                    adapted.append((index, name, module))
+        if not adapted:
             raise ProbeError("estimator 'lora': the decoder layers hold no LoRA adapter on a linear layer that trains")
-        self._modules = [module for _, _, module in found]
-        self.weights: tuple[Weight, ...] = tuple(known[index, name] for index, name, _ in found)
+        self._modules = [module for _, _, module in adapted]
+        self.weights: tuple[Weight, ...] = tuple(known[index, name] for index, name, _ in adapted)
         self.adapters: tuple[str, ...] = tuple(_rank_and_scale(module) for module in self._modules)
-        self._kept = [_Kept() for _ in found]
+        self._kept = [_Kept() for _ in adapted]
         self._pending: list[list[tuple[Tensor, Tensor] | None]] = []  # per step: for each weight a pair, or None
         self.devices: set[torch.device] = set()
 
