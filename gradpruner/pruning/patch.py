@@ -121,16 +121,13 @@ def fit_patches(
         # 3. Sum over the tokens of all batches, and solve.
         every: Iterable[Mapping[str, Any]] = itertools.chain([first], remaining)
         every = list(every) if len(passes) > 1 else every
-        patches: list[Patch] = []
+        patches: list[Patch | None] = []
         for some in passes:
             fits = [GapFit(decoder, *fitted[layer], ends[layer]) for layer in some]
             _sum_up(fits, every, forward)
             while fits:
-                fit = fits.pop(0)  # its sums are gone before the next is solved
-                solution = fit.solve(peers)
-                if solution is not None:
-                    patches.append(Patch(fit.weight, fit.end, *solution))
-    return patches
+                patches.append(_patch_of(fits.pop(0), peers))  # nothing else holds the fit: its sums are freed here
+    return [patch for patch in patches if patch is not None]
 
 
 def check_patches(decoder: Decoder, plan: Plan, patches: Iterable[Patch]) -> None:
@@ -203,6 +200,12 @@ def _in_step(batches: Iterable[Mapping[str, Any]], peers: Peers | None) -> Itera
         yield batch
     if peers is not None:
         peers.any(True)
+
+
+def _patch_of(fit: GapFit, peers: Peers | None) -> Patch | None:
+    """Solve a fit; None where no patch would help."""
+    solution = fit.solve(peers)
+    return None if solution is None else Patch(fit.weight, fit.end, *solution)
 
 
 def _room(model: nn.Module) -> float:
