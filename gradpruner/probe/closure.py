@@ -42,7 +42,7 @@ class ReadAfterClosure:
         if self.calls > 1:
             raise ProbeError(
                 "the optimizer called its closure a second time in one step, so the step has no gradient of its own; "
-                "probe with an optimizer that uses one gradient a step"
+                "probe with an optimizer that uses one gradient per step"
             )
         self._read()
         return loss

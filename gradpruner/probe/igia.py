@@ -206,7 +206,7 @@ class Igia:
             plan: the cut.
             kind: the layer score. Default: the one that chose the plan; that of the preset "default" where the plan
                 names none.
-            protect: the layers that the plan was told to keep.
+            protect: the layers that were protected when the plan was made.
 
         Returns:
             0 where the two scores are equal, near 1 where the cut is clear.
@@ -226,7 +226,7 @@ class Igia:
         Args:
             plan: the cut.
             kind: the layer score, as for `margin`.
-            protect: the layers that the plan was told to keep.
+            protect: the layers that were protected when the plan was made.
 
         Returns:
             For each usable step, the share of `plan.removed` that the scores up to this step would remove, 0 to 1.

@@ -39,8 +39,8 @@ def check_watchable(optimizer: Any, decoder: Decoder, *, by_deepspeed: bool) -> 
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise InvalidArgument(
-            "optimizer is LBFGS, which calls its closure several times in a step: a step has no gradient of its own; "
-            "expected an optimizer that uses one gradient a step"
+            "optimizer is LBFGS, which calls its closure several times per step: a step has no gradient of its own; "
+            "expected an optimizer that uses one gradient per step"
         )
 
 

@@ -125,7 +125,9 @@ def _merge_matrix(
     for whole in importance:
         f = whole.to(weight.device).dense().f
         thresholds.append(ops.threshold(f, int(share * f.numel())))
-        parts.append(f if len(f) == rows else f[first : first + rows].clone())  # the whole goes before the next comes
+        parts.append(
+            f if len(f) == rows else f[first : first + rows].clone()
+        )  # the whole one is freed before the next comes
     # An index below zero: the last tie that is kept lies in rows before these.
     values, indices = [v for v, _ in thresholds], [i - first * columns for _, i in thresholds]
     ops.sign_merge_(weight, list(donors), parts, values, indices, scales)

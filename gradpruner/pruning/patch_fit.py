@@ -97,7 +97,7 @@ class GapFit:
         self.held_out: Sums | None = None  # the rows that choose the ridge
         self._rows = 0
         self._mask: Tensor | None = None
-        self._entered = self._left = torch.empty(0)  # the linear, and the layer before the gap
+        self._input = self._output = torch.empty(0)  # of the linear; of the layer before the gap
         layer, last = decoder.layers[weight.layer], decoder.layers[end]
         self._handles = [
             linear.register_forward_pre_hook(self._on_input),
@@ -115,16 +115,16 @@ class GapFit:
             handle.remove()
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._entered = args[0].detach()
+        self._input = args[0].detach()
 
     def _on_layer(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._left = leaving_state(output).detach()
+        self._output = leaving_state(output).detach()
 
     def _on_end(self, module: nn.Module, args: Any, output: Any) -> None:
         target = leaving_state(output).detach().float()
         with torch.autocast(target.device.type, enabled=False):  # the sums need their precision
             self.add(target)
-        self._entered = self._left = torch.empty(0)
+        self._input = self._output = torch.empty(0)
 
     def add(self, target: Tensor) -> None:
         """Add a batch: `target` is the state at the gap's end, shape (rows, tokens, h)."""
@@ -132,15 +132,15 @@ class GapFit:
         self._rows += len(target)
         is_held_out = (rows % HELD_OUT == HELD_OUT - 1)[:, None].expand(target.shape[:2])
         counts = torch.ones_like(is_held_out) if self._mask is None else self._mask.bool().to(target.device)
-        entered, left = (state.to(target.device) for state in (self._entered, self._left))  # layers may be spread
+        entering, leaving = (state.to(target.device) for state in (self._input, self._output))  # layers may be spread
         if self.fitted is None or self.held_out is None:
-            width, outputs = entered.shape[-1], target.shape[-1]
+            width, outputs = entering.shape[-1], target.shape[-1]
             self.fitted, self.held_out = (Sums.zeros(target, width, outputs) for _ in range(2))
         for sums, tokens in ((self.fitted, counts & ~is_held_out), (self.held_out, counts & is_held_out)):
             state = target[tokens]
             # What follows a gap normalises its input: an error counts relative to the size of the state.
             scale = state.norm(dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
-            sums.add(entered[tokens].float() * scale, (state - left[tokens].float()) * scale)
+            sums.add(entering[tokens].float() * scale, (state - leaving[tokens].float()) * scale)
 
     def solve(self, peers: Peers | None) -> tuple[Tensor, float] | None:
         """Solve for the best change of the weight.

@@ -32,7 +32,7 @@ def check_plan(decoder: Decoder, **selection: Any) -> None:
     layers = len(decoder.layers)
     arguments = {**selection, **count_parameters(decoder)}
     # With rising scores the first layers are removed. With falling ones the last are, except the very last: if only
-    # that one goes, no layer gets another index, and nothing is proved.
+    # that one is removed, no layer gets another index, and nothing is proved.
     rising = [float(layer) for layer in range(layers)]
     falling = [*rising[:0:-1], float(layers)]
     early, late = (select(scores, **arguments).kept for scores in (rising, falling))

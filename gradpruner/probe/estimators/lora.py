@@ -142,7 +142,7 @@ class LoraReader:
                 rank = max(a.shape[0] for a, _ in kept.factors)  # another adapter may have become the active one
                 pairs = [_oriented(*_padded(a, b, rank), weight) for a, b in kept.factors]
                 a, b = torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
-                kept.factors = _unstacked(a, b, weight)  # held once, should the probe go on
+                kept.factors = _unstacked(a, b, weight)  # the tensors are held once if the probe continues
                 kept.size = _size_of((a, b))
                 own[weight.layer, weight.name] = Factors(a, b, exponents)
         return shared(own, {}, self._peers)
