@@ -1,4 +1,4 @@
-"""Settings: how layers are chosen and cut, by the name of a preset and by what differs from it. Pure data."""
+"""Settings that choose and cut layers, under the name of a preset. Pure data."""
 
 from __future__ import annotations
 
@@ -13,12 +13,25 @@ ADAPTERS = ("keep", "discard")
 
 @dataclass(frozen=True)
 class Preset:
-    """kind, merge: see `Igia.plan`. top, weight, adapters: see `apply`. patch: see `fit_patches`.
+    """All settings that choose layers and cut them.
 
-    rank_factor: how many times the recipe's rank the adapters of the cut model have, see `Recipe.widened`.
+    The defaults are the preset "default", which won in this package's own trials (docs/evidence.md). Every function
+    that is given no preset and no setting uses them. "paper" is GradPruner as published.
 
-    The defaults are what won on this package's own trials (docs/evidence.md); "paper" is GradPruner as published.
-    Raises InvalidArgument.
+    Args:
+        kind: the layer score that chooses the layers, see `Igia.layer_scores`. Default "norm".
+        merge: how many of the removed layers are merged, or "auto", see `Igia.plan`. Default 0.
+        top: share of the entries of a merged weight that is used, above 0 and up to 1. Default 0.2.
+        weight: factor of the merged entries. Default 1.
+        patch: whether each gap gets a linear patch, see `fit_patches`. Default True. A function that is given no
+            batches to fit patches on (`Igia.plan`, `apply`, `apply_folder`, `cut`) ignores it; it takes the patches
+            that are given.
+        adapters: "keep" what the probe trained, or "discard" it. Default "keep".
+        rank_factor: how many times the rank of the recipe the adapters of the cut model have, see `Recipe.widened`.
+            Default 4.
+
+    Raises:
+        InvalidArgument: a setting is not accepted.
     """
 
     kind: str = "norm"
@@ -30,16 +43,27 @@ class Preset:
     rank_factor: int = 4
 
     def __post_init__(self) -> None:
-        """Check what no later stage checks before time is spent."""
+        """Check the settings that no later stage checks before time is spent."""
         check_choice("adapters", self.adapters, ADAPTERS)
         check_bool("patch", self.patch)
         check_int("rank_factor", self.rank_factor, 1)
 
     @classmethod
-    def of(cls, preset: str = "default", **changed: Any) -> Preset:
-        """A preset with those of `changed` that are not None. Raises InvalidArgument."""
+    def of(cls, preset: str = "default", **changes: Any) -> Preset:
+        """Look up a preset and change some of its settings.
+
+        Args:
+            preset: "default" or "paper".
+            **changes: settings by name; those that are None stay as the preset has them.
+
+        Returns:
+            The settings.
+
+        Raises:
+            InvalidArgument: there is no such preset, or a setting is not accepted.
+        """
         check_choice("preset", preset, PRESETS)
-        return dataclasses.replace(PRESETS[preset], **{k: v for k, v in changed.items() if v is not None})
+        return dataclasses.replace(PRESETS[preset], **{k: v for k, v in changes.items() if v is not None})
 
 
 PRESETS = {

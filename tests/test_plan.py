@@ -5,13 +5,13 @@ import json
 import pytest
 
 from gradpruner import CheckpointError, InvalidArgument, Plan
-from gradpruner.plan import select
+from gradpruner.probe.selection import lowest_first, margin, select
 
 SCORES = [9.0, 1.0, 8.0, 2.0, 7.0, 3.0, 6.0, 4.0, 5.0, 10.0]
 
 
 def test_lowest_scores_go_and_the_highest_of_them_merge():
-    plan = select(SCORES, ratio=0.4)
+    plan = select(SCORES, ratio=0.4, merge="auto")
     assert plan.removed == (1, 3, 5, 7)
     assert plan.drop == (1, 3, 5)  # round(0.3 * 10) lowest
     assert plan.merge == {7: 6} and plan.donors == {6: (7,)}
@@ -20,7 +20,7 @@ def test_lowest_scores_go_and_the_highest_of_them_merge():
 
 def test_the_papers_plan_of_13_of_32():
     scores = [float(100 - j) for j in range(32)]  # the later the weaker
-    plan = select(scores, ratio=0.4)
+    plan = select(scores, ratio=0.4, merge="auto")
     assert len(plan.removed) == 13 and len(plan.drop) == 10 and set(plan.merge) == {19, 20, 21}
     assert plan.donors == {18: (19, 20, 21)}
 
@@ -42,6 +42,14 @@ def test_layer_0_is_protected_and_others_on_request():
     assert select(scores, count=1, merge=0, protect=(0, 1)).removed == (2,)
 
 
+def test_the_margin_of_a_cut():
+    assert lowest_first(SCORES)[:3] == [1, 3, 5] and lowest_first([1.0] * 3, ()) == [2, 1, 0]
+    assert margin(SCORES, [1, 3, 5]) == pytest.approx(1 - 3 / 4)
+    assert margin(SCORES, [1, 3, 7]) == pytest.approx(1 - 4 / 3)  # by hand: a kept layer scores lower
+    assert margin(SCORES, [1, 3, 5], protect=(0, 7)) == pytest.approx(1 - 3 / 5)
+    assert margin(SCORES, []) == margin([0.0, 0.0, 1.0], [2], ()) == margin([1.0, 2.0], [1]) == 0.0
+
+
 def test_by_parameters_the_fewest_lowest_layers_that_reach_it():
     sizes = [100] * 10
     assert len(select(SCORES, ratio=0.3, of="parameters", layer_parameters=sizes, total_parameters=1000).removed) == 3
@@ -53,7 +61,7 @@ def test_by_parameters_the_fewest_lowest_layers_that_reach_it():
 
 def test_auto_folds_into_the_nearest_kept_layer_of_the_same_structure():
     kinds = ["a", "b", "a", "b", "a", "b", "a", "b", "a", "b"]
-    plan = select(SCORES, ratio=0.4, structures=kinds)
+    plan = select(SCORES, ratio=0.4, merge="auto", structures=kinds)
     assert plan.merge == {} and plan.drop == (1, 3, 5, 7)  # no kept odd layer before 7: dropped
     plan = select([9, 9, 9, 9, 1, 2, 3, 9, 9, 9], count=3, structures=kinds, merge=2)
     assert plan.merge == {5: 3, 6: 2}

@@ -69,8 +69,8 @@ def two_stages(model: Any, tokenizer: Any, rows: Sequence[Any], recipe: Recipe, 
     clock, probe, head = Clock(), gradpruner.ProbeCallback(probing), probing * recipe.rows_a_step
     adapted = add_adapters(model, recipe)
     train(adapted, rows[:head], Collator(tokenizer), recipe, callbacks=[clock, probe])
-    plan = options["plan"] or probe.igia.plan(options["ratio"], kind="squared", merge=options["merge"])
-    smaller = add_adapters(gradpruner.apply(adapted, plan, probe.igia), recipe)
+    plan = options["plan"] or probe.igia.plan(options["ratio"], preset="paper", merge=options["merge"])
+    smaller = add_adapters(gradpruner.apply(adapted, plan, probe.igia, preset="paper"), recipe)
     train(smaller, rows[head:], Collator(tokenizer), recipe, callbacks=[clock])
     return smaller.merge_and_unload(), clock, plan  # type: ignore[operator]
 

@@ -25,7 +25,7 @@ from benchmarks.records import FOLDER
 from gradpruner.methods import Clues, parse_method
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.load import load_model
-from gradpruner.plan import how_many
+from gradpruner.probe.selection import how_many
 from gradpruner.report.tables import table as text_table
 from gradpruner.run.stages import watch
 from gradpruner.storage.csv_files import write_dicts

@@ -23,9 +23,9 @@ def add_compare(commands: Any) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=list(METHOD_NAMES),
+        default=[name for name in METHOD_NAMES if name != "sparse"],
         metavar="M",
-        help="name or name:option=value,... (default: all that there are)",
+        help="name or name:option=value,... (default: all but sparse, which also zeroes single weights)",
     )
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.4], metavar="P", help="shares of the layers")
     parser.add_argument("--no-costs", action="store_true", help="do not measure time and memory at the end")

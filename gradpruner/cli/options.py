@@ -89,14 +89,19 @@ def plan_options(parser: argparse.ArgumentParser, *, auto: bool = False) -> None
     )
     amount.add_argument("--count", type=int, metavar="N", help="how many layers to remove")
     parser.add_argument("--of", choices=("layers", "parameters"), default="layers", help="what --ratio is a share of")
+    preset_option(parser)
+    parser.add_argument("--kind", choices=("squared", "norm", "normalized"), help="layer score (default: the preset's)")
+    parser.add_argument("--merge", type=_merge, metavar="N", help="layers to fold, not drop, or auto (the preset's)")
+
+
+def preset_option(parser: argparse.ArgumentParser) -> None:
+    """Which preset decides the settings that are not given."""
     parser.add_argument(
         "--preset",
         choices=("default", "paper"),
         default="default",
         help="settings that won in our trials, or those of the paper",
     )
-    parser.add_argument("--kind", choices=("squared", "norm", "normalized"), help="layer score (default: the preset's)")
-    parser.add_argument("--merge", type=_merge, metavar="N", help="layers to fold, not drop, or auto (the preset's)")
 
 
 def _ratio(text: str) -> str | float:

@@ -57,9 +57,8 @@ def add_apply(commands: Any) -> None:
     given.model_options(parser)
     parser.add_argument("--plan", required=True, metavar="FILE", help="plan.json")
     parser.add_argument("--igia", metavar="FILE", help="igia.safetensors; not needed if the plan merges nothing")
-    parser.add_argument(
-        "--top", type=float, default=0.2, metavar="P", help="share of a merged weight kept (default 0.2)"
-    )
+    given.preset_option(parser)
+    parser.add_argument("--top", type=float, metavar="P", help="share of a merged weight kept (default: the preset's)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
 
@@ -118,7 +117,7 @@ def _training(options: argparse.Namespace, recipe: Any, revision: str | None = N
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint.companions import masks_of
-    from gradpruner.presets import Preset
+    from gradpruner.probe.igia import DEFAULT_KIND
     from gradpruner.run.stages import watch
     from gradpruner.storage.files import need_writable
 
@@ -134,33 +133,30 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
         quiet=options.json,
         masks=masks_of(options.model, model),
     )
-    kind = Preset.of().kind  # what `plan` goes by unless it is asked for another
-    scores = igia.layer_scores(kind)
+    scores = igia.layer_scores()  # by the score that `plan` uses by default
     igia.save(options.out)
     return {
         "json": {
             "igia": options.out,
             "steps": igia.steps,
             "skipped": igia.skipped,
-            "kind": kind,
+            "kind": DEFAULT_KIND,
             "layer_scores": scores.tolist(),
             "watched": list(igia.watched),
         },
         "line": f"{options.out}: {igia.steps} usable steps, {igia.skipped} skipped, {min(igia.watched):.1%} or more of "
-        f"each layer's parameters watched, weakest layers first by {kind!r} scores: "
+        f"each layer's parameters watched, weakest layers first by {DEFAULT_KIND!r} scores: "
         f"{scores.argsort().tolist()}",
     }
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.presets import Preset
     from gradpruner.probe.igia import Igia
 
     igia = Igia.load(options.igia)
-    chosen = Preset.of(**given.choice(options))
-    plan = igia.plan(**given.amount(options), kind=chosen.kind, merge=chosen.merge)
+    plan = igia.plan(**given.amount(options), **given.choice(options))
     plan.save(options.out)
-    margin, stability = igia.margin(plan, chosen.kind), igia.stability(plan, chosen.kind)
+    margin, stability = igia.margin(plan), igia.stability(plan)
     return {
         "json": {**plan.to_dict(), "margin": margin, "stability": stability},
         "line": f"{options.out}: {plan.summary()}; margin at the cut {margin:.3f}, "
@@ -189,6 +185,7 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
             options.out,
             plan,
             igia,
+            preset=options.preset,
             top=options.top,
             overwrite=options.overwrite,
             trust_remote_code=options.trust_remote_code,
@@ -198,7 +195,7 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
         model, tokenizer = given.load(options)
         masks, earlier = masks_of(options.model, model), plan_of(options.model, model)
         check_save(model, tokenizer, Path(options.out))
-        smaller = apply(model, plan, igia, top=options.top)
+        smaller = apply(model, plan, igia, preset=options.preset, top=options.top)
         masks = None if masks is None else masks.of_layers(smaller, plan.kept)
         folder = save_from(
             options.model,

@@ -32,8 +32,9 @@ from gradpruner.methods import Clues, Method, format_method, parse_method
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.identity import identify
 from gradpruner.model.load import load_model
-from gradpruner.plan import Plan, how_many
+from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
+from gradpruner.probe.selection import how_many
 from gradpruner.run.folder import MODEL, known_model, named, recorded
 from gradpruner.run.job import Job, torch_dtype
 from gradpruner.run.preflight import check_comparison

@@ -19,8 +19,9 @@ from gradpruner.compare.results import Result, read_costs, write_costs, write_re
 from gradpruner.compare.sensitivity import scored
 from gradpruner.errors import InvalidArgument, ProbeError
 from gradpruner.methods import GradPruner
-from gradpruner.plan import Plan, how_many
+from gradpruner.plan import Plan
 from gradpruner.probe.igia import SCORES, Igia
+from gradpruner.probe.selection import how_many
 from gradpruner.report.tables import table
 from gradpruner.run.probe_folder import IGIA
 from gradpruner.storage.csv_files import write_lines

@@ -46,8 +46,9 @@ from gradpruner.model.decoder import Decoder
 from gradpruner.model.hidden_states import Batch
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.named_options import Registry, format_options, parse_options
-from gradpruner.plan import Plan, select
+from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
+from gradpruner.probe.selection import select
 from gradpruner.pruning.apply import apply
 from gradpruner.pruning.patch import fit_patches
 

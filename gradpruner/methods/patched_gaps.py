@@ -29,8 +29,9 @@ from gradpruner.model.decoder import Decoder
 from gradpruner.model.hidden_states import leaving_state
 from gradpruner.model.modes import evaluating, to_device
 from gradpruner.model.parameter_counts import count_parameters
-from gradpruner.plan import Plan, parameters_in, select
-from gradpruner.pruning.patch import find_writer
+from gradpruner.plan import Plan
+from gradpruner.probe.selection import parameters_in, select
+from gradpruner.pruning.residual_writer import find_writer
 
 LONGEST = 10  # layers of one gap, at most
 TOKENS = 4096  # that patches are fitted on, and as many others that they are judged by

@@ -1,1 +1,1 @@
-"""Watch gradients, accumulate them, score the layers."""
+"""Watch the gradients of the first training steps, accumulate them, and score the layers."""

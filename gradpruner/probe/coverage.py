@@ -1,7 +1,7 @@
-"""Coverage: what a probe watches of each layer, and whether the scores of the layers can be compared at all.
+"""What a probe watches of each layer, and whether the scores of the layers can be compared.
 
-A score is a sum over the weights that were watched. A layer of which fewer were watched than of its like, or none,
-would have the lowest score for that reason alone, and be the first to go.
+A score is a sum over the watched weights. A layer with fewer watched weights than others of its structure would have
+the lowest score for that reason alone, and would be removed first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from gradpruner.errors import ProbeError
 from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.model.parameter_counts import ParameterCounts
 
-# Layers of unlike structure differ by a few per cent (a convolution, decay rates), experts by most of the layer.
+# Of the largest watched share. Layers of different structure differ by a few per cent (a convolution, decay rates);
+# where experts are not watched, most of the layer is missing.
 ALIKE = 0.9
 EXACT = "estimator='exact' measures every linear weight of every layer, frozen or not"
 
@@ -27,7 +28,15 @@ Finding = tuple[list[int], str, str]  # the layers, the reason, and what to do a
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a probe watches. structures, layer_parameters: one entry a layer. adapters: see `Igia`."""
+    """What a probe watches of each layer.
+
+    Args:
+        estimator: name of the estimator.
+        weights: the watched weights.
+        structures: one entry per layer; equal entries mean equal structure.
+        layer_parameters: number of parameters per layer.
+        adapters: rank and scale of the adapter of each watched weight; empty without adapters.
+    """
 
     estimator: str
     weights: Sequence[Weight]
@@ -45,37 +54,54 @@ class Coverage:
         *,
         counts: ParameterCounts,
     ) -> Coverage:
-        """Of a model whose layers no step has been taken with yet. counts: of that model."""
+        """Make the coverage of a model before its first step.
+
+        Args:
+            decoder: the model.
+            weights: the watched weights.
+            estimator: name of the estimator.
+            adapters: rank and scale of the adapter of each watched weight.
+            counts: parameter counts of the model.
+
+        Returns:
+            The coverage.
+        """
         structures = [decoder.structure(layer) for layer in range(len(decoder.layers))]
         return cls(estimator, weights, structures, counts["layer_parameters"], adapters)
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Of each layer: watched entries / parameters that go with it."""
+        """For each layer, the number of watched entries divided by its parameters, 0 to 1."""
         entries = [0] * len(self.structures)
         for weight in self.weights:
             entries[weight.layer] += math.prod(weight.shape)
-        # a watched weight may be used outside the layer too, and does not go with it then
+        # a watched weight that is used outside the layer too is not removed with the layer: more may be watched
         return tuple(min(1.0, n / max(1, total)) for n, total in zip(entries, self.layer_parameters, strict=True))
 
     def check_comparable(self, protect: Iterable[int], square_norms: Tensor | None = None) -> None:
-        """Raises ProbeError, with the layers' numbers and the ways out, if their scores say nothing of each other.
+        """Check that the scores of the layers can be compared with each other.
 
-        protect: layers that no plan removes; they need no measurement. Of the others, every one must have a watched
-        weight and, by square_norms (see `Igia`), a gradient in as many steps as the rest. Layers of one structure must
-        be measured by the same weights, under adapters of the same rank and scale. Layers of unlike structure must be
-        watched to about the same share.
+        Every layer that may be removed must have a watched weight, and a gradient in as many steps as the others.
+        Layers of one structure must be measured by the same weights, under adapters of the same rank and scale.
+        Layers of different structure must be watched to about the same share.
+
+        Args:
+            protect: layers that no plan removes; they need no measurement.
+            square_norms: of each watched weight in each step, see `Igia`. None before the first step.
+
+        Raises:
+            ProbeError: some layers cannot be compared. The message names them and says what to do.
         """
         protected = set(protect)
         candidates = [layer for layer in range(len(self.structures)) if layer not in protected]
-        found = (
+        finding = (
             self._unwatched(candidates)
             or self._without_gradient(candidates, square_norms)
             or self._by_other_weights(candidates)
             or self._by_other_shares(candidates)
         )
-        if found is not None:
-            odd, reason, ways = found
+        if finding is not None:
+            odd, reason, ways = finding
             raise ProbeError(
                 f"layers {odd} cannot be compared with the other layers by their scores: {reason}. {ways}; or, "
                 f"in Python, protect them: with protect={sorted(protected | set(odd))} they stay, whatever they score"
@@ -109,7 +135,7 @@ class Coverage:
         for structure in dict.fromkeys(self.structures[layer] for layer in candidates):
             alike = [layer for layer in candidates if self.structures[layer] == structure]
             sets = Counter(frozenset(measured[layer]) for layer in alike)
-            usual = max(sets, key=lambda each: (sets[each], len(each)))
+            usual = max(sets, key=lambda weights: (sets[weights], len(weights)))
             odd = [layer for layer in alike if measured[layer] != usual]
             if odd:
                 return odd, _difference(odd[0], measured[odd[0]], usual), self._ways()
@@ -136,13 +162,13 @@ class Coverage:
 
 
 def share_range(shares: Sequence[float]) -> str:
-    """From the smallest to the largest, as text: "11.0%" or "97.0% to 99.1%"."""
+    """Write the range of some shares as text: "11.0%" or "97.0% to 99.1%"."""
     low, high = f"{min(shares):.1%}", f"{max(shares):.1%}"
     return low if low == high else f"{low} to {high}"
 
 
 def _difference(layer: int, own: set[tuple[str, str]], usual: frozenset[tuple[str, str]]) -> str:
-    """How the measured weights of a layer differ from the usual ones of its structure."""
+    """Say how the measured weights of a layer differ from the usual ones of its structure."""
     names, usual_names = {name for name, _ in own}, {name for name, _ in usual}
     parts = []
     for what, some in (("lacks", usual_names - names), ("has besides", names - usual_names)):

@@ -1,4 +1,4 @@
-"""Igia: what a probe has seen of a model. Layer scores, and the importance of every entry of every weight."""
+"""The result of a probe: layer scores, and the importance of every entry of every weight."""
 
 from __future__ import annotations
 
@@ -15,28 +15,42 @@ from gradpruner.checks import check_choice
 from gradpruner.distributed.processes import together
 from gradpruner.errors import InvalidArgument, ProbeError
 from gradpruner.model.decoder import Weight
-from gradpruner.plan import Plan, parameters_in, select
+from gradpruner.plan import Plan
+from gradpruner.presets import Preset
 from gradpruner.probe.coverage import Coverage
 from gradpruner.probe.igia_header import check_tensors, checked_fields
 from gradpruner.probe.importance import Dense, Factors, SharedImportance, StoredImportance
+from gradpruner.probe.selection import lowest_first, margin, parameters_in, select
 from gradpruner.storage.checked_tensors import read_checked, read_described, write_described
 
 FORMAT = "gradpruner.probe.igia/1"
 SCORES = ("squared", "norm", "normalized")
+DEFAULT_KIND = Preset().kind
 
 
 @dataclass(frozen=True)
 class Igia:
-    """Scores and importance of one model on one task, with the fingerprint of the model they belong to.
+    """Initial Gradient Information Accumulation: what a probe read in its training steps.
 
-    weights: the linear weights watched, n of them. square_norms: float64 (t, n), ||G_i||_F^2 of each usable
-    optimizer step. importance: by (layer, name); may lack weights when only scores were asked for. Of a probe in
-    several processes it is a SharedImportance: every process asks for the same entries in the same order.
-    skipped: steps with a non-finite gradient, left out. estimator: "lora", "gradient", "adam" or "exact".
-    structures: one entry a layer. layer_parameters, shared_parameters, total_parameters: see
-    `gradpruner.model.parameter_counts`; shared_parameters is None where a file of an earlier version does not say them.
-    adapters: of each watched weight, rank and scale of what adapts it; () where nothing does, or in files that did not
-    keep it.
+    It belongs to one model on one task and carries the fingerprint of that model. `Probe.igia` makes it.
+
+    Args:
+        model: fingerprint of the model.
+        estimator: how gradients were read: "lora", "gradient", "adam" or "exact".
+        layers: number of decoder layers.
+        weights: the n linear weights that were watched.
+        square_norms: float64 of shape (t, n), the squared Frobenius norm of each gradient in each usable step.
+        structures: one entry per layer; layers with equal entries can be merged.
+        layer_parameters: number of parameters per layer, see `gradpruner.model.parameter_counts`.
+        total_parameters: number of parameters of the model.
+        importance: importance of the entries of a weight, by (layer, name). It is empty if the probe kept scores only.
+            After a probe in several processes it is a `SharedImportance`: all processes ask for the same entries in
+            the same order.
+        skipped: number of steps that were left out because a gradient was not finite.
+        shared_parameters: parameters that several layers share; None if the file was written by an earlier version.
+        adapters: rank and scale of the adapter of each watched weight; empty without adapters.
+
+    Source: docs/method.md, section 1.
     """
 
     model: str
@@ -58,24 +72,45 @@ class Igia:
 
     @property
     def watched(self) -> tuple[float, ...]:
-        """The watched share of each layer: entries of the watched weights / parameters that go with it."""
+        """For each layer, the share of its parameters that the probe watched, 0 to 1."""
         return self._coverage.shares
 
     def check_comparable(self, protect: Iterable[int] = (0,)) -> None:
-        """Raises ProbeError where scores of layers outside `protect` say nothing of each other: see `Coverage`."""
+        """Check that the scores of the layers can be compared with each other.
+
+        Args:
+            protect: layers that are not removed, so that their scores do not matter. Default: the first layer.
+
+        Raises:
+            ProbeError: the probe watched different weights, or a different share, of some of the other layers. The
+                message names these layers and says what to do.
+        """
         self._coverage.check_comparable(protect, self.square_norms)
 
     @property
     def steps(self) -> int:
-        """Number of usable optimizer steps seen."""
+        """Number of usable optimizer steps, those that were not skipped."""
         return int(self.square_norms.shape[0])
 
-    def layer_scores(self, kind: str = "squared", *, steps: int | None = None) -> Tensor:
-        """One score a layer, float64 (L,), from the first `steps` usable steps (default all).
+    def layer_scores(self, kind: str | None = None, *, steps: int | None = None) -> Tensor:
+        """Score the layers: a plan removes those with the lowest scores.
 
-        kind: "squared" (P eq. 4), "norm" (C) or "normalized" (D). A layer that was not watched has 0 (see `watched`).
-        Raises ProbeError if no step was usable, or every gradient was zero; InvalidArgument for another kind.
+        Args:
+            kind: "norm" sums the norms of the gradients, "squared" averages their squares over the steps, and
+                "normalized" does so after every step is scaled to the same total. Default: that of the preset
+                "default", "norm".
+            steps: use the first so many usable steps only. Default: all.
+
+        Returns:
+            float64 of shape (L,). A layer of which no weight was watched has 0.
+
+        Raises:
+            ProbeError: no step was usable, or every gradient was zero.
+            InvalidArgument: there is no such kind.
+
+        Source: docs/method.md, section 1.
         """
+        kind = DEFAULT_KIND if kind is None else kind
         check_choice("kind", kind, SCORES)
         squares = self.square_norms[:steps]
         if not bool((squares > 0).any()):
@@ -101,86 +136,128 @@ class Igia:
         *,
         count: int | None = None,
         of: str = "layers",
-        kind: str = "squared",
-        merge: str | int = "auto",
+        preset: str = "default",
+        kind: str | None = None,
+        merge: str | int | None = None,
         protect: Iterable[int] = (0,),
     ) -> Plan:
-        """Decide which layers go (see `gradpruner.plan.select`).
+        """Choose the layers with the lowest scores for removal. Give either `ratio` or `count`.
 
-        Raises InvalidArgument, and ProbeError as `layer_scores` and `check_comparable` do.
+        Args:
+            ratio: share to remove, above 0 and below 1; 0.4 removes 12 of 30 layers.
+            count: number of layers to remove.
+            of: what `ratio` is a share of: "layers" (default), or "parameters" for all parameters of the model.
+            preset: "default" or "paper": decides `kind` and `merge` where they are not given. Its other settings
+                concern later stages: patches are fitted by `fit_patches`, with this plan.
+            kind: the layer score, see `layer_scores`.
+            merge: how many of the removed layers are merged into a kept one, and not dropped. 0 merges none, "auto"
+                drops the lowest 30 % of all layers and merges the rest. To merge needs importance, see `Probe`.
+            protect: layers that are kept whatever they score. Default: the first layer.
+
+        Returns:
+            The plan, with the fingerprint of the model.
+
+        Raises:
+            InvalidArgument: an argument is not accepted, or so many layers cannot be removed.
+            ProbeError: as `layer_scores` and `check_comparable`.
+
+        Example:
+            plan = probe.igia.plan(ratio=0.4)
+
+        Source: docs/method.md, section 2.
         """
+        settings = Preset.of(preset, kind=kind, merge=merge)
         protected = tuple(protect)
-        scores = self.layer_scores(kind)
-        plan = self._plan(scores, ratio, count, of, merge, protected, kind)  # first: it refuses a wrong `protect`
-        self.check_comparable(protected)
-        watched = min((share for layer, share in enumerate(self.watched) if layer not in protected), default=None)
-        return dataclasses.replace(plan, watched=watched)
-
-    def _plan(
-        self,
-        scores: Tensor,
-        ratio: float | None,
-        count: int | None,
-        of: str,
-        merge: str | int,
-        protect: Iterable[int],
-        kind: str,
-    ) -> Plan:
-        return select(
-            scores.tolist(),
+        plan = select(
+            self.layer_scores(settings.kind).tolist(),
             ratio=ratio,
             count=count,
             of=of,
-            merge=merge,
-            protect=protect,
+            merge=settings.merge,
+            protect=protected,
             structures=self.structures,
             layer_parameters=None if self.shared_parameters is None else self.layer_parameters,
             shared_parameters=self.shared_parameters or (),
             total_parameters=self.total_parameters,
             model=self.model,
-            kind=kind,
+            kind=settings.kind,
         )
+        self.check_comparable(protected)  # after `select`, which refuses a wrong `protect`
+        watched = min((share for layer, share in enumerate(self.watched) if layer not in protected), default=None)
+        return dataclasses.replace(plan, watched=watched)
 
     def parameter_ratio(self, removed: Iterable[int]) -> float | None:
-        """Share of all parameters that goes with these layers, None where that is not known."""
+        """Tell which share of all parameters some layers hold.
+
+        Args:
+            removed: the layers.
+
+        Returns:
+            A share, 0 to 1, or None where the file of an earlier version does not say.
+        """
         if self.shared_parameters is None:
             return None
         return parameters_in(removed, self.layer_parameters, self.shared_parameters) / self.total_parameters
 
     def margin(self, plan: Plan, kind: str | None = None, *, protect: Iterable[int] = (0,)) -> float:
-        """How clear a cut is: 1 - (highest removed score / lowest kept score), 0 if equal (D). Raises like `plan`.
+        """Tell how clear a cut is: 1 - (highest removed score / lowest kept score).
 
-        kind: default the score that chose the plan; "squared" for a plan that names none.
+        Args:
+            plan: the cut.
+            kind: the layer score. Default: the one that chose the plan; that of the preset "default" where the plan
+                names none.
+            protect: the layers that were protected when the plan was made.
+
+        Returns:
+            0 where the two scores are equal, near 1 where the cut is clear.
+
+        Raises:
+            ProbeError: as `plan`.
+
+        Source: docs/method.md, section 1.
         """
-        scores, protected = self.layer_scores(kind or plan.kind or "squared"), set(protect)
+        scores, protected = self.layer_scores(kind or plan.kind), tuple(protect)
         self.check_comparable(protected)
-        kept = [float(scores[j]) for j in plan.kept if j not in protected]
-        removed = [float(scores[j]) for j in plan.removed]
-        if not kept or not removed or min(kept) == 0:
-            return 0.0
-        return 1.0 - max(removed) / min(kept)
+        return margin(scores.tolist(), plan.removed, protected)
 
     def stability(self, plan: Plan, kind: str | None = None, *, protect: Iterable[int] = (0,)) -> list[float]:
-        """Rank stability: by step, the share of `plan.removed` that would be gone by then (D). Raises like `plan`.
+        """Tell how early the probe settled: what the first steps alone would have removed.
 
-        kind: as for `margin`.
+        Args:
+            plan: the cut.
+            kind: the layer score, as for `margin`.
+            protect: the layers that were protected when the plan was made.
+
+        Returns:
+            For each usable step, the share of `plan.removed` that the scores up to this step would remove, 0 to 1.
+
+        Raises:
+            ProbeError: as `plan`.
+
+        Source: docs/method.md, section 1.
         """
-        kind = kind or plan.kind or "squared"
-        final, shares = set(plan.removed), []
-        protected = list(protect)
+        protected, final = tuple(protect), set(plan.removed)
         self.check_comparable(protected)
+        shares = []
         for steps in range(1, self.steps + 1):
             if not final or not bool((self.square_norms[:steps] > 0).any()):
                 shares.append(0.0)
                 continue
-            early = self._plan(self.layer_scores(kind, steps=steps), None, len(final), "layers", 0, protected, kind)
-            shares.append(len(final & set(early.removed)) / len(final))
+            scores = self.layer_scores(kind or plan.kind, steps=steps).tolist()
+            early = lowest_first(scores, protected)[: len(final)]
+            shares.append(len(final & set(early)) / len(final))
         return shares
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write igia.safetensors atomically, every tensor with a checksum. Raises CheckpointError (disk full).
+        """Write a safetensors file atomically, with a checksum of every tensor.
 
-        Of a probe in several processes: all of them call it, the first one writes, all of them raise what it does.
+        After a probe in several processes, all of them call it. The first one writes; if that fails, all raise.
+
+        Args:
+            path: the file, usually igia.safetensors.
+
+        Raises:
+            CheckpointError: it could not be written; the disk may be full.
         """
         peers = self.importance.peers if isinstance(self.importance, SharedImportance) else None
         writes = peers is None or peers.rank == 0
@@ -217,10 +294,19 @@ class Igia:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, lazy: bool = False) -> Igia:
-        """Read what `save` wrote. Raises InvalidArgument if there is no file, CheckpointError if it is damaged.
+        """Read what `save` wrote.
 
-        lazy: leave the importance in the file; each entry is read, and its checksum compared, when it is asked for,
-        and is not kept.
+        Args:
+            path: the file, usually igia.safetensors.
+            lazy: leave the importance in the file. Each entry is read, and its checksum compared, whenever it is
+                asked for. Default: read all of it now.
+
+        Returns:
+            The igia.
+
+        Raises:
+            InvalidArgument: there is no such file.
+            CheckpointError: the file is damaged.
         """
         if not Path(path).is_file():
             raise InvalidArgument(f"igia file {str(path)!r} does not exist")

@@ -1,4 +1,4 @@
-"""What an igia file says of the model that was probed, checked before it is believed."""
+"""The header of an igia file: its fields and tensors are checked before they are used."""
 
 from __future__ import annotations
 
@@ -12,11 +12,22 @@ from gradpruner.errors import CheckpointError
 from gradpruner.model.decoder import Weight
 from gradpruner.storage.tensor_files import TensorInFile
 
-LARGEST = 2**63 - 1  # a count of parameters that a damaged file may claim and arithmetic still takes
+LARGEST = 2**63 - 1  # number of parameters; a damaged file may hold more
 
 
 def checked_fields(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of an `Igia` from the file's description, all but its tensors. Raises CheckpointError."""
+    """Check the header and make the fields of an `Igia` of it, all but the tensors.
+
+    Args:
+        path: the file, for messages.
+        header: the header, as JSON holds it.
+
+    Returns:
+        Keyword arguments of `Igia`.
+
+    Raises:
+        CheckpointError: a field is missing or not what `Igia.save` writes.
+    """
 
     def field(name: str, accepted: Callable[[Any], bool], default: Any = None) -> Any:
         value = header.get(name, default)
@@ -58,7 +69,16 @@ def checked_fields(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_tensors(path: Path, weights: tuple[Weight, ...], stored: Mapping[str, TensorInFile]) -> None:
-    """Raises CheckpointError unless every tensor is the norms' or an importance of one of the weights."""
+    """Check that every tensor is the norms or belongs to the importance of one of the weights.
+
+    Args:
+        path: the file, for messages.
+        weights: the watched weights, from the header.
+        stored: the tensors in the file, by name.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape or dtype, or belongs to no weight.
+    """
     if len({(weight.layer, weight.name) for weight in weights}) != len(weights):
         raise CheckpointError(f"{path} is corrupted: it names a weight twice")
     norms = stored.get("square_norms")
@@ -98,7 +118,7 @@ def _are_shared(entries: Any, layers: int) -> bool:
     )
 
 
-def _are_exponents(found: Any) -> bool:
-    return isinstance(found, dict) and all(
-        isinstance(pair, list) and [type(part) for part in pair] == [int, int] for pair in found.values()
+def _are_exponents(entries: Any) -> bool:
+    return isinstance(entries, dict) and all(
+        isinstance(pair, list) and [type(part) for part in pair] == [int, int] for pair in entries.values()
     )

@@ -1,4 +1,4 @@
-"""The importance of every entry of the weights: as factors, as matrices, on disk, in several processes."""
+"""Importance of the entries of a weight: as factors or matrix, on disk, over processes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ from gradpruner.storage.tensor_files import TensorInFile
 
 @dataclass(frozen=True)
 class Factors:
-    """Importance as factors: F is, up to a positive constant, sum over steps of (b_i @ a_i) ** 2 (P eq. 2, 3).
+    """Importance F of a weight as factors: the sum over steps of (b_i @ a_i) ** 2.
 
-    a: (t, r, in), b: (t, out, r), float32 or bfloat16, in host memory. exponents: the gradients' own factors are
-    a * 2 ** exponents[0] and b * 2 ** exponents[1]; a probe that goes on after an interruption scales by the same.
+    A positive constant is left out: F is only ranked.
+
+    Args:
+        a: shape (t, r, in), float32 or bfloat16, in host memory.
+        b: shape (t, out, r), as `a`.
+        exponents: the factors of the gradients are a * 2 ** exponents[0] and b * 2 ** exponents[1]. A probe that goes
+            on after an interruption scales by the same powers.
+
+    Source: docs/method.md, section 1.
     """
 
     a: Tensor
@@ -29,7 +36,7 @@ class Factors:
     exponents: tuple[int, int] = (0, 0)
 
     def dense(self) -> Dense:
-        """The same importance as one float32 matrix."""
+        """Compute F as one float32 matrix."""
         f = torch.zeros(self.b.shape[1], self.a.shape[2], device=self.a.device)
         for a, b in zip(self.a, self.b, strict=True):
             ops.outer_square_accumulate_(f, a, b)
@@ -47,9 +54,11 @@ class Factors:
 
 @dataclass(frozen=True)
 class Dense:
-    """Importance as it is: F up to a positive constant, float32, in the shape and layout of the weight.
+    """Importance F of one weight as a matrix, up to a positive constant.
 
-    exponents: where F was summed from factors, those that they were scaled by.
+    Args:
+        f: float32, in the shape and layout of the weight.
+        exponents: of the factors that F was summed from, see `Factors`.
     """
 
     f: Tensor
@@ -70,10 +79,14 @@ class Dense:
 
 
 class SharedImportance(Mapping[tuple[int, str], Factors | Dense]):
-    """Importance by (layer, name), each entry kept by one process or as shards by all, brought when asked for.
+    """Importance by (layer, name) of which each process holds a part.
 
-    Every process knows the keys; asking for an entry is a collective: all ask, in the same order, and each gets a
-    copy of its own. fetch: what brings an entry. peers: the processes.
+    Every process knows all keys. Asking for an entry is a collective: all processes ask for the same entries in the
+    same order, and each gets a copy.
+
+    Args:
+        fetch: for each key, the function that fetches the entry.
+        peers: the processes.
     """
 
     def __init__(self, fetch: Mapping[tuple[int, str], Callable[[], Factors | Dense]], peers: Peers) -> None:
@@ -97,20 +110,27 @@ def shared(
     sharded: Mapping[tuple[int, str], Callable[[], Factors | Dense]],
     peers: Peers | None,
 ) -> Mapping[tuple[int, str], Factors | Dense]:
-    """What all processes keep, as one mapping: a collective.
+    """Make one mapping of the entries of all processes. A collective.
 
-    own: the entries that this process keeps. sharded: those of which each keeps a part, with what gathers them.
+    Args:
+        own: the entries that this process holds.
+        sharded: the entries of which each process holds a shard, each with the function that gathers it.
+        peers: the processes, or None for one process.
+
+    Returns:
+        A plain dict for one process, else a `SharedImportance`.
     """
     if peers is None:
         return {**own, **{key: gather() for key, gather in sharded.items()}}
     meta = torch.device("meta")
     fetch: dict[tuple[int, str], Callable[[], Factors | Dense]] = dict(sharded)
     for source, entries in enumerate(peers.gather([(key, kept.to(meta)) for key, kept in own.items()])):
-        fetch |= {key: functools.partial(_brought, peers, source, own.get(key), like) for key, like in entries}
+        fetch |= {key: functools.partial(_fetch, peers, source, own.get(key), like) for key, like in entries}
     return SharedImportance(dict(sorted(fetch.items())), peers)
 
 
-def _brought(peers: Peers, source: int, kept: Factors | Dense | None, like: Factors | Dense) -> Factors | Dense:
+def _fetch(peers: Peers, source: int, kept: Factors | Dense | None, like: Factors | Dense) -> Factors | Dense:
+    """Send an entry from process `source` to all; `like` has its shapes and dtypes."""
     parts = {
         name: peers.broadcast(None if kept is None else kept.parts[name], tensor, source)
         for name, tensor in like.parts.items()
@@ -121,9 +141,15 @@ def _brought(peers: Peers, source: int, kept: Factors | Dense | None, like: Fact
 
 
 class StoredImportance(Mapping[tuple[int, str], Factors | Dense]):
-    """Importance by (layer, name), left in its file: read when asked for, not kept.
+    """Importance by (layer, name) that stays in its file and is read when asked for.
 
-    Raises CheckpointError where a tensor's checksum does not match.
+    Raises CheckpointError where a checksum does not match.
+
+    Args:
+        weights: the watched weights.
+        stored: the tensors in the file, by name.
+        crc32: their checksums, by name.
+        exponents: see `Factors`, by "layer/name".
     """
 
     def __init__(

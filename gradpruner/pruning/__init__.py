@@ -1,1 +1,1 @@
-"""A plan and a model in, a smaller model out: merge, patch, cut, in memory or from folder to folder."""
+"""Remove layers from a model: merge, patch and cut, in memory or from folder to folder."""

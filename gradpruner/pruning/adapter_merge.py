@@ -1,4 +1,4 @@
-"""Adapters added to the weights that they stand beside: what can be told before, and the addition itself."""
+"""Add adapters to the weights beside them, and check beforehand that it will work."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.model.decoder import Decoder, base_name, is_packed
+from gradpruner.model.logits import MERGED, differ, logits_of
 from gradpruner.model.rollback import restorer
 from gradpruner.model.wrappers import root_of
 
@@ -21,10 +22,37 @@ logger = logging.getLogger(__name__)
 DISCARD = 'accepted: adapters="discard"'
 
 
-def check_mergeable(decoder: Decoder, peft: Any) -> None:
-    """Raises UnsupportedModel or InvalidArgument unless peft can add every active adapter to the weights beside it.
+def merged(model: Any) -> nn.Module:
+    """Add the active adapters of a PeftModel to the weights, and return the base model.
 
-    Each module is merged by peft once, on its own, and put back: peft refuses some only when it comes to them.
+    A warning is logged if the logits changed. They are not compared where the weights are quantised.
+    """
+    base = model.get_base_model()
+    packed = any(map(is_packed, base.parameters()))
+    expected = None if packed else logits_of(base)
+    plain: nn.Module = model.merge_and_unload()
+    if packed:
+        logger.warning("the adapters were rounded to the quantised weights that they were added to: not compared")
+    actual = None if packed else logits_of(plain)
+    difference = differ(expected, actual, next(plain.parameters()).dtype, rounding=MERGED)
+    if difference is not None:
+        logger.warning(f"adding the adapters to the weights changed the model's logits (by {difference:.3g})")
+    return plain
+
+
+def check_mergeable(decoder: Decoder, peft: Any) -> None:
+    """Check that peft can add every active adapter to the weights beside it.
+
+    peft refuses some adapters only when it comes to them. So it merges each module once here, on its own, and the
+    module is put back.
+
+    Args:
+        decoder: the model.
+        peft: the PeftModel in it.
+
+    Raises:
+        UnsupportedModel: an adapter cannot be added.
+        InvalidArgument: an adapter is not finite, or switched off.
     """
     base = decoder.base
     if not hasattr(peft.base_model, "merge_and_unload"):
@@ -43,29 +71,30 @@ def check_mergeable(decoder: Decoder, peft: Any) -> None:
             raise InvalidArgument(f"{name} is not finite; expected adapters that can be added to the weights")
     _check_switched_on(base)
     _check_not_shared(base)
-    for name, module in adapted_modules(base):
+    for name, module in _adapted_modules(base):
         _try(name, module)
-    idle = sorted(set(peft.peft_config) - {a for _, module in adapted_modules(base) for a in module.active_adapters})
+    active = {adapter for _, module in _adapted_modules(base) for adapter in module.active_adapters}
+    idle = sorted(set(peft.peft_config) - active)
     if idle:
         logger.warning(f"the adapters {idle} are not active: what they learned is not kept")
 
 
-def adapted_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Name and module of every outermost layer of adapters, the ones that peft merges."""
-    found: list[str] = []
+def values_beside(base: nn.Module) -> list[nn.Parameter]:
+    """List the parameters that merging adapters may change."""
+    return [parameter for _, module in _adapted_modules(base) for parameter in module.parameters()]
+
+
+def _adapted_modules(base: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and module of every outermost adapter layer: those that peft merges."""
+    outer: list[str] = []
     for name, module in base.named_modules():
-        if hasattr(module, "adapter_layer_names") and not any(name.startswith(f"{outer}.") for outer in found):
-            found.append(name)
+        if hasattr(module, "adapter_layer_names") and not any(name.startswith(f"{other}.") for other in outer):
+            outer.append(name)
             yield name, module
 
 
-def values_beside(base: nn.Module) -> list[nn.Parameter]:
-    """The parameters that merging adapters may change."""
-    return [parameter for _, module in adapted_modules(base) for parameter in module.parameters()]
-
-
 def _check_switched_on(base: nn.Module) -> None:
-    off = [name for name, module in adapted_modules(base) if module.disable_adapters]
+    off = [name for name, module in _adapted_modules(base) if module.disable_adapters]
     if off:
         raise InvalidArgument(
             f'adapters = "keep"; the adapters are switched off, in {off[0]} and {len(off) - 1} other modules, and add '
@@ -74,8 +103,8 @@ def _check_switched_on(base: nn.Module) -> None:
 
 
 def _check_not_shared(base: nn.Module) -> None:
-    """A weight that several modules use can take up no adapter of one of them: the others would get it too."""
-    adapted = {name for name, _ in adapted_modules(base)}
+    """Refuse an adapter beside a weight of several modules: it would act in all of them."""
+    adapted = {name for name, _ in _adapted_modules(base)}
     users: dict[int, dict[str, str]] = defaultdict(dict)  # by parameter: its modules, and its name in each
     replacing = set()
     for path, module in base.named_modules():
@@ -105,7 +134,7 @@ def _try(name: str, module: Any) -> None:
     restore = restorer(module, module.parameters(), aside=None)  # one module at a time: there is room beside it
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said again when it is done for good
+            warnings.simplefilter("ignore")  # they come again when it is done for good
             module.merge(safe_merge=True)
     except torch.OutOfMemoryError:
         raise

@@ -1,8 +1,7 @@
-"""Adapters taken off a model that was cut: discarded, or kept in the weights. Compared at the end, or undone."""
+"""Remove adapters from a cut model: discard what they learned, or add it to the weights."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -17,11 +16,18 @@ from gradpruner.model.wrappers import altered_base, peft_of, root_of
 from gradpruner.presets import ADAPTERS
 from gradpruner.pruning.adapter_merge import check_mergeable, values_beside
 
-logger = logging.getLogger(__name__)
-
 
 def check_removable(decoder: Decoder, adapters: str) -> None:
-    """Raises InvalidArgument or UnsupportedModel where the adapters cannot be taken off as `adapters` says."""
+    """Check that adapters can be removed as asked. A model without adapters passes.
+
+    Args:
+        decoder: the model.
+        adapters: "keep" what they learned by adding it to the weights, or "discard" it.
+
+    Raises:
+        InvalidArgument: `adapters` is neither of the two, or the adapters are not finite or switched off.
+        UnsupportedModel: the adapters cannot be removed in this way.
+    """
     check_choice("adapters", adapters, ADAPTERS)
     peft, base = peft_of(decoder.given), decoder.base
     if peft is None:
@@ -39,7 +45,10 @@ def check_removable(decoder: Decoder, adapters: str) -> None:
 
 
 def check_unaltered(decoder: Decoder) -> None:
-    """Raises UnsupportedModel where the adapters hold a part of the base weights, or are a part of them already."""
+    """Refuse adapters that hold a part of the base weights, or are merged into them.
+
+    Raises UnsupportedModel.
+    """
     altered = altered_base(decoder.given)
     if altered is not None:
         raise UnsupportedModel(
@@ -48,10 +57,17 @@ def check_unaltered(decoder: Decoder) -> None:
         )
 
 
-def take_off(decoder: Decoder, adapters: str, expected: Tensor | None, tokens: int) -> None:
-    """Leave the base model without adapters, trainable, and with the logits `expected`; or leave all as it was.
+def remove_adapters(decoder: Decoder, adapters: str, expected: Tensor | None, tokens: int) -> None:
+    """Leave the base model without adapters and trainable, or leave everything as it was.
 
-    tokens: see `logits_of`. Raises UnsupportedModel.
+    Args:
+        decoder: the model, already cut. Without adapters, nothing is done.
+        adapters: "keep" adds what they learned to the weights, "discard" throws it away.
+        expected: the logits that the base model must have afterwards, or None if it gives none.
+        tokens: length of the longer input of these logits, see `logits_of`.
+
+    Raises:
+        UnsupportedModel: peft could not do it, or the logits differ.
     """
     peft: Any = peft_of(decoder.given)
     base = decoder.base
@@ -62,11 +78,11 @@ def take_off(decoder: Decoder, adapters: str, expected: Tensor | None, tokens: i
     try:
         _unload(peft, base, keep=keep)
         # peft's merge rounds each weight once more
-        gap = _gap(decoder, expected, tokens, MERGED if keep else 1.0)
-        if gap is not None:
+        difference = _difference(decoder, expected, tokens, MERGED if keep else 1.0)
+        if difference is not None:
             raise UnsupportedModel(
-                f"the model without its adapters does not have the logits that it should have (by {gap:.3g}); nothing "
-                "was changed"
+                "the model without its adapters does not have the logits that it should have (by "
+                f"{difference:.3g}); nothing was changed"
             )
     except BaseException:
         restore()
@@ -76,9 +92,8 @@ def take_off(decoder: Decoder, adapters: str, expected: Tensor | None, tokens: i
             parameter.requires_grad_(True)
 
 
-def _gap(decoder: Decoder, expected: Tensor | None, tokens: int, rounding: float) -> float | None:
-    root = root_of(decoder.given)
-    if root is not None:  # of FSDP2: gone with the adapters, or not to be asked without them
+def _difference(decoder: Decoder, expected: Tensor | None, tokens: int, rounding: float) -> float | None:
+    if root_of(decoder.given) is not None:  # FSDP2's root is gone with the adapters, or cannot be called without them
         return None
     actual, dtype = logits_of(decoder.base, tokens), next(decoder.base.parameters()).dtype
     return differ(expected, actual, dtype, rounding=rounding)
@@ -90,10 +105,12 @@ def _is_in_layers(peft: Any, base: nn.Module) -> bool:
 
 
 def _unload(peft: Any, base: nn.Module, *, keep: bool) -> None:
+    """Let peft merge and take out its modules."""
     try:
         if keep:
             peft.base_model.merge_and_unload()
-        # peft would leave the trained copies of modules_to_save in: not what was checked, and of tied weights only one
+        # peft would leave the trained copies of modules_to_save in. They were not checked, and of tied weights only
+        # one of the two would be the copy.
         wrappers = {n: m for n, m in base.named_modules() if "original_module" in m._modules}
         for name, wrapper in wrappers.items():
             base.set_submodule(name, wrapper.original_module)
@@ -104,17 +121,3 @@ def _unload(peft: Any, base: nn.Module, *, keep: bool) -> None:
     except Exception as error:  # each kind of adapter has its own
         what = "added to the weights" if keep else "taken off the base model"
         raise UnsupportedModel(f"the adapters cannot be {what}: {error!r}; nothing was changed") from error
-
-
-def merged(model: Any) -> nn.Module:
-    """The base model of a PeftModel with its active adapters added to the weights; a warning if its logits changed."""
-    base = model.get_base_model()
-    packed = any(map(is_packed, base.parameters()))
-    expected = None if packed else logits_of(base)
-    plain: nn.Module = model.merge_and_unload()
-    if packed:
-        logger.warning("the adapters were rounded to the quantised weights that they were added to: not compared")
-    gap = differ(expected, None if packed else logits_of(plain), next(plain.parameters()).dtype, rounding=MERGED)
-    if gap is not None:
-        logger.warning(f"adding the adapters to the weights changed the model's logits (by {gap:.3g})")
-    return plain

@@ -1,6 +1,7 @@
-"""LoRA adapters of a model that is cut while it trains: kept or fresh in place, and a config that says where they are.
+"""LoRA adapters of a model that is cut in place: keep them, or start them anew.
 
-The adapters' modules and parameters stay the same objects, so every wrapper and optimizer that knows them still does.
+The modules and parameters of the adapters stay the same objects, so every wrapper and optimizer that knows them still
+does.
 """
 
 from __future__ import annotations
@@ -21,22 +22,36 @@ from gradpruner.model.modes import keeping_grad_flags
 FRESH_INITS = (True, "gaussian")  # of LoraConfig.init_lora_weights: those that leave the base weights alone
 
 
-def check_are_lora(peft: Any) -> None:
-    """Raises UnsupportedModel unless every trained adapter is a LoRA: others may number the layers for themselves."""
+def check_adapters(peft: Any, mode: str) -> None:
+    """Check that a cut in place can treat the trained adapters of a model as asked.
+
+    Args:
+        peft: the PeftModel.
+        mode: "keep" what the adapters learned, or "discard" it and start them anew.
+
+    Raises:
+        UnsupportedModel: a trained adapter is not a LoRA, or is to start anew and cannot.
+    """
+    _check_are_lora(peft)
+    if mode == "discard":
+        _check_can_be_fresh(peft)
+
+
+def _check_are_lora(peft: Any) -> None:
+    """Refuse trained adapters of other types: they may number the layers themselves."""
     for name, config in peft.peft_config.items():
-        added = [(n.split("."), p) for n, p in peft.named_parameters() if base_name(n) is None]
-        if not any(name in parts and p.requires_grad for parts, p in added):
+        parts = [(n.split("."), p) for n, p in peft.named_parameters() if base_name(n) is None]
+        if not any(name in path and p.requires_grad for path, p in parts):
             continue
         kind = getattr(config.peft_type, "value", config.peft_type)
         if kind != "LORA":
             raise UnsupportedModel(f"adapter {name!r} is of type {kind}; only LoRA (and DoRA) can be cut in place")
 
 
-def check_can_be_fresh(peft: Any) -> None:
-    """Raises UnsupportedModel unless every trained adapter is a LoRA that can start again in place."""
-    check_are_lora(peft)
+def _check_can_be_fresh(peft: Any) -> None:
+    """Refuse LoRAs whose start changed the base weights, or is unknown."""
     for name, config in peft.peft_config.items():
-        if not any(p.requires_grad for _, p in _parameters(peft, name)):
+        if not any(p.requires_grad for p in _parameters_of(peft, name)):
             continue
         if config.init_lora_weights not in FRESH_INITS:
             raise UnsupportedModel(
@@ -55,17 +70,23 @@ def check_can_be_fresh(peft: Any) -> None:
 
 @torch.no_grad()
 def make_fresh(peft: Any, seed: int) -> list[nn.Parameter]:
-    """Give every trained adapter the values a new one would have, and return its parameters.
+    """Start every trained adapter anew, in place.
 
-    The same for a seed on every device, sharded or not, whatever ran before. Adapters that do not train are left
-    alone, as are whole modules that train (modules_to_save).
+    Adapters that do not train are left alone, and so are whole modules that train (`modules_to_save`).
+
+    Args:
+        peft: the PeftModel.
+        seed: decides the new values. They are the same on every device, sharded or not, whatever ran before.
+
+    Returns:
+        The parameters that got new values.
     """
     generator, renewed = torch.Generator().manual_seed(seed), list[nn.Parameter]()
     for module in peft.modules():
         if not hasattr(module, "lora_A"):
             continue
         for adapter, config in peft.peft_config.items():
-            parameters = [p for _, p in _parameters(module, adapter)]
+            parameters = list(_parameters_of(module, adapter))
             if any(p.requires_grad for p in parameters):
                 _renew(module, adapter, config, generator)
                 renewed += parameters
@@ -75,7 +96,7 @@ def make_fresh(peft: Any, seed: int) -> list[nn.Parameter]:
 
 
 def _renew(module: Any, adapter: str, config: Any, generator: torch.Generator) -> None:
-    # as peft's reset_lora_parameters, but by a generator of its own and for sharded parameters too
+    """Do what reset_lora_parameters does, with our generator, and for shards too."""
     if adapter in module.lora_A:
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter]
         values = torch.empty(a.shape)
@@ -94,26 +115,53 @@ def _renew(module: Any, adapter: str, config: Any, generator: torch.Generator) -
         module.lora_magnitude_vector[adapter].weight.copy_(_norms(module, adapter))
 
 
+def assign(parameter: Any, values: Tensor) -> None:
+    """Copy whole values into a parameter; of a sharded one, each process fills its shard.
+
+    Args:
+        parameter: the parameter, changed in place.
+        values: a tensor of the shape of the whole parameter, the same on every process.
+    """
+    if hasattr(parameter, "device_mesh"):  # every rank has the same values and keeps its shard
+        from torch.distributed.tensor import distribute_tensor
+
+        values = values.to(parameter.device, parameter.dtype)
+        parameter.copy_(distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None))
+    else:
+        parameter.copy_(values)
+
+
+def _parameters_of(module: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
+    """The LoRA parameters of one adapter."""
+    for name, parameter in module.named_parameters():
+        parts = name.split(".")
+        if adapter in parts and any(part.startswith("lora_") for part in parts):
+            yield parameter
+
+
 def _norms(module: Any, adapter: str) -> Tensor:
-    """What a DoRA divides by: norms of the base weight with the adapter, in the shape of its magnitudes."""
+    """What DoRA divides by: the norms of the base weight with the adapter."""
     dora = module.lora_magnitude_vector[adapter]
-    known = dora.weight
+    magnitudes = dora.weight
     if adapter in module.lora_A:
         a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
     else:
         a, b = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
     dora.update_layer(base_layer=module.get_base_layer(), lora_A=a, lora_B=b, scaling=module.scaling[adapter])
-    norms, dora.weight = dora.weight, known
+    norms, dora.weight = dora.weight, magnitudes
     dora.train(dora.training)  # forgets cached norms
     return norms.detach()
 
 
 @contextlib.contextmanager
 def keeping_scales(peft: Any, undo: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """What is added to base weights inside counts as it is: DoRAs scale each row of them by the same factor as before.
+    """Keep the factors by which DoRA scales rows, while base weights change inside the block.
 
-    Their magnitudes follow the norms, which would else take back a part of what was added. undo: gets each magnitude
-    that changes, with its values before.
+    The magnitudes follow the norms of the weights. Without this, they would take back a part of what was added.
+
+    Args:
+        peft: the PeftModel.
+        undo: gets each changed magnitude and a copy of its values.
     """
     with torch.no_grad():
         before = {(module, adapter): _norms(module, adapter) for module, adapter in _doras(peft)}
@@ -131,28 +179,14 @@ def _doras(peft: Any) -> Iterator[tuple[Any, str]]:
             yield module, adapter
 
 
-def assign(parameter: Any, values: Tensor) -> None:
-    """Copy whole values into a parameter, of a sharded one into this process's shard."""
-    if hasattr(parameter, "device_mesh"):  # every rank has the same values and keeps its shard
-        from torch.distributed.tensor import distribute_tensor
-
-        values = values.to(parameter.device, parameter.dtype)
-        parameter.copy_(distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None))
-    else:
-        parameter.copy_(values)
-
-
-def _parameters(module: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in module.named_parameters():
-        parts = name.split(".")
-        if adapter in parts and any(part.startswith("lora_") for part in parts):
-            yield name, parameter
-
-
 def describe(peft: Any, base: str) -> None:
-    """Make every adapter's config say where its layers are now, so that its checkpoint loads onto `base`.
+    """Rewrite the adapters' configs so that their checkpoint loads onto the cut model.
 
     Patterns that name layers by number are replaced by the full names of the modules that hold the adapter.
+
+    Args:
+        peft: the PeftModel, cut.
+        base: where the cut base model is saved: the folder or hub id that the configs will name.
     """
     modules = peft.get_base_model().named_modules()
     names = {name.replace(f"{CHECKPOINTED}.", ""): module for name, module in modules if hasattr(module, "lora_A")}
@@ -170,6 +204,7 @@ def describe(peft: Any, base: str) -> None:
 
 
 def _names_layers(config: Any) -> bool:
+    """Whether a LoraConfig may name layers by number."""
     targets = config.target_modules
     return bool(
         config.layers_to_transform is not None
@@ -182,7 +217,10 @@ def _names_layers(config: Any) -> bool:
 
 
 def without_adapters(base: Any) -> Any:
-    """The model inside adapters as a model of its own that shares its tensors: what `save` can write."""
+    """Make a plain model that shares the tensors of a model inside adapters, for `save`.
+
+    Raises UnsupportedModel where a tensor of the plain model is missing.
+    """
     with torch.device("meta"):
         plain = type(base)(copy.deepcopy(base.config))
     for find in ("named_parameters", "named_buffers"):
@@ -192,30 +230,33 @@ def without_adapters(base: Any) -> Any:
                 path, _, leaf = name.rpartition(".")
                 owner = plain.get_submodule(path)
                 (owner._parameters if find == "named_parameters" else owner._buffers)[leaf] = tensor
-    left = [name for name, tensor in (*plain.named_parameters(), *plain.named_buffers()) if tensor.is_meta]
-    if left:
-        raise UnsupportedModel(f"{type(base).__name__} has no {left[0]!r} without its adapters")
+    missing = [name for name, tensor in (*plain.named_parameters(), *plain.named_buffers()) if tensor.is_meta]
+    if missing:
+        raise UnsupportedModel(f"{type(base).__name__} has no {missing[0]!r} without its adapters")
     if hasattr(base, "generation_config"):  # a classifier has none
         plain.generation_config = base.generation_config
     return plain.train(base.training)
 
 
 @contextlib.contextmanager
-def _casting_inputs(base: nn.Module) -> Iterator[None]:
-    """Adapters take inputs of another dtype inside, as they do unless peft was told to leave that to autocast."""
-    off = [m for m in base.modules() if getattr(m, "cast_input_dtype_enabled", None) is False]
-    for module in off:
+def casting_inputs(base: nn.Module) -> Iterator[None]:
+    """Let adapters convert inputs of another dtype, where peft leaves that to autocast."""
+    strict = [m for m in base.modules() if getattr(m, "cast_input_dtype_enabled", None) is False]
+    for module in strict:
         module.cast_input_dtype_enabled = True  # type: ignore[assignment]
     try:
         yield
     finally:
-        for module in off:
+        for module in strict:
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
-def _adapters_off(base: nn.Module) -> Iterator[None]:
-    """peft's own `disable_adapter` fails where no layer with an adapter is left, and unfreezes what was frozen."""
+def adapters_off(base: nn.Module) -> Iterator[None]:
+    """Switch the adapters off inside the block.
+
+    peft's own `disable_adapter` fails where no layer with an adapter is left, and unfreezes what was frozen.
+    """
     wrappers: list[Any] = [m for m in base.modules() if hasattr(m, "enable_adapters") and not m.disable_adapters]
     with keeping_grad_flags(base):
         try:

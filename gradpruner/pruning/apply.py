@@ -1,4 +1,4 @@
-"""apply: fold, remove, renumber. In place, all or nothing."""
+"""`apply`: merge, patch and remove layers of a model in memory, all or nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +15,21 @@ from gradpruner.checks import exact_share
 from gradpruner.distributed.deepspeed import is_deepspeeds
 from gradpruner.distributed.fsdp import refuse_flat, release_shards, reshard
 from gradpruner.distributed.processes import Peers, peers_of, together
-from gradpruner.distributed.sharding import local, rows_of
 from gradpruner.errors import InvalidArgument, ModelMismatch, UnsupportedModel
 from gradpruner.model.decoder import Decoder, Weight, is_packed
-from gradpruner.model.hidden_states import pass_input_on
+from gradpruner.model.hidden_states import skipping
 from gradpruner.model.logits import differ, log_unchecked_windows, logits_of, longer_input
 from gradpruner.model.wrappers import peft_of, root_of
 from gradpruner.plan import Plan
+from gradpruner.presets import Preset
 from gradpruner.probe.igia import Igia
 from gradpruner.probe.importance import SharedImportance
-from gradpruner.pruning.adapter_removal import check_removable, check_unaltered, take_off
-from gradpruner.pruning.adapters import _adapters_off, _casting_inputs, keeping_scales
-from gradpruner.pruning.merge import _fold
-from gradpruner.pruning.patch import Patch, check_patches
-from gradpruner.pruning.surgery import Replaced, prepare
+from gradpruner.pruning.adapter_removal import check_removable, check_unaltered, remove_adapters
+from gradpruner.pruning.adapters import adapters_off, casting_inputs, keeping_scales
+from gradpruner.pruning.merge import merge_into
+from gradpruner.pruning.patch import Patch, add_patch, check_patches
+from gradpruner.pruning.prepared_surgery import ReplacedParameter
+from gradpruner.pruning.surgery import prepare
 
 logger = logging.getLogger(__name__)
 
@@ -38,50 +39,74 @@ def apply(
     plan: Plan,
     igia: Igia | None = None,
     *,
-    top: float = 0.2,
-    weight: float = 1.0,
+    preset: str = "default",
+    top: float | None = None,
+    weight: float | None = None,
     patches: Sequence[Patch] = (),
-    adapters: str = "discard",
+    adapters: str | None = None,
     layers: str | nn.ModuleList | None = None,
 ) -> nn.Module:
-    """Fold the plan's merged layers into kept ones, remove what the plan removes, and return the smaller model.
+    """Remove the layers that a plan removes, and return the smaller model.
 
-    model: plain or PEFT; the base transformers model comes back, the same object, all of its parameters trainable, as
-    from_pretrained gives them. adapters: "discard" them and the trained copies of modules_to_save (P, C), or "keep"
-    what they learned, added to the weights of the layers that stay. Adapters that keep a part of the base weights in
-    themselves (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, KaSA), or are merged into them, are refused. igia may be None when
-    the plan merges nothing.
-    top: share p of each merged weight's entries to keep, the most important ones (C: 0.2). weight: factor of
-    the merged entries (P, C: 1). patches: of `fit_patches`, for gaps of this plan. Source: docs/method.md, section 3.
+    Nothing is changed unless everything succeeds. The removal is first planned against the configuration. Then the
+    logits of the smaller model are compared with those of the dense model with the same layers skipped.
 
-    Nothing is changed unless everything succeeds: the removal is planned against the configuration first, and the
-    logits of the smaller model are compared with those of the dense one with the same layers skipped. An
-    optimizer made before holds parameters that are gone: see `rebuild_optimizer`, or use `cut`.
+    The base transformers model comes back, the same object, with all parameters trainable. An optimizer that was made
+    before still holds the removed parameters: see `rebuild_optimizer`, or use `cut`.
 
-    In several processes all of them call it. A model sharded by FSDP2 is merged shard by shard, and stays sharded; one
-    without adapters can go on training. If FSDP2's root was the PeftModel, what comes back is for `save` only: its
-    root is gone with the adapters.
-    Raises InvalidArgument, ModelMismatch, UnsupportedModel.
+    In several processes, all of them call it. A model that FSDP2 shards is merged shard by shard and stays sharded;
+    without adapters, it can go on training. If FSDP2's root was the PeftModel, it is gone with the adapters, and the
+    result is for `save` only.
+
+    Args:
+        model: a transformers model or a PEFT model.
+        plan: which layers are removed and merged.
+        igia: importance of the entries of the weights. None if the plan merges nothing.
+        preset: "default" or "paper": decides `top`, `weight` and `adapters` where they are not given.
+        top: share of the entries of each merged weight that is used, the most important ones. 0.2 in both presets.
+        weight: factor of the merged entries. 1 in both presets.
+        patches: those that `fit_patches` returned for this plan. No patch is fitted here.
+        adapters: what happens to the adapters of a PEFT model. "keep" adds what they learned to the weights (preset
+            "default"). "discard" throws them away, with the trained copies of `modules_to_save` (preset "paper"). A
+            model without adapters accepts both. Adapters that hold a part of the base weights are refused (PiSSA,
+            OLoRA, CorDA, LoftQ, LoRA-GA, KaSA), and so are merged ones.
+        layers: path of the ModuleList of decoder layers, or the list itself, for a model that is not Hugging Face's.
+
+    Returns:
+        The smaller model, without adapters.
+
+    Raises:
+        InvalidArgument: an argument is not accepted, or the plan merges and `igia` has no importance of its layers.
+        ModelMismatch: plan or igia was made for another model.
+        UnsupportedModel: the layers cannot be removed, or the adapters cannot be treated as asked.
+
+    Example:
+        patches = gradpruner.fit_patches(model, plan, batches)
+        model = gradpruner.apply(model, plan, patches=patches)
+
+    Source: docs/method.md, sections 3 to 5.
     """
-    decoder = Decoder(model, layers)
-    check_removable(decoder, adapters)
-    acting = peft_of(model) if adapters == "keep" else None
-    with removing(decoder, plan, igia, exact_share("top", top), weight, patches, acting=acting) as removal:
-        take_off(decoder, adapters, removal.logits, removal.tokens)
+    settings = Preset.of(preset, top=top, weight=weight, adapters=adapters)
+    share, decoder = exact_share("top", settings.top), Decoder(model, layers)
+    check_removable(decoder, settings.adapters)
+    acting = peft_of(model) if settings.adapters == "keep" else None
+    with removing(decoder, plan, igia, share, settings.weight, patches, acting=acting) as removal:
+        remove_adapters(decoder, settings.adapters, removal.logits, removal.tokens)
     return decoder.base
 
 
 class Removal(NamedTuple):
     """A model while its removal can still be undone.
 
-    logits: those that are to be seen once the adapters are where they belong, float32 or None where the model gives
-    none. tokens: of the longer input that they were computed on, see `logits_of`. replaced: the parameters outside the
-    layers whose place smaller ones have taken, for whoever holds them.
+    Args:
+        logits: what the model must give once the adapters are where they belong, float32, or None where it gives none.
+        tokens: length of the longer input of these logits, see `logits_of`.
+        replaced: parameters outside the layers whose place smaller ones have taken. An optimizer must exchange them.
     """
 
     logits: Tensor | None
     tokens: int
-    replaced: list[Replaced]
+    replaced: tuple[ReplacedParameter, ...]
 
 
 @contextlib.contextmanager
@@ -93,13 +118,30 @@ def removing(
     weight: float,
     patches: Sequence[Patch] = (),
     *,
-    acting: nn.Module | None = None,
+    acting: Any = None,
 ) -> Iterator[Removal]:
-    """Fold, patch, remove layers in the base model, whatever wraps it; adapters of kept layers stay.
+    """Merge, patch and remove layers. Inside the block the model is cut.
 
-    Inside, the model is cut; all is undone if anything fails, here or inside. acting: the PeftModel whose adapters act
-    to the end: the logits to be seen there are with these adapters, or without any.
+    If anything fails, here or inside the block, all is undone. Adapters of kept layers stay.
+
+    Args:
+        decoder: the model.
+        plan: which layers are removed and merged.
+        igia: importance for the merges, or None.
+        share: share of the entries of each merged weight that is used.
+        weight: factor of the merged entries.
+        patches: patches of gaps of this plan.
+        acting: the PeftModel whose adapters still act afterwards. The logits are then compared with adapters too.
+
+    Yields:
+        What must be seen of the model in the end.
+
+    Raises:
+        InvalidArgument: as `apply`.
+        ModelMismatch: as `apply`.
+        UnsupportedModel: as `apply`.
     """
+    # 1. Refuse what cannot be changed in place, and what does not fit together. Nothing is changed up to step 3.
     refuse_flat(decoder.given)
     if any(map(is_deepspeeds, decoder.given.parameters())):
         raise UnsupportedModel(
@@ -111,57 +153,63 @@ def removing(
         reshard(root)  # what is merged into a gathered parameter would be lost
     check_fits(decoder, plan, igia)
     check_patches(decoder, plan, patches)
+    # 2. Plan the removal.
     surgery = prepare(decoder, plan.kept)
-    removed = [decoder.layers[i] for i in plan.removed]
-    undo_merge: list[tuple[Tensor, Tensor]] = []
+    removed, dtype = [decoder.layers[i] for i in plan.removed], next(decoder.base.parameters()).dtype
+    undo_values: list[tuple[Tensor, Tensor]] = []
     undo_cut = None
-    adds, dtype = bool(plan.merge or patches), next(decoder.base.parameters()).dtype
-    scales = keeping_scales(acting, undo_merge) if acting is not None and adds else contextlib.nullcontext()
     try:
-        with torch.no_grad(), scales:
+        # 3. Merge into the kept weights, then add the patches.
+        with torch.no_grad(), _scales_kept(acting, undo_values, changes=bool(plan.merge or patches)):
             for target, donors in plan.donors.items():
                 assert igia is not None
                 for kept in [w for w in decoder.weights if w.layer == target]:
-                    _fold(decoder, kept, donors, igia, share, weight, undo_merge)
+                    merge_into(decoder, kept, donors, igia, share, weight, undo_values)
             for patch in patches:
-                _add(decoder, patch, undo_merge)
+                add_patch(decoder, patch, undo_values)
+        # 4. Note the logits that the smaller model must have: without adapters, and with those that still act.
         tokens = longer_input(decoder.config)
         expected = skipping_logits(decoder, plan.removed, tokens)
         log_unchecked_windows(decoder.config)
         if expected is None:
             logger.warning("the model gives no logits on token ids alone: those of the smaller model are not compared")
-        acted = expected if acting is None else skipping_logits(decoder, plan.removed, tokens, adapters=True)
-        undo_cut = surgery.perform()
+        expected_acting = expected if acting is None else skipping_logits(decoder, plan.removed, tokens, adapters=True)
+        # 5. Remove the layers.
+        undo_cut, replaced = surgery.perform()
+        # 6. Compare.
         actual = skipping_logits(decoder, (), tokens)
-        acts = actual if acting is None else skipping_logits(decoder, (), tokens, adapters=True)
+        actual_acting = actual if acting is None else skipping_logits(decoder, (), tokens, adapters=True)
         with together(_peers_of(root, igia)):
             _check_logits(expected, actual, dtype)
-            _check_logits(acted, acts, dtype)
-        yield Removal(acted, tokens, surgery.replaced)
+            _check_logits(expected_acting, actual_acting, dtype)
+        # 7. Let the caller go on with the cut model.
+        yield Removal(expected_acting, tokens, replaced)
     except BaseException:
         if undo_cut is not None:
             undo_cut()
-        for parameter, before in reversed(undo_merge):  # a weight may have been merged, then patched
+        for parameter, before in reversed(undo_values):  # a weight may have been merged, then patched
             parameter.copy_(before)
         raise
+    # 8. Give the memory of removed shards back.
     if root is not None:
         release_shards(root, removed)
-
-
-def _peers_of(root: nn.Module | None, igia: Igia | None) -> Peers | None:
-    """The processes that remove the same layers, where they are known to: to succeed or to fail all together."""
-    if igia is not None and isinstance(igia.importance, SharedImportance):
-        return igia.importance.peers
-    return None if root is None else peers_of()
 
 
 def check_fits(
     decoder: Decoder, plan: Plan, igia: Igia | None, samples: Callable[[Weight], Tensor] | None = None
 ) -> None:
-    """Check that plan and igia were made for this model, and that it can be merged as the plan says.
+    """Check that plan and igia were made for this model, and that its layers can be merged.
 
-    samples: for a model on the meta device whose values are elsewhere, see `Decoder.fingerprint`.
-    Raises InvalidArgument, ModelMismatch, UnsupportedModel.
+    Args:
+        decoder: the model.
+        plan: the plan.
+        igia: the igia, or None if the plan merges nothing.
+        samples: reads values of a weight, for a model on the meta device; see `Decoder.fingerprint`.
+
+    Raises:
+        InvalidArgument: this is no plan, it removes nothing, or the importance that it needs is missing.
+        ModelMismatch: plan or igia was made for another model.
+        UnsupportedModel: layers that differ in structure, are quantised or have no values cannot be merged.
     """
     if not isinstance(plan, Plan):
         raise InvalidArgument(f"plan is a {type(plan).__name__}; expected a gradpruner.Plan")
@@ -185,45 +233,57 @@ def check_fits(
             if not any(layer == donor for layer, _ in igia.importance):
                 raise InvalidArgument(f"igia holds no element importance of layer {donor}, which the plan merges")
         for weight in decoder.weights:
-            if weight.layer in (target, *donors) and is_packed(decoder.parameter(weight)):
+            if weight.layer not in (target, *donors):
+                continue
+            parameter = decoder.parameter(weight)
+            if is_packed(parameter):
                 raise UnsupportedModel(
                     f"layer {weight.layer} {weight.name} is quantised: merge into the full-precision checkpoint instead"
                 )
-            if weight.layer in (target, *donors) and decoder.parameter(weight).is_meta and samples is None:
+            if parameter.is_meta and samples is None:
                 raise UnsupportedModel(f"layer {weight.layer} {weight.name} is on the meta device: it has no values")
-
-
-def _add(decoder: Decoder, patch: Patch, undo: list[tuple[Tensor, Tensor]]) -> None:
-    stored = decoder.parameter(patch.weight).data
-    rows, parameter = rows_of(stored), local(stored)
-    change = patch.change if rows is None else patch.change[rows[0] : sum(rows)]
-    undo.append((parameter, parameter.to("cpu", copy=True)))
-    exact = torch.promote_types(parameter.dtype, change.dtype)  # float64 stays that
-    parameter.copy_(parameter.to(exact) + change.to(parameter.device, exact))
 
 
 def skipping_logits(
     decoder: Decoder, skip: tuple[int, ...], tokens: int | None = None, *, adapters: bool = False
 ) -> Tensor | None:
-    """Logits of the model, each layer in `skip` passing its input on as its output. adapters: whether they act.
-    tokens: see `logits_of`.
+    """Compute the logits of the model with some layers skipped: each returns its input.
 
-    A model that FSDP2 shards is asked through its root; every process calls this.
+    A model that FSDP2 shards is called through its root, and every process calls this function.
+
+    Args:
+        decoder: the model.
+        skip: the skipped layers.
+        tokens: length of the longer input, see `logits_of`.
+        adapters: whether the adapters act. Default: they do not.
+
+    Returns:
+        The logits as `logits_of` gives them, None where the model gives none on token ids alone.
     """
-    root = root_of(decoder.given)
-    handles = [decoder.layers[i].register_forward_hook(pass_input_on, with_kwargs=True) for i in skip]
-    try:
-        with _casting_inputs(decoder.base) if adapters else _adapters_off(decoder.base):
-            return logits_of(root or decoder.base, tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
+    acting = casting_inputs(decoder.base) if adapters else adapters_off(decoder.base)
+    with skipping(decoder, skip), acting:
+        return logits_of(root_of(decoder.given) or decoder.base, tokens)
+
+
+def _scales_kept(
+    acting: Any, undo: list[tuple[Tensor, Tensor]], *, changes: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Keep the scales of DoRA where adapters still act and the weights beside them change."""
+    return keeping_scales(acting, undo) if acting is not None and changes else contextlib.nullcontext()
+
+
+def _peers_of(root: nn.Module | None, igia: Igia | None) -> Peers | None:
+    """The processes that are known to remove the same layers: they succeed or fail together."""
+    if igia is not None and isinstance(igia.importance, SharedImportance):
+        return igia.importance.peers
+    return None if root is None else peers_of()
 
 
 def _check_logits(expected: Tensor | None, actual: Tensor | None, dtype: torch.dtype) -> None:
-    gap = differ(expected, actual, dtype)
-    if gap is not None:
+    difference = differ(expected, actual, dtype)
+    if difference is not None:
         raise UnsupportedModel(
-            f"the smaller model's logits are not those of the dense model with the same layers skipped (by {gap:.3g}): "
-            "the model depends on its layers in a way its configuration does not show; nothing was changed"
+            "the smaller model's logits are not those of the dense model with the same layers skipped (by "
+            f"{difference:.3g}): the model depends on its layers in a way its configuration does not show; nothing was "
+            "changed"
         )

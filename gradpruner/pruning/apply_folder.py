@@ -1,4 +1,4 @@
-"""apply for a checkpoint folder: from file to file, one weight at a time, so the model need not fit in memory."""
+"""`apply_folder`: remove layers from file to file, for models that do not fit in memory."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.model.extra_layers import generation_changes
 from gradpruner.model.logits import differ, log_unchecked_windows, logits_of, longer_input
 from gradpruner.plan import Plan
+from gradpruner.presets import Preset
 from gradpruner.probe.igia import Igia
 from gradpruner.pruning.apply import check_fits, skipping_logits
 from gradpruner.pruning.merge import donors_of, merge_weight_
@@ -42,18 +43,28 @@ LARGEST_SHARD = 5 * 10**9  # bytes
 
 @dataclass(frozen=True)
 class Merge:
-    """One kept weight that is folded into: where it and its donors are stored, and how they are added."""
+    """A kept weight that others are merged into, all of them still in their files.
+
+    Args:
+        kept: the weight.
+        donors: the weights that are merged into it, ascending by layer.
+        names: layer and name of each donor, by which its importance is found.
+        dtype: the dtype that the model is loaded in.
+        igia: the importance.
+        share: share of each donor's entries that is used.
+        scale: factor of the added entries.
+    """
 
     kept: TensorInFile
     donors: tuple[TensorInFile, ...]
-    names: tuple[tuple[int, str], ...]  # of the donors' importance
-    dtype: torch.dtype  # that the model is loaded in
+    names: tuple[tuple[int, str], ...]
+    dtype: torch.dtype
     igia: Igia
     share: Fraction
     scale: float
 
     def content(self) -> Iterator[memoryview]:
-        """The merged weight's bytes; it and its donors are in memory until they are taken."""
+        """Compute the merged weight and yield its bytes, while it stays in memory."""
         weight = self.kept.read().to(self.dtype)
         donors = [donor.read().to(self.dtype) for donor in self.donors]
         importance = [self.igia.importance[name] for name in self.names]
@@ -69,33 +80,63 @@ def apply_folder(
     plan: Plan,
     igia: Igia | None = None,
     *,
-    top: float = 0.2,
-    weight: float = 1.0,
+    preset: str = "default",
+    top: float | None = None,
+    weight: float | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write to `out` what `apply` and `save` would make of the checkpoint folder `source`, without loading it.
+    """Do on a checkpoint folder what `apply` does in memory, without loading the model.
 
-    The same bytes, tensor by tensor: kept layers are copied under their new index (converted where transformers would
-    load them in another dtype than the files have, as config.json says), merged weights are computed one
-    at a time (in memory: that weight, its donors, their importance), and layers that are only dropped are never
-    read. source: safetensors, in one file or shards. igia: `Igia.load(..., lazy=True)` leaves its importance in its
-    file too. The other files of the folder come along, except other weights, pickles, and Python code unless
-    trust_remote_code. Masks in the folder (`save_sparse`) come along for the layers that are kept. A field of the
-    generation config that transformers would not write is left out, and logged. top, weight: see `apply`.
-    Source: docs/method.md, section 3.
+    The result is byte for byte what `apply` and `save` would write. Kept layers are copied under their new index.
+    Merged weights are computed one at a time: only that weight, its donors and their importance are in memory. Layers
+    that are dropped are never read. Where the config says another dtype than the files have, weights are converted as
+    transformers would convert them.
 
-    The folder gets its name only after its files were read again: every checksum, and keys, shapes and dtypes by
-    the stock class; where the dense model fits in memory twice, also the logits, against the dense model with the
-    same layers skipped. Raises InvalidArgument, ModelMismatch, UnsupportedModel, CheckpointError.
+    The other files of the folder are copied too, except other weights, pickles, and Python code unless
+    `trust_remote_code`. Masks of single weights (from `sparsify`) are copied for the kept layers. Fields of the
+    generation config that transformers would refuse to write are left out, and logged.
+
+    The folder gets its name only after its files were read again: every checksum, then keys, shapes and dtypes by the
+    stock class. Where the dense model fits in memory twice, the logits are compared with those of the dense model with
+    the same layers skipped.
+
+    Args:
+        source: folder of the dense checkpoint: safetensors, in one file or in shards.
+        out: folder to write.
+        plan: which layers are removed and merged. Patches cannot be fitted without running the model: use `apply`.
+        igia: importance of the entries of the weights. None if the plan merges nothing. `Igia.load(..., lazy=True)`
+            leaves the importance in its file.
+        preset: "default" or "paper": decides `top` and `weight` where they are not given. Adapters play no part.
+        top: share of the entries of each merged weight that is used, see `apply`.
+        weight: factor of the merged entries, see `apply`.
+        overwrite: replace `out` if it exists. Default: refuse.
+        trust_remote_code: use and copy Python code that lies in the folder. Default: do not.
+
+    Returns:
+        The path of `out`.
+
+    Raises:
+        InvalidArgument: an argument is not accepted, or the folder has no such checkpoint.
+        ModelMismatch: plan or igia was made for another model.
+        UnsupportedModel: the layers cannot be removed.
+        CheckpointError: the checkpoint is damaged, or what was written reads back differently.
+
+    Example:
+        gradpruner.apply_folder("SmolLM2-135M", "small", gradpruner.Plan.load("plan.json"))
+
+    Source: docs/method.md, sections 3 and 5.
     """
-    share, source = exact_share("top", top), Path(source)
+    # 1. Check everything, and decide what is written; the weights are not read yet.
+    settings = Preset.of(preset, top=top, weight=weight)
+    share, source = exact_share("top", settings.top), Path(source)
     stored = StoredModel(source, trust_remote_code=trust_remote_code)
     check_fits(stored.decoder, plan, igia, stored.samples)
     masks, earlier = _kept_masks(stored, source, plan), plan_in(source, len(stored.decoder.layers))
     surgery = prepare(stored.decoder, plan.kept)
-    merges = _merges(stored, plan, igia, share, weight) if igia is not None else {}
+    merges = _merges(stored, plan, igia, share, settings.weight) if igia is not None else {}
     pending = _pending(stored, plan, merges)
+    # 2. Cut the empty model: it has the config that is written, and says what must come back.
     surgery.perform()
     if stored.unused:
         logger.warning(
@@ -103,18 +144,20 @@ def apply_folder(
             f"{', '.join(stored.unused[:3])}{', ...' if len(stored.unused) > 3 else ''}"
         )
     with atomic_folder(out, overwrite=overwrite) as temporary:
+        # 3. Write weights, config and the other files.
         totals = {"total_parameters": stored.model.num_parameters()}
         checksums = write_folder(temporary, list(pending.values()), _largest_shard(stored), totals)
         _write_config(stored.model, temporary)
         copy_others(source, temporary, code=trust_remote_code)
         drop_missing_code(temporary)
-        _cut_generation(temporary, plan, extra_gone=bool(surgery.gone))
+        _cut_generation(temporary, plan, extra_gone=bool(surgery.absent))
         rewrite(temporary)
         carry_card(source, temporary)
         write_json(temporary / PLAN_FILE, dataclasses.replace(plan, before=earlier).to_dict())
         if masks is not None:
             masks.save(temporary / MASKS)
             check_stored(StoredModel(temporary, trust_remote_code=trust_remote_code), masks)
+        # 4. Read back and compare.
         written = read_folder(temporary)
         _check_bytes(written, checksums)
         kind = type(stored.model)
@@ -127,7 +170,7 @@ def apply_folder(
 
 
 def _kept_masks(stored: StoredModel, source: Path, plan: Plan) -> Masks | None:
-    """The masks of the folder for the layers that stay; checked first, so that no stale ones are carried along."""
+    """The masks of the folder for the kept layers, after a check that they are not stale."""
     if not (source / MASKS).is_file():
         return None
     masks = Masks.load(source / MASKS)
@@ -136,27 +179,28 @@ def _kept_masks(stored: StoredModel, source: Path, plan: Plan) -> Masks | None:
 
 
 def _merges(stored: StoredModel, plan: Plan, igia: Igia, share: Fraction, scale: float) -> dict[str, Merge]:
-    """The weights to be folded into, by their parameter's name."""
-    decoder, found = stored.decoder, {}
+    """The weights that others are merged into, by the name of their parameter."""
+    decoder, merges = stored.decoder, {}
     for target, donors in plan.donors.items():
         for kept in [w for w in decoder.weights if w.layer == target]:
             layers = donors_of(kept, donors, igia)
             if not layers:
                 continue
-            own = {w.layer: w for w in decoder.weights if w.name == kept.name}
-            found[stored.parameter_name(kept)] = Merge(
+            by_layer = {w.layer: w for w in decoder.weights if w.name == kept.name}
+            merges[stored.parameter_name(kept)] = Merge(
                 _whole(stored, kept),
-                tuple(_whole(stored, own[donor]) for donor in layers),
+                tuple(_whole(stored, by_layer[donor]) for donor in layers),
                 tuple((donor, kept.name) for donor in layers),
                 decoder.parameter(kept).dtype,
                 igia,
                 share,
                 scale,
             )
-    return found
+    return merges
 
 
 def _whole(stored: StoredModel, weight: Weight) -> TensorInFile:
+    """The tensor in the files that is this weight. Refuse weights stored in parts."""
     name = stored.parameter_name(weight)
     if name not in stored.one_to_one:
         raise UnsupportedModel(f"{name!r}, to be merged, is stored in another form than the model has it: {IN_MEMORY}")
@@ -164,7 +208,7 @@ def _whole(stored: StoredModel, weight: Weight) -> TensorInFile:
 
 
 def _pending(stored: StoredModel, plan: Plan, merges: dict[str, Merge]) -> dict[str, Pending]:
-    """What is to be written, by the name it is stored under now, in the order in which it is stored."""
+    """What will be written, in the order of the files, by the name that each tensor has there."""
     index = {old: new for new, old in enumerate(plan.kept)}
     pending = {}
     for name, tensor in stored.tensors.items():
@@ -189,7 +233,7 @@ def _largest_shard(stored: StoredModel) -> int:
 
 
 def _write_config(model: Any, folder: Path) -> None:
-    """As save_pretrained writes it."""
+    """Write config.json as save_pretrained writes it."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
@@ -214,23 +258,23 @@ def _check_bytes(written: dict[str, TensorInFile], checksums: dict[str, int]) ->
 
 def _check_same_model(expected: Any, again: Any, info: dict[str, Any]) -> None:
     check_loaded(expected, info)
-    wanted, found = expected.state_dict(), again.state_dict()
-    if wanted.keys() != found.keys():
+    before, after = expected.state_dict(), again.state_dict()
+    if before.keys() != after.keys():
         raise CheckpointError(
-            f"the checkpoint does not reload: keys differ, {sorted(wanted.keys() ^ found.keys())[:3]}"
+            f"the checkpoint does not reload: keys differ, {sorted(before.keys() ^ after.keys())[:3]}"
         )
-    for name, tensor in wanted.items():
-        if (tensor.shape, tensor.dtype) != (found[name].shape, found[name].dtype):
+    for name, tensor in before.items():
+        other = after[name]
+        if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
             raise CheckpointError(
-                f"{name} reloads as {tuple(found[name].shape)} {found[name].dtype}, not {tuple(tensor.shape)} "
-                f"{tensor.dtype}"
+                f"{name} reloads as {tuple(other.shape)} {other.dtype}, not {tuple(tensor.shape)} {tensor.dtype}"
             )
 
 
 def _check_logits(
     kind: Any, source: Path, folder: Path, plan: Plan, replaced: dict[str, TensorInFile], trust_remote_code: bool
 ) -> None:
-    """Compare the written model with the dense one, merged weights put in and removed layers skipped."""
+    """Compare the written model with the dense one that skips the removed layers."""
     with quiet():
         dense, small = (
             kind.from_pretrained(path, config=config_of(path, trust_remote_code), dtype="auto", use_safetensors=True)
@@ -241,8 +285,10 @@ def _check_logits(
             dense.get_parameter(name).copy_(tensor.read())
     log_unchecked_windows(dense.config)
     tokens = longer_input(dense.config)
-    gap = differ(skipping_logits(Decoder(dense), plan.removed, tokens), logits_of(small, tokens), dense.dtype)
-    if gap is not None:
+    expected = skipping_logits(Decoder(dense), plan.removed, tokens)
+    difference = differ(expected, logits_of(small, tokens), dense.dtype)
+    if difference is not None:
         raise UnsupportedModel(
-            f"the written model's logits are not those of the dense model with the same layers skipped (by {gap:.3g})"
+            "the written model's logits are not those of the dense model with the same layers skipped (by "
+            f"{difference:.3g})"
         )

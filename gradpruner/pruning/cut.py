@@ -1,4 +1,4 @@
-"""cut: fold and remove layers inside a running training loop; model and optimizer stay the same objects."""
+"""`cut`: remove layers inside a running training loop, whose objects stay the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradpruner.checks import check_choice, exact_share
+from gradpruner.checks import exact_share
 from gradpruner.distributed.fsdp import reshard
 from gradpruner.errors import UnsupportedModel
 from gradpruner.model.decoder import Decoder, base_name
@@ -19,9 +19,9 @@ from gradpruner.model.optimizers import check_optimizer, drop_state, replace, un
 from gradpruner.model.rollback import restorer
 from gradpruner.model.wrappers import peft_of, root_of, wrappers
 from gradpruner.plan import Plan
-from gradpruner.presets import ADAPTERS
+from gradpruner.presets import Preset
 from gradpruner.probe.igia import Igia
-from gradpruner.pruning.adapters import check_are_lora, check_can_be_fresh, make_fresh
+from gradpruner.pruning.adapters import check_adapters, make_fresh
 from gradpruner.pruning.apply import removing
 from gradpruner.pruning.patch import Patch
 
@@ -32,47 +32,73 @@ def cut(
     plan: Plan,
     igia: Igia | None = None,
     *,
-    top: float = 0.2,
-    weight: float = 1.0,
+    preset: str = "default",
+    top: float | None = None,
+    weight: float | None = None,
     patches: Sequence[Patch] = (),
-    adapters: str = "discard",
+    adapters: str | None = None,
     seed: int = 0,
     layers: str | nn.ModuleList | None = None,
 ) -> None:
-    """Fold and remove layers of a model that is being trained, so that the same loop goes on with fewer of them.
+    """Remove layers of a model in training, so that the same loop goes on with fewer.
 
-    model: as the loop calls it: plain, PEFT, compiled, prepared by accelerate, in DistributedDataParallel or sharded
-    by fully_shard. It stays the same object, and so do its wrappers, adapters, the optimizer and its scheduler.
-    adapters: "discard" what they learned: they start anew in place (by `seed`), with no state in the optimizer; or
-    "keep" them and their state as they are. Weights that train fully keep theirs in any case.
-    optimizer: torch's or accelerate's, whose groups lose the removed parameters; None where there is none yet.
-    igia, top, weight, patches: see `apply`. Call it between two optimizer steps, on every process, each with the same
-    patches (those of `fit_patches` are). Source: docs/method.md, section 3.
+    The model stays the same object, and so do its wrappers, adapters, optimizer and scheduler. Nothing is changed
+    unless everything succeeds. Call it between two optimizer steps; in several processes, all of them call it.
 
-    Nothing is changed unless everything succeeds. Raises InvalidArgument, ModelMismatch, UnsupportedModel.
+    Args:
+        model: as the loop calls it: plain, PEFT, compiled, prepared by accelerate, in DistributedDataParallel, or
+            sharded by fully_shard.
+        optimizer: torch's or accelerate's. Its groups lose the removed parameters. None if there is none yet.
+        plan: which layers are removed and merged.
+        igia: importance of the entries of the weights. None if the plan merges nothing.
+        preset: "default" or "paper": decides `top`, `weight` and `adapters` where they are not given.
+        top: share of the entries of each merged weight that is used, see `apply`.
+        weight: factor of the merged entries, see `apply`.
+        patches: those that `fit_patches` returned for this plan, the same on every process.
+        adapters: "keep" the adapters and their state in the optimizer as they are (preset "default"), or "discard"
+            what they learned: they start anew in place, without state (preset "paper"). Weights that train without
+            adapters keep their state in any case.
+        seed: decides the values of adapters that start anew.
+        layers: path of the ModuleList of decoder layers, or the list itself, for a model that is not Hugging Face's.
+
+    Raises:
+        InvalidArgument: an argument is not accepted, or the plan merges and `igia` has no importance of its layers.
+        ModelMismatch: plan or igia was made for another model.
+        UnsupportedModel: the layers cannot be removed, or the adapters are not LoRAs.
+
+    Example:
+        plan = probe.igia.plan(ratio=0.4)
+        patches = gradpruner.fit_patches(model, plan, batches)
+        gradpruner.cut(model, optimizer, plan, patches=patches)
+
+    Source: docs/method.md, sections 3 to 5.
     """
+    # 1. Check what only a running loop has: wrappers, optimizer, adapters that stay in place.
+    settings = Preset.of(preset, top=top, weight=weight, adapters=adapters)
     check_wrappers(model)
-    decoder, peft, share = Decoder(model, layers), peft_of(model), exact_share("top", top)
+    decoder, peft, share = Decoder(model, layers), peft_of(model), exact_share("top", settings.top)
     inner = unwrapped(optimizer)
     if inner is not None:
         check_optimizer(inner)
-    check_choice("adapters", adapters, ADAPTERS)
     if peft is not None:
-        (check_are_lora if adapters == "keep" else check_can_be_fresh)(peft)
+        check_adapters(peft, settings.adapters)
+    # 2. Cut the model, and start its adapters anew if asked to.
     root = root_of(model)
     if root is not None:
         reshard(root)  # the optimizer holds the shards
-    dense = {id(p) for p in decoder.given.parameters()}
-    acting = peft if adapters == "keep" else None
+    before = {id(p) for p in decoder.given.parameters()}
+    acting = peft if settings.adapters == "keep" else None
     fresh: list[nn.Parameter] = []
-    with removing(decoder, plan, igia, share, weight, patches, acting=acting) as removal:
+    with removing(decoder, plan, igia, share, settings.weight, patches, acting=acting) as removal:
         if peft is not None and acting is None:
             fresh = _renewed(peft, seed)
-    gone = dense - {id(p) for p in decoder.given.parameters()}
+    # 3. Tell the optimizer.
+    gone = before - {id(p) for p in decoder.given.parameters()}
     if inner is not None:
-        for old, new, part in removal.replaced:
-            replace(inner, old, new, part)
+        for old, new, cut_alike in removal.replaced:
+            replace(inner, old, new, cut_alike)
         drop_state(inner, gone, {id(p) for p in fresh})
+    # 4. Tell the wrappers, and give the memory back.
     for wrapper in wrappers(model):
         if isinstance(wrapper, DistributedDataParallel):
             _rewrap(wrapper)
@@ -84,7 +110,7 @@ def cut(
 
 
 def _renewed(peft: nn.Module, seed: int) -> list[nn.Parameter]:
-    """The adapters' parameters, which start anew; or everything as it was."""
+    """Start the adapters anew and return their parameters, or leave everything as it was."""
     restore = restorer(peft, [p for n, p in peft.named_parameters() if base_name(n) is None])
     try:
         return make_fresh(peft, seed)
@@ -94,7 +120,10 @@ def _renewed(peft: nn.Module, seed: int) -> list[nn.Parameter]:
 
 
 def check_wrappers(model: nn.Module) -> None:
-    """Raises UnsupportedModel if the loop calls a copy of the model, whose layers no cut would reach."""
+    """Refuse a loop that calls a copy of the model: a cut would not reach its layers.
+
+    Raises UnsupportedModel.
+    """
     for wrapper in wrappers(model):
         if "_orig_mod" in vars(wrapper):  # torch.compile's own wrapper has it as a submodule
             raise UnsupportedModel(
@@ -104,7 +133,7 @@ def check_wrappers(model: nn.Module) -> None:
 
 
 def _rewrap(ddp: DistributedDataParallel) -> None:
-    """Build the reducer anew in the same object: the old one waits for gradients that no longer come."""
+    """Rebuild the reducer in place: the old one waits for gradients that never come."""
     names = set(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module", "device_mesh"}
     if hasattr(ddp, "forward_sync_buffers"):
         names -= {"broadcast_buffers"}  # its old name

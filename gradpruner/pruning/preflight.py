@@ -1,4 +1,4 @@
-"""What could only fail at a cut or when saving, tried before the first training step."""
+"""Try before the first training step what would otherwise fail at the cut, or when saving."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gradpruner.checkpoint.generation_config import saved_as_far_as_possible
 from gradpruner.checkpoint.save import quiet
@@ -14,23 +14,28 @@ from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument,
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.full_precision import check_full_precision
 from gradpruner.model.parameter_counts import count_parameters
-from gradpruner.plan import select
+from gradpruner.probe.selection import select
 from gradpruner.pruning.surgery import prepare
 
-if TYPE_CHECKING:
-    pass
 
+def check_plan(decoder: Decoder, **selection: Any) -> None:
+    """Check that such a plan is possible, and that layers of this model can be removed at all.
 
-def check_plan(decoder: Decoder, **wanted: Any) -> None:
-    """Raises InvalidArgument or UnsupportedModel where no such plan is possible, or no layer can be removed.
+    Args:
+        decoder: the model.
+        **selection: ratio or count, of, merge and protect, as `select` takes them.
 
-    wanted: ratio or count, of, merge, protect; see `select`.
+    Raises:
+        InvalidArgument: no such plan is possible.
+        UnsupportedModel: neither early nor late layers can be removed.
     """
-    count = len(decoder.layers)
-    accepted = {**wanted, **count_parameters(decoder)}
-    rising = [float(j) for j in range(count)]
-    falling = [*rising[:0:-1], float(count)]  # but for the last: that no layer needs another number proves nothing
-    early, late = (select(scores, **accepted).kept for scores in (rising, falling))
+    layers = len(decoder.layers)
+    arguments = {**selection, **count_parameters(decoder)}
+    # With rising scores the first layers are removed. With falling ones the last are, except the very last: if only
+    # that one is removed, no layer gets another index, and nothing is proved.
+    rising = [float(layer) for layer in range(layers)]
+    falling = [*rising[:0:-1], float(layers)]
+    early, late = (select(scores, **arguments).kept for scores in (rising, falling))
     try:
         prepare(decoder, early)
     except UnsupportedModel:
@@ -41,9 +46,16 @@ def check_plan(decoder: Decoder, **wanted: Any) -> None:
 
 
 def check_save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write config, generation config and tokenizer beside `folder`, and remove them; and look for room on the disk.
+    """Try to write config and tokenizer beside a folder, and check the room on the disk.
 
-    Raises InvalidArgument (quantised weights, too little room for one checkpoint), CheckpointError.
+    Args:
+        model: the model that will be saved.
+        tokenizer: its tokenizer, or None.
+        folder: where it will be saved. Nothing is left there.
+
+    Raises:
+        InvalidArgument: the weights are quantised, or one checkpoint does not fit on the disk.
+        CheckpointError: something could not be written.
     """
     check_full_precision(model)
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
@@ -64,6 +76,6 @@ def check_save(model: Any, tokenizer: Any, folder: Path) -> None:
                 tokenizer.save_pretrained(trial)
     except GradPrunerError:
         raise
-    except Exception as error:  # the disk's, or of one of the three
+    except Exception as error:  # of the disk, the config or the tokenizer
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"could not write a checkpoint to {folder}: {reason}; nothing was written") from error

@@ -1,138 +1,99 @@
-"""Removing decoder layers from a transformers model so that nothing else changes, or refusing to.
+"""Plan how decoder layers are removed so that nothing else changes, or refuse to.
 
-A layer's behaviour may depend on its index through its own `layer_idx`, through per-layer lists in the config, or
-through rules on the index. So the configuration is cut first; then the dense and the cut model are built from
-their configurations on the meta device and compared layer by layer, in class, names, shapes and every
-plain attribute. What differs is an index to renumber, or a reason to refuse (docs/method.md, section 5).
+A layer may depend on its index through its own `layer_idx`, through per-layer lists in the config, or through rules on
+the index. So the configuration is cut first. Then the dense and the cut model are built from their configurations on
+the meta device and compared layer by layer: class, names, shapes and every plain attribute. What differs is an index
+to renumber, or a reason to refuse (docs/method.md, section 5).
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
 from gradpruner.errors import UnsupportedModel
 from gradpruner.model.config import text_config
-from gradpruner.model.decoder import CHECKPOINTED, Decoder
+from gradpruner.model.decoder import Decoder
 from gradpruner.model.empty_model import absent_counts, build_empty, shapes_of
-from gradpruner.model.extra_layers import generation_changes, log_counts_set_to_zero, without_extra
+from gradpruner.model.extra_layers import generation_changes, without_extra
 from gradpruner.model.layer_config import cut_config, renumber_modules
+from gradpruner.pruning.prepared_surgery import Attribute, PartPerLayer, Surgery, live_module
 
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number")
 PER_INSTANCE = ("_tied_weights_keys", "_keys_to_ignore_on_load_unexpected")  # transformers' own; may name layers
 PLAIN = (bool, int, float, str, type(None))
-# a parameter, the smaller one that took its place, and what cuts another tensor of the same shape alike
-Replaced = tuple[nn.Parameter, nn.Parameter, Callable[[torch.Tensor], torch.Tensor]]
-
-
-@dataclass
-class Surgery:
-    """A checked removal, not yet done: `perform()` does it and returns the function that undoes it."""
-
-    decoder: Decoder
-    kept: tuple[int, ...]
-    configs: list[tuple[Any, Any]] = field(default_factory=list)  # (old object, its replacement)
-    attributes: list[tuple[Any, str, Any]] = field(default_factory=list)  # of modules, and of the generation config
-    parts: list[tuple[str, int]] = field(
-        default_factory=list
-    )  # parameters outside the layers, axis with a part a layer
-    replaced: list[Replaced] = field(default_factory=list)  # by `perform`
-    gone: list[tuple[Any, str, int]] = field(default_factory=list)  # counts of layers that the model never had
-
-    def perform(self) -> Callable[[], None]:
-        """Cut the list of layers, renumber, swap the config; nothing in here can fail half way for good."""
-        base, path = self.decoder.base, self.decoder.path
-        parent_path, _, leaf = path.rpartition(".")
-        parent, old_layers = base.get_submodule(parent_path), self.decoder.layers
-        undo: list[tuple[Any, str, Any]] = []
-
-        def assign(module: Any, name: str, value: Any) -> None:
-            undo.append((module, name, getattr(module, name)))
-            setattr(module, name, value)
-
-        def restore() -> None:
-            for module, name, value in reversed(undo):
-                setattr(module, name, value)
-
-        replacement = {id(old): new for old, new in self.configs}
-        try:
-            for module in list(base.modules()):
-                for name, value in list(vars(module).items()):
-                    if id(value) in replacement:
-                        assign(module, name, replacement[id(value)])
-            for module, name, value in self.attributes:
-                assign(module, name, value)
-            for name, axis in self.parts:
-                owner_path, _, own = name.rpartition(".")
-                owner = _live(base, owner_path)
-                part = functools.partial(_kept_parts, layers=len(old_layers), kept=self.kept, axis=axis)
-                whole = getattr(owner, own)
-                assign(owner, own, nn.Parameter(part(whole), whole.requires_grad))
-                self.replaced.append((whole, getattr(owner, own), part))
-            assign(parent, leaf, nn.ModuleList([old_layers[i] for i in self.kept]))
-            log_counts_set_to_zero(self.gone)
-        except BaseException:
-            restore()
-            raise
-        return restore
-
-
-def _kept_parts(tensor: torch.Tensor, layers: int, kept: tuple[int, ...], axis: int) -> torch.Tensor:
-    """A tensor with one equal part a layer along `axis`, layer after layer, without the removed layers'."""
-    parts: torch.Tensor = tensor.detach().unflatten(axis, (layers, -1))
-    return parts.index_select(axis, torch.tensor(kept, device=tensor.device)).flatten(axis, axis + 1)
 
 
 def prepare(decoder: Decoder, kept: tuple[int, ...]) -> Surgery:
-    """Check that the layers in `kept` can stand alone and each stay what it was. Changes nothing.
+    """Check that some layers can stand alone, and that each stays what it was. Changes nothing.
 
-    Raises UnsupportedModel naming what would change.
+    Args:
+        decoder: the model.
+        kept: the layers to keep, ascending.
+
+    Returns:
+        The removal of the other layers.
+
+    Raises:
+        UnsupportedModel: something in the model would change. The message names it.
+
+    Source: docs/method.md, section 5.
     """
-    surgery = Surgery(decoder, kept)
     _check_one_stream(decoder)
     if not hasattr(decoder.config, "get_text_config"):
-        _renumber_by_name(surgery)
-        return surgery
+        return Surgery(decoder, kept, attributes=tuple(_indices_by_name(decoder, kept)))
+    # 1. Cut the configuration.
     old, new = decoder.config, cut_config(decoder.config, kept, len(decoder.layers))
-    surgery.gone = absent_counts(type(decoder.base), old)
-    if surgery.gone:
+    absent = absent_counts(type(decoder.base), old)
+    if absent:
         new = without_extra(new)
     if getattr(new, "quantization_config", None) is not None:
         renumber_modules(new.quantization_config, decoder.path, kept)
-    generation = getattr(decoder.base, "generation_config", None)
-    if generation is not None:
-        changes = generation_changes(vars(generation), kept, extra_gone=bool(surgery.gone))
-        surgery.attributes += [(generation, name, value) for name, value in changes.items()]
-    surgery.configs = [(old, new)]
+    configs = [(old, new)]
     if text_config(old) is not old:
-        surgery.configs.append((text_config(old), text_config(new)))
+        configs.append((text_config(old), text_config(new)))
+    # 2. Build both models from their configurations, without values.
     dense = build_empty(type(decoder.base), old)
     small = build_empty(type(decoder.base), _as_reloaded(new))
     _check_described(decoder, dense)
-    _compare(surgery, dense, small)
+    # 3. Compare them. What differs in the layers is an index or refused; what differs outside follows the config.
+    attributes = [
+        *_generation_attributes(decoder, kept, extra_gone=bool(absent)),
+        *_attributes_in_layers(decoder, kept, dense, small),
+    ]
+    parts = list(_parts_per_layer(decoder, kept, dense, small))
+    modules = list(_same_modules(decoder, kept, dense, small))
+    attributes += _attributes_outside(decoder, modules)
     _check_cache(old, new)
-    return surgery
+    configs += _own_configs(modules, configs)
+    return Surgery(decoder, kept, tuple(configs), tuple(attributes), tuple(parts), tuple(absent))
 
 
 def _check_one_stream(decoder: Decoder) -> None:
-    """Skipping a layer means passing its hidden states on, which needs exactly one stream of them (not Reformer)."""
+    """Refuse layers with two streams of hidden states (Reformer): only one is passed on."""
     for layer in decoder.layers:
         names = list(inspect.signature(layer.forward).parameters)
         if "hidden_states" in names[1:]:
             raise UnsupportedModel(f"{type(layer).__name__} takes {names[0]} beside hidden_states: two streams")
 
 
+def _indices_by_name(decoder: Decoder, kept: tuple[int, ...]) -> Iterator[Attribute]:
+    """Renumber a model without a transformers config by the usual names of an index."""
+    for new, old in enumerate(kept):
+        for module in decoder.layers[old].modules():
+            for name in INDEX_NAMES:
+                if vars(module).get(name) == old:
+                    yield Attribute(module, name, new)
+
+
 def _as_reloaded(config: Any) -> Any:
-    """What a reload will see is what JSON holds, and what the class accepts of it."""
+    """Give the config that a reload will see: what JSON holds and the class accepts."""
     try:
         return type(config).from_dict(config.to_dict())
     except Exception as error:
@@ -140,6 +101,7 @@ def _as_reloaded(config: Any) -> Any:
 
 
 def _check_described(decoder: Decoder, dense: nn.Module) -> None:
+    """Refuse a model whose parameters are not those that its config describes."""
     actual, described = shapes_of(decoder.base), shapes_of(dense)
     for name in sorted(actual.keys() | described.keys()):
         if name not in actual or name not in described:
@@ -151,129 +113,158 @@ def _check_described(decoder: Decoder, dense: nn.Module) -> None:
             )
 
 
-def _compare(surgery: Surgery, dense: nn.Module, small: nn.Module) -> None:
-    path, base = surgery.decoder.path, surgery.decoder.base
-    before, after = dense.get_submodule(path), small.get_submodule(path)
+def _generation_attributes(decoder: Decoder, kept: tuple[int, ...], *, extra_gone: bool) -> list[Attribute]:
+    """What changes in the generation config, where the model has one."""
+    generation = getattr(decoder.base, "generation_config", None)
+    if generation is None:
+        return []
+    changes = generation_changes(vars(generation), kept, extra_gone=extra_gone)
+    return [Attribute(generation, name, value) for name, value in changes.items()]
+
+
+def _attributes_in_layers(
+    decoder: Decoder, kept: tuple[int, ...], dense: nn.Module, small: nn.Module
+) -> Iterator[Attribute]:
+    """Compare each kept layer with the one that the cut config describes in its place."""
+    before, after = dense.get_submodule(decoder.path), small.get_submodule(decoder.path)
     assert isinstance(before, nn.ModuleList) and isinstance(after, nn.ModuleList)
-    if len(after) != len(surgery.kept):
-        raise UnsupportedModel(f"a model rebuilt from the cut config has {len(after)} layers, not {len(surgery.kept)}")
-    for new, old in enumerate(surgery.kept):
-        _compare_modules(surgery, before[old], after[new], surgery.decoder.layers[old], f"layer {old}", new - old)
-    _compare_shapes_outside(surgery, dense, small)
-    for name, module in dense.named_modules():
-        if name == path or name.startswith(f"{path}."):
-            continue
-        other, live = small.get_submodule(name), base.get_submodule(name)
-        _swap_configs(surgery, module, other, live)
-        was = _plain(module, PER_INSTANCE)
-        for attribute, value in _plain(other, PER_INSTANCE).items():  # a count of layers, "has any sliding layer"
-            if attribute in was and not _equal(was[attribute], value) and hasattr(live, attribute):
-                surgery.attributes.append((live, attribute, value))
+    if len(after) != len(kept):
+        raise UnsupportedModel(f"a model rebuilt from the cut config has {len(after)} layers, not {len(kept)}")
+    for new, old in enumerate(kept):
+        yield from _attributes_in_layer(decoder, kept, before[old], after[new], new)
 
 
-def _compare_shapes_outside(surgery: Surgery, dense: nn.Module, small: nn.Module) -> None:
-    """Outside the layers nothing may change its shape, but for a part for each layer (Gemma 3n's embeddings)."""
-    path, kept, layers = surgery.decoder.path, surgery.kept, len(surgery.decoder.layers)
-    outside = {n: s for n, s in shapes_of(dense).items() if not n.startswith(f"{path}.")}
-    for name, shape in shapes_of(small).items():
-        if name.startswith(f"{path}."):
-            continue
-        before = outside.pop(name, None)
-        if before == shape:
-            continue
-        axes = [i for i, (a, b) in enumerate(zip(before or (), shape or (), strict=False)) if a != b]
-        if before is None or shape is None or len(before) != len(shape) or len(axes) != 1:
-            raise UnsupportedModel(f"{name} depends on the number of layers (it becomes {shape})")
-        if before[axes[0]] % layers or shape[axes[0]] * layers != before[axes[0]] * len(kept):
-            raise UnsupportedModel(f"{name} depends on the number of layers (it becomes {shape})")
-        surgery.parts.append((name, axes[0]))
-    if outside:
-        raise UnsupportedModel(f"{sorted(outside)[0]} would vanish with the removed layers")
-
-
-def _swap_configs(surgery: Surgery, old: nn.Module, new: nn.Module, live: nn.Module) -> None:
-    """Modules may hold a configuration of their own, a copy made from the model's: it is cut like that one."""
-    for name, value in vars(live).items():
-        if not isinstance(value, PreTrainedConfig) or any(value is known for known, _ in surgery.configs):
-            continue
-        before, after = vars(old).get(name), vars(new).get(name)
-        if isinstance(before, PreTrainedConfig) and isinstance(after, PreTrainedConfig):
-            if before.to_dict() == after.to_dict():
+def _attributes_in_layer(
+    decoder: Decoder, kept: tuple[int, ...], before: nn.Module, after: nn.Module, new: int
+) -> Iterator[Attribute]:
+    """Compare one layer as it was with itself under its new index."""
+    old = kept[new]
+    modules, modules_after = dict(before.named_modules()), dict(after.named_modules())
+    if {n: type(m) for n, m in modules.items()} != {n: type(m) for n, m in modules_after.items()}:
+        raise UnsupportedModel(
+            f"layer {old} would become another kind of layer: its config has a rule on the layer's index"
+        )
+    if shapes_of(before) != shapes_of(after):
+        raise UnsupportedModel(f"layer {old} would change its shape: its config has a rule on the layer's index")
+    for path, module in modules.items():
+        live = live_module(decoder.layers[old], path)
+        values, values_after = _plain(module), _plain(modules_after[path])
+        for name in sorted(values.keys() | values_after.keys()):
+            value, value_after = values.get(name), values_after.get(name)
+            if _equal(value, value_after):
                 continue
-            own = copy.deepcopy(after)
-            own._attn_implementation = value._attn_implementation  # chosen when loading; not part of the config
-            surgery.configs.append((value, own))
+            if _equal(_of_kept(value, kept, len(decoder.layers)), value_after):  # it is about all layers
+                yield Attribute(live, name, value_after)
+                continue
+            numbers = type(value) is int and type(value_after) is int
+            is_index = numbers and (value_after - value == new - old or name in INDEX_NAMES)  # type: ignore[operator]
+            if not is_index or not hasattr(live, name):
+                raise UnsupportedModel(
+                    f"layer {old}: {path or 'the layer'}.{name} depends on the layer's index "
+                    f"({value!r} would become {value_after!r})"
+                )
+            yield Attribute(live, name, value_after)
+
+
+def _parts_per_layer(
+    decoder: Decoder, kept: tuple[int, ...], dense: nn.Module, small: nn.Module
+) -> Iterator[PartPerLayer]:
+    """Refuse outer parameters that change their shape, except one part per layer (Gemma 3n)."""
+    inside, layers = f"{decoder.path}.", len(decoder.layers)
+    shapes = {name: shape for name, shape in shapes_of(dense).items() if not name.startswith(inside)}
+    for name, after in shapes_of(small).items():
+        if name.startswith(inside):
+            continue
+        before = shapes.pop(name, None)
+        if before == after:
+            continue
+        sizes = list(zip(before or (), after or (), strict=False))
+        axes = [axis for axis, (a, b) in enumerate(sizes) if a != b]
+        one_part_each = len(axes) == 1 and len(before or ()) == len(after or ())
+        one_part_each = one_part_each and all(a % layers == 0 for a, b in sizes if a != b)
+        if not one_part_each or any(b * layers != a * len(kept) for a, b in sizes if a != b):
+            raise UnsupportedModel(f"{name} depends on the number of layers (it becomes {after})")
+        yield PartPerLayer(name, axes[0])
+    if shapes:
+        raise UnsupportedModel(f"{sorted(shapes)[0]} would vanish with the removed layers")
+
+
+class _SameModule(NamedTuple):
+    """One module in the empty dense model, in the empty cut model, and in the model itself."""
+
+    dense: nn.Module
+    small: nn.Module
+    live: nn.Module
+    is_outside: bool  # of the layers
+
+
+def _same_modules(decoder: Decoder, kept: tuple[int, ...], dense: nn.Module, small: nn.Module) -> Iterator[_SameModule]:
+    """All modules of the kept layers and outside the layers."""
+    for new, old in enumerate(kept):
+        after = small.get_submodule(f"{decoder.path}.{new}")
+        for path, module in dense.get_submodule(f"{decoder.path}.{old}").named_modules():
+            yield _SameModule(module, after.get_submodule(path), live_module(decoder.layers[old], path), False)
+    for path, module in dense.named_modules():
+        if path != decoder.path and not path.startswith(f"{decoder.path}."):
+            yield _SameModule(module, small.get_submodule(path), decoder.base.get_submodule(path), True)
+
+
+def _attributes_outside(decoder: Decoder, modules: Iterable[_SameModule]) -> Iterator[Attribute]:
+    """Attributes outside the layers that follow from the config, such as a count of layers."""
+    for dense, small, live, is_outside in modules:
+        if not is_outside:
+            continue
+        before = _plain(dense, PER_INSTANCE)
+        for name, value in _plain(small, PER_INSTANCE).items():
+            if name in before and not _equal(before[name], value) and hasattr(live, name):
+                yield Attribute(live, name, value)
+
+
+def _own_configs(modules: Iterable[_SameModule], known: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Cut the configs that modules hold as copies of the model's, as that one is cut."""
+    known_ids, found = {id(old) for old, _ in known}, []
+    for dense, small, live, _ in modules:
+        for name, value in vars(live).items():
+            if not isinstance(value, PreTrainedConfig) or id(value) in known_ids:
+                continue
+            before, after = vars(dense).get(name), vars(small).get(name)
+            if not isinstance(before, PreTrainedConfig) or not isinstance(after, PreTrainedConfig):
+                continue
+            if before.to_dict() != after.to_dict():
+                own = copy.deepcopy(after)
+                own._attn_implementation = value._attn_implementation  # chosen when loading; not part of the config
+                found.append((value, own))
+                known_ids.add(id(value))
+    return found
 
 
 def _check_cache(old: Any, new: Any) -> None:
-    """A cache counts its tokens in attention layers: a hybrid that has lost all of them cannot generate."""
-    lost = _cache_error(new)
-    if lost is not None and _cache_error(old) is None:
+    """Refuse a hybrid that loses all attention layers: its cache counts tokens in them."""
+    if _has_cache(old) and not _has_cache(new):
         raise UnsupportedModel("no attention layer would be left, and a cache counts its tokens in one")
 
 
-def _cache_error(config: Any) -> Exception | None:
+def _has_cache(config: Any) -> bool:
     try:
         DynamicCache(config=config).get_seq_length()
-    except Exception as error:
-        return error
-    return None
+    except Exception:  # whatever it is, generation would end with it
+        return False
+    return True
 
 
-def _compare_modules(surgery: Surgery, old: nn.Module, new: nn.Module, live: nn.Module, where: str, shift: int) -> None:
-    old_modules, new_modules = dict(old.named_modules()), dict(new.named_modules())
-    if {n: type(m) for n, m in old_modules.items()} != {n: type(m) for n, m in new_modules.items()}:
-        raise UnsupportedModel(
-            f"{where} would become another kind of layer: its config has a rule on the layer's index"
-        )
-    if shapes_of(old) != shapes_of(new):
-        raise UnsupportedModel(f"{where} would change its shape: its config has a rule on the layer's index")
-    for name, module in old_modules.items():
-        target = _live(live, name)
-        _swap_configs(surgery, module, new_modules[name], target)
-        before, after = _plain(module), _plain(new_modules[name])
-        for attribute in sorted(before.keys() | after.keys()):
-            a, b = before.get(attribute), after.get(attribute)
-            if _equal(a, b):
-                continue
-            if _equal(_of_kept(a, surgery), b):  # of every layer's, not this one's
-                surgery.attributes.append((target, attribute, b))
-                continue
-            numbered = type(a) is int and type(b) is int and (b - a == shift or attribute in INDEX_NAMES)
-            if numbered and hasattr(target, attribute):
-                surgery.attributes.append((target, attribute, b))
-            else:
-                raise UnsupportedModel(
-                    f"{where}: {name or 'the layer'}.{attribute} depends on the layer's index "
-                    f"({a!r} would become {b!r})"
-                )
-
-
-def _of_kept(value: Any, surgery: Surgery) -> Any:
-    """A list with an entry for each layer, a list of layers, or a dict by layer, as it is for the kept ones."""
-    if isinstance(value, (list, tuple)) and len(value) == len(surgery.decoder.layers):
-        return [value[i] for i in surgery.kept]
+def _of_kept(value: Any, kept: tuple[int, ...], layers: int) -> Any:
+    """Cut a list by layer, a list of layers, or a dict by layer to the kept ones."""
+    if isinstance(value, (list, tuple)) and len(value) == layers:
+        return [value[i] for i in kept]
     if isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
-        return [surgery.kept.index(item) for item in value if item in surgery.kept]
+        return [kept.index(item) for item in value if item in kept]
     if isinstance(value, dict) and all(type(key) is int for key in value):
-        return {new: value[old] for new, old in enumerate(surgery.kept) if old in value}
+        return {new: value[old] for new, old in enumerate(kept) if old in value}
     return value
 
 
-def _live(layer: nn.Module, path: str) -> nn.Module:
-    module = layer
-    for part in path.split(".") if path else []:
-        while not hasattr(module, part) and hasattr(module, "base_layer"):  # adapters may be nested
-            module = module.base_layer  # type: ignore[assignment]
-        module = getattr(module, part)
-    module = getattr(module, CHECKPOINTED, module)
-    while hasattr(module, "base_layer"):
-        module = module.base_layer  # type: ignore[assignment]
-    return module
-
-
 def _plain(module: nn.Module, also: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Attributes that a layer's behaviour may hang on: numbers, strings, and lists and dicts of them."""
+    """Collect what a layer may depend on: numbers, strings, lists and dicts of them."""
     return {
         name: value
         for name, value in vars(module).items()
@@ -295,12 +286,3 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float):
         return math.isclose(a, b, rel_tol=1e-12) or (math.isnan(a) and math.isnan(b))
     return type(a) is type(b) and a == b
-
-
-def _renumber_by_name(surgery: Surgery) -> None:
-    """A model without a transformers config: only the attributes everybody calls by these names."""
-    for new, old in enumerate(surgery.kept):
-        for module in surgery.decoder.layers[old].modules():
-            for name in INDEX_NAMES:
-                if vars(module).get(name) == old:
-                    surgery.attributes.append((module, name, new))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gradpruner.errors import GradPrunerError, InvalidArgument
+from gradpruner.probe.selection import lowest_first, margin
 from gradpruner.storage.files import read_json, reading, write_json
 from gradpruner.storage.provenance import MADE_FROM, is_made
 from gradpruner.training.evaluate import Evaluation
@@ -33,13 +34,21 @@ H = TypeVar("H", bound=Hashable)
 
 @dataclass(frozen=True)
 class Trial:
-    """A cut of `count` layers after the steps of the check. lost: share of the dense score. gap: see `gap`."""
+    """A cut that was tried, after the steps of the check.
+
+    Args:
+        count: how many layers were removed.
+        exact_match: share of the held-out examples that were answered exactly, None where there are no answers.
+        perplexity: on the held-out examples.
+        lost: share of the dense model's score that is lost.
+        margin: of the cut, see `gradpruner.probe.selection.margin`.
+    """
 
     count: int
     exact_match: float | None
     perplexity: float
     lost: float
-    gap: float
+    margin: float
 
 
 @dataclass(frozen=True)
@@ -94,15 +103,6 @@ class Choice:
         return {**content, "reason": self.reason}
 
 
-def gap(scores: Sequence[float], count: int, protect: Iterable[int] = (0,)) -> float:
-    """1 - (highest removed score / lowest kept one), as `Igia.margin`; it grows with their ratio, and is 1 beside 0."""
-    protected = set(protect)
-    order = sorted(score for layer, score in enumerate(scores) if layer not in protected)
-    if not 0 < count < len(order) or order[count] == 0:
-        return 0.0
-    return 1.0 - order[count - 1] / order[count]
-
-
 def candidates(scores: Sequence[float], protect: Iterable[int] = (0,), *, least: int = 1) -> list[int]:
     """Return the counts to try, ascending.
 
@@ -129,7 +129,8 @@ def candidates(scores: Sequence[float], protect: Iterable[int] = (0,), *, least:
         )
     parts = min(HANDFUL, len(counts))
     edges = [len(counts) * part // parts for part in range(parts + 1)]
-    return [max(counts[a:b], key=lambda count: gap(scores, count, protected)) for a, b in pairwise(edges)]
+    order = lowest_first(scores, protected)
+    return [max(counts[a:b], key=lambda count: margin(scores, order[:count], protected)) for a, b in pairwise(edges)]
 
 
 def search(counts: Sequence[int], trial_of: Callable[[int], Trial], bound: float) -> tuple[Trial, tuple[Trial, ...]]:
@@ -208,7 +209,7 @@ def choose(
             write_json(path, {**record, "checked": found})
         return found[str(count)]
 
-    counts = candidates(scores, protected, least=least)
+    counts, order = candidates(scores, protected, least=least), lowest_first(scores, protected)
     measure = EXACT if checked(0)["exact_match"] else PERPLEXITY  # 0 right, or no answers: it cannot tell
     dense = _score(checked(0), measure)
     if not dense > 0:  # NaN too
@@ -219,7 +220,7 @@ def choose(
         score = _score(result, measure)
         # rounded: 1 - 0.99 is within a bound of 0.01
         lost = round(1 - score / dense, 9) if math.isfinite(score) else 1.0
-        return Trial(count, result["exact_match"], result["perplexity"], lost, gap(scores, count, protected))
+        return Trial(count, result["exact_match"], result["perplexity"], lost, margin(scores, order[:count], protected))
 
     best, trials = search(counts, trial_of, bound)
     choice = Choice(
@@ -280,7 +281,7 @@ def trial_rows(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
             "exact match": trial["exact_match"],
             "perplexity": trial["perplexity"],
             "lost": f"{trial['lost']:.1%}",
-            "gap at the cut": trial["gap"],
+            "margin at the cut": trial["margin"],
             "": "chosen" if trial["count"] == choice["count"] else "",
         }
         for trial in choice["trials"]

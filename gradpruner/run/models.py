@@ -96,7 +96,8 @@ class RunModels:
         if preset.patch:
             collate, rows, size = Collator(tokenizer), self.rows_of_probe(tokenizer), self.job.recipe.batch_size
             patches = fit_patches(model, plan, (collate(rows[i : i + size]) for i in range(0, len(rows), size)))
-            logger.info(f"patches: {', '.join(f'{p.weight.layer}: {p.left:.2f} left' for p in patches) or 'none'}")
+            shares = ", ".join(f"{patch.weight.layer}: {patch.unexplained:.2f} unexplained" for patch in patches)
+            logger.info(f"patches: {shares or 'none'}")
         igia = Igia.load(self._probe_folder / IGIA) if plan.merge else None
         smaller = apply(
             model, plan, igia, top=preset.top, weight=preset.weight, patches=patches, adapters=preset.adapters

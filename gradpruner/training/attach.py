@@ -253,8 +253,10 @@ class PruneCallback(TrainerCallback):
             logger.warning("gaps are not patched: the Trainer's model was not called with keyword arguments")
             return []
         patches = fit_patches(model, plan, batches)
-        left = ", ".join(f"{patch.left:.3f} after layer {patch.weight.layer}" for patch in patches)
-        logger.info(f"{len(patches)} of {len(gaps(plan))} gaps are patched; left of the squared error: {left or 'all'}")
+        shares = ", ".join(f"{patch.unexplained:.3f} after layer {patch.weight.layer}" for patch in patches)
+        logger.info(
+            f"{len(patches)} of {len(gaps(plan))} gaps are patched; unexplained share of the error: {shares or 'all'}"
+        )
         return patches
 
     def _figures(self, plan: Plan, igia: Igia, patches: list[Patch]) -> dict[str, float]:
@@ -268,7 +270,7 @@ class PruneCallback(TrainerCallback):
             "gradpruner/gaps": float(len(gaps(plan))),
             "gradpruner/patched_gaps": float(len(patches)),
         }
-        figures |= {f"gradpruner/left/{patch.weight.layer:02d}": patch.left for patch in patches}
+        figures |= {f"gradpruner/unexplained/{patch.weight.layer:02d}": patch.unexplained for patch in patches}
         fate = {**dict.fromkeys(plan.kept, 0.0), **dict.fromkeys(plan.drop, 1.0), **dict.fromkeys(plan.merge, 2.0)}
         for layer, score in enumerate(igia.layer_scores(kind).tolist()):
             figures[f"gradpruner/watched/{layer:02d}"] = igia.watched[layer]

@@ -19,7 +19,7 @@ from gradpruner.model.wrappers import altered_base, peft_of
 from gradpruner.presets import Preset
 from gradpruner.probe.igia import SCORES
 from gradpruner.probe.probe import Probe
-from gradpruner.pruning.adapters import check_are_lora, check_can_be_fresh
+from gradpruner.pruning.adapters import check_adapters
 from gradpruner.pruning.preflight import check_plan, check_save
 from gradpruner.training.resume import full_precision, is_quantised
 
@@ -86,7 +86,7 @@ def check_trainer_and_model(trainer: Trainer, model: Any, options: PruneOptions)
     if altered is not None:
         raise UnsupportedModel(f"{altered}, which a cut cannot tell apart from it")
     if peft is not None:
-        (check_are_lora if options.preset.adapters == "keep" else check_can_be_fresh)(peft)
+        check_adapters(peft, options.preset.adapters)
     decoder = Decoder(model)
     check_plan(decoder, **options.selection)
     _check_scores(model, options)

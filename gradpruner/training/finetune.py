@@ -23,7 +23,7 @@ from gradpruner.model.decoder import Decoder
 from gradpruner.model.parameter_counts import count_parameters
 from gradpruner.model.wrappers import is_peft
 from gradpruner.probe.coverage import Coverage
-from gradpruner.pruning.adapter_removal import merged
+from gradpruner.pruning.adapter_merge import merged
 from gradpruner.storage.provenance import digest
 from gradpruner.training.checkpoints import Checkpoints, recorded_state
 from gradpruner.training.divergence import has_diverged

@@ -167,7 +167,7 @@ def test_a_model_in_memory_is_saved_verified_and_uploaded(pruned, hub):
     gradpruner.push_to_hub(model, "me/small", plan=plan, tokenizer=tokenizer, scores=igia, api=HfApi(hub.url))
     assert {"model.safetensors", "tokenizer.json", "README.md"} <= set(hub.files)
     assert hub.created.get("visibility") is None  # as the account has it
-    assert "Scores (`squared`)" in hub.files["README.md"].decode()
+    assert "Scores (`norm`)" in hub.files["README.md"].decode()
 
 
 def test_a_card_of_ours_is_kept(folder, hub):
@@ -247,7 +247,7 @@ def test_a_run_leaves_a_card(pruned, tmp_path, monkeypatch):
 
     model, plan, igia = pruned
     monkeypatch.setattr(pipeline, "identify", lambda source, **options: Identity(source, {"commit": "a" * 40}, {}))
-    run = Run(Job("acme/dense-1B", 4, Recipe()), [("a", "b")], [("a", "b")], tmp_path / "out")
+    run = Run(Job("acme/dense-1B", 4, Recipe(), kind="squared"), [("a", "b")], [("a", "b")], tmp_path / "out")
     gradpruner.save(model, run.folder / "model", plan=plan)
     (run.folder / "probe").mkdir()
     igia.save(run.folder / "probe" / "igia.safetensors")
@@ -266,7 +266,7 @@ def test_a_run_leaves_a_card(pruned, tmp_path, monkeypatch):
     text = (run.folder / "model" / "README.md").read_text()
     assert ModelCard(text).data.base_model == "acme/dense-1B"
     assert "| exact match | 0.500 | 0.500 | 100.0% |" in text
-    assert plan.kind == "squared" and "Scores (`squared`)" in text  # as this plan was chosen, whatever the job says
+    assert plan.kind == "norm" and "Scores (`norm`)" in text  # as this plan was chosen, whatever the job says
     labels = [line[""] for line in comparison(rows)]
     assert set(OF_THE_MACHINE) < set(labels) and not any(label in text for label in OF_THE_MACHINE)
 

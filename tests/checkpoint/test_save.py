@@ -42,8 +42,9 @@ print(json.dumps(out))
 def test_stock_transformers_alone_generates_token_for_token(tmp_path):
     model = lora(llama())
     igia = run(model)
-    smaller = gradpruner.apply(model, igia.plan(0.4), igia).eval()
-    gradpruner.save(smaller, tmp_path / "small", plan=igia.plan(0.4))
+    plan = igia.plan(0.4, preset="paper")
+    smaller = gradpruner.apply(model, plan, igia, preset="paper").eval()
+    gradpruner.save(smaller, tmp_path / "small", plan=plan)
     ids = model_families.tokens() % 61
     stock = subprocess.run(
         [sys.executable, "-c", STOCK, str(tmp_path / "small"), json.dumps(ids.tolist())],

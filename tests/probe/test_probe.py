@@ -158,7 +158,7 @@ def test_exact_through_autocast_and_adapters():
         loss.backward()
         optimizer.step()
     gradients = true_gradients(llama(), [0])
-    check = gradpruner.Igia.layer_scores(probe.igia)
+    check = probe.igia.layer_scores("squared")
     for j in range(len(check)):
         want = sum(g.double().square().sum() for (layer, _), g in gradients[0].items() if layer == j)
         assert float(check[j]) == pytest.approx(float(want), rel=0.1)  # bfloat16 forward and backward
@@ -279,7 +279,7 @@ def test_probe_callback_in_a_trainer(tmp_path):
     igia = gradpruner.Igia.load(tmp_path / "igia.safetensors")
     assert igia.steps == 3 and igia.estimator == "lora"
     assert torch.equal(igia.square_norms, callback.igia.square_norms)
-    smaller = gradpruner.apply(model, igia.plan(0.4), igia)
+    smaller = gradpruner.apply(model, igia.plan(0.4, preset="paper"), igia)
     assert smaller.config.num_hidden_layers == 5
 
 

@@ -71,7 +71,7 @@ def test_an_unknown_way_to_begin_an_adapter_is_refused():
     model = lora(llama())
     model.peft_config["default"].init_lora_weights = "of tomorrow"
     with pytest.raises(gradpruner.UnsupportedModel, match=r"init_lora_weights='of tomorrow'.*model as it was before"):
-        gradpruner.apply(model, gradpruner.Plan(6, drop=[1]))
+        gradpruner.apply(model, gradpruner.Plan(6, drop=[1]), adapters="discard")
 
 
 def test_looking_at_the_base_model_unfreezes_no_adapter():
@@ -93,21 +93,21 @@ def test_what_modules_to_save_trained_is_discarded_and_a_tie_is_kept(tied):
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:
                 parameter.add_(1)
-    small = gradpruner.apply(model, gradpruner.Plan(6, drop=[1, 3]))
+    small = gradpruner.apply(model, gradpruner.Plan(6, drop=[1, 3]), adapters="discard")
     assert torch.equal(small.lm_head.weight, head)
     assert (small.lm_head.weight is small.model.embed_tokens.weight) == tied
 
 
 def test_a_plan_that_removes_every_layer_with_adapters():
     model = options(layers_to_transform=[1, 3])(llama())
-    small = gradpruner.apply(model, gradpruner.Plan(6, drop=[1, 3]))
+    small = gradpruner.apply(model, gradpruner.Plan(6, drop=[1, 3]), adapters="discard")
     assert small.config.num_hidden_layers == 4 and not hasattr(small, "peft_config")
 
 
 def test_a_prompt_is_taken_off_and_nothing_else():
     base = llama()
     model = peft.get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    assert gradpruner.apply(model, gradpruner.Plan(6, drop=[1])) is base
+    assert gradpruner.apply(model, gradpruner.Plan(6, drop=[1]), adapters="discard") is base
 
 
 def test_adaption_prompt_is_refused_and_left_as_it_was():
@@ -116,7 +116,7 @@ def test_adaption_prompt_is_refused_and_left_as_it_was():
     )
     before = [name for name, _ in model.named_parameters()]
     with pytest.raises(gradpruner.UnsupportedModel, match="AdaptionPromptModel cannot be taken off"):
-        gradpruner.apply(model, gradpruner.Plan(6, drop=[1]))
+        gradpruner.apply(model, gradpruner.Plan(6, drop=[1]), adapters="discard")
     assert [name for name, _ in model.named_parameters()] == before
 
 
@@ -125,6 +125,6 @@ def test_a_mixed_peft_model_is_refused():
     model = peft.get_peft_model(llama(), config, mixed=True)
     model.add_adapter("other", peft.LoHaConfig(r=2, target_modules=["up_proj"]))
     with pytest.raises(gradpruner.UnsupportedModel, match="without a PeftModel around it"):
-        gradpruner.apply(model, gradpruner.Plan(6, drop=[1, 3, 4]))
+        gradpruner.apply(model, gradpruner.Plan(6, drop=[1, 3, 4]), adapters="discard")
     small = gradpruner.apply(model.unload().requires_grad_(True), gradpruner.Plan(6, drop=[1, 3, 4]))
     adapters.check_smaller(small, llama(), {})

@@ -19,7 +19,7 @@ def test_peft_in_plain_model_out():
     model = lora(llama())
     base = model.get_base_model()
     igia = run(model)
-    smaller = gradpruner.apply(model, igia.plan(0.4), igia)
+    smaller = gradpruner.apply(model, igia.plan(0.4, preset="paper"), igia, preset="paper")
     assert smaller is base and not any("lora" in name for name, _ in smaller.named_parameters())
     assert all(p.requires_grad for p in smaller.parameters())
     assert smaller.config.num_hidden_layers == len(smaller.model.layers) == 5
@@ -31,7 +31,7 @@ def test_probe_adapters_are_discarded_not_merged():
     model = lora(llama())
     igia = run(model, steps=6)
     plan = igia.plan(0.4, merge=0)
-    smaller = gradpruner.apply(model, plan, igia)
+    smaller = gradpruner.apply(model, plan, igia, adapters="discard")
     original = llama()
     for new, old in enumerate(plan.kept):
         for (n, a), (_, b) in zip(
@@ -49,7 +49,7 @@ def test_training_goes_on_with_a_rebuilt_optimizer():
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    smaller = gradpruner.apply(model, probe.igia.plan(0.4), probe.igia)
+    smaller = gradpruner.apply(model, probe.igia.plan(0.4, preset="paper"), probe.igia)
     rebuilt = gradpruner.rebuild_optimizer(optimizer, smaller)
     assert type(rebuilt) is torch.optim.AdamW and rebuilt.param_groups[0]["lr"] == 1e-2
     assert {id(p) for p in rebuilt.param_groups[0]["params"]} == {id(p) for p in smaller.parameters()}
@@ -68,7 +68,7 @@ def test_rebuilt_optimizer_takes_fresh_adapters():
     model = lora(llama())
     igia = run(model)
     old = torch.optim.AdamW(trainable(model), lr=3e-4, weight_decay=0.05)
-    fresh = lora(gradpruner.apply(model, igia.plan(0.4), igia))
+    fresh = lora(gradpruner.apply(model, igia.plan(0.4, preset="paper"), igia, preset="paper"))
     rebuilt = gradpruner.rebuild_optimizer(old, fresh)
     assert {id(p) for p in rebuilt.param_groups[0]["params"]} == {id(p) for p in trainable(fresh)}
     assert rebuilt.param_groups[0]["lr"] == 3e-4 and rebuilt.param_groups[0]["weight_decay"] == 0.05
@@ -115,7 +115,7 @@ def test_all_or_nothing(stage, monkeypatch):
 def test_a_plan_or_igia_of_another_model_is_refused():
     model = lora(llama())
     igia = run(model)
-    plan = igia.plan(0.4)
+    plan = igia.plan(0.4, preset="paper")
     other = llama()
     with torch.no_grad():
         other.model.layers[3].mlp.up_proj.weight.add_(0.01)
@@ -140,13 +140,13 @@ def test_a_plan_or_igia_of_another_model_is_refused():
 def test_unknown_importance_and_missing_igia_are_refused():
     model, igia = lora(llama()), None
     igia = run(model, importance=False)
-    plan = igia.plan(0.4)
+    plan = igia.plan(0.4, preset="paper")
     assert plan.merge
     with pytest.raises(gradpruner.InvalidArgument, match="igia is None"):
         gradpruner.apply(model, plan)
     with pytest.raises(gradpruner.InvalidArgument, match="no element importance"):
         gradpruner.apply(model, plan, igia)
-    assert gradpruner.apply(model, igia.plan(0.4, merge=0)).config.num_hidden_layers == 5
+    assert gradpruner.apply(model, igia.plan(0.4)).config.num_hidden_layers == 5
 
 
 def test_experts_are_merged_expert_by_expert():

@@ -76,7 +76,7 @@ def test_through_accelerate_in_a_plain_loop():
             scheduler.step()
             optimizer.zero_grad()
         if probe.finished and len(Decoder(model).layers) == LAYERS:
-            gradpruner.cut(model, optimizer, probe.igia.plan(0.4), probe.igia)
+            gradpruner.cut(model, optimizer, probe.igia.plan(0.4, preset="paper"), probe.igia, preset="paper")
     assert len(Decoder(model).layers) == LAYERS - 3
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert {int(optimizer.state[p]["step"]) for p in held} == {10 - PROBE}

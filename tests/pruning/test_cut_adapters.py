@@ -37,7 +37,7 @@ def test_the_adapter_config_says_where_the_layers_are_now(options, tmp_path):
     plan = gradpruner.Plan(LAYERS, drop=[1, 3, 6])
     for i in range(3):
         step(i)
-    gradpruner.cut(model, optimizer, plan)
+    gradpruner.cut(model, optimizer, plan, adapters="discard")
     base = without_adapters(model.get_base_model())
     gradpruner.save(base, tmp_path / "base")
     describe(model, str(tmp_path / "base"))
@@ -167,7 +167,7 @@ def test_fresh_adapters_hang_on_the_seed_and_on_nothing_else():
         optimizer = torch.optim.SGD(trainable(model), lr=1e-2)
         torch.manual_seed(seed * 7)  # the global generator neither matters nor moves
         state = torch.get_rng_state()
-        gradpruner.cut(model, optimizer, gradpruner.Plan(LAYERS, drop=[1, 3]), seed=seed)
+        gradpruner.cut(model, optimizer, gradpruner.Plan(LAYERS, drop=[1, 3]), adapters="discard", seed=seed)
         assert torch.equal(state, torch.get_rng_state())
         return tensors(model)
 

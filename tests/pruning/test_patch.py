@@ -19,7 +19,8 @@ from gradpruner import InvalidArgument, Plan
 from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.plan import gaps
 from gradpruner.pruning import patch as patch_module
-from gradpruner.pruning.patch import RIDGES, fit_patches
+from gradpruner.pruning.patch import fit_patches
+from gradpruner.pruning.patch_fit import RIDGES, GapFit
 
 
 @pytest.mark.parametrize(("name", "transposed"), [("llama", False), ("gpt2", True), ("falcon", False)])
@@ -38,30 +39,30 @@ def test_every_gap_has_its_own_fit():
     for patch in patches:
         check(patch, model, WRITERS["llama"], patch.weight.layer, patch.end, BATCHES)
         (alone,) = fit_patches(model, Plan(LAYERS, drop=list(range(patch.weight.layer + 1, patch.end + 1))), BATCHES)
-        assert torch.equal(alone.change, patch.change) and alone.left == patch.left
+        assert torch.equal(alone.change, patch.change) and alone.unexplained == patch.unexplained
 
 
 @pytest.mark.parametrize(("room", "passes"), [(0, 3), (2 * 8 * 64 * (64 + 32), 2), (3 * 8 * 64 * (64 + 32), 1)])
 def test_gaps_that_do_not_fit_beside_each_other_are_fitted_in_passes(room, passes, monkeypatch):
     model, plan = build(), Plan(LAYERS, drop=[1, 3, 5])
     at_once = fit_patches(model, plan, BATCHES)
-    held, alive, add = [], weakref.WeakSet(), patch_module._Fit._add
+    held, alive, add = [], weakref.WeakSet(), GapFit.add
 
     def adding(fit, target):
         add(fit, target)
         held[-1].add(fit.end)
         alive.add(fit)
-        assert len({fit.end for fit in alive if fit._sums[0]}) <= -(-3 // passes)
+        assert len({fit.end for fit in alive if fit.fitted is not None}) <= -(-3 // passes)
 
     monkeypatch.setattr(patch_module, "_room", lambda model: room)
-    monkeypatch.setattr(patch_module._Fit, "_add", adding)
+    monkeypatch.setattr(GapFit, "add", adding)
     model.register_forward_pre_hook(lambda *_: held.append(set()))
     in_passes = fit_patches(model, plan, iter(BATCHES))  # an iterator can be asked but once
     assert len(held) == 2 * 3 + passes * len(BATCHES)  # two of one row find each writer
     assert all(len(ends) <= -(-3 // passes) for ends in held)
     assert [p.weight for p in in_passes] == [p.weight for p in at_once]
     for one, other in zip(in_passes, at_once, strict=True):
-        assert torch.equal(one.change, other.change) and one.left == other.left
+        assert torch.equal(one.change, other.change) and one.unexplained == other.unexplained
 
 
 def test_room_is_counted_for_both_layouts_and_one_gap_always_fits():
@@ -83,13 +84,13 @@ def test_room_is_counted_for_both_layouts_and_one_gap_always_fits():
 
 
 def test_sums_grow_in_place(monkeypatch):
-    places, add = [], patch_module._Fit._add
+    places, add = [], GapFit.add
 
     def adding(fit, target):
         add(fit, target)
-        places.append([part.data_ptr() for sums in fit._sums for part in sums])
+        places.append([part.data_ptr() for sums in (fit.fitted, fit.held_out) for part in vars(sums).values()])
 
-    monkeypatch.setattr(patch_module._Fit, "_add", adding)
+    monkeypatch.setattr(GapFit, "add", adding)
     fit_patches(build(), Plan(LAYERS, drop=[2]), BATCHES)
     assert len(places) == len(BATCHES) and all(place == places[0] for place in places)
 
@@ -148,7 +149,7 @@ def test_what_is_linear_is_reproduced():
     dense = state(model)
     plan = Plan(LAYERS, drop=[3])
     patches = fit_patches(model, plan, [{"input_ids": rows} for rows in ids.split(8)])
-    assert len(patches) == 1 and patches[0].left < 1e-3
+    assert len(patches) == 1 and patches[0].unexplained < 1e-3
     cut = state(gradpruner.apply(copy.deepcopy(model), plan))
     patched = state(gradpruner.apply(model, plan, patches=patches))
     far = float((cut - dense).norm() / dense.norm())
@@ -166,7 +167,9 @@ def test_padding_counts_for_nothing():
         wide.append({k: torch.cat([inputs[k], zeros], 1) for k in ("input_ids", "attention_mask")})
     for others in (noisy, wide):
         (other,) = fit_patches(model, plan, others)
-        assert torch.allclose(other.change, patch.change, atol=1e-4) and other.left == pytest.approx(patch.left)
+        assert torch.allclose(other.change, patch.change, atol=1e-4) and other.unexplained == pytest.approx(
+            patch.unexplained
+        )
     (bare,) = fit_patches(model, plan, [{"input_ids": inputs["input_ids"]} for inputs in BATCHES])
     assert not torch.allclose(bare.change, patch.change, atol=1e-2)  # without a mask padding is text
     check(bare, model, WRITERS["llama"], 1, 3, [{"input_ids": inputs["input_ids"]} for inputs in BATCHES])
@@ -253,7 +256,7 @@ def test_half_precision_finds_its_writer_too(name, dtype):
     model = build(name).to(dtype)
     (half,) = fit_patches(model, plan, BATCHES)
     assert half.weight == full.weight and half.change.dtype == torch.float32
-    assert half.left == pytest.approx(full.left, rel=0.2)
+    assert half.unexplained == pytest.approx(full.unexplained, rel=0.2)
     weight = Decoder(model).parameter(half.weight).detach().clone()
     smaller = gradpruner.apply(model, plan, patches=[half])
     kept = Decoder(smaller)

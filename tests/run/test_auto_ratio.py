@@ -16,9 +16,10 @@ from gradpruner.cli.main import main
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.model.load import Loaded
 from gradpruner.probe.igia import Igia
+from gradpruner.probe.selection import lowest_first, margin
 from gradpruner.run import models, stages
 from gradpruner.run import run as pipeline
-from gradpruner.run.auto_ratio import Trial, candidates, choose, gap, hold_out, search
+from gradpruner.run.auto_ratio import Trial, candidates, choose, hold_out, search
 from gradpruner.run.job import Job
 from gradpruner.run.models import RunModels
 from gradpruner.training.data import Example
@@ -34,25 +35,29 @@ def source(tmp_path_factory):
 SCORES = [9e9, 333.0, 1.0, 30.0, 331.0, 2.0, 31.0, 332.0, 3.0, 32.0, 330.0, 33.0]
 
 
-def test_a_gap_is_between_the_highest_removed_and_the_lowest_kept():
-    assert gap(SCORES, 3) == pytest.approx(1 - 3 / 30)
-    assert gap(SCORES, 7) == pytest.approx(1 - 33 / 330)
-    assert gap([5.0, 2.0, 2.0, 4.0], 1) == 0
-    assert gap([5.0, 0.0, 0.0, 4.0], 1) == 0 and gap([5.0, 0.0, 0.0, 4.0], 2) == 1
-    assert gap([5.0, 1.0, 2.0], 0) == 0 and gap([5.0, 1.0, 2.0], 2) == 0  # nothing on one of the two sides
-    assert gap([1.0, 5.0, 2.0], 1, protect=()) == 0.5 and gap([1.0, 5.0, 2.0], 1, protect=(0, 1)) == 0
+def margin_at(scores, count, protect=(0,)):
+    return margin(scores, lowest_first(scores, protect)[:count], protect)
 
 
-def test_candidates_are_the_largest_gaps_of_their_part_of_the_range():
+def test_a_margin_is_between_the_highest_removed_and_the_lowest_kept():
+    assert margin_at(SCORES, 3) == pytest.approx(1 - 3 / 30)
+    assert margin_at(SCORES, 7) == pytest.approx(1 - 33 / 330)
+    assert margin_at([5.0, 2.0, 2.0, 4.0], 1) == 0
+    assert margin_at([5.0, 0.0, 0.0, 4.0], 1) == 0 and margin_at([5.0, 0.0, 0.0, 4.0], 2) == 1
+    assert margin_at([5.0, 1.0, 2.0], 0) == 0 and margin_at([5.0, 1.0, 2.0], 2) == 0  # nothing on one of the two sides
+    assert margin_at([1.0, 5.0, 2.0], 1, protect=()) == 0.5 and margin_at([1.0, 5.0, 2.0], 1, protect=(0, 1)) == 0
+
+
+def test_candidates_have_the_largest_margins_of_their_part_of_the_range():
     # 2 to 7 of 12 layers, in parts: 2 | 3 | 4 | 5 | 6, 7
     assert candidates(SCORES) == [2, 3, 4, 5, 7]
     # 3 to 18 of 30, in parts: 3-5, 6-8, 9-11, 12-14, 15-18
     scores = [0.0, *(float(2**j) for j in range(29))]
-    assert candidates(scores) == [3, 6, 9, 12, 15]  # all gaps alike: the smaller counts
+    assert candidates(scores) == [3, 6, 9, 12, 15]  # all margins alike: the smaller counts
     for last in (5, 7, 11, 13, 18):
         scores = [0.0, *(1.0 + j + 1e3 * (j >= last) for j in range(29))]
         assert last in candidates(scores), last
-    steep = candidates([7.0] * 4 + [0.0] * 26)  # zeros among zeros, and no part with a gap
+    steep = candidates([7.0] * 4 + [0.0] * 26)  # zeros among zeros, and no part with a margin
     assert steep == [3, 6, 9, 12, 15]
     assert candidates([1.0, 0.0, 0.0, 0.0, 0.0, 3.0, 3.0, 3.0, 3.0, 3.0]) == [1, 2, 3, 4, 5]
 
@@ -259,9 +264,9 @@ def test_a_run_of_all_stages(source, tmp_path, monkeypatch, capsys):
     assert results["auto"] == auto and auto["count"] == 3 and auto["candidates"] == [1, 2, 3]
     assert len(results["plan"]["kept"]) == 3 and auto["spent"] == 9
     scores = results["probe"]["layer_scores"]
-    assert [t["gap"] for t in auto["trials"]] == [gap(scores, 2), gap(scores, 3)]
+    assert [t["margin"] for t in auto["trials"]] == [margin_at(scores, 2), margin_at(scores, 3)]
     page = (out / "report.html").read_text()
-    assert "3 of 6 layers go" in page and "took 9 steps beyond" in page and "gap at the cut" in page
+    assert "3 of 6 layers go" in page and "took 9 steps beyond" in page and "margin at the cut" in page
     assert len(results["probe"]["watched"]) == 6 and "watched of each layer" in page
     assert auto["reason"] in said.out and "chosen" in said.out and f"auto: {auto['reason']}" in said.err
 
@@ -381,9 +386,9 @@ def test_a_plan_alone_cannot_choose(capsys):
     assert stop.value.code == 2 and "invalid number 'most'" in capsys.readouterr().err
 
 
-def test_the_gap_is_the_margin_of_the_plan(source, tmp_path):
+def test_the_margin_is_that_of_the_plan(source, tmp_path):
     job = run(source, tmp_path / "out")
     igia: Igia = job.run_probe()
     scores = igia.layer_scores().tolist()
     for count in (1, 2, 3, 4, 5):
-        assert gap(scores, count) == pytest.approx(igia.margin(igia.plan(count=count)))
+        assert margin_at(scores, count) == pytest.approx(igia.margin(igia.plan(count=count)))

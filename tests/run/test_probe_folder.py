@@ -51,10 +51,10 @@ def test_keep_is_merge_and_unload_then_cut():
         assert torch.allclose(kept(ids).logits, expected(ids).logits, atol=1e-5)
 
 
-def test_discard_is_the_default_and_leaves_no_trace():
+def test_discard_leaves_no_trace():
     plan, plain = gradpruner.Plan(LAYERS, drop=[1, 4, 5]), llama()
     want = gradpruner.apply(plain, plan).state_dict()
-    for options in ({}, {"adapters": "discard"}):
+    for options in ({"preset": "paper"}, {"adapters": "discard"}):
         assert same_state(gradpruner.apply(trained(), plan, **options), want)
 
 
@@ -67,7 +67,7 @@ def test_keep_adds_to_what_was_merged():
         for name, module in model.get_base_model().named_modules()
         if hasattr(module, "get_delta_weight")
     }
-    merged = gradpruner.apply(copy.deepcopy(model), plan, igia)
+    merged = gradpruner.apply(copy.deepcopy(model), plan, igia, adapters="discard")
     kept = gradpruner.apply(model, plan, igia, adapters="keep")
     for new, old in enumerate(plan.kept):
         for name, got in kept.model.layers[new].named_parameters():
@@ -122,7 +122,8 @@ def test_what_cannot_be_kept_is_refused_and_nothing_changed(make, error, message
     assert now.keys() == before.keys()
     assert all(torch.equal(now[k].nan_to_num(7.0), v.nan_to_num(7.0)) for k, v in before.items())
     assert model.config.to_dict() == config and [id(m) for m in model.modules()] == modules
-    assert gradpruner.apply(model, gradpruner.Plan(LAYERS, drop=[1, 4])).config.num_hidden_layers == LAYERS - 2
+    discarded = gradpruner.apply(model, gradpruner.Plan(LAYERS, drop=[1, 4]), adapters="discard")
+    assert discarded.config.num_hidden_layers == LAYERS - 2
 
 
 def test_another_word_is_refused():
@@ -131,11 +132,11 @@ def test_another_word_is_refused():
 
 
 def test_a_failed_cut_keeps_the_adapters_where_they_are(monkeypatch):
-    from gradpruner.pruning import apply as merge
+    from gradpruner.pruning import apply as apply_module
 
     model = trained()
     before, config = snapshot(model)
-    monkeypatch.setattr(merge, "differ", lambda a, b, dtype: 1.0)
+    monkeypatch.setattr(apply_module, "differ", lambda a, b, dtype: 1.0)
     with pytest.raises(UnsupportedModel, match="nothing was changed"):
         gradpruner.apply(model, gradpruner.Plan(LAYERS, drop=[1]), adapters="keep")
     assert same_state(model, before) and model.config.to_dict() == config

@@ -164,9 +164,9 @@ def check_scores(case: Case, igia: gradpruner.Igia, seen: Seen) -> str:
         assert got == pytest.approx(want, rel=rel), kind
     if case.uneven:
         with pytest.raises(gradpruner.ProbeError, match="cannot be compared"):
-            igia.plan(count=3, merge=1)
+            igia.plan(count=3, kind="squared", merge=1)
         return f"{len(igia.weights)} weights, no plan"
-    chosen = igia.plan(count=3, merge=1)
+    chosen = igia.plan(count=3, kind="squared", merge=1)
     scores = seen.scores("squared")
     lowest = sorted(range(1, LAYERS), key=lambda j: (scores[j], -j))[:3]
     assert sorted(chosen.removed) == sorted(lowest), (chosen, scores)
@@ -292,15 +292,15 @@ def unquantised(case: Case) -> Row:
     case.after(model)
     plan = gradpruner.Plan(LAYERS, drop=[1, 4], merge=[DONOR], model=igia.model)
     before = state(model)
-    if refused(case, row, "apply", lambda: gradpruner.apply(model, plan, igia)):
+    if refused(case, row, "apply", lambda: gradpruner.apply(model, plan, igia, adapters="discard")):
         assert all(torch.equal(value, before[name]) for name, value in state(model).items())
         model = copy.deepcopy(original)  # what the refusal says to do
-    small = gradpruner.apply(model, plan, igia)
+    small = gradpruner.apply(model, plan, igia, adapters="discard")
     changed, row.merged = merged_weights(case, seen, dense, small, names)
     check_smaller(small, dense, changed)
     torch.manual_seed(1)
     fresh = case.base() if row.result != "works" else case.adapt(case.base())
-    check_smaller(gradpruner.apply(fresh, gradpruner.Plan(LAYERS, drop=REMOVED)), original, {})
+    check_smaller(gradpruner.apply(fresh, gradpruner.Plan(LAYERS, drop=REMOVED), adapters="discard"), original, {})
     row.dropped = "logits"
     return row
 
@@ -325,13 +325,13 @@ def quantised(case: Case, folder: Path) -> Row:
     changed, row.merged = merged_weights(case, seen, original, small, names)
     check_smaller(small, original, changed)
     with pytest.raises(gradpruner.UnsupportedModel, match="merge into the full-precision checkpoint"):
-        gradpruner.apply(model, plan, igia)
+        gradpruner.apply(model, plan, igia, adapters="discard")
     drop = gradpruner.Plan(LAYERS, drop=REMOVED, model=igia.model)
-    if refused(case, row, "apply", lambda: gradpruner.apply(model, drop)):
+    if refused(case, row, "apply", lambda: gradpruner.apply(model, drop, adapters="discard")):
         return row
     with model.disable_adapter():
         want = skipping(plain(model), batch(7))
-    smaller = gradpruner.apply(model, drop)
+    smaller = gradpruner.apply(model, drop, adapters="discard")
     assert type(bare(layers_of(smaller)[1].get_submodule(names[0]))).__module__.startswith("bitsandbytes")
     with torch.no_grad():
         torch.testing.assert_close(smaller.eval()(input_ids=batch(7), use_cache=False).logits, want)

@@ -62,10 +62,10 @@ def same_as_one_process(folder, wrapper, estimator):
     assert_same_importance(loaded.importance, seen.importance, rel=0)
     # the merged model
     before = values_of(plain)
-    expected = gradpruner.apply(plain, plan, alone)
+    expected = gradpruner.apply(plain, plan, alone, adapters="discard")
     whole = sum(v.numel() * v.element_size() for v in before.values())
     with equality.Gathered() as gathered:
-        small = gradpruner.apply(model, plan, seen)
+        small = gradpruner.apply(model, plan, seen, adapters="discard")
     assert gathered.peak < whole / 10
     assert all(is_sharded(p) == (wrapper != "DDP") for p in small.parameters())  # nothing stays gathered
     merged, wanted = values_of(small), values_of(expected)
@@ -188,7 +188,7 @@ def gathered_before():
     with torch.no_grad():
         model(input_ids=torch.ones(1, 4, dtype=torch.long))
     assert not any(is_sharded(p) for p in model.parameters())
-    merged = values_of(gradpruner.apply(model, plan_of(seen), seen))
+    merged = values_of(gradpruner.apply(model, plan_of(seen), seen, adapters="discard"))
     for name, value in values_of(gradpruner.apply(plain, plan_of(alone), alone)).items():
         torch.testing.assert_close(merged[name], value, rtol=0, atol=WEIGHTS)
 
@@ -275,7 +275,7 @@ def failed_saves(folder):
     model, _, seen = probed("lora", "DDP")
     with pytest.raises(gradpruner.GradPrunerError):
         seen.save(folder / "no" / "such" / "igia.safetensors" / "\0")
-    small = gradpruner.apply(model, plan_of(seen), seen)
+    small = gradpruner.apply(model, plan_of(seen), seen, adapters="discard")
     with pytest.raises(gradpruner.InvalidArgument, match="folder differs"):
         gradpruner.save(small, folder / f"own{distributed.get_rank()}")
     with pytest.MonkeyPatch.context() as patch:

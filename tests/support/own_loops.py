@@ -20,8 +20,8 @@ def probe_and_cut(model, optimizer, step, **options):
     with probe.watching(optimizer, PROBE):
         for i in range(PROBE):
             step(i)
-    plan = probe.igia.plan(0.4)
-    gradpruner.cut(model, optimizer, plan, probe.igia, **options)
+    plan = probe.igia.plan(0.4, preset="paper")
+    gradpruner.cut(model, optimizer, plan, probe.igia, preset="paper", **options)
     return plan, probe.igia
 
 

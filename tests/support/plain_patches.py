@@ -90,4 +90,4 @@ def check(patch, model, path, layer, end, batches):
     assert patch.change.dtype == torch.float32 and patch.change.shape == patch.weight.shape
     got = (patch.change if patch.weight.transposed else patch.change.T).double()
     assert float((got - change).norm()) < 1e-3 * float(change.norm())
-    assert patch.left == pytest.approx(left, rel=1e-3) and 0 < left < 1
+    assert patch.unexplained == pytest.approx(left, rel=1e-3) and 0 < left < 1

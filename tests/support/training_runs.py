@@ -17,7 +17,7 @@ from transformers import (
 
 import gradpruner
 from gradpruner.checkpoint import save as checkpoint
-from gradpruner.pruning import apply as merge
+from gradpruner.pruning import apply as apply_module
 
 LAYERS, STEPS, PROBE = 8, 12, 5
 
@@ -94,8 +94,8 @@ def run_and_die(out: str, kind: str, moment: str) -> None:
             die() if state.global_step == 4 else before(args, state, control, **rest)
         )
     elif moment == "apply":  # some weights are folded already
-        fold, calls = merge._fold, []
-        merge._fold = lambda *args: die() if len(calls) == 3 else (calls.append(1), fold(*args))[1]
+        fold, calls = apply_module.merge_into, []
+        apply_module.merge_into = lambda *args: die() if len(calls) == 3 else (calls.append(1), fold(*args))[1]
     elif moment == "save of the base":  # files are written, and have no name yet
         checkpoint.verify = die
     elif moment in ("save of step 3", "save of step 6"):  # the model's file is there, the optimizer's is not

@@ -1,4 +1,4 @@
-"""How a step's gradient is read, one estimator a file. All of them look like `Reader` to the probe."""
+"""How the gradient of a step is read: one file per estimator, one protocol for all."""
 
 from __future__ import annotations
 
@@ -13,41 +13,48 @@ from gradpruner.probe.importance import Dense, Factors
 
 
 class Reader(Protocol):
-    """What the probe needs of an estimator."""
+    """What the probe needs of an estimator.
+
+    In several processes, all methods but `trained` and `close` are collectives.
+
+    Args:
+        name: name of the estimator.
+        weights: the watched weights.
+        adapters: rank and scale of the adapter of each weight; empty for gradients of the weights themselves.
+        devices: where the gradients of the last `read` were, wherever the weights are.
+    """
 
     name: str
     weights: tuple[Weight, ...]
-    adapters: tuple[str, ...]  # of each weight, rank and scale of what adapts it; () for gradients of the weights
-    devices: set[torch.device]  # of the gradients of the last `read`, wherever the weights are
+    adapters: tuple[str, ...]
+    devices: set[torch.device]
 
     def trained(self) -> list[tuple[int, Tensor]]:
-        """The parameters whose .grad is read, or added to, each with its layer."""
+        """The parameters whose gradients are read, each with its layer."""
         ...
 
     def read(self, inverse_scale: Tensor | None) -> Tensor:
-        """||G||_F^2 of every weight for the step about to be taken, float64 (n,) in host memory.
+        """Read the gradients of the step that is about to be taken.
 
-        The copy may still be under way, as those of what is pending may: until the `devices` have come to where they
-        were told to. inverse_scale: 1 / loss scale where gradients are still scaled.
+        `inverse_scale` is 1 / loss scale where gradients are still scaled. Returns the squared Frobenius norm of the
+        gradient of every weight, float64 of shape (n,) in host memory. The copy may still be under way until the
+        `devices` have finished what they were given. The step is pending until `settle`.
         """
         ...
 
     def settle(self, usable: list[Tensor | None]) -> None:
-        """Of the oldest pending steps keep those whose square norms are given, forget those that are None.
+        """Keep or forget the oldest pending steps: each has its square norms, or None.
 
-        Their copies have arrived. Steps that were read after them stay pending.
+        The copies of these steps have arrived. Later steps stay pending.
         """
         ...
 
     def importance(self) -> Mapping[tuple[int, str], Factors | Dense]:
-        """What was kept so far, by layer and weight name; empty if only sums were asked for.
-
-        In several processes a collective, as `read` and `restore` are.
-        """
+        """The importance so far, by layer and weight name; empty if only scores were asked for."""
         ...
 
     def restore(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> None:
-        """Go on from what another reader of the same model had kept."""
+        """Go on from the importance that another reader of the same model had collected."""
         ...
 
     def close(self) -> None:

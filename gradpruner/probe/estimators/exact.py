@@ -1,4 +1,7 @@
-"""The true gradient of every linear weight, squared inside the backward pass that computes it (D, `exact`)."""
+"""The estimator "exact": the true gradient of each linear, squared in the backward pass.
+
+Source: docs/method.md, section 1 (D).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from gradpruner.errors import InvalidArgument, ProbeError
+from gradpruner.checks import check_int
+from gradpruner.errors import ProbeError
 from gradpruner.model.decoder import Decoder, Weight, linear_modules
 from gradpruner.model.fused_linear import fuse, is_replaced, unfuse
 from gradpruner.model.linears import is_transposed
@@ -20,40 +24,47 @@ from gradpruner.probe.importance import Dense, Factors
 class ExactReader:
     """Replaces the forward of each linear in the decoder layers while the probe watches.
 
-    Its unit is the micro-batch, before clipping, on one process; a linear that runs more than once in the backward pass
-    of a micro-batch is refused, by ProbeError in the first step. A frozen weight's gradient is never stored; F
-    stays on the weight's device (4 bytes an entry; importance=False keeps only sums). Costs the weight-gradient
-    product that a frozen weight otherwise skips. Raises ProbeError if no plain linear is found.
+    Its unit is the micro-batch of one process, before clipping. The gradient of a frozen weight is never stored. F
+    stays on the device of the weight, 4 bytes per entry. It costs the weight-gradient product that a frozen weight
+    otherwise skips. A linear that runs more than once in one backward pass is refused in the first step.
+
+    Args:
+        decoder: the model.
+        importance: False keeps only the sums for layer scores.
+        micro_batches: backward calls per optimizer step.
+
+    Raises:
+        ProbeError: there is no plain linear, or something else has replaced the forward of one.
+        InvalidArgument: `micro_batches` is no number of calls.
     """
 
     name = "exact"
     adapters: tuple[str, ...] = ()
 
     def __init__(self, decoder: Decoder, *, importance: bool, micro_batches: int) -> None:
-        if not isinstance(micro_batches, int) or micro_batches < 1:
-            raise InvalidArgument(f"micro_batches = {micro_batches!r}; expected 1 or more")
+        check_int("micro_batches", micro_batches, 1, "a number of backward calls per step")
         self._importance, self._micro_batches = importance, micro_batches
-        found: list[tuple[Weight, nn.Module]] = []
+        linears: list[tuple[Weight, nn.Module]] = []
         for index in range(len(decoder.layers)):
             modules = linear_modules(decoder, index)
             for weight in decoder.weights:
                 module = modules.get(weight.name) if weight.layer == index else None
                 if type(module) is nn.Linear or (module is not None and is_transposed(module)):
-                    found.append((weight, module))
-        if not found:
+                    linears.append((weight, module))
+        if not linears:
             raise ProbeError("estimator 'exact': the decoder layers hold no plain linear layer")
-        hooked = [weight.name for weight, module in found if is_replaced(module)]
+        hooked = [weight.name for weight, module in linears if is_replaced(module)]
         if hooked:
             raise ProbeError(f"estimator 'exact': something else has replaced the forward of {hooked[0]}")
-        self.weights: tuple[Weight, ...] = tuple(weight for weight, _ in found)
-        self._modules = [module for _, module in found]
-        self._totals: list[Tensor] = []  # a vector for neighbours on one device
+        self.weights: tuple[Weight, ...] = tuple(weight for weight, _ in linears)
+        self._modules = [module for _, module in linears]
+        self._totals: list[Tensor] = []  # one vector for neighbours on one device
         self._squares: list[WeightSquares] = []
         for device, group in itertools.groupby(self._modules, lambda module: module.weight.device):
-            here = list(group)
-            totals = torch.zeros(len(here), dtype=torch.float64, device=device)
+            neighbours = list(group)
+            totals = torch.zeros(len(neighbours), dtype=torch.float64, device=device)
             self._totals.append(totals)
-            for module, total in zip(here, totals.unbind(), strict=True):
+            for module, total in zip(neighbours, totals.unbind(), strict=True):
                 self._squares.append(self._new_squares(module, total))
         self.devices = {totals.device for totals in self._totals}
         for module, squares in zip(self._modules, self._squares, strict=True):
@@ -71,7 +82,7 @@ class ExactReader:
         return [(weight.layer, module.weight) for weight, module in pairs if module.weight.requires_grad]  # type: ignore[misc]
 
     def read(self, inverse_scale: Tensor | None) -> Tensor:
-        """The sums since the last step, then zero: one copy per device, which nothing waits for."""
+        """Copy the sums since the last step, one copy per device, and set them to zero."""
         if inverse_scale is not None:
             raise ProbeError("estimator 'exact' squares gradients before they are unscaled; use it without GradScaler")
         for squares, module, weight in zip(self._squares, self._modules, self.weights, strict=True):
@@ -93,10 +104,10 @@ class ExactReader:
         return norms
 
     def settle(self, usable: list[Tensor | None]) -> None:
-        """Nothing is ever pending: the op itself leaves out what is not finite."""
+        """Do nothing: no step is ever pending, and the op itself leaves out what is not finite."""
 
     def importance(self) -> dict[tuple[int, str], Factors | Dense]:
-        """F of every weight, moved to host memory."""
+        """Copy F of every weight to host memory."""
         return {
             (weight.layer, weight.name): Dense(squares.igia.to("cpu"))
             for weight, squares in zip(self.weights, self._squares, strict=True)
@@ -104,7 +115,7 @@ class ExactReader:
         }
 
     def restore(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> None:
-        """F goes back to the devices of its weights."""
+        """Copy F back to the devices of its weights."""
         for weight, squares in zip(self.weights, self._squares, strict=True):
             if squares.igia is not None:
                 squares.igia.copy_(importance[weight.layer, weight.name].dense().f)

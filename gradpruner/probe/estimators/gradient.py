@@ -1,4 +1,8 @@
-"""Full fine-tuning: the gradient of each weight as the optimizer is about to use it, or Adam's memory of it."""
+"""The estimators "gradient" and "adam", for full fine-tuning.
+
+"gradient" reads the gradient of each weight as the optimizer is about to use it. "adam" reads Adam's running mean of
+the squared gradients.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +27,20 @@ from gradpruner.probe.importance import Dense, Factors, shared
 
 
 class GradientReader:
-    """F = sum over steps of W.grad ** 2, in host memory (P eq. 3). Raises ProbeError if no weight trains.
+    """Sums W.grad ** 2 over the steps into F, in host memory (P eq. 3).
 
-    F takes 4 bytes per entry, for which a device that trains all weights has no room to promise. So with importance
-    every step waits for its norms, and moves each gradient through two pinned buffers to be squared by the CPU: the
-    step takes longer by that copy or by that squaring, whichever is slower. Without importance nothing is waited for.
-    Of several processes (`peers`) each keeps F of its own layers, or, where the gradients are sharded, of its shards.
+    F takes 4 bytes per entry. A device that trains all weights has no room for it. So with importance, every step
+    waits for its norms and moves each gradient through two pinned buffers to the CPU, which squares it. The step takes
+    longer by the copy or by the squaring, whichever is slower. Without importance, nothing is waited for.
+
+    Args:
+        decoder: the model.
+        importance: False keeps only the norms for layer scores.
+        peers: the processes that train the model together. Each holds F of its own layers, or of its shards where the
+            gradients are sharded.
+
+    Raises:
+        ProbeError: no linear weight of the decoder layers trains.
     """
 
     name = "gradient"
@@ -47,7 +59,7 @@ class GradientReader:
         return [(weight.layer, self._decoder.parameter(weight)) for weight in self.weights]
 
     def read(self, inverse_scale: Tensor | None) -> Tensor:
-        """Norms of this step; F only grows by a step whose gradients are all finite."""
+        """Compute the norms of this step. One that is not finite adds nothing to F."""
         parameters = [self._decoder.parameter(weight) for weight in self.weights]
         lengths: list[Tensor | None] = []
         by_group: dict[Any, list[int]] = {}
@@ -72,7 +84,7 @@ class GradientReader:
         return norms
 
     def _gradients(self, parameters: Sequence[Tensor], present: list[int]) -> Iterator[tuple[Weight, Tensor]]:
-        """One after another, asked for again: of all at once there may be no room."""
+        """Yield gradients one after another: there may be no room for all of them at once."""
         for i in present:
             grad = gradient_of(parameters[i])
             if grad is not None and self._keeps(self.weights[i], grad):
@@ -82,14 +94,14 @@ class GradientReader:
         return rows_of(stored) is not None or self._peers is None or self._peers.keeps(weight.layer)
 
     def settle(self, usable: list[Tensor | None]) -> None:
-        """Nothing is ever pending."""
+        """Do nothing: no step is ever pending."""
 
     def importance(self) -> Mapping[tuple[int, str], Factors | Dense]:
         """F of every weight that had a gradient."""
         return self._shared(self._f)
 
     def _shared(self, kept: dict[Weight, Tensor]) -> Mapping[tuple[int, str], Factors | Dense]:
-        """What this process keeps of F, and what the others do."""
+        """Make one mapping of the parts of F that the processes hold."""
         own: dict[tuple[int, str], Factors | Dense] = {}
         sharded: dict[tuple[int, str], Callable[[], Factors | Dense]] = {}
         for weight, f in kept.items():
@@ -101,9 +113,9 @@ class GradientReader:
         return shared(own, sharded, self._peers)
 
     def restore(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> None:
-        """F goes on growing from what it was."""
+        """Go on adding to F."""
         for weight in self.weights:
-            known = importance.get((weight.layer, weight.name))  # by all processes alike: it may be a collective
+            known = importance.get((weight.layer, weight.name))  # all processes ask: it may be a collective
             stored = self._decoder.parameter(weight)
             if known is None or not self._keeps(weight, stored):
                 continue
@@ -115,9 +127,20 @@ class GradientReader:
 
 
 class AdamReader(GradientReader):
-    """F from Adam's exp_avg_sq: no memory of its own, valid from fresh state while beta2 ** t is near 1 (D).
+    """Reads F from Adam's exp_avg_sq, without memory of its own (D).
 
-    Raises ProbeError where exp_avg_sq would not be F: `why_not` says why.
+    exp_avg_sq is F up to a constant if the optimizer starts without state, and while beta2 ** t is near 1.
+
+    Args:
+        decoder: the model.
+        optimizer: torch's Adam or AdamW.
+        steps: number of steps that will be watched.
+        importance: False keeps only the norms for layer scores.
+        begun: the state already holds the first steps of this probe, which was interrupted.
+        peers: the processes that train the model together.
+
+    Raises:
+        ProbeError: exp_avg_sq would not be F, see `why_not_adam`; or no linear weight trains.
     """
 
     name = "adam"
@@ -139,7 +162,7 @@ class AdamReader(GradientReader):
             raise ProbeError(f"estimator 'adam': {reason}; use estimator='gradient'")
 
     def importance(self) -> Mapping[tuple[int, str], Factors | Dense]:
-        """exp_avg_sq of every weight. Raises ProbeError if a non-finite gradient has got into it."""
+        """Read exp_avg_sq of every weight. Raises ProbeError if it is not finite."""
         kept: dict[Weight, Tensor] = {}
         with together(self._peers):
             for weight in self.weights if self._wanted else ():
@@ -157,13 +180,22 @@ class AdamReader(GradientReader):
         return self._shared(kept)
 
     def restore(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> None:
-        """Nothing to do: F is in the optimizer's state, which whoever resumes the training restores."""
+        """Do nothing: F is in the state of the optimizer, which the training loop restores."""
 
 
 def why_not_adam(decoder: Decoder, optimizer: object, steps: int, *, begun: bool = False) -> str | None:
-    """Why this optimizer's exp_avg_sq is not F up to a constant, None if it is (docs/method.md, section 1).
+    """Tell why the exp_avg_sq of an optimizer would not be F up to a constant.
 
-    begun: its state holds the first steps of a probe that was interrupted, and no others.
+    Args:
+        decoder: the model.
+        optimizer: the optimizer.
+        steps: number of steps that will be watched.
+        begun: its state holds the first steps of a probe that was interrupted, and no others.
+
+    Returns:
+        The reason, or None if it would be F.
+
+    Source: docs/method.md, section 1.
     """
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         return f"the optimizer is {type(optimizer).__name__}, not torch's Adam or AdamW"
@@ -184,7 +216,7 @@ def why_not_adam(decoder: Decoder, optimizer: object, steps: int, *, begun: bool
 
 
 def _other(decoder: Decoder) -> str:
-    """What to do where only adapters of another kind train."""
+    """Say what to do where only adapters of another kind train."""
     configs = getattr(peft_of(decoder.given), "peft_config", {}).values()
     kinds = ", ".join(sorted({getattr(config.peft_type, "value", "adapter") for config in configs}))
     return f"; the probe reads no adapter of kind {kinds}: estimator='exact' reads frozen weights" if kinds else ""
@@ -195,14 +227,14 @@ def _gathered(shard: Tensor, layout: Layout) -> Dense:
 
 
 def _squared(lengths: list[Tensor | None], factor: Tensor | None) -> Tensor:
-    """(factor * length) ** 2 of each, zero for none: float64 in host memory, one copy for neighbours on one device."""
+    """(factor * length) ** 2 of each, 0 for None, float64 in host memory."""
     parts = []
     for device, group in itertools.groupby(lengths, lambda length: None if length is None else length.device):
-        here = list(group)
+        neighbours = list(group)
         if device is None:
-            parts.append(torch.zeros(len(here), dtype=torch.float64))
+            parts.append(torch.zeros(len(neighbours), dtype=torch.float64))
             continue
-        squares = torch.stack([length for length in here if length is not None]).double().square()
+        squares = torch.stack([length for length in neighbours if length is not None]).double().square()
         parts.append(squares if factor is None else squares * factor.to(device).double().square())
     return joined(parts)
 

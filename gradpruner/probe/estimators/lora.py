@@ -1,4 +1,7 @@
-"""LoRA: the simulated weight gradient G = gB gA of each adapter, kept as its two factors (P eq. 2)."""
+"""The estimator "lora": the gradient G = gB gA of each adapter, kept as its two factors.
+
+Source: docs/method.md, section 1 (P eq. 2).
+"""
 
 from __future__ import annotations
 
@@ -25,22 +28,30 @@ INSTEAD = "estimator='exact' reads the frozen weights' own gradients, whatever a
 
 @dataclass
 class _Kept:
-    """What is stored of one weight: factors, `size` bytes of them, or a matrix once that is smaller."""
+    """What is stored of one weight: factors, or a matrix once that is smaller."""
 
     factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    size: int = 0
+    size: int = 0  # bytes of the factors
     dense: Tensor | None = None
-    exponents: tuple[int, int] | None = None
+    exponents: tuple[int, int] | None = None  # see `Factors`
 
 
 class LoraReader:
-    """Reads gA (r, in) and gB (out, r) of every adapter in the decoder layers, once an optimizer step.
+    """Reads gA (r, in) and gB (out, r) of every adapter, once per optimizer step.
 
-    Norms come from Gram matrices; the factors go to host memory, all of a step in one block. A weight's factors are
-    folded into one dense float32 matrix as soon as they would take more room than it (the crossover: t r (in + out)
-    against in out, in elements weighted by their size), so host memory is bounded whatever t and r. Of several
-    processes (`peers`) each reads all gradients, gathered where they are sharded, and keeps the factors of its own
-    layers. Raises ProbeError if the decoder layers hold no LoRA adapter.
+    Norms come from Gram matrices. The factors are copied to host memory, all of a step in one block. As soon as the
+    factors of a weight would take more room than one dense float32 matrix, they are summed into it: when t r (in + out)
+    elements are larger than in out. So host memory is bounded whatever t and r.
+
+    Args:
+        decoder: the model.
+        importance: False keeps only the norms for layer scores.
+        factor_dtype: dtype of the stored factors.
+        peers: the processes that train the model together. Each reads all gradients, gathered where they are sharded,
+            and holds the factors of its own layers.
+
+    Raises:
+        ProbeError: the decoder layers hold no LoRA adapter that trains, or one of a kind that cannot be read.
     """
 
     name = "lora"
@@ -50,7 +61,7 @@ class LoraReader:
     ) -> None:
         self._importance, self._dtype, self._peers = importance, factor_dtype, peers
         known = {(w.layer, w.name): w for w in decoder.weights}
-        found = []
+        adapted = []
         for index, layer in enumerate(decoder.layers):
             for path, module in layer.named_modules():
                 if not (hasattr(module, "lora_A") and hasattr(module, "lora_B") and hasattr(module, "base_layer")):
@@ -63,22 +74,22 @@ class LoraReader:
                     )
                 if (index, name) in known and _trained(module):
                     _check_factors(module, index, known[index, name])
-                    found.append((index, name, module))
-        if not found:
+                    adapted.append((index, name, module))
+        if not adapted:
             raise ProbeError("estimator 'lora': the decoder layers hold no LoRA adapter on a linear layer that trains")
-        self._modules = [module for _, _, module in found]
-        self.weights: tuple[Weight, ...] = tuple(known[index, name] for index, name, _ in found)
+        self._modules = [module for _, _, module in adapted]
+        self.weights: tuple[Weight, ...] = tuple(known[index, name] for index, name, _ in adapted)
         self.adapters: tuple[str, ...] = tuple(_rank_and_scale(module) for module in self._modules)
-        self._kept = [_Kept() for _ in found]
-        self._pending: list[list[tuple[Tensor, Tensor] | None]] = []  # of each step, a pair or none of each weight
+        self._kept = [_Kept() for _ in adapted]
+        self._pending: list[list[tuple[Tensor, Tensor] | None]] = []  # per step: for each weight a pair, or None
         self.devices: set[torch.device] = set()
 
     def trained(self) -> list[tuple[int, Tensor]]:
-        """A and B of every active adapter."""
+        """A and B of every active adapter, each with its layer."""
         return [(w.layer, p) for w, m in zip(self.weights, self._modules, strict=True) for p in _trained(m)]
 
     def read(self, inverse_scale: Tensor | None) -> Tensor:
-        """Norms of this step's pairs; the pairs themselves are queued for `settle`."""
+        """Compute the norms of this step's pairs, and queue the pairs for `settle`."""
         pairs = [_pair(module, inverse_scale) for module in self._modules]
         self.devices = {pair[0].device for pair in pairs if pair is not None}
         norms = []
@@ -87,12 +98,12 @@ class LoraReader:
             if device is None:
                 norms.append(torch.zeros(len(list(group)), dtype=torch.float64))
                 continue
-            here = [pair for pair in group if pair is not None]
-            norms.append(ops.gram_norm([a for a, _ in here], [b for _, b in here]))
+            present = [pair for pair in group if pair is not None]
+            norms.append(ops.gram_norm([a for a, _ in present], [b for _, b in present]))
         if self._importance:
-            wanted = [pair if self._keeps(weight) else None for pair, weight in zip(pairs, self.weights, strict=True)]
-            copies = iter(to_host([factor for pair in wanted if pair is not None for factor in pair], self._dtype))
-            self._pending.append([None if pair is None else (next(copies), next(copies)) for pair in wanted])
+            own = [pair if self._keeps(weight) else None for pair, weight in zip(pairs, self.weights, strict=True)]
+            copies = iter(to_host([factor for pair in own if pair is not None for factor in pair], self._dtype))
+            self._pending.append([None if pair is None else (next(copies), next(copies)) for pair in own])
         return joined(norms)
 
     def _keeps(self, weight: Weight) -> bool:
@@ -121,25 +132,25 @@ class LoraReader:
 
     def importance(self) -> Mapping[tuple[int, str], Factors | Dense]:
         """Factors or F of every weight that had a gradient."""
-        found: dict[tuple[int, str], Factors | Dense] = {}
+        own: dict[tuple[int, str], Factors | Dense] = {}
         for kept, weight in zip(self._kept, self.weights, strict=True):
             first, second = kept.exponents or (0, 0)
             exponents = (second, first) if weight.transposed else (first, second)
             if kept.dense is not None:
-                found[weight.layer, weight.name] = Dense(kept.dense, exponents)
+                own[weight.layer, weight.name] = Dense(kept.dense, exponents)
             elif kept.factors:
                 rank = max(a.shape[0] for a, _ in kept.factors)  # another adapter may have become the active one
                 pairs = [_oriented(*_padded(a, b, rank), weight) for a, b in kept.factors]
                 a, b = torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
-                kept.factors = _unstacked(a, b, weight)  # held once, should the probe go on
+                kept.factors = _unstacked(a, b, weight)  # the tensors are held once if the probe continues
                 kept.size = _size_of((a, b))
-                found[weight.layer, weight.name] = Factors(a, b, exponents)
-        return shared(found, {}, self._peers)
+                own[weight.layer, weight.name] = Factors(a, b, exponents)
+        return shared(own, {}, self._peers)
 
     def restore(self, importance: Mapping[tuple[int, str], Factors | Dense]) -> None:
-        """Factors go on to be collected, matrices to be added to."""
+        """Go on collecting factors, and adding to matrices."""
         for kept, weight in zip(self._kept, self.weights, strict=True):
-            known = importance.get((weight.layer, weight.name))  # by all processes alike: it may be a collective
+            known = importance.get((weight.layer, weight.name))  # all processes ask: it may be a collective
             if known is None or not self._keeps(weight):
                 continue
             first, second = known.exponents
@@ -160,18 +171,19 @@ def _active(module: Any) -> list[str]:
 
 
 def _trained(module: Any) -> list[Tensor]:
-    """What trains of the adapters in use: A and B, no bias. AdaLoRA has bare parameters, and is refused later."""
+    """A and B of the adapters in use, where they train; no bias."""
+    # AdaLoRA has bare parameters. It is refused later.
     factors = [factors[adapter] for adapter in _active(module) for factors in (module.lora_A, module.lora_B)]
     return [p for p in (getattr(factor, "weight", factor) for factor in factors) if p.requires_grad]
 
 
 def _rank_and_scale(module: Any) -> str:
-    """What G has of the adapters besides the gradient: with another rank or scale it is larger or smaller for that."""
+    """Rank and scale of the adapters in use: with others, G would be larger or smaller."""
     return ", ".join(f"r = {module.r[a]}, scale = {module.scaling[a]:.6g}" for a in _active(module))
 
 
 def _check_factors(module: Any, layer: int, weight: Weight) -> None:
-    """Raises ProbeError unless the active adapters are pairs of factors (r, in) and (out, r) that both train."""
+    """Refuse active adapters that are not pairs of factors (r, in) and (out, r) that train."""
     for adapter in _active(module):
         pair: list[Any] = [getattr(factors[adapter], "weight", None) for factors in (module.lora_A, module.lora_B)]
         where = f"estimator 'lora': layer {layer} {weight.name}, adapter {adapter!r}"
@@ -187,7 +199,7 @@ def _check_factors(module: Any, layer: int, weight: Weight) -> None:
 
 
 def _pair(module: Any, inverse_scale: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """This step's (gA, gB), several active adapters side by side along r; None without a gradient."""
+    """This step's (gA, gB), or None. Several active adapters stand side by side."""
     parts = []
     for adapter in _active(module):
         grads = gradient_of(module.lora_A[adapter].weight), gradient_of(module.lora_B[adapter].weight)
@@ -204,7 +216,8 @@ def _pair(module: Any, inverse_scale: Tensor | None) -> tuple[Tensor, Tensor] | 
 
 
 def _scaled(kept: _Kept, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """F is only ranked: bring the factors near 1 by powers of two, so that their fourth powers do not underflow."""
+    """Bring factors near 1 by powers of two, so that their fourth powers do not underflow."""
+    # F is only ranked, so a constant factor does not matter.
     if kept.exponents is None:
         kept.exponents = _exponent(a), _exponent(b)
     return _ldexp(a, -kept.exponents[0]), _ldexp(b, -kept.exponents[1])
@@ -215,7 +228,7 @@ def _exponent(tensor: Tensor) -> int:
 
 
 def _ldexp(tensor: Tensor, exponent: int) -> Tensor:
-    """tensor * 2 ** exponent in memory of its own, exact but where the result itself is too large or too small."""
+    """Compute tensor * 2 ** exponent, exactly unless the result is too large or too small."""
     if -126 <= exponent <= 127:  # float32 has such a factor, and the product is rounded at most once
         return tensor * 2.0**exponent
     return (tensor.double() * 2.0**exponent).to(tensor.dtype)
