@@ -1,4 +1,4 @@
-"""What every way to remove decoder layers has in common: clues in, a plan and a smaller model out.
+"""What all methods have in common: clues in, a plan and a smaller model out.
 
 To add a method, write a frozen dataclass and register it. Its fields are its options. This one removes the layers
 with the smallest attention output weights, and is used as "small-attention", or with an option as
@@ -86,10 +86,10 @@ class Clues:
 
 
 class Method(abc.ABC):
-    """A way to remove decoder layers. A subclass is a frozen dataclass whose fields are its options.
+    """A way to remove decoder layers.
 
-    A subclass overrides `scores` or `plan`, which choose the layers, and `cut`, which removes them. The module's
-    docstring shows a complete one.
+    A subclass is a frozen dataclass whose fields are its options. It overrides `scores` or `plan`, which choose the
+    layers, and `cut`, which removes them. The module's docstring shows a complete one.
 
     These attributes tell a comparison what the method needs. A subclass sets them, or has options of these names:
 
@@ -197,7 +197,9 @@ class Method(abc.ABC):
 
 @dataclass(frozen=True)
 class Dropping(Method):
-    """A method that only chooses layers. The layers that stay keep their weights, unless options say otherwise.
+    """A method that only chooses layers.
+
+    The layers that stay keep their weights, unless options say otherwise.
 
     Args:
         patch: True closes each gap with a linear patch, see `fit_patches`. Default False, as these methods were

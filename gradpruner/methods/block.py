@@ -33,7 +33,9 @@ class Block(Dropping):
     name: ClassVar[str] = "block"
 
     def plan(self, clues: Clues, count: int) -> Plan:
-        """Choose the block with the smallest distance. Of equal blocks, the one further back is removed.
+        """Choose the block with the smallest distance.
+
+        Of equal blocks, the one further back is removed.
 
         Args:
             clues: the model, and the batches to run it on. Labels are ignored.

@@ -20,7 +20,9 @@ from gradpruner.pruning.patch import fit_patches
 @register
 @dataclass(frozen=True)
 class GradPruner(Method):
-    """The method of this package: a probe's gradients choose the layers, and patches or merges replace them.
+    """The method of this package.
+
+    The gradients of a probe choose the layers. Patches or merges replace them.
 
     Args:
         preset: where the settings below come from if they are None. "default" or "paper". Default "default".

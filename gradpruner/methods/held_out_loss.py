@@ -1,4 +1,4 @@
-"""Method "loss": remove one layer after the other, each time the one the held-out loss needs least."""
+"""Method "loss": remove, one by one, the layer that the held-out loss needs least."""
 
 from __future__ import annotations
 

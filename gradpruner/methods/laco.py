@@ -1,4 +1,4 @@
-"""Method "laco": merge layers into one before them, where the last hidden states stay similar."""
+"""Method "laco": merge layers while the last hidden states stay similar."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ class Laco(Method):
         raise InvalidArgument(f"{count} of {layers} layers to remove; laco merges {most} at most ({options})")
 
     def cut(self, clues: Clues, plan: Plan) -> nn.Module:
-        """Merge the layers of the plan into their targets, then remove them. If either fails, nothing is changed.
+        """Merge the layers of the plan into their targets, then remove them.
+
+        If either fails, nothing is changed.
 
         Args:
             clues: only the model is used.

@@ -29,10 +29,10 @@ class Magnitude(Dropping):
     name: ClassVar[str] = "magnitude"
 
     def scores(self, clues: Clues) -> Sequence[float]:
-        """Compute the Frobenius norm of each layer: the root of the sum of w² over its linear weights.
+        """Compute the Frobenius norm of each layer.
 
-        Norms, biases and routers do not count. The sum is not divided by the number of weights, so a layer with more
-        weights counts as larger.
+        It is the root of the sum of w² over the layer's linear weights. Norms, biases and routers do not count. The sum
+        is not divided by the number of weights, so a layer with more weights counts as larger.
 
         Args:
             clues: only the model is used.

@@ -1,4 +1,4 @@
-"""The names of the methods, and where each is defined. Reading them loads no other module."""
+"""The names of the methods, and where each is defined. Loads nothing else."""
 
 from __future__ import annotations
 

@@ -340,9 +340,10 @@ def _costs_after(
 
 
 def _patched(x: Tensor, targets: Tensor, state: Tensor, other: Tensor) -> Tensor:
-    """Fit ridge regression from x (tokens, in) to targets (tokens, out), and predict for other (tokens, in).
+    """Fit a ridge regression, and predict with it for other tokens.
 
-    Each token is weighted by 1 / ‖state‖, as in a patch. float32 is enough, because the ridge is large.
+    It goes from x (tokens, in) to targets (tokens, out), and predicts for other (tokens, in). Each token is weighted by
+    1 / ‖state‖, as in a patch. float32 is enough, because the ridge is large.
     """
     scale = state.norm(dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
     x, targets = x * scale, targets * scale

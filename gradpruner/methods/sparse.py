@@ -1,4 +1,4 @@
-"""Method "sparse": remove layers by another method, then zero single weights of the layers that stay."""
+"""Method "sparse": remove layers by another method, then zero single weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Method "taylor": remove the layers whose weights the loss depends on least, to first order."""
+"""Method "taylor": remove the layers that the loss depends on least, to first order."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Taylor(Dropping):
     name: ClassVar[str] = "taylor"
 
     def scores(self, clues: Clues) -> Sequence[float]:
-        """Sum |w · g| over the linear weights of each layer. g is the gradient of the mean loss of the batches.
+        """Sum |w · g| over the linear weights of each layer.
 
-        It needs memory for one gradient of all these weights, in their own dtype. Gradients that were there before
-        are put back.
+        g is the gradient of the mean loss of the batches. The method needs memory for one gradient of all these
+        weights, in their own dtype. Gradients that were there before are put back.
 
         Args:
             clues: the model, and batches with labels.

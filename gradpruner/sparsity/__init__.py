@@ -1,4 +1,4 @@
-"""Zero single weights instead of removing layers (docs/sparsity.md; docs/method.md, section 7).
+"""Zero single weights instead of removing layers (docs/sparsity.md).
 
 `gradpruner.sparsity.criteria` holds the criteria that decide which weights are zeroed. Names are imported when they
 are first used, so that `gradpruner.sparsity.names` can be read without loading torch.

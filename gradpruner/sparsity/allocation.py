@@ -16,10 +16,11 @@ SPREAD = 0.3  # before scaling, the shares of the layers lie between 1 - SPREAD 
 
 
 def hill_exponent(weight: Tensor) -> float:
-    """Estimate how heavy the tail of a weight's spectrum is. A small exponent means a layer that learned much.
+    """Estimate how heavy the tail of a weight's spectrum is.
 
-    The Hill estimator is 1 + k / sum of log(λ_i / λ_min) over the k largest eigenvalues λ_i of Wᵀ W. k is half of the
-    eigenvalues above zero, λ_min the smallest of the k. Eigenvalues are the squared singular values of W, in float64.
+    A small exponent means a heavy tail, of a layer that learned much. The Hill estimator is 1 + k / sum of log(λ_i /
+    λ_min) over the k largest eigenvalues λ_i of Wᵀ W. k is half of the eigenvalues above zero, λ_min the smallest of
+    the k. Eigenvalues are the squared singular values of W, in float64.
 
     Args:
         weight: (out, in) or (in, out), any float dtype.

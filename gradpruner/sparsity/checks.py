@@ -1,4 +1,4 @@
-"""Checks before any weight is zeroed: the calibration batches, the norm of gradients, the weights of the model."""
+"""Checks of batches, options and weights before any weight is zeroed."""
 
 from __future__ import annotations
 

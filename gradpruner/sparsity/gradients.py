@@ -66,7 +66,7 @@ def gradient_norms(model: nn.Module, batches: Sequence[Batch], p: int = 2) -> di
 
 
 def _check_ran_once(folded: Mapping[str, WeightSquares]) -> None:
-    """Refuse a linear that ran twice: the norm of a sum of gradients is not the sum of their norms."""
+    """Refuse a linear that ran twice, whose norms would not add up."""
     for name, squares in folded.items():
         if squares.repeated:
             raise UnsupportedModel(
@@ -79,7 +79,7 @@ def _check_ran_once(folded: Mapping[str, WeightSquares]) -> None:
 def _folding(
     linears: Mapping[str, nn.Module], totals: Mapping[str, Tensor], p: int
 ) -> Iterator[dict[str, WeightSquares]]:
-    """Inside, the backward pass of each linear adds |gradient| ** p to the totals of its weight."""
+    """Inside, backward passes add |gradient| ** p to the totals of each weight."""
     replaced = [name for name, module in linears.items() if is_replaced(module)]
     if replaced:
         raise InvalidArgument(f"something else has replaced the forward of {replaced[0]}; expected a plain model")
@@ -98,7 +98,10 @@ def _folding(
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and no parameter trains: the fused backward adds up gradients of frozen weights only."""
+    """Evaluation mode inside, and no parameter trains.
+
+    The fused backward pass adds up gradients of frozen weights only.
+    """
     with keeping_grad_flags(model), evaluating(model), torch.enable_grad():
         model.requires_grad_(False)
         yield

@@ -56,7 +56,7 @@ class Layerwise:
             self._record(batch)
 
     def _record(self, batch: Batch) -> None:
-        """Run a batch through the model, and note the arguments of every layer and what enters the first."""
+        """Note the arguments of every layer, and what enters the first, for one batch."""
         calls: list[Arguments] = []
         entering: list[Tensor] = []
         others_returned: tuple[Any, ...] | None = None  # besides hidden states; None: a layer returns these alone
@@ -96,7 +96,7 @@ class Layerwise:
         self._arguments.append(calls)
 
     def _kept(self, value: Any) -> Any:
-        """The value in host memory. Equal tensors are kept once: batches of one shape share masks and positions."""
+        """The value in host memory. Equal tensors, such as masks, are kept once."""
         if isinstance(value, Tensor):
             value = value.detach().cpu()
             same_shape = self._tensors.setdefault((value.shape, value.dtype), [])
@@ -118,7 +118,9 @@ class Layerwise:
             layer.to(home)
 
     def watch(self, linears: Mapping[str, nn.Module], on_input: Callable[[str, Tensor, int], None]) -> None:
-        """Run the next layer on all batches, and show what enters some of its linears. Hidden states stay.
+        """Run the next layer on all batches, and show what enters some of its linears.
+
+        The hidden states stay in front of the layer.
 
         Args:
             linears: linears of that layer, by name.

@@ -82,7 +82,7 @@ class Pattern:
 
     @property
     def share(self) -> Fraction:
-        """The share that is zeroed, as it was written and not as its nearest double: 0.57 of 100 is 57."""
+        """The share that is zeroed, exactly as it was written: 0.57 of 100 is 57."""
         n, m = self._n_of_m()
         return 1 - Fraction(n, m) if m else Fraction(str(self.ratio))
 

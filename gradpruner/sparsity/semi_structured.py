@@ -1,4 +1,4 @@
-"""Store a 2:4 model in torch's semi-structured tensors, which make its zeros save time on a GPU."""
+"""Store a 2:4 model in torch's semi-structured tensors, to save time on a GPU."""
 
 from __future__ import annotations
 

@@ -71,7 +71,10 @@ class ActivationStatistics:
             self._products.addmm_(flat.T, flat)
 
     def finished(self, gradients: Tensor | None) -> LinearStatistics:
-        """The statistics of all inputs that were added. Raises InvalidArgument if they are all zero or not finite."""
+        """The statistics of all inputs that were added.
+
+        Raises InvalidArgument if the inputs are all zero or not finite.
+        """
         total = float(self._squares.sum())
         if not total < float("inf"):
             raise InvalidArgument(f"batches: the inputs of {self._name} hold a NaN or Inf; expected finite activations")

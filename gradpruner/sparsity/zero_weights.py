@@ -25,7 +25,7 @@ from gradpruner.sparsity.statistics import ActivationStatistics, LinearStatistic
 
 
 def criterion_and_pattern(method: str, pattern: str, ratio: float | None, allocation: str) -> tuple[Criterion, Pattern]:
-    """Read the options of `sparsify` and check them against each other, before a model is loaded.
+    """Read the options of `sparsify`, and check them against each other.
 
     Args:
         method: as in `sparsify`.

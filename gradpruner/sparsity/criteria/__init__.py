@@ -1,6 +1,6 @@
-"""Criteria that decide which single weights are zeroed, each in its own file and registered by name.
+"""Criteria that decide which single weights are zeroed, each in its own file.
 
-`gradpruner.sparsity.criteria.base` explains what a criterion is and how to add one.
+They are registered by name. `gradpruner.sparsity.criteria.base` explains what a criterion is and how to add one.
 """
 
 from gradpruner.sparsity.criteria.base import CRITERIA, Criterion, ImportanceTerms, Metric, parse_criterion, register

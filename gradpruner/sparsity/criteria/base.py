@@ -40,10 +40,10 @@ from gradpruner.sparsity.statistics import LinearStatistics
 
 
 class ImportanceTerms(NamedTuple):
-    """What the importance of an entry is made of: |W[i, j]| · (norms[j] + alpha · gradients[i, j]).
+    """What the importance of an entry is made of.
 
-    Without norms it is |W[i, j]| · alpha · gradients[i, j], without gradients |W[i, j]| · norms[j], and |W[i, j]|
-    without both.
+    It is |W[i, j]| · (norms[j] + alpha · gradients[i, j]). Without norms it is |W[i, j]| · alpha · gradients[i, j],
+    without gradients |W[i, j]| · norms[j], and |W[i, j]| without both.
 
     Args:
         norms: float32 (in,), or None.
@@ -57,9 +57,10 @@ class ImportanceTerms(NamedTuple):
 
 
 class Criterion(abc.ABC):
-    """Decides which weights are zeroed. A subclass is a frozen dataclass whose fields are its options.
+    """Decides which weights are zeroed.
 
-    These attributes tell `sparsify` what the criterion needs:
+    A subclass is a frozen dataclass whose fields are its options. These attributes tell `sparsify` what the criterion
+    needs:
 
     * `name`: what users write.
     * `needs`: which statistics of a linear's inputs, any of `NORMS`, `MOMENTS` and `HESSIAN`. Without any, no batches
@@ -89,12 +90,15 @@ class Criterion(abc.ABC):
         """
 
     def __str__(self) -> str:
-        """The name and every option that does not have its default value, as `parse_criterion` reads it."""
+        """The name and all options without their default value, as `parse_criterion` reads it."""
         return format_options(self.name, self)
 
 
 class Metric(Criterion):
-    """A criterion that gives every entry an importance. The most important entries stay as they are."""
+    """A criterion that gives every entry an importance.
+
+    The most important entries stay as they are.
+    """
 
     @abc.abstractmethod
     def terms(self, statistics: LinearStatistics) -> ImportanceTerms:

@@ -1,4 +1,4 @@
-"""Criterion "dsnot": exchange entries of a first mask until each output is right on average."""
+"""Criterion "dsnot": refine a mask until each output is right on average."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INFINITY = float("inf")
 @register
 @dataclass(frozen=True)
 class DsNoT(Criterion):
-    """Exchange zeroed for kept entries of a row while the row's mean output error is above a threshold.
+    """Exchange zeroed for kept entries of a row while its mean output error is large.
 
     Entry (i, j) contributes c[i, j] = W[i, j] · s[j] to the mean output of row i, where s[j] is the mean over
     sequences of the sum of input j. The error of a row is the sum of c over its zeroed entries. Each exchange

@@ -15,10 +15,11 @@ from gradpruner.sparsity.statistics import NORMS, LinearStatistics
 @register
 @dataclass(frozen=True)
 class Gblm(Metric):
-    """Importance |W| · (‖X‖₂ + α · ‖g‖_p). The norm of the gradient g is taken over samples, entry by entry.
+    """Importance |W| · (‖X‖₂ + α · ‖g‖_p).
 
-    ‖g‖₁ is the sum over samples of |g|, and ‖g‖₂ the root of the sum of g². Neither is divided by the number of
-    samples. Signs never cancel between samples. ‖X‖₂ is as in Wanda, the root of a mean over sequences.
+    The norm of the gradient g is taken over samples, entry by entry. ‖g‖₁ is the sum over samples of |g|, and ‖g‖₂ the
+    root of the sum of g². Neither is divided by the number of samples. Signs never cancel between samples. ‖X‖₂ is as
+    in Wanda, the root of a mean over sequences.
 
     Args:
         p: 1 or 2. Default 2.

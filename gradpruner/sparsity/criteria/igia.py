@@ -1,4 +1,4 @@
-"""Criterion "igia": weight times the importance that a probe accumulated during fine-tuning."""
+"""Criterion "igia": weight times the importance that a probe accumulated."""
 
 from __future__ import annotations
 

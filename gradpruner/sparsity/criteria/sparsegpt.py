@@ -1,4 +1,4 @@
-"""Criterion "sparsegpt": zero weights column by column, and let the later columns make up for it."""
+"""Criterion "sparsegpt": zero weights, and let the columns to the right make up for it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from gradpruner.sparsity.statistics import HESSIAN, LinearStatistics
 @register
 @dataclass(frozen=True)
 class SparseGpt(Criterion):
-    """Optimal brain surgeon, one column after the other. H = Xᵀ X is the Hessian of the layer's squared error.
+    """Optimal brain surgeon, one column after the other.
 
-    Columns are visited from left to right. The weights with the smallest w² / [H⁻¹]ⱼⱼ are zeroed. The columns to the
-    right of a zeroed weight are changed so that the layer's output changes least.
+    H = Xᵀ X is the Hessian of the squared error of the linear's output. Columns are visited from left to right. The
+    weights with the smallest w² / [H⁻¹]ⱼⱼ are zeroed. The columns to the right of a zeroed weight are changed so that
+    the layer's output changes least.
 
     Args:
         block: number of columns among which a choice is made at once. For N:M it is M columns. Default 128.
