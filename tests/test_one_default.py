@@ -53,7 +53,7 @@ def test_the_presets():
 
 @pytest.mark.parametrize(
     "function",
-    [gradpruner.Igia.plan, gradpruner.apply, gradpruner.apply_folder, gradpruner.cut, gradpruner.attach, Job],
+    [gradpruner.Igia.plan, gradpruner.apply, gradpruner.apply_folder, gradpruner.cut, gradpruner.attach],
     ids=lambda function: function.__qualname__,
 )
 def test_signatures_leave_the_settings_to_the_preset(function):
@@ -78,7 +78,7 @@ def test_all_ways_to_a_plan_agree(probed, words, tmp_path):
     # a method of a comparison, and a job of a run
     clues = Clues(model, [], [], 0, lambda: igia)
     assert METHODS["gradpruner"](**words).plan(clues, len(expected.removed)) == expected
-    settings = Job("model", 9, **words).settings
+    settings = Job("model", 9, **words).preset
     assert settings == PRESETS[meaning(words)]
     assert igia.plan(0.4, kind=settings.kind, merge=settings.merge) == expected
     # what the igia says of it

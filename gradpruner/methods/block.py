@@ -25,7 +25,9 @@ class Block(Dropping):
     see `distances`.
 
     Args:
-        patch, adapters, rank_factor: what happens besides the removal, see `Dropping`. By default nothing does.
+        patch: whether gaps are patched, see `Dropping`. Default False.
+        adapters: "keep" or "discard", see `Dropping`. Default "discard".
+        rank_factor: see `Dropping`. Default 1.
 
     Source: Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper Layers; its similarity-informed variant.
     """

@@ -16,7 +16,9 @@ class DropLast(Dropping):
     """Remove the last layers. This is the simplest baseline.
 
     Args:
-        patch, adapters, rank_factor: what happens besides the removal, see `Dropping`. By default nothing does.
+        patch: whether gaps are patched, see `Dropping`. Default False.
+        adapters: "keep" or "discard", see `Dropping`. Default "discard".
+        rank_factor: see `Dropping`. Default 1.
     """
 
     name: ClassVar[str] = "drop-last"

@@ -25,7 +25,9 @@ class HeldOutLoss(Dropping):
     half of the work is saved.
 
     Args:
-        patch, adapters, rank_factor: what happens besides the removal, see `Dropping`. By default nothing does.
+        patch: whether gaps are patched, see `Dropping`. Default False.
+        adapters: "keep" or "discard", see `Dropping`. Default "discard".
+        rank_factor: see `Dropping`. Default 1.
 
     Source: Song et al. 2024, SLEB, with the loss of the task's own answers.
     """

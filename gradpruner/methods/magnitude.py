@@ -21,7 +21,9 @@ class Magnitude(Dropping):
     """Remove the layers whose weights have the smallest norm.
 
     Args:
-        patch, adapters, rank_factor: what happens besides the removal, see `Dropping`. By default nothing does.
+        patch: whether gaps are patched, see `Dropping`. Default False.
+        adapters: "keep" or "discard", see `Dropping`. Default "discard".
+        rank_factor: see `Dropping`. Default 1.
 
     Source: Kim et al. 2024, Shortened LLaMA. There, |w| is summed instead of w².
     """

@@ -19,7 +19,9 @@ class RandomLayers(Dropping):
     With one seed, a plan that removes more layers always contains the plan that removes fewer.
 
     Args:
-        patch, adapters, rank_factor: what happens besides the removal, see `Dropping`. By default nothing does.
+        patch: whether gaps are patched, see `Dropping`. Default False.
+        adapters: "keep" or "discard", see `Dropping`. Default "discard".
+        rank_factor: see `Dropping`. Default 1.
     """
 
     name: ClassVar[str] = "random"

@@ -20,7 +20,9 @@ class ShortGpt(Dropping):
     """Remove the layers with the smallest Block Influence.
 
     Args:
-        patch, adapters, rank_factor: what happens besides the removal, see `Dropping`. By default nothing does.
+        patch: whether gaps are patched, see `Dropping`. Default False.
+        adapters: "keep" or "discard", see `Dropping`. Default "discard".
+        rank_factor: see `Dropping`. Default 1.
 
     Source: docs/method.md, section 7 (Men et al. 2024, ShortGPT).
     """

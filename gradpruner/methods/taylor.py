@@ -23,7 +23,9 @@ class Taylor(Dropping):
     """Remove the layers with the smallest first-order importance.
 
     Args:
-        patch, adapters, rank_factor: what happens besides the removal, see `Dropping`. By default nothing does.
+        patch: whether gaps are patched, see `Dropping`. Default False.
+        adapters: "keep" or "discard", see `Dropping`. Default "discard".
+        rank_factor: see `Dropping`. Default 1.
 
     Source: Kim et al. 2024, Shortened LLaMA, its criterion Taylor.
     """

@@ -32,7 +32,8 @@ class Job:
             Default 0.4.
         count: how many layers to remove. Give it with `ratio=None`.
         of: what `ratio` is a share of, "layers" or "parameters".
-        preset: how layers are chosen and cut, for example `Preset.of("paper", top=0.3)`.
+        preset: how layers are chosen and cut, for example `Preset.of("paper", top=0.3)`. The name of a preset,
+            "default" or "paper", is accepted too and becomes that `Preset`.
         probe_steps: optimizer steps of the probe. Default: 1 % of the steps, at least 20 and at most half.
         max_length: the longest example, in tokens.
         train_on: the tokens that the loss is taken of, "answer" or "all".
@@ -75,7 +76,7 @@ class Job:
         if not 1 <= self.probing < self.steps:
             raise InvalidArgument(f"probe_steps = {self.probe_steps!r}; accepted are 1 to {self.steps - 1}")
         if not isinstance(self.preset, Preset):
-            raise InvalidArgument(f"preset = {self.preset!r}; expected a Preset, for example Preset.of('paper')")
+            object.__setattr__(self, "preset", Preset.of(self.preset))
         self._check_auto()
         if self.save_steps is not None:
             check_int("save_steps", self.save_steps, 1, "a number of optimizer steps")

@@ -211,7 +211,7 @@ def test_what_differs_from_a_preset():
         (lambda: Preset.of("papers"), "preset = 'papers'; accepted are default, paper"),
         (lambda: Preset(adapters="both"), "adapters = 'both'; accepted are keep, discard"),
         (lambda: Preset.of("paper", patch=1), "patch = 1; accepted are True and False"),
-        (lambda: Job("model", 40, preset="paper"), r"preset = 'paper'; expected a Preset, for example Preset.of"),
+        (lambda: Job("model", 40, preset="papers"), "preset = .papers.; accepted are default, paper"),
     ],
 )
 def test_wrong_settings_are_refused_before_time_is_spent(make, message):
