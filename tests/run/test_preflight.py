@@ -84,7 +84,7 @@ def test_a_report_without_matplotlib_is_refused_before_it_trains(base_home, tmp_
 def test_a_folder_that_cannot_be_written_to_or_is_too_small(base_home, tmp_path, trained, monkeypatch):
     model, tokenizer = gradpruner.model.load.load_model(base_home / "model")
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(pruning_preflight.shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
     with pytest.raises(InvalidArgument, match=r"0\.00 GB are free on its disk; expected"):
         run(base_home / "model", tmp_path / "out").everything()
     monkeypatch.undo()

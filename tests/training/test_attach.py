@@ -128,12 +128,12 @@ def test_a_share_may_be_a_fraction(tmp_path):
     ("kind", "options"),
     [
         ("lora", {"gradient_accumulation_steps": 3}),
-        ("lora", {"gradient_checkpointing": True}),
+        pytest.param("lora", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
         ("lora", {"bf16": True, "neftune_noise_alpha": 5.0}),
         ("lora", {"optim": "adamw_8bit", "auto_find_batch_size": True}),
         ("full", {"gradient_checkpointing": True, "lr_scheduler_type": "cosine", "warmup_steps": 3}),
-        ("full", {"optim": "adafactor"}),
-        ("full", {"optim": "adamw_8bit"}),
+        pytest.param("full", {"optim": "adafactor"}, marks=pytest.mark.slow),
+        pytest.param("full", {"optim": "adamw_8bit"}, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )

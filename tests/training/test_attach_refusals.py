@@ -119,9 +119,8 @@ def test_the_exact_estimator_is_refused_where_a_batch_is_dealt_out(tmp_path):
 
 
 def test_a_base_that_cannot_be_written_is_found_before_training(tmp_path, monkeypatch):
-    from gradpruner.pruning import preflight
 
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 1000}))
     made, _ = trainer(tmp_path, "lora", attached=False)
     with pytest.raises(gradpruner.InvalidArgument, match="GB are free on its disk"):
         gradpruner.attach(made, steps=PROBE)
