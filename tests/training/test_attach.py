@@ -37,7 +37,7 @@ def test_a_run_starts_dense_and_ends_pruned(kind, chosen, finished, tmp_path):
         fate = 1.0 if layer in plan.drop else 2.0 if layer in plan.merge else 0.0
         assert figures[f"gradpruner/fate/{layer:02d}"] == fate
     assert figures["gradpruner/gaps"] == len(gaps(plan)) > 0
-    assert figures["gradpruner/patched_gaps"] == sum("/left/" in name for name in figures)
+    assert figures["gradpruner/patched_gaps"] == sum("/unexplained/" in name for name in figures)
     # of a DoRA whose magnitudes have moved, what is added to a weight is not what is added to the layer's output
     assert (figures["gradpruner/patched_gaps"] > 0) == (kind != "dora" and chosen != "paper")
     # nothing holds a parameter that is gone
