@@ -31,7 +31,7 @@ from gradpruner.errors import InvalidArgument
 from gradpruner.methods import Clues, Method, format_method, parse_method
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.identity import identify
-from gradpruner.model.load import load_model
+from gradpruner.model.load import Loaded, load_model
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
 from gradpruner.probe.selection import how_many
@@ -342,7 +342,7 @@ class Compare:
         is_made(path, {**self._made_from, "plan": digest(plan.to_dict())})
         return plan
 
-    def _load(self) -> tuple[Any, Any]:
+    def _load(self) -> Loaded:
         self._identity.check_unchanged()
         loaded = load_model(
             self.job.source,
