@@ -38,8 +38,8 @@ class Plan:
         kind: name of the layer score that chose the layers, "norm" for example. None for a plan made by hand.
         before: the plan that the model had already been pruned by, or None. What that plan keeps are the `layers` of
             this one.
-        watched: of the layers that could be removed, the one that the probe watched least decides: the share of its
-            parameters that was watched, 0 to 1, or None if not known.
+        watched: share of a layer's parameters that the probe watched, 0 to 1, or None if not known. It is the smallest
+            share among the layers that could be removed.
 
     Raises:
         InvalidArgument: the fields do not fit together, or a layer index is out of range.
@@ -136,13 +136,13 @@ class Plan:
         )
 
     def _scored_on(self) -> str:
-        """A warning for the summary where the probe watched a part of a layer only."""
+        """A warning for the summary if the probe watched only a part of a layer."""
         if self.watched is None or self.watched >= NEARLY_ALL:
             return ""
         return f"; scored on {self.watched:.1%} of a layer's parameters"
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON holds it.
+        """Return the plan as JSON holds it.
 
         Returns:
             A dict of plain values; `Plan.from_dict` reads it.
@@ -164,7 +164,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Plan:
-        """Make a plan of what `to_dict` returned.
+        """Make a plan from what `to_dict` returned.
 
         Args:
             content: the dict, as read from JSON.
@@ -205,6 +205,10 @@ class Plan:
 
         Args:
             path: the file, usually plan.json.
+
+        Raises:
+            InvalidArgument: the folder of `path` does not exist, or `path` is a folder.
+            CheckpointError: the file cannot be written, e.g. because the disk is full.
         """
         write_json(path, self.to_dict())
 

@@ -1,4 +1,4 @@
-"""The `gradpruner::*` ops that prune single weights. They are made like those in `definitions`.
+"""The `gradpruner::*` ops that prune single weights, made like those in `definitions`.
 
 The importance of entry (i, j) is abs(weight[i, j]) times a factor. It is computed in float32, and every operation is
 rounded. The factor depends on what is given:

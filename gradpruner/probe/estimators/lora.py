@@ -1,6 +1,6 @@
 """The estimator "lora": the gradient G = gB gA of each adapter, kept as its two factors.
 
-Source: docs/method.md, section 1 (P eq. 2).
+Source: docs/method.md, section 1 (equation 2 of the paper).
 """
 
 from __future__ import annotations
