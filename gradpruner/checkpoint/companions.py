@@ -1,7 +1,7 @@
 """Keep what lies in a checkpoint beside its weights: plan, masks, card and licence.
 
-Loading a model sees none of them. So whoever loads a model to train, cut or save it asks here, and takes them along or
-refuses.
+Loading a model ignores these files. So every command that loads a model to train, cut or save it asks this module for
+them, and passes them on or refuses.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def plan_options(parser: argparse.ArgumentParser, *, auto: bool = False) -> None
 
 
 def preset_option(parser: argparse.ArgumentParser) -> None:
-    """Which preset decides the settings that are not given."""
+    """Add the option that says which preset decides the settings that are not given."""
     parser.add_argument(
         "--preset",
         choices=("default", "paper"),

@@ -42,7 +42,7 @@ def write_comparison(
     """Write report.html and its plots. What there is no data for is left out.
 
     Args:
-        folder: where the page and the plots go. Plots of an earlier page that this one lacks are removed.
+        folder: where the page and the plots are written. Plots of an earlier page that this one lacks are removed.
         title: heading of the page.
         task: one line on the model, the data and the number of steps.
         results: one per run.

@@ -73,7 +73,7 @@ class RunModels:
         self._identity.check_unchanged()
         loaded = self.load(self.job.source, self._identity.revision)
         refuse_masks(self.job.source, "run", self._identity.revision)
-        if not self._stages.is_made("probe", self._stages.settings):  # nothing has been paid for yet
+        if not self._stages.is_made("probe", self._stages.settings):  # nothing has been trained yet
             check_run(self.job, *loaded, self._stages.path, self._all_examples)
         return loaded
 

@@ -67,6 +67,9 @@ def load_examples(
         limit: keep at most this many examples. Default: all.
         seed: shuffle with this seed before `limit` is applied. Default: no shuffling.
 
+    Returns:
+        The examples, in the order of the source unless they are shuffled.
+
     Raises:
         InvalidArgument: source, split, template, limit or a row's content is wrong; the message says which.
     """

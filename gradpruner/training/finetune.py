@@ -214,5 +214,5 @@ def _narrow_inputs(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 
 def finish(model: nn.Module) -> nn.Module:
-    """Return the plain model after a training: adapters are folded into the weights."""
+    """Return the plain model after a training, with its adapters added to the weights."""
     return merged(model) if is_peft(model) else model

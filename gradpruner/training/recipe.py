@@ -69,7 +69,7 @@ class Recipe:
         return self.batch_size * self.accumulation
 
     def widened(self, factor: int) -> Recipe:
-        """Return the recipe with `factor` times the rank, and alpha times the root of it.
+        """Return the recipe with `factor` times the rank and sqrt(`factor`) times alpha.
 
         At equal alpha / rank, a wide adapter would need a lower learning rate.
 
