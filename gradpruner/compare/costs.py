@@ -79,7 +79,7 @@ def measure(
             for costs_of_plan, plan, folder in zip(costs, without_merging, folders, strict=True):
                 count = 0 if plan is None else len(plan.removed)
                 widened = recipe if plan is None else recipe.widened(rank_factor)
-                arguments = ({**loading, "source": folder}, count, rows[: STEPS * recipe.rows_a_step], widened)
+                arguments = ({**loading, "source": folder}, count, rows[: STEPS * recipe.rows_per_step], widened)
                 costs_of_plan.append(pool.apply(_measured, arguments))
     return [_median(costs_of_plan) for costs_of_plan in costs]
 

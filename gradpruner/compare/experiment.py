@@ -237,7 +237,7 @@ class Compare:
             path = self.folder / "trained" / f"{key}.json"
             checkpoints = Checkpoints(self.folder / "checkpoints" / key, self.job.save_steps, {"trained": key})
             if not is_made(path, self._made_from):
-                logger.info(f"{cell.title}: {len(untrained.rows) // untrained.recipe.rows_a_step} steps")
+                logger.info(f"{cell.title}: {len(untrained.rows) // untrained.recipe.rows_per_step} steps")
                 path.parent.mkdir(exist_ok=True)
                 figures = self._train_and_test(untrained, checkpoints)
                 write_json(path, {**figures, MADE_FROM: self._made_from})
@@ -259,7 +259,7 @@ class Compare:
             about |= {"removed": [], "merged": {}}
         else:
             method = parse_method(cell.method)
-            probed_rows = (method.probe_steps or self.job.probing) * recipe.rows_a_step
+            probed_rows = (method.probe_steps or self.job.probing) * recipe.rows_per_step
             keeps_adapters = method.settled("adapters") == "keep"
             if method.probed or keeps_adapters:
                 about["probe"] = self._probe(method, tokenizer, cell.seed).name
@@ -314,7 +314,7 @@ class Compare:
         steps = method.probe_steps or self.job.probing
         recipe = self._probe_recipe(method, seed)
         examples = self._train[: max(1, round(method.share * len(self._train)))] if method.share else self._train
-        rows = self._rows(examples, tokenizer, recipe)[: steps * recipe.rows_a_step]
+        rows = self._rows(examples, tokenizer, recipe)[: steps * recipe.rows_per_step]
         path = self.folder / "probes" / digest_of([rows, recipe.to_dict(), self._identity.to_dict()])
         with lock(self.folder / "locks" / path.name):
             if not is_made(path, self._made_from):

@@ -111,7 +111,7 @@ class RunModels:
 
     def rows_of_probe(self, tokenizer: Any) -> list[Row]:
         """Return the training rows of the probe, in order: the first of the run."""
-        return self.rows(tokenizer)[: self.job.probing * self.job.recipe.rows_a_step]
+        return self.rows(tokenizer)[: self.job.probing * self.job.recipe.rows_per_step]
 
     def score(self, model: Any, tokenizer: Any, examples: Sequence[Example]) -> Evaluation:
         """Evaluate a model with the settings of the job.

@@ -289,7 +289,7 @@ class Run:
         else:
             model, tokenizer = self.models.load_probed()
             model = finish(model)  # as the cut does with what the probe trained
-        size = self.job.recipe.rows_a_step
+        size = self.job.recipe.rows_per_step
         rows = self.models.rows(tokenizer)[self.job.probing * size : (self.job.probing + self.job.checking) * size]
         recipe = self.job.recipe.widened(self.job.preset.rank_factor if count else 1)
         checkpoints = self._stages.checkpoints(f"check-{count}", self._made_from_probe())
@@ -311,7 +311,7 @@ class Run:
         logger.info(f"pruned: {self.job.steps - self.job.probing} steps")
         loaded = self.models.load(str(self.folder / "cut"))
         plan = plan_of(str(self.folder / "cut"), loaded.model) or plan
-        rows = self.models.rows(loaded.tokenizer)[self.job.probing * self.job.recipe.rows_a_step :]
+        rows = self.models.rows(loaded.tokenizer)[self.job.probing * self.job.recipe.rows_per_step :]
         return self._fine_tune("pruned", loaded, rows, "model", self._made_from_plan(plan), plan)
 
     def _fine_tune(

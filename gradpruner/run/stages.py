@@ -53,7 +53,7 @@ def watch(
 
     check_rows(model, tokenizer, ordered)
     watched = add_adapters(model, recipe) if recipe.rank else model
-    probe = ProbeCallback(len(ordered) // recipe.rows_a_step)
+    probe = ProbeCallback(len(ordered) // recipe.rows_per_step)
     callbacks = [probe, *_mask_callbacks(masks, recipe)]
     training = train(watched, ordered, Collator(tokenizer), recipe, of_steps=of_steps, callbacks=callbacks, quiet=quiet)
     if training.diverged:  # the gradients of such a training say nothing about the layers

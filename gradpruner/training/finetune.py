@@ -152,9 +152,9 @@ def train(
     """
     from gradpruner.training import row_trainer
 
-    steps, rest = divmod(len(ordered), recipe.rows_a_step)
+    steps, rest = divmod(len(ordered), recipe.rows_per_step)
     if not steps or rest:
-        raise InvalidArgument(f"{len(ordered)} rows; expected a multiple of {recipe.rows_a_step}, the rows of a step")
+        raise InvalidArgument(f"{len(ordered)} rows; expected a multiple of {recipe.rows_per_step}, the rows of a step")
     of_steps = steps if of_steps is None else of_steps
     if of_steps < steps:
         raise InvalidArgument(f"of_steps = {of_steps}; expected {steps} or more, the steps of the rows")
