@@ -31,8 +31,8 @@ class Plan:
     Args:
         layers: number of decoder layers of the model.
         drop: layers that are removed and leave nothing behind.
-        merge: layers that are folded into a kept layer before them and then removed. Either a mapping from each layer
-            to its target, or a list: then the target is the nearest kept layer before.
+        merge: layers that are merged into a kept layer before them and then removed. Either a mapping from each layer
+            to its target, or a list. With a list, the target is the nearest kept layer before.
         model: fingerprint of the model that the plan was made for. With None, any model of this depth is accepted.
         parameter_ratio: share of all parameters that the plan removes, 0 to 1, or None if not known.
         kind: name of the layer score that chose the layers, "norm" for example. None for a plan made by hand.
@@ -273,5 +273,5 @@ def sorted_indices(name: str, values: Iterable[int], layers: int) -> list[int]:
 def _kept_before(layer: int, kept: Sequence[int]) -> int:
     at = bisect.bisect_left(kept, layer)
     if at == 0:
-        raise InvalidArgument(f"merge: layer {layer} has no kept layer before it to be folded into")
+        raise InvalidArgument(f"merge: layer {layer} has no kept layer before it to be merged into")
     return kept[at - 1]

@@ -95,8 +95,8 @@ def save_from(
     """Save a model made from another checkpoint, with what must not be lost on the way.
 
     Args:
-        source: what the model was made from. Out of a folder, the licence files are copied, and what the card says of
-            licence and base model.
+        source: what the model was made from. If it is a folder, its licence files are copied, and the licence and the
+            base model that its card names.
         model: the model.
         folder: see `save`.
         tokenizer: see `save`.

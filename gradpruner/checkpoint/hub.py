@@ -141,7 +141,7 @@ def push_to_hub(
 
 
 def verify_folder(folder: Path) -> StoredModel:
-    """Check that a folder is a whole, sound checkpoint, and return what was read of it.
+    """Check that a folder is a whole, sound checkpoint, and return what was read from it.
 
     If the model fits in memory twice, it is loaded, and its logits must be finite.
 

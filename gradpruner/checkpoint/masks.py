@@ -40,10 +40,10 @@ class Masks:
 
     @classmethod
     def of(cls, model: nn.Module) -> Masks:
-        """Return the masks of what is not zero in the linear weights of a model's decoder layers.
+        """Return masks that keep exactly the entries that are not zero now.
 
         Args:
-            model: a transformers or PEFT model, some of whose weights are zero.
+            model: a transformers or PEFT model. The linear weights of its decoder layers get masks.
 
         Returns:
             One mask per linear weight.

@@ -68,7 +68,7 @@ def save(
         InvalidArgument: the model has adapters or quantised weights or is no transformers model; `folder` is a file, or
             exists with content and `overwrite` is False; `group` is not accepted; or the processes name different
             folders. Every process raises it.
-        CheckpointError: it could not be written, or what was written is not the model. Every process raises it.
+        CheckpointError: it could not be written, or the files do not load as the same model. Every process raises it.
 
     Example:
         ```python

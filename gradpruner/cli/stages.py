@@ -51,7 +51,7 @@ def add_apply(commands: Any) -> None:
         commands,
         "apply",
         _apply,
-        "Fold and remove layers; write a smaller, verified checkpoint.",
+        "Merge and remove layers; write a smaller, verified checkpoint.",
         "gradpruner apply --model M --plan plan.json --igia igia.safetensors --out small",
     )
     given.model_options(parser)

@@ -246,7 +246,7 @@ def headline(comparison: Comparison, costs: Sequence[Cost] = ()) -> str:
 
     Args:
         comparison: the results.
-        costs: what was measured of the models' costs.
+        costs: the measured costs of the models.
     """
     removed = f"With {comparison.main} of {comparison.layers} layers removed, {comparison.default}"
     sentence = f"{removed} {_kept(comparison)}{_standings(comparison)}"

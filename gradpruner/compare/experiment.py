@@ -1,8 +1,8 @@
 """Compare methods on one budget: the same rows, the same order, the same steps.
 
-Everything is kept in one folder under what it was made from: a probe, a plan, a trained model's figures are computed
-once, whoever asks for them. A comparison that was stopped, or is asked for more, goes on from what is there. The folder
-belongs to one content of the model and to one set of package versions: with others it is not continued.
+Everything is kept in one folder. Each probe, plan and trained model is named after what it was made from, so it is made
+only once, even if several methods need it. A comparison that was stopped or extended continues from the files that are
+there. The folder belongs to one content of the model and to one set of package versions. With others it is refused.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _Untrained(NamedTuple):
     rows: list[Row]
     recipe: Recipe
     masks: Masks | None
-    about: dict[str, Any]  # what the cell's file says of it
+    about: dict[str, Any]  # entries of the cell's file
 
 
 class Compare:

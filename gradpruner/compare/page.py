@@ -47,7 +47,7 @@ def write_comparison(
         task: one line on the model, the data and the number of steps.
         results: one per run.
         losses: of every optimizer step after the cut, by method, number of removed layers and seed.
-        costs: what was measured of the models' costs, one per number of removed layers.
+        costs: the measured costs of the models, one per number of removed layers.
         differences: the default method minus another one, in exact match, by method and number of removed layers.
         probe: what one probe found: "layer_scores" by kind, the "kind" that chose the layers, "stability" (the settled
             share of the removed layers after each probe step) and the "plan".

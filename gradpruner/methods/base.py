@@ -99,7 +99,7 @@ class Method(abc.ABC):
       Default False.
     * `probe_steps`, `rank`, `share`: the probe's optimizer steps, the rank of its adapters, and the share of the
       training data that it sees (above 0 and up to 1). Default None: as the comparison has them.
-    * `adapters`: "keep" leaves what the probe's steps trained in the model. Default "discard".
+    * `adapters`: "keep" cuts the model that the probe trained, "discard" the dense model. Default "discard".
     * `rank_factor`: rank of the adapters that the smaller model is trained with, as a multiple of the recipe's rank.
       Default 1.
     """
@@ -204,7 +204,7 @@ class Dropping(Method):
     Args:
         patch: True closes each gap with a linear patch, see `fit_patches`. Default False, as these methods were
             published.
-        adapters: "keep" leaves what the probe's steps trained in the model. Default "discard".
+        adapters: "keep" cuts the model that the probe trained, "discard" the dense model. Default "discard".
         rank_factor: rank of the adapters of the smaller model, as a multiple of the recipe's rank. Default 1.
     """
 

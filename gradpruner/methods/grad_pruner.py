@@ -32,7 +32,7 @@ class GradPruner(Method):
         top: share of a weight's entries that a merge adds, above 0 and up to 1.
         weight: what these entries are multiplied by.
         patch: whether gaps are closed with linear patches.
-        adapters: "keep" leaves what the probe's steps trained in the model, "discard" does not.
+        adapters: "keep" cuts the model that the probe trained, "discard" the dense model.
         rank_factor: rank of the adapters of the smaller model, as a multiple of the recipe's rank.
         probe_steps: optimizer steps of the probe. Default None: as many as in the rest of the comparison.
         rank: rank of the probe's adapters, 0 for none. Default None: that of the recipe.

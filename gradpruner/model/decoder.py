@@ -63,7 +63,7 @@ ADAPTERS = (
     "xlora_",
 )
 CHECKPOINTED = "_checkpoint_wrapped_module"  # in torch's checkpoint_wrapper, which accelerate puts around layers
-WRAPPERS = ("base_layer", "original_module", "token_adapter", CHECKPOINTED)  # the name of what a wrapper holds
+WRAPPERS = ("base_layer", "original_module", "token_adapter", CHECKPOINTED)  # attributes that hold a wrapped module
 SAMPLES = 16  # entries of each weight that go into the fingerprint
 
 

@@ -73,7 +73,7 @@ def identify(
     known: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Identity:
-    """Return what `source` stands for now.
+    """Identify the content that `source` has now.
 
     Files are read from beginning to end, at 1 to 2 GiB per second.
 

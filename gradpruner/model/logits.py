@@ -120,8 +120,8 @@ def log_unchecked_windows(config: Any) -> None:
     longer = {name: size for name, size in windows_of(config).items() if size > LONGEST}
     if longer:
         logger.warning(
-            f"the logits are compared on inputs of up to {LONGEST} tokens. How the layers behave past the windows "
-            f"{longer} of the config is not seen there"
+            f"the logits are compared on inputs of up to {LONGEST} tokens. The windows {longer} of the config are "
+            "longer, so the behaviour past them is not compared"
         )
 
 

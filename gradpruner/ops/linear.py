@@ -99,7 +99,7 @@ class _SquaredLinear(torch.autograd.Function):
 
 
 def _accumulate(squares: WeightSquares, weight: Tensor, x: Tensor, dy: Tensor) -> None:
-    """Add the weight gradient of one backward call, dy^T x, to what is accumulated."""
+    """Square the weight gradient of one backward call, dy^T x, and add it to the sums."""
     if squares.power == 1 and squares.igia is not None:
         wgrad_abs_accumulate_(squares.igia, x, dy)
     elif not weight.requires_grad:

@@ -283,7 +283,7 @@ class Probe:
         """Take over the steps of a probe that was interrupted."""
         known = snapshot.steps + snapshot.skipped
         if not 0 < known < steps:
-            raise InvalidArgument(f"resume: {known} steps are seen; steps = {steps!r} are wanted")
+            raise InvalidArgument(f"resume: the snapshot has {known} steps; expected 1 to {steps - 1} (steps - 1)")
         self._decoder.check_fingerprint(snapshot.model, "the snapshot")
         if self._reader is None:
             requested, self._estimator = self._estimator, snapshot.estimator
@@ -308,7 +308,7 @@ class Probe:
         if few:
             logger.warning(
                 f"the probe watches {share_range([shares[j] for j in few])} of the parameters of layers {few}: the "
-                "scores say nothing of the rest of them"
+                "scores say nothing about their other parameters"
             )
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:

@@ -84,7 +84,7 @@ def check_trainer_and_model(trainer: Trainer, model: Any, options: PruneOptions)
     _check_arguments(trainer, options, has_adapters=peft is not None)
     altered = altered_base(model)
     if altered is not None:
-        raise UnsupportedModel(f"{altered}, which a cut cannot tell apart from it")
+        raise UnsupportedModel(f"{altered}: a cut cannot separate them. Accepted are adapters beside unchanged weights")
     if peft is not None:
         check_adapters(peft, options.preset.adapters)
     decoder = Decoder(model)

@@ -28,7 +28,7 @@ INSTEAD = "estimator='exact' reads the frozen weights' own gradients, whatever a
 
 @dataclass
 class _Kept:
-    """What is stored of one weight: factors, or a matrix once that is smaller."""
+    """The stored importance of one weight: factors, or a matrix once that is smaller."""
 
     factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     size: int = 0  # bytes of the factors
