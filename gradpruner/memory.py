@@ -1,4 +1,4 @@
-"""Measure memory: the peak of a stretch of work, and how much is free.
+"""Measure memory: the peak since a given moment, and how much is free.
 
 The peak is that of the GPU if there is one, otherwise that of the process.
 """
@@ -16,7 +16,7 @@ import torch
 
 
 def reset_peak_memory() -> None:
-    """Begin a new stretch of work. Memory that earlier ones freed is given back to the system."""
+    """Start to measure the peak anew. Memory that was freed before is returned to the system."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -53,7 +53,7 @@ def free_memory() -> int:
 
 
 def _kilobytes(file: Path, name: str) -> int | None:
-    """Return, in bytes, what a file of /proc says of a name in kB."""
+    """Return an entry of a file of /proc in bytes. The file has it in kB."""
     with contextlib.suppress(OSError):
         for line in file.read_text().splitlines():
             if line.startswith(f"{name}:"):
@@ -62,7 +62,7 @@ def _kilobytes(file: Path, name: str) -> int | None:
 
 
 def _limit_left(limit: int, used: str) -> int | None:
-    """Return half of what a limit of the process leaves.
+    """Return half of the memory that a limit of the process leaves.
 
     Half, because a loader maps a file and copies it too.
     """
@@ -73,7 +73,7 @@ def _limit_left(limit: int, used: str) -> int | None:
 
 
 def _cgroup_left(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return what the memory limits of the process's cgroups leave.
+    """Return the memory that the limits of the process's cgroups leave.
 
     Cached files count as free if the system can drop them.
     """

@@ -31,15 +31,15 @@ class Plan:
     Args:
         layers: number of decoder layers of the model.
         drop: layers that are removed and leave nothing behind.
-        merge: layers that are folded into a kept layer before them and then removed. Either a mapping from each layer
-            to its target, or a list: then the target is the nearest kept layer before.
+        merge: layers that are merged into a kept layer before them and then removed. Either a mapping from each layer
+            to its target, or a list. With a list, the target is the nearest kept layer before.
         model: fingerprint of the model that the plan was made for. With None, any model of this depth is accepted.
         parameter_ratio: share of all parameters that the plan removes, 0 to 1, or None if not known.
         kind: name of the layer score that chose the layers, "norm" for example. None for a plan made by hand.
         before: the plan that the model had already been pruned by, or None. What that plan keeps are the `layers` of
             this one.
-        watched: of the layers that could be removed, the one that the probe watched least decides: the share of its
-            parameters that was watched, 0 to 1, or None if not known.
+        watched: share of a layer's parameters that the probe watched, 0 to 1, or None if not known. It is the smallest
+            share among the layers that could be removed.
 
     Raises:
         InvalidArgument: the fields do not fit together, or a layer index is out of range.
@@ -136,13 +136,13 @@ class Plan:
         )
 
     def _scored_on(self) -> str:
-        """A warning for the summary where the probe watched a part of a layer only."""
+        """A warning for the summary if the probe watched only a part of a layer."""
         if self.watched is None or self.watched >= NEARLY_ALL:
             return ""
         return f"; scored on {self.watched:.1%} of a layer's parameters"
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON holds it.
+        """Return the plan as JSON holds it.
 
         Returns:
             A dict of plain values; `Plan.from_dict` reads it.
@@ -164,7 +164,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Plan:
-        """Make a plan of what `to_dict` returned.
+        """Make a plan from what `to_dict` returned.
 
         Args:
             content: the dict, as read from JSON.
@@ -205,6 +205,10 @@ class Plan:
 
         Args:
             path: the file, usually plan.json.
+
+        Raises:
+            InvalidArgument: the folder of `path` does not exist, or `path` is a folder.
+            CheckpointError: the file cannot be written, e.g. because the disk is full.
         """
         write_json(path, self.to_dict())
 
@@ -269,5 +273,5 @@ def sorted_indices(name: str, values: Iterable[int], layers: int) -> list[int]:
 def _kept_before(layer: int, kept: Sequence[int]) -> int:
     at = bisect.bisect_left(kept, layer)
     if at == 0:
-        raise InvalidArgument(f"merge: layer {layer} has no kept layer before it to be folded into")
+        raise InvalidArgument(f"merge: layer {layer} has no kept layer before it to be merged into")
     return kept[at - 1]

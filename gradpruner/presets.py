@@ -27,8 +27,8 @@ class Preset:
             batches to fit patches on (`Igia.plan`, `apply`, `apply_folder`, `cut`) ignores it; it takes the patches
             that are given.
         adapters: "keep" what the probe trained, or "discard" it. Default "keep".
-        rank_factor: how many times the rank of the recipe the adapters of the cut model have, see `Recipe.widened`.
-            Default 4.
+        rank_factor: rank of the adapters that the cut model is trained with, as a multiple of the recipe's rank, see
+            `Recipe.widened`. Default 4.
 
     Raises:
         InvalidArgument: a setting is not accepted.
@@ -43,7 +43,7 @@ class Preset:
     rank_factor: int = 4
 
     def __post_init__(self) -> None:
-        """Check the settings that no later stage checks before time is spent."""
+        """Check the settings that would otherwise be checked only after time was spent."""
         check_choice("adapters", self.adapters, ADAPTERS)
         check_bool("patch", self.patch)
         check_int("rank_factor", self.rank_factor, 1)

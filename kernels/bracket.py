@@ -56,17 +56,17 @@ def end_sample(samples, base, shift, histogram, state, k, entries, capacity):
         top, bottom = tl.load(state + HIGH), tl.load(state + LOW)
         bucket = BINS - 1 - tl.arange(0, BINS)
         count = take_counts(histogram, bucket)
-        seen = tl.cumsum(count, axis=0)
+        running = tl.cumsum(count, axis=0)
         counted = tl.sum(count, axis=0)
         if samples == 0:
-            widen(bucket, count, seen, counted, state, k, entries, capacity)
+            widen(bucket, count, running, counted, state, k, entries, capacity)
         else:
-            close(seen, counted, top, bottom, base.to(tl.int64), shift, state)
+            close(running, counted, top, bottom, base.to(tl.int64), shift, state)
         tl.store(state + SAMPLES, samples + 1)
 
 
 @triton.jit
-def widen(bucket, count, seen, sampled, state, k, entries, capacity):
+def widen(bucket, count, running, sampled, state, k, entries, capacity):
     """Find the ranks of the bracket's ends from coarse counts, and the window that holds both.
 
     The bracket reaches as far to both sides of the k-th largest entry as the buffer allows. If the sample does not
@@ -76,8 +76,8 @@ def widen(bucket, count, seen, sampled, state, k, entries, capacity):
     margin = share * capacity * (FILL / 2)
     top = tl.floor(share * k - margin).to(tl.int64)
     bottom = tl.ceil(share * k + margin).to(tl.int64)
-    first = BINS - 1 - tl.sum((seen < tl.maximum(top, 1)).to(tl.int64), axis=0)
-    final = BINS - 1 - tl.sum((seen < tl.minimum(bottom, sampled)).to(tl.int64), axis=0)
+    first = BINS - 1 - tl.sum((running < tl.maximum(top, 1)).to(tl.int64), axis=0)
+    final = BINS - 1 - tl.sum((running < tl.minimum(bottom, sampled)).to(tl.int64), axis=0)
     lowest = tl.where(bottom > sampled, first, final)
     highest = tl.maximum(tl.where(top < 1, final, first), lowest)
     wider = bits_of(highest - lowest)
@@ -89,12 +89,12 @@ def widen(bucket, count, seen, sampled, state, k, entries, capacity):
 
 
 @triton.jit
-def close(seen, counted, top, bottom, base, shift, state):
+def close(running, counted, top, bottom, base, shift, state):
     """Find the bits of the bracket's ends from fine counts."""
-    past_top = BINS - tl.sum((seen < top).to(tl.int64), axis=0)
+    past_top = BINS - tl.sum((running < top).to(tl.int64), axis=0)
     high = tl.minimum(base + (past_top << shift) - 1, LARGEST)
     high = tl.where(top < 1, LARGEST, high)
-    low = base + ((BINS - 1 - tl.sum((seen < bottom).to(tl.int64), axis=0)) << shift)
+    low = base + ((BINS - 1 - tl.sum((running < bottom).to(tl.int64), axis=0)) << shift)
     low = tl.where(bottom > counted, 1, tl.maximum(low, 1))
     tl.store(state + HIGH, high)
     tl.store(state + LOW, low)

@@ -1,6 +1,6 @@
 """Step 3 of a selection (see `selection`): the exact choice among the candidates.
 
-It goes by their keys, in up to three rounds. Mostly the second round has the answer.
+It compares their keys, in up to three rounds. Mostly the second round has the answer.
 """
 
 from __future__ import annotations

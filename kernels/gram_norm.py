@@ -130,8 +130,8 @@ def split_count(pieces: int, longest: int, tile: int) -> int:
 def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """Compute the squared norm of the product of every pair. See `gradpruner.ops.gram_norm`.
 
-    The long dimension of each pair is split over as many programs as fill a card. The split depends on the shapes of
-    the step alone, and the parts are added in a fixed order. So the same step gives the same bits.
+    The long dimension of each pair is split over as many programs as fill a GPU. The split depends only on the shapes
+    of the step, and the parts are added in a fixed order. So the same step gives the same bits.
 
     Args:
         a, b: as in the op.

@@ -28,8 +28,8 @@ def positive_bits(f):
 def number_of(chosen):
     """Return how many entries of a block, (ROWS, COLS), are chosen.
 
-    They are added as float32, which is exact below 2 ** 24. LLVM would turn a sum of booleans into a count of bits
-    that goes through the stack.
+    They are added as float32, which is exact below 2 ** 24. LLVM would turn a sum of booleans into a count of bits that
+    passes through the stack.
     """
     return tl.sum(tl.sum(chosen.to(tl.float32), axis=1), axis=0).to(tl.int32)
 

@@ -65,8 +65,8 @@ def prune_by_rank_kernel(
     if LANES == GROUP:
         keep = tl.reshape(keep, (GROUPS * GROUP,)) & inside
         byte = first // 8 + tl.arange(0, GROUPS * GROUP // 8)
-        bytes_a_row = tl.cdiv(n_in, 8)
-        tl.store(mask + row * bytes_a_row + byte, packed(keep, GROUPS * GROUP), mask=byte < bytes_a_row)
+        bytes_per_row = tl.cdiv(n_in, 8)
+        tl.store(mask + row * bytes_per_row + byte, packed(keep, GROUPS * GROUP), mask=byte < bytes_per_row)
     else:
         tl.store(mask + at, keep.to(tl.uint8), mask=inside)
     tl.store(weight + at, tl.where(keep, raw, 0.0), mask=inside)

@@ -17,16 +17,16 @@ def find_cell(ties, wanted, cells):
 
     Ties are numbered from 1. The number is 0 if nothing is kept.
     """
-    seen = tl.zeros((), tl.int64)
+    running = tl.zeros((), tl.int64)
     before = tl.zeros((), tl.int64)
     cell = tl.zeros((), tl.int64)
     for start in range(0, cells, BLOCK):
         at = start + tl.arange(0, BLOCK)
         count = tl.load(ties + at, mask=at < cells, other=0).to(tl.int64)
-        passed = (seen + tl.cumsum(count, axis=0) < wanted) & (at < cells)
+        passed = (running + tl.cumsum(count, axis=0) < wanted) & (at < cells)
         cell += tl.sum(passed.to(tl.int64), axis=0)
         before += tl.sum(tl.where(passed, count, 0), axis=0)
-        seen += tl.sum(count, axis=0)
+        running += tl.sum(count, axis=0)
     return cell, wanted - before
 
 

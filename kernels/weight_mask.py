@@ -29,10 +29,10 @@ def pack_kernel(mask, keep, n_in, BLOCK: tl.constexpr):
     blocks = tl.cdiv(n_in, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    bytes_a_row = tl.cdiv(n_in, 8)
+    bytes_per_row = tl.cdiv(n_in, 8)
     byte = tl.program_id(0) % blocks * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
     kept = tl.load(keep + row * n_in + column, mask=column < n_in, other=0)
-    tl.store(mask + row * bytes_a_row + byte, packed(kept, BLOCK), mask=byte < bytes_a_row)
+    tl.store(mask + row * bytes_per_row + byte, packed(kept, BLOCK), mask=byte < bytes_per_row)
 
 
 @triton.jit
@@ -40,10 +40,10 @@ def apply_mask_kernel(weight, mask, n_in, BLOCK: tl.constexpr):
     """Zero one block of one row where the mask does not keep it."""
     blocks = tl.cdiv(n_in, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    bytes_a_row = tl.cdiv(n_in, 8)
+    bytes_per_row = tl.cdiv(n_in, 8)
     byte = tl.program_id(0) % blocks * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[:, None]
     column = byte * 8 + tl.arange(0, 8)[None, :]
-    bits = tl.load(mask + row * bytes_a_row + byte, mask=byte < bytes_a_row, other=0).to(tl.int32)
+    bits = tl.load(mask + row * bytes_per_row + byte, mask=byte < bytes_per_row, other=0).to(tl.int32)
     at = weight + row * n_in + column
     raw = tl.load(at, mask=column < n_in, other=0.0)
     tl.store(at, tl.where((bits >> tl.arange(0, 8)[None, :]) & 1 != 0, raw, 0.0), mask=column < n_in)

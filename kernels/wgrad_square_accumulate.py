@@ -3,8 +3,8 @@
 The inputs are x (tokens, in) and dy (tokens, out). The gradient of a frozen weight is never in memory.
 
 Tiles of g are not split along the tokens, as a matrix product with few tiles otherwise would be. The square of a sum is
-not the sum of the squares of its parts, so a tile of g must be complete before it is squared. The card is filled by the
-order of the tiles: GROUP tiles of a column follow each other, and their tokens stay in the second-level cache.
+not the sum of the squares of its parts, so a tile of g must be complete before it is squared. The order of the tiles
+keeps the GPU busy: GROUP tiles of a column follow each other, and their tokens stay in the second-level cache.
 
 Two blocks share a processor. One reads and writes its tile of igia while the other multiplies. With few tokens, both
 take about as long. So the tile takes no more than half of a processor's registers and shared memory, and the end of a

@@ -66,7 +66,7 @@ def one_run(model: Any, tokenizer: Any, rows: Sequence[Any], recipe: Recipe, pro
 
 def two_stages(model: Any, tokenizer: Any, rows: Sequence[Any], recipe: Recipe, probing: int, options: Any) -> Any:
     """A run to probe, `apply`, and a run of what the budget leaves."""
-    clock, probe, head = Clock(), gradpruner.ProbeCallback(probing), probing * recipe.rows_a_step
+    clock, probe, head = Clock(), gradpruner.ProbeCallback(probing), probing * recipe.rows_per_step
     adapted = add_adapters(model, recipe)
     train(adapted, rows[:head], Collator(tokenizer), recipe, callbacks=[clock, probe])
     plan = options["plan"] or probe.igia.plan(options["ratio"], preset="paper", merge=options["merge"])

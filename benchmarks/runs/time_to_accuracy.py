@@ -96,13 +96,13 @@ def curve(method: str, options: argparse.Namespace) -> list[Point]:
 
     before, began = 0, time.perf_counter()
     if method != DENSE:
-        model = cut(method, model, tokenizer, rows[: options.probe_steps * recipe.rows_a_step], recipe, options)
+        model = cut(method, model, tokenizer, rows[: options.probe_steps * recipe.rows_per_step], recipe, options)
         before = options.probe_steps
         recipe = recipe.widened(parse_method(method).settled("rank_factor"))
     seconds = time.perf_counter() - began if before else 0.0
     adapted = add_adapters(model, recipe)
     callback = Looking(look, before, seconds, options.every)
-    train(adapted, rows[before * recipe.rows_a_step :], collate, recipe, callbacks=[callback], quiet=True)
+    train(adapted, rows[before * recipe.rows_per_step :], collate, recipe, callbacks=[callback], quiet=True)
     return found
 
 

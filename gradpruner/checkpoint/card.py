@@ -27,7 +27,7 @@ CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).parent / "templates" / "card.md"
 TAG = "gradpruner"  # marks a card as one of ours
 PAPER = "https://arxiv.org/abs/2601.19503"
-# of the base model's card: what binds, or describes, whatever is made of the model
+# Fields of the base model's card that also hold for models made from it.
 CARRIED = ("license", "license_name", "license_link", "language")
 DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_METADATA = {"license": "apache-2.0", "language": "en"}
@@ -61,7 +61,8 @@ def model_card(
         kind: which scores they are: "squared", "norm", "normalized", ... Default: the kind that the plan was chosen
             by, and no other is accepted then. An `Igia` needs a kind if the plan names none.
         results: rows of a table with one line per measure, as `gradpruner.run.summary.comparison` makes them.
-        trust_remote_code: run Python code from the folder, if its config class comes with the model. Default False.
+        trust_remote_code: whether to run Python code from the folder. It is needed if the config class comes with the
+            model. Default False.
 
     Returns:
         Markdown with a YAML header. `write_card` writes it.
@@ -143,15 +144,15 @@ def write_card(folder: str | os.PathLike[str], text: str) -> Path:
 
 
 def is_ours(folder: str | os.PathLike[str]) -> bool:
-    """Return whether the folder's README.md is a pruned model's card, not the dense one's."""
+    """Return whether the folder's README.md is a pruned model's card from this package."""
     return TAG in (_metadata_of(Path(folder) / CARD_FILE).get("tags") or ())
 
 
 def carry_card(source: Path, folder: Path) -> None:
-    """Carry licence and base model from a model's card to a model made from it.
+    """Copy licence and base model from the card of a model to a model made from it.
 
-    The dense model's card is copied whole. A card of ours describes another state of the model: only its licence,
-    language and base model are written, for `model_card` to read.
+    The dense model's card is copied whole. A card that this package wrote describes another state of the model. Then
+    only its licence, language and base model are written, for `model_card` to read.
 
     Args:
         source: the checkpoint folder that the model was made from. It need not have a card.
@@ -212,7 +213,7 @@ def _loaded_from(source: Any, config: Any) -> str | None:
 
 
 def _base(base_model: str | os.PathLike[str] | None, folder: Path | None) -> tuple[str | None, dict[str, Any]]:
-    """Return the hub id of the base model, and what its card says that must be carried over."""
+    """Return the hub id of the base model, and the fields of its card that hold for this model."""
     beside = _metadata_of(folder / CARD_FILE) if folder is not None else {}
     dense = beside if TAG not in (beside.get("tags") or ()) else {}  # the dense model's card, copied along
     if base_model is None:

@@ -1,7 +1,7 @@
 """Keep what lies in a checkpoint beside its weights: plan, masks, card and licence.
 
-Loading a model sees none of them. So whoever loads a model to train, cut or save it asks here, and takes them along or
-refuses.
+Loading a model ignores these files. So every command that loads a model to train, cut or save it asks this module for
+them, and passes them on or refuses.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def save_from(
     """Save a model made from another checkpoint, with what must not be lost on the way.
 
     Args:
-        source: what the model was made from. Out of a folder, the licence files are copied, and what the card says of
-            licence and base model.
+        source: what the model was made from. If it is a folder, its licence files are copied, and the licence and the
+            base model that its card names.
         model: the model.
         folder: see `save`.
         tokenizer: see `save`.

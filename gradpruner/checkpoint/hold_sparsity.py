@@ -15,7 +15,8 @@ from gradpruner.checkpoint.masks import Masks
 class HoldSparsity(TrainerCallback):
     """Zero the masked entries again after every optimizer step, while all weights train.
 
-    Adapters on a frozen model do not need it: call `Masks.apply_` after they were merged.
+    Adapters on a frozen model do not need it: call `Masks.apply_` after they were merged. The callback works for
+    `transformers.Trainer` and its subclasses.
 
     Args:
         masks: masks of the model that trains.

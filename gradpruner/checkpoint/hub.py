@@ -59,10 +59,10 @@ def push_to_hub(
     Weights of an earlier upload are replaced. Pickles and Python code never leave the machine.
 
     Args:
-        source: a model, or a checkpoint folder. Of a folder, the files must be whole, the transformers class must take
-            exactly these keys and shapes, and, where the model fits in memory, its logits must be finite. The card is
-            written into the folder, unless one of ours is there and none of plan, base_model, license, scores and
-            results is given. A model in memory is saved first, as `save` does it.
+        source: a model, or a checkpoint folder. The files of a folder must be whole, and the transformers class must
+            take exactly these keys and shapes. If the model fits in memory twice, its logits must be finite. The card
+            is written into the folder, unless a card of this package is there and none of plan, base_model, license,
+            scores and results is given. A model in memory is saved first, as `save` does it.
         repo_id: hub id to upload to, "owner/name". It is made if it does not exist.
         plan: see `model_card`. Needed for a model in memory.
         tokenizer: saved beside a model in memory. A folder has its own.
@@ -71,8 +71,9 @@ def push_to_hub(
         scores: see `model_card`.
         kind: see `model_card`.
         results: see `model_card`.
-        private: whether a new repository is private. Default: what the account says.
-        token: hub token, True for the one of this machine. Default: that one, if there is one.
+        private: whether a new repository is private. Default: the setting of the account.
+        token: a hub token. True requires the token that is stored on this machine. Default: that token, if there is
+            one.
         revision: branch to upload to. Default: "main".
         commit_message: first line of the commit.
         api: a `huggingface_hub.HfApi` for another endpoint.
@@ -81,9 +82,10 @@ def push_to_hub(
         The URL of the commit.
 
     Raises:
-        InvalidArgument: `repo_id` is no hub id, a model comes without a plan, a folder comes with a tokenizer, or
-            there is no such folder.
-        ModelMismatch: the model does not have the layers that the plan keeps, or does not keep to its masks.
+        InvalidArgument: `repo_id` is no hub id, a model comes without a plan, a folder comes with a tokenizer, there is
+            no such folder, or `model_card` refuses an argument.
+        ModelMismatch: the model does not have the layers that the plan keeps, or entries that its masks zero are not
+            zero, or `scores` are another model's.
         UnsupportedModel: the model is quantised or holds adapters.
         CheckpointError: the folder is damaged.
         GradPrunerError: the hub refuses the upload or cannot be reached.
@@ -139,12 +141,12 @@ def push_to_hub(
 
 
 def verify_folder(folder: Path) -> StoredModel:
-    """Check that a folder is a whole, sound checkpoint, and return what was read of it.
+    """Check that a folder is a whole, sound checkpoint, and return what was read from it.
 
-    Where the model fits in memory twice, it is loaded and must answer with finite numbers.
+    If the model fits in memory twice, it is loaded, and its logits must be finite.
 
     Raises:
-        CheckpointError: it is not: a tensor is missing or too many, or an answer is not finite.
+        CheckpointError: a tensor is missing, or has no place in the model, or a logit is not finite.
         InvalidArgument: there is no such folder.
         ModelMismatch: the model does not keep to the masks in the folder.
         UnsupportedModel: the model is quantised or holds adapters.

@@ -31,7 +31,7 @@ class Masks:
         bits: one bit per entry, uint8 (out, ceil(in / 8)), in host memory. A set bit is an entry that stays. Weights
             that are stored transposed are masked as (out, in) too.
         widths: the number of inputs of each weight.
-        about: how they were made (method, pattern, allocation), for people.
+        about: how they were made (method, pattern, allocation). It is only for people to read.
     """
 
     bits: Mapping[str, Tensor]
@@ -40,10 +40,10 @@ class Masks:
 
     @classmethod
     def of(cls, model: nn.Module) -> Masks:
-        """Return the masks of what is not zero in the linear weights of a model's decoder layers.
+        """Return masks that keep exactly the entries that are not zero now.
 
         Args:
-            model: a transformers or PEFT model, some of whose weights are zero.
+            model: a transformers or PEFT model. The linear weights of its decoder layers get masks.
 
         Returns:
             One mask per linear weight.
@@ -85,7 +85,7 @@ class Masks:
             ops.apply_mask_(weight, mask.to(weight.device))
 
     def check(self, model: nn.Module) -> None:
-        """Check that the model has these weights, and that every masked entry of them is zero.
+        """Check that the model has these weights, and that every entry that the masks zero is zero.
 
         Args:
             model: the model that the masks are of.
@@ -114,8 +114,8 @@ class Masks:
     def of_layers(self, model: nn.Module, kept: Sequence[int]) -> Masks:
         """Return the masks of a model that has lost layers, under the layers' new numbers.
 
-        They hold after a merge: nothing is added to an entry that is zero, because zero has no sign. They do not hold
-        after a patch.
+        The masks are also right after a merge, which adds nothing to an entry that is zero, because zero has no sign.
+        They are not right after a patch.
 
         Args:
             model: the model before or after the layers were removed.

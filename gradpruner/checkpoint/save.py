@@ -56,17 +56,19 @@ def save(
         folder: the checkpoint folder to make.
         tokenizer: saved beside the model. Default: none.
         plan: the plan that the model was pruned by, saved as gradpruner.json. Default: none.
-        overwrite: replace the folder if it exists. Default False.
-        group: False where the process of rank 0 saves alone, None (default) where all processes call.
-        beside: gets the new folder before it has its name, and writes what else belongs into it.
+        overwrite: whether a folder with content is replaced. Default False.
+        group: None (default) if all processes of a training call this function. False if only one calls it, such as
+            rank 0.
+        beside: is called with the new folder before it gets its name, and writes further files into it. Default: none.
 
     Returns:
         The folder.
 
     Raises:
-        InvalidArgument: the model has adapters or quantised weights or is no transformers model, the folder exists,
-            or the processes name different folders. Every process raises it.
-        CheckpointError: it could not be written, or what was written is not the model. Every process raises it.
+        InvalidArgument: the model has adapters or quantised weights or is no transformers model; `folder` is a file, or
+            exists with content and `overwrite` is False; `group` is not accepted; or the processes name different
+            folders. Every process raises it.
+        CheckpointError: it could not be written, or the files do not load as the same model. Every process raises it.
 
     Example:
         ```python
@@ -164,7 +166,7 @@ def _write(
 
 
 def drop_missing_code(folder: Path) -> None:
-    """Remove from config.json's auto_map code that is not in the folder to be loaded."""
+    """Remove from auto_map in config.json the code that is not in the folder."""
     fields = read_json(folder / "config.json", "config")
     classes = fields.get("auto_map") or {}
     # "owner/name--file.Class" is code of another repository
@@ -244,7 +246,7 @@ def verify(model: nn.Module, folder: str | os.PathLike[str], state: Mapping[str,
         first = next(model.parameters())
         try:
             reloaded = logits_of(again.to(first.device))
-        except torch.OutOfMemoryError:  # a card that is full of training; every tensor is compared already
+        except torch.OutOfMemoryError:  # a GPU that training has filled; every tensor has been compared already
             return
         gap = differ(logits_of(model), reloaded, first.dtype)
         if gap is not None:

@@ -1,4 +1,4 @@
-"""Which stored tensor of a checkpoint folder becomes what, once transformers loads it."""
+"""Find out which parameter each stored tensor becomes when transformers loads a folder."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Role:
     """What transformers makes of one stored tensor.
 
     Args:
-        parameter: name of the parameter that it goes into.
-        converter: the transformers conversion that it goes through with others. None where it becomes the parameter
-            as it is.
+        parameter: name of the parameter that it becomes, alone or with others.
+        converter: the transformers conversion that makes the parameter from several tensors. None if the tensor becomes
+            the parameter as it is.
         pattern: the one of the converter's source patterns that the tensor's name matches.
     """
 
@@ -84,7 +84,7 @@ class StoredModel:
         kind = _class_of(folder, self.config, trust_remote_code)
         self.model: Any
         self.model, info = load_empty(kind, self.config, self.stored)
-        # what the model has no place for stays behind, as it does when the model is loaded and saved
+        # tensors that the model has no place for are left out, as they are when the model is loaded and saved
         check_loaded(self.model, {**info, "unexpected_keys": ()})
         self.decoder = Decoder(self.model)
         parameters = self.model.state_dict()
@@ -117,7 +117,7 @@ class StoredModel:
         return self.decoder.path_of(weight)
 
     def layer_of(self, name: str) -> int | None:
-        """Return the decoder layer that a stored tensor goes into, None for one outside the layers."""
+        """Return the decoder layer that a stored tensor belongs to, or None if it is outside."""
         parameter, head = self.roles[name].parameter, f"{self.decoder.path}."
         return int(parameter.removeprefix(head).split(".")[0]) if parameter.startswith(head) else None
 

@@ -59,8 +59,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     given.checkpoint_options(parser)
     parser.add_argument("--probe-steps", type=int, metavar="N", help="steps of the probe (default: 1 %%, 20 at least)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="order of the data, adapters")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="models at a time: one a GPU, or a core")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything goes; run again to go on")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="models at a time: one per GPU or core")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where results are written; run again to go on")
 
 
 def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:

@@ -91,11 +91,11 @@ def plan_options(parser: argparse.ArgumentParser, *, auto: bool = False) -> None
     parser.add_argument("--of", choices=("layers", "parameters"), default="layers", help="what --ratio is a share of")
     preset_option(parser)
     parser.add_argument("--kind", choices=("squared", "norm", "normalized"), help="layer score (default: the preset's)")
-    parser.add_argument("--merge", type=_merge, metavar="N", help="layers to fold, not drop, or auto (the preset's)")
+    parser.add_argument("--merge", type=_merge, metavar="N", help="layers to merge, not drop, or auto (the preset's)")
 
 
 def preset_option(parser: argparse.ArgumentParser) -> None:
-    """Which preset decides the settings that are not given."""
+    """Add the option that says which preset decides the settings that are not given."""
     parser.add_argument(
         "--preset",
         choices=("default", "paper"),

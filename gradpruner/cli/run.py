@@ -56,7 +56,7 @@ def add_run(commands: Any) -> None:
         help="the cut model's adapters have N times the rank (default: the preset's)",
     )
     parser.add_argument("--no-dense", action="store_true", help="do not fine-tune the uncut model for comparison")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where everything goes; run again to resume")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where results are written; run again to resume")
 
 
 def add_demo(commands: Any) -> None:

@@ -42,7 +42,7 @@ def add_sparsify(commands: Any) -> None:
     )
     parser.add_argument("--samples", type=int, default=128, metavar="N", help="windows to calibrate on (default 128)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="which windows (default 0)")
-    parser.add_argument("--device", metavar="D", help="where a layer sees its inputs, cuda say (default: the model's)")
+    parser.add_argument("--device", metavar="D", help="where each layer runs, such as cuda (default: the model's)")
     parser.add_argument("--igia", metavar="FILE", help="igia.safetensors, for method igia")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write, masks in it")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")

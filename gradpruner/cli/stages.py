@@ -37,7 +37,7 @@ def add_plan(commands: Any) -> None:
         commands,
         "plan",
         _plan,
-        "Decide which layers go; write plan.json. No model is loaded.",
+        "Decide which layers are removed; write plan.json. No model is loaded.",
         "gradpruner plan igia.safetensors --ratio 0.4 --out plan.json",
     )
     parser.add_argument("igia", help="igia.safetensors, from the probe")
@@ -51,7 +51,7 @@ def add_apply(commands: Any) -> None:
         commands,
         "apply",
         _apply,
-        "Fold and remove layers; write a smaller, verified checkpoint.",
+        "Merge and remove layers; write a smaller, verified checkpoint.",
         "gradpruner apply --model M --plan plan.json --igia igia.safetensors --out small",
     )
     given.model_options(parser)
@@ -176,7 +176,7 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.storage.tensor_files import holds_safetensors
 
     plan = Plan.load(options.plan)
-    # weights that are as they are wanted, in files that are read in place, need not be loaded
+    # safetensors in the dtype that is asked for are copied from file to file, without loading the model
     streamed = options.dtype == "auto" and options.model != DEMO_MODEL and holds_safetensors(Path(options.model))
     igia = Igia.load(options.igia, lazy=streamed) if options.igia else None
     if streamed:

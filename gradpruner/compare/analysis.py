@@ -89,9 +89,10 @@ MEASURES = (
 class Comparison:
     """Results by method and number of removed layers.
 
-    Its `default` is "gradpruner", or the first method where that was not run. Its `main` is the number of removed
-    layers that everything is told at: the one that the default was run with the most seeds at. Of several, it is the
-    planned one, then the one nearest to 40 % of the layers. Its `metric` is the first of `METRICS` that was measured.
+    Its `default` is "gradpruner", or the first method if that was not run. Its `main` is the number of removed layers
+    that the tables and sentences are about: the one with which the default was run with the most seeds. Of several, it
+    is the planned one, then the one nearest to 40 % of the layers. Its `metric` is the first of `METRICS` that was
+    measured.
 
     Args:
         results: one per run.
@@ -146,7 +147,7 @@ class Comparison:
         return self.groups.get((method, count), [])
 
     def ratio(self, count: int) -> float:
-        """Return the share of the layers that so many removed ones are."""
+        """Return which share of all layers `count` layers are."""
         return next(runs[0].ratio for (_, removed), runs in self.groups.items() if removed == count)
 
     def spread(self, method: str, count: int | None = None, metric: Metric | None = None) -> Spread | None:
@@ -245,7 +246,7 @@ def headline(comparison: Comparison, costs: Sequence[Cost] = ()) -> str:
 
     Args:
         comparison: the results.
-        costs: what was measured of the models' costs.
+        costs: the measured costs of the models.
     """
     removed = f"With {comparison.main} of {comparison.layers} layers removed, {comparison.default}"
     sentence = f"{removed} {_kept(comparison)}{_standings(comparison)}"
@@ -302,7 +303,7 @@ def _is_behind(comparison: Comparison, name: str) -> bool:
 
 
 def _named(names: Sequence[str], total: int, by_name: bool) -> str:
-    """Return few names as they are, where the sentence bears them, and many as a count."""
+    """Return one or two names as they are if `by_name`, and more names as a count."""
     if total == 1 or (by_name and len(names) <= 2):
         return " and ".join(names)
     return f"{len(names)} of {total} other methods"

@@ -43,7 +43,7 @@ def paired_difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence
 
     Args:
         ours: scores of shape (runs, examples), one run per training seed.
-        theirs: the same of the other model, on the same examples. It may have another number of runs.
+        theirs: the same for the other model, on the same examples. It may have another number of runs.
         seed: of the 10,000 resamples. The interval is made of their percentiles.
 
     Raises:

@@ -47,13 +47,13 @@ def measure(
     The processes that measure load that and nothing else, so a pruned model's memory holds no page of the dense one.
     All of these checkpoints are on the disk together until the end.
 
-    Seconds are medians over the rounds. Peaks are what a process held beyond what it had before the model came.
+    Seconds are medians over the rounds. Peaks count the memory beyond what a process held before the model was loaded.
     Generation is greedy, of one sequence and 64 tokens. Operations are those of `training_operations`, of one step.
 
     Args:
         loading: arguments of `load_model`.
-        plans: which layers are removed, None for the dense model. Merging is left out: it changes values, and values
-            cost nothing.
+        plans: which layers are removed, None for the dense model. Merging is left out: it changes only values, which do
+            not change the costs.
         rows: training rows in order, those of at least 8 steps.
         recipe: how the dense model is trained.
         beside: existing folder that the temporary one is made in.
@@ -79,7 +79,7 @@ def measure(
             for costs_of_plan, plan, folder in zip(costs, without_merging, folders, strict=True):
                 count = 0 if plan is None else len(plan.removed)
                 widened = recipe if plan is None else recipe.widened(rank_factor)
-                arguments = ({**loading, "source": folder}, count, rows[: STEPS * recipe.rows_a_step], widened)
+                arguments = ({**loading, "source": folder}, count, rows[: STEPS * recipe.rows_per_step], widened)
                 costs_of_plan.append(pool.apply(_measured, arguments))
     return [_median(costs_of_plan) for costs_of_plan in costs]
 

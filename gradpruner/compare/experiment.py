@@ -1,8 +1,8 @@
 """Compare methods on one budget: the same rows, the same order, the same steps.
 
-Everything is kept in one folder under what it was made from: a probe, a plan, a trained model's figures are computed
-once, whoever asks for them. A comparison that was stopped, or is asked for more, goes on from what is there. The folder
-belongs to one content of the model and to one set of package versions: with others it is not continued.
+Everything is kept in one folder. Each probe, plan and trained model is named after what it was made from, so it is made
+only once, even if several methods need it. A comparison that was stopped or extended continues from the files that are
+there. The folder belongs to one content of the model and to one set of package versions. With others it is refused.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _Untrained(NamedTuple):
     rows: list[Row]
     recipe: Recipe
     masks: Masks | None
-    about: dict[str, Any]  # what the cell's file says of it
+    about: dict[str, Any]  # entries of the cell's file
 
 
 class Compare:
@@ -237,7 +237,7 @@ class Compare:
             path = self.folder / "trained" / f"{key}.json"
             checkpoints = Checkpoints(self.folder / "checkpoints" / key, self.job.save_steps, {"trained": key})
             if not is_made(path, self._made_from):
-                logger.info(f"{cell.title}: {len(untrained.rows) // untrained.recipe.rows_a_step} steps")
+                logger.info(f"{cell.title}: {len(untrained.rows) // untrained.recipe.rows_per_step} steps")
                 path.parent.mkdir(exist_ok=True)
                 figures = self._train_and_test(untrained, checkpoints)
                 write_json(path, {**figures, MADE_FROM: self._made_from})
@@ -259,7 +259,7 @@ class Compare:
             about |= {"removed": [], "merged": {}}
         else:
             method = parse_method(cell.method)
-            probed_rows = (method.probe_steps or self.job.probing) * recipe.rows_a_step
+            probed_rows = (method.probe_steps or self.job.probing) * recipe.rows_per_step
             keeps_adapters = method.settled("adapters") == "keep"
             if method.probed or keeps_adapters:
                 about["probe"] = self._probe(method, tokenizer, cell.seed).name
@@ -314,7 +314,7 @@ class Compare:
         steps = method.probe_steps or self.job.probing
         recipe = self._probe_recipe(method, seed)
         examples = self._train[: max(1, round(method.share * len(self._train)))] if method.share else self._train
-        rows = self._rows(examples, tokenizer, recipe)[: steps * recipe.rows_a_step]
+        rows = self._rows(examples, tokenizer, recipe)[: steps * recipe.rows_per_step]
         path = self.folder / "probes" / digest_of([rows, recipe.to_dict(), self._identity.to_dict()])
         with lock(self.folder / "locks" / path.name):
             if not is_made(path, self._made_from):

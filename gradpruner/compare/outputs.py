@@ -99,7 +99,7 @@ def _rewritten(folder: Path) -> dict[str, Any]:
     apart, failed = _shown_apart(results, sensitivity), _failures(cells)
     page = write_comparison(
         folder,
-        title="Which layers can go",
+        title="Which layers can be removed",
         task=_task(terms),
         results=[result for result in results if result.method not in apart],
         losses={key: values for key, values in losses.items() if key[0] not in apart},

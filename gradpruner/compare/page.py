@@ -42,12 +42,12 @@ def write_comparison(
     """Write report.html and its plots. What there is no data for is left out.
 
     Args:
-        folder: where the page and the plots go. Plots of an earlier page that this one lacks are removed.
+        folder: where the page and the plots are written. Plots of an earlier page that this one lacks are removed.
         title: heading of the page.
         task: one line on the model, the data and the number of steps.
         results: one per run.
         losses: of every optimizer step after the cut, by method, number of removed layers and seed.
-        costs: what was measured of the models' costs, one per number of removed layers.
+        costs: the measured costs of the models, one per number of removed layers.
         differences: the default method minus another one, in exact match, by method and number of removed layers.
         probe: what one probe found: "layer_scores" by kind, the "kind" that chose the layers, "stability" (the settled
             share of the removed layers after each probe step) and the "plan".

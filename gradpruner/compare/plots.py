@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Target = str | os.PathLike[str]
 Losses = Mapping[tuple[str, int, int], Sequence[float]]  # by method, number of removed layers and seed
 
-# Okabe and Ito's palette without its yellow, which white paper swallows; blue is the default method's alone
+# Okabe and Ito's palette without its yellow, which is hard to see on white. Blue is only for the default method.
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 LINES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
 MARKERS = "sD^vPX<>hp"
@@ -74,7 +74,7 @@ def plot_accuracy(path: Target, comparison: Comparison, task: str) -> None:
     points = {name: of_method for name in comparison.methods if (of_method := _points(comparison, name))}
     ratios = sorted({ratio for of_method in points.values() for ratio in of_method})
     reach = ratios[-1] - ratios[0]
-    margin = 0.03 * reach or 0.4  # of one share there is but a column of points
+    margin = 0.03 * reach or 0.4  # with one share, the points form a single column
     half = 0.5 * margin if reach else 0.016
     for name, of_method in points.items():
         xs = sorted(of_method)

@@ -51,7 +51,7 @@ def work_in_processes(comparison: Compare, processes: int) -> None:
 
 @contextlib.contextmanager
 def _log_queue(spawn: Any) -> Iterator[Any]:
-    """Give a queue. What other processes log into it is handled as if logged here."""
+    """Yield a queue. What other processes log into it is handled as if it were logged here."""
     queue = spawn.Queue()
     listener = QueueListener(queue, _HandleHere())
     listener.start()

@@ -58,7 +58,7 @@ class Cost:
         layers: how many decoder layers remain.
         count: how many were removed.
         train_step_seconds: median time of a training step.
-        train_peak_bytes: peak memory in training, beyond what the process held before the model came.
+        train_peak_bytes: peak memory in training, beyond what the process held before the model was loaded.
         generate_seconds: time to generate 64 tokens.
         generate_peak_bytes: peak memory in generation, likewise.
         checkpoint_bytes: size of the parameters on disk.
@@ -99,7 +99,7 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
 
 
 def write_costs(path: str | os.PathLike[str], costs: Sequence[Cost]) -> None:
-    """Write one line per size, atomically.
+    """Write one line per number of removed layers, atomically.
 
     Args:
         path: the CSV file.

@@ -31,8 +31,9 @@ def is_deepspeeds(parameter: Tensor) -> bool:
 def gradient_of(parameter: Tensor) -> Tensor | None:
     """Return the gradient that the optimizer is about to use.
 
-    Of a parameter that an engine holds, this is a collective. The gradient is the whole one then, summed over the
-    processes, but not yet unscaled or clipped. Of a sharded parameter it is this process's shard.
+    For a parameter that an engine holds, this is a collective. It returns the whole gradient, summed over the
+    processes, but not yet unscaled or clipped. For a parameter that FSDP2 shards, it returns `parameter.grad`, which
+    holds the shard of this process.
     """
     if not is_deepspeeds(parameter):
         return parameter.grad
@@ -74,7 +75,7 @@ def factor_to_come(optimizer: Any, parameters: Iterable[Tensor]) -> Tensor:
 def unpartitioned(parameter: Any) -> Iterator[Tensor]:
     """Inside, a parameter has all its values.
 
-    Under ZeRO-3 each process holds a part of them. Then this is a collective.
+    Under ZeRO-3 each process holds a part of the values, and this is a collective.
     """
     if not hasattr(parameter, "ds_id"):
         yield parameter

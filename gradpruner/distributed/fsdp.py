@@ -1,4 +1,4 @@
-"""Keep FSDP2 in order: shards after a forward pass, groups without removed layers."""
+"""FSDP2: shard parameters again after a forward pass, and forget removed layers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def is_fsdp(module: nn.Module) -> bool:
 def reshard(model: nn.Module) -> None:
     """Turn the parameters of every module into shards again.
 
-    A forward without a backward leaves those of the root gathered.
+    A forward pass without a backward pass leaves the parameters of the root gathered.
     """
     for module in model.modules():
         if is_fsdp(module):

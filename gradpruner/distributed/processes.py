@@ -114,7 +114,7 @@ def together(peers: Peers | None) -> Iterator[None]:
 
 
 def device_of(group: Any) -> torch.device:
-    """Return the device that tensors must be on to travel in a group.
+    """Return the device that tensors must be on to be exchanged in a group.
 
     It is the host if the backend of the group supports that, else the accelerator.
     """

@@ -30,7 +30,7 @@ def local(tensor: Tensor) -> Tensor:
 class Layout:
     """How a DTensor is spread over processes, without its values.
 
-    Some other tensor that every process holds a part of, such as an importance, can be gathered by it.
+    It can gather another tensor that is spread in the same way, such as an importance.
 
     Args:
         mesh: the DeviceMesh of the processes.

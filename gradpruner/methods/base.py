@@ -67,8 +67,8 @@ class Clues:
             input_ids int64 (rows, tokens), attention_mask, labels.
         held_out: other collated examples with labels. Nothing is trained on them.
         seed: the seed of a method that draws at random.
-        probe: a function that returns what a probe gathered about the model. It is called when `igia` is first
-            asked for, because a probe takes time. Default None: there was no probe.
+        probe: a function that returns the result of a probe of the model. It is called whenever `igia` is read, and not
+            before, because a probe takes time. It should keep its result. Default None: there was no probe.
     """
 
     model: nn.Module
@@ -99,8 +99,8 @@ class Method(abc.ABC):
       Default False.
     * `probe_steps`, `rank`, `share`: the probe's optimizer steps, the rank of its adapters, and the share of the
       training data that it sees (above 0 and up to 1). Default None: as the comparison has them.
-    * `adapters`: "keep" leaves what the probe's steps trained in the model. Default "discard".
-    * `rank_factor`: how many times the recipe's rank the adapters have that the smaller model is trained with.
+    * `adapters`: "keep" cuts the model that the probe trained, "discard" the dense model. Default "discard".
+    * `rank_factor`: rank of the adapters that the smaller model is trained with, as a multiple of the recipe's rank.
       Default 1.
     """
 
@@ -176,7 +176,7 @@ class Method(abc.ABC):
             A plan that removes `count` layers.
 
         Raises:
-            InvalidArgument: the model has too few layers for `count`.
+            InvalidArgument: the model has too few layers for `count`, or a score is not finite.
         """
         decoder = Decoder(clues.model)
         check_count(decoder, count)
@@ -204,8 +204,8 @@ class Dropping(Method):
     Args:
         patch: True closes each gap with a linear patch, see `fit_patches`. Default False, as these methods were
             published.
-        adapters: "keep" leaves what the probe's steps trained in the model. Default "discard".
-        rank_factor: how many times the recipe's rank the adapters of the smaller model have. Default 1.
+        adapters: "keep" cuts the model that the probe trained, "discard" the dense model. Default "discard".
+        rank_factor: rank of the adapters of the smaller model, as a multiple of the recipe's rank. Default 1.
     """
 
     patch: bool = False

@@ -1,4 +1,4 @@
-"""Method "drop-last": remove the layers nearest to the output. It looks at nothing."""
+"""Method "drop-last": remove the layers nearest to the output. It uses no data."""
 
 from __future__ import annotations
 

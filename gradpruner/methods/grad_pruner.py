@@ -22,7 +22,7 @@ from gradpruner.pruning.patch import fit_patches
 class GradPruner(Method):
     """The method of this package.
 
-    The gradients of a probe choose the layers. Patches or merges replace them.
+    The gradients of a probe choose the layers. Patches or merges make up for the removed layers.
 
     Args:
         preset: where the settings below come from if they are None. "default" or "paper". Default "default".
@@ -32,8 +32,8 @@ class GradPruner(Method):
         top: share of a weight's entries that a merge adds, above 0 and up to 1.
         weight: what these entries are multiplied by.
         patch: whether gaps are closed with linear patches.
-        adapters: "keep" leaves what the probe's steps trained in the model, "discard" does not.
-        rank_factor: how many times the recipe's rank the adapters of the smaller model have.
+        adapters: "keep" cuts the model that the probe trained, "discard" the dense model.
+        rank_factor: rank of the adapters of the smaller model, as a multiple of the recipe's rank.
         probe_steps: optimizer steps of the probe. Default None: as many as in the rest of the comparison.
         rank: rank of the probe's adapters, 0 for none. Default None: that of the recipe.
         share: share of the training data that the probe sees, above 0 and up to 1. Default None: all of it.
@@ -131,6 +131,8 @@ class GradPruner(Method):
 
         Raises:
             InvalidArgument: so many layers cannot be removed, or there was no probe.
+            ProbeError: as `Igia.plan`.
+            UnsupportedModel: kind "residual" or "gap", and the model is an encoder-decoder.
         """
         if self.settings.kind in KINDS:
             return plan_gaps(clues.model, clues.batches, count=count, kind=self.settings.kind)

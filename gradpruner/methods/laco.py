@@ -20,8 +20,8 @@ from gradpruner.model.hidden_states import Batch, final_states, skipping
 from gradpruner.plan import Plan
 from gradpruner.pruning.apply import apply, check_fits
 
-SEQUENCES = 10  # that the similarity is measured on, as in the paper's few-shot calibration
-THRESHOLDS = tuple(k / 20 for k in range(19, -21, -1))  # that are tried in turn: 0.95, 0.90 and so on down to -1
+SEQUENCES = 10  # sequences that the similarity is measured on, as in the paper's few-shot calibration
+THRESHOLDS = tuple(k / 20 for k in range(19, -21, -1))  # tried in this order: 0.95, 0.90 and so on down to -1
 Undo = list[tuple[nn.Parameter, Tensor]]  # changed parameters, each with a copy of its values before
 Similarity = Callable[[dict[int, int]], float]  # of the model merged by {layer: target}; 1 is equal to the dense one
 

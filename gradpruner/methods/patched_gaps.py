@@ -1,7 +1,8 @@
-"""Choose the stretches of layers that linear patches replace best (source: D).
+"""Choose the stretches of layers that linear patches replace best.
 
-A gap is a stretch of removed layers. Write h for the hidden state that leaves the last layer of a gap, and r for the
-part of h that the best linear patch of the gap (docs/method.md, section 4) gets wrong. A gap costs a sum over tokens:
+This method is this project's own. A gap is a stretch of removed layers. Write h for the hidden state that leaves the
+last layer of a gap, and r for the part of h that the best linear patch of the gap (docs/method.md, section 4) gets
+wrong. A gap costs a sum over tokens:
 
     kind          cost of a token
     "residual"    ‖r‖ / ‖h‖, the relative error of the hidden state
@@ -34,7 +35,7 @@ from gradpruner.probe.selection import parameters_in, select
 from gradpruner.pruning.residual_writer import find_writer
 
 LONGEST = 10  # layers of one gap, at most
-TOKENS = 4096  # that patches are fitted on, and as many others that they are judged by
+TOKENS = 4096  # tokens that patches are fitted on; as many others judge the patches
 RIDGE = 0.1  # added to the normal equations, as a share of the mean square of an input
 KINDS = ("residual", "gap")
 
@@ -67,8 +68,8 @@ def plan_gaps(
         A plan that drops `count` layers and merges none.
 
     Raises:
-        InvalidArgument: an argument is not one of these, so many layers cannot be removed, the batches hold fewer than
-            two rows, or the model returns no loss for them.
+        InvalidArgument: an argument is not accepted, so many layers cannot be removed, the batches hold fewer than two
+            rows, or the model returns no loss for them.
         UnsupportedModel: the model is an encoder-decoder.
     """
     check_choice("kind", kind, KINDS)
@@ -342,8 +343,8 @@ def _costs_after(
 def _patched(x: Tensor, targets: Tensor, state: Tensor, other: Tensor) -> Tensor:
     """Fit a ridge regression, and predict with it for other tokens.
 
-    It goes from x (tokens, in) to targets (tokens, out), and predicts for other (tokens, in). Each token is weighted by
-    1 / ‖state‖, as in a patch. float32 is enough, because the ridge is large.
+    It maps x (tokens, in) to targets (tokens, out), and predicts the targets of `other` (tokens, in). Each token is
+    weighted by 1 / ‖state‖, as in a patch. float32 is enough, because the ridge is large.
     """
     scale = state.norm(dim=1, keepdim=True).clamp_min(1e-12).reciprocal()
     x, targets = x * scale, targets * scale

@@ -1,4 +1,4 @@
-"""Method "random": remove layers at random. Shows what an uninformed choice is worth."""
+"""Method "random": remove layers at random, as a baseline for the other methods."""
 
 from __future__ import annotations
 

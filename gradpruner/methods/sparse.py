@@ -30,11 +30,11 @@ class Sparse(Method):
         weights: the criterion that zeroes weights, "name" or "name:option=value". Default "wanda". "igia" is refused,
             because a probe of the dense model says nothing about the smaller one.
         pattern: "row", "matrix" or "N:M", see `Pattern`. Default "row".
-        ratio: share of the weights that is zeroed. Default None: 0.5 for row and matrix.
+        ratio: share of the weights that is zeroed. Default None: 0.5 for row and matrix, 1 - N / M for N:M.
         allocation: "uniform" or "alphapruning", see `sparsify`. Default "uniform".
 
     Raises:
-        InvalidArgument: an option is not one of these, or options do not fit together.
+        InvalidArgument: an option is not accepted, or options do not fit together.
     """
 
     layers: str = "gradpruner"
@@ -74,7 +74,7 @@ class Sparse(Method):
 
     @property
     def scored(self) -> bool:  # type: ignore[override]
-        """Whether the method for layers goes by the probe's scores."""
+        """Whether the method for layers uses the probe's scores."""
         return self._layers.scored
 
     def settled(self, option: str) -> Any:

@@ -20,7 +20,7 @@ from gradpruner.model.linears import is_linear, is_transposed
 from gradpruner.model.wrappers import altered_base, unwrap
 
 ROUTERS = ("gate", "router", "shared_expert_gate")  # weights of routers are not merged (docs/method.md, section 3)
-# How the names of the parameters and modules begin that PEFT's adapters add to a layer.
+# Beginnings of the names of parameters and modules that PEFT's adapters add to a layer.
 ADAPTERS = (
     "lora_",
     "adamss_",
@@ -63,7 +63,7 @@ ADAPTERS = (
     "xlora_",
 )
 CHECKPOINTED = "_checkpoint_wrapped_module"  # in torch's checkpoint_wrapper, which accelerate puts around layers
-WRAPPERS = ("base_layer", "original_module", "token_adapter", CHECKPOINTED)  # the name of what a wrapper holds
+WRAPPERS = ("base_layer", "original_module", "token_adapter", CHECKPOINTED)  # attributes that hold a wrapped module
 SAMPLES = 16  # entries of each weight that go into the fingerprint
 
 
@@ -85,7 +85,7 @@ class Weight:
 
 
 class Decoder:
-    """The decoder layers of a model, and what every other room asks about them.
+    """The decoder layers of a model, their weights, and the fingerprint of the model.
 
     Args:
         model: a transformers model. It may be wrapped by PEFT, torch.compile, DistributedDataParallel or DeepSpeed.
@@ -156,9 +156,9 @@ class Decoder:
         return sum({id(p): shape.numel() for _, p, shape in base_shapes(self.base)}.values())
 
     def fingerprint(self, *, content: bool | None = None, samples: Callable[[Weight], Tensor] | None = None) -> str:
-        """Return a text that tells this model from others.
+        """Return a text that identifies this model.
 
-        It has a digest of the structure and one of a sample of the weights. Sampled values are rounded to bfloat16,
+        It holds a digest of the structure and one of a sample of the weights. Sampled values are rounded to bfloat16,
         so that a checkpoint has the same fingerprint whether it is loaded in float32 or in bfloat16.
 
         Args:

@@ -39,7 +39,7 @@ def batches_on_device(decoder: Decoder, batches: Sequence[Batch], name: str) -> 
 
 
 def real_tokens(decoder: Decoder, inputs: dict[str, Any]) -> Tensor:
-    """Tell real tokens from padding.
+    """Find out which tokens are real, and which are padding.
 
     Args:
         decoder: the model.
@@ -156,7 +156,7 @@ def _forward_without_head(decoder: Decoder, inputs: dict[str, Any]) -> Any:
 def _check_state(state: Tensor, mask: Tensor) -> None:
     if state.ndim != 3 or state.shape[:2] != mask.shape:
         shapes = f"{tuple(state.shape)} for tokens of shape {tuple(mask.shape)}"
-        raise UnsupportedModel(f"hidden states of shape {shapes}; expected one vector a token")
+        raise UnsupportedModel(f"hidden states of shape {shapes}; expected one vector per token")
 
 
 # Forwards with layers left out, and forwards that begin in the middle.
@@ -216,7 +216,7 @@ def leave_out(
     Args:
         decoder: the model.
         layers: which layers.
-        recorded: what `recording` recorded. It tells the form of each layer's output.
+        recorded: what `recording` recorded. The outputs get the same form.
     """
 
     def forward(index: int) -> Callable[..., Any]:

@@ -73,7 +73,7 @@ def identify(
     known: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Identity:
-    """Return what `source` stands for now.
+    """Identify the content that `source` has now.
 
     Files are read from beginning to end, at 1 to 2 GiB per second.
 
@@ -81,7 +81,7 @@ def identify(
         source: what `load_model` takes.
         trust_remote_code: whether code that comes with the model counts.
         known: an earlier `Identity.to_dict()` of the same hub id. Its commit is kept, even if the hub has a newer one.
-        say: receives a line if the hub has a newer commit, and before more than 2 GiB are read.
+        say: is called with a line of text if the hub has a newer commit, and before more than 2 GiB are read.
 
     Raises:
         InvalidArgument: there is no such model, the known commit is not available, or the source is adapters.
@@ -113,11 +113,13 @@ def identify(
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Name what differs between two identities, after the words "made from another".
+    """Name what differs between two identities.
+
+    The names are worded to follow the words "made from another".
 
     Args:
         before: the `Identity.to_dict()` of earlier.
-        now: that of now.
+        now: the `Identity.to_dict()` of now.
     """
     names = []
     for kind, what in (("content", "content of "), ("versions", "version of ")):
@@ -172,7 +174,7 @@ def _commit(source: str, revision: str | None) -> str:
 
 
 def _newest(source: str) -> str | None:
-    """Return the hub's commit of now, or the newest one in the cache, or None."""
+    """Return the newest commit on the hub, else the newest in the cache, else None."""
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 

@@ -48,7 +48,7 @@ INDEX_LISTS = (
     "hybrid_layer_ids",
 )
 SOURCES = ("kv_source_layers",)  # for each layer, the index of the layer whose keys and values it reuses
-SHARED = ("indexer_types",)  # a "shared" layer reuses what the last layer of another type before it computed
+SHARED = ("indexer_types",)  # a "shared" layer reuses the result of the last layer before it that is not
 # Layer indices, or counts of the first layers. The new value is the number of kept layers below the old value.
 BOUNDARIES = (
     "first_k_dense_replace",

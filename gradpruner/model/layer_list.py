@@ -71,7 +71,7 @@ def _lists_of_length(base: nn.Module, lists: dict[str, nn.ModuleList], count: in
 
 
 def _of_text_decoder(base: nn.Module, paths: list[str]) -> list[str]:
-    """Leave out the lists of a vision tower or an encoder, as far as that can be told."""
+    """Leave out the lists of a vision tower or an encoder, as far as they can be recognised."""
     text = type(text_config(base.config))
     inside: set[int] = set()
     if len(paths) > 1 and hasattr(base, "get_decoder"):

@@ -50,10 +50,10 @@ def load_model(
         attention: transformers' attn_implementation. "eager" is the fastest for short rows on a CPU. Default:
             transformers chooses.
         trust_remote_code: whether to run code that comes with the model.
-        revision: the commit of a hub id that model and tokenizer are both taken from. Default: the newest.
+        revision: for a hub id, the commit that model and tokenizer are both taken from. Default: the newest.
 
     Returns:
-        The model and the tokenizer. If the tokenizer had no padding token, it has its end token for one.
+        The model and the tokenizer. If the tokenizer has no padding token, its end token becomes the padding token.
 
     Raises:
         InvalidArgument: there is no such model, it has no safetensors or no tokenizer, or a package is missing.

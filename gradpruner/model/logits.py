@@ -120,8 +120,8 @@ def log_unchecked_windows(config: Any) -> None:
     longer = {name: size for name, size in windows_of(config).items() if size > LONGEST}
     if longer:
         logger.warning(
-            f"the logits are compared on inputs of up to {LONGEST} tokens. How the layers behave past the windows "
-            f"{longer} of the config is not seen there"
+            f"the logits are compared on inputs of up to {LONGEST} tokens. The windows {longer} of the config are "
+            "longer, so the behaviour past them is not compared"
         )
 
 
@@ -178,7 +178,8 @@ def _cached_step(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor | None:
     except torch.OutOfMemoryError:
         raise
     except Exception:
-        # Models refuse in many ways. One that fails only after the cut lacks this step then, and `differ` tells.
+        # Models refuse in many ways. If a model fails only after the cut, its logits lack this step, and `differ`
+        # reports that the shapes differ.
         return None
     return logits if isinstance(logits, Tensor) and logits.ndim == 3 else None
 
@@ -189,7 +190,7 @@ def _rounds_products() -> bool:
         return False
     try:
         return torch.get_float32_matmul_precision() != "highest" or torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # torch refuses to tell where old and new settings were mixed
+    except RuntimeError:  # torch raises if old and new settings were mixed
         return True
 
 

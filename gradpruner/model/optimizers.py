@@ -29,7 +29,7 @@ def rebuild_optimizer(optimizer: Any, model: nn.Module) -> Any:
     """Make an optimizer hold the parameters of the smaller model.
 
     Parameters that are still in the model and trainable keep their group, their name and their state. New adapters
-    join the group that held parameters before, and begin without state. If the call raises, nothing is changed.
+    join the first group that held parameters before, and begin without state. If the call raises, nothing is changed.
 
     Args:
         optimizer: torch's or accelerate's. It is changed in place, so its scheduler and its hooks stay valid.
@@ -39,9 +39,10 @@ def rebuild_optimizer(optimizer: Any, model: nn.Module) -> Any:
         The same object.
 
     Raises:
-        InvalidArgument: no parameter trains; or base weights train that the optimizer has not held, so that their
-            learning rate was not chosen (as after adapters="keep"); or new adapters could join several groups with
-            different options; or the optimizer keeps parameters outside of its groups, as LBFGS does.
+        InvalidArgument: `optimizer` is not an optimizer; or no parameter trains; or base weights train that the
+            optimizer has not held, so that nobody chose their learning rate (as after adapters="keep"); or new adapters
+            could join several groups with different options; or the optimizer keeps parameters outside of its groups,
+            as LBFGS does.
 
     Example:
         model = gradpruner.apply(model, plan, patches=patches)

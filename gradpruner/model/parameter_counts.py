@@ -11,7 +11,7 @@ from gradpruner.model.layer_config import cut_config
 
 
 class ParameterCounts(TypedDict):
-    """What a plan needs to know of a model's parameters. Adapters do not count.
+    """What a plan needs to know about a model's parameters. Adapters do not count.
 
     Args:
         layer_parameters: for each layer, how many parameters are removed with it in any case.

@@ -1,7 +1,8 @@
 """Choose the implementation of an op: by device, or by `GRADPRUNER_BACKEND`.
 
-A backend is a module with one function per op, named like the op and with its signature. By default tensors on the
-CPU take "cpp", tensors on a GPU take "triton", and "reference" serves everything else.
+A backend is a module with one function per op, named like the op and with its signature. By default "cpp" computes for
+tensors on the CPU, and "triton" for tensors on a GPU. "reference" computes for all other devices, and where the backend
+of a device is not available.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ def available_backends() -> dict[str, str]:
     """Say which backends this installation can run.
 
     Returns:
-        For each name in `BACKENDS` "available", or the reason why it is not.
+        For each name in `BACKENDS` "available", or the reason why it is not available.
+
+    Raises:
+        InvalidArgument: the environment variable `GRADPRUNER_CPU_ISA` names an instruction set that is not known or
+            cannot run here.
 
     Example:
         >>> available_backends()["reference"]
@@ -59,7 +64,8 @@ def backend_for(device: torch.device) -> ModuleType:
     """Return the module that implements every op for tensors on `device`.
 
     Raises:
-        InvalidArgument: `GRADPRUNER_BACKEND` names an unknown or missing backend, or one that is not for this device.
+        InvalidArgument: `GRADPRUNER_BACKEND` names an unknown or missing backend, or one that is not for this device;
+            or `GRADPRUNER_CPU_ISA` names an instruction set that cannot run here.
     """
     forced = os.environ.get("GRADPRUNER_BACKEND")
     if forced:

@@ -87,7 +87,7 @@ class _Factors(NamedTuple):
 
 
 class _Donor(NamedTuple):
-    """One donor of a merge: its weight, its importance and what is kept of it."""
+    """One donor of a merge: its weight, its importance, and which of its entries are kept."""
 
     weight: int
     importance: int | _Factors
@@ -97,7 +97,7 @@ class _Donor(NamedTuple):
 
 
 class _Judged(NamedTuple):
-    """A weight (n_out, n_in) and what the importance of its entries is computed from."""
+    """A weight (n_out, n_in), and the norms and gradients that its importance depends on."""
 
     weight: int
     dtype: int

@@ -53,7 +53,7 @@ def gram_norm(a: list[Tensor], b: list[Tensor]) -> Tensor:
     if not a:
         return torch.zeros(0, dtype=torch.float64)
     device = a[0].device
-    # A step has hundreds of pairs. So messages are built only where they are needed.
+    # An optimizer step has hundreds of pairs. So messages are built only where they are needed.
     for i, (ai, bi) in enumerate(zip(a, b, strict=True)):
         if ai.ndim != 2 or bi.ndim != 2 or ai.size(0) != bi.size(1):
             shapes = f"{tuple(ai.shape)} and {tuple(bi.shape)}"
@@ -136,11 +136,11 @@ def _(igia: Tensor, a: Tensor, b: Tensor) -> None:
 def wgrad_square_accumulate_(igia: Tensor | None, x: Tensor, dy: Tensor, grad: Tensor | None) -> Tensor:
     """Square the weight gradient g = dy^T x as it is computed: igia += g ** 2.
 
-    The gradient of a frozen weight is never stored. A weight that trains gives `grad`: dy^T x is added into it, and
-    what is squared is the sum as it is stored there.
+    The gradient of a frozen weight is never stored. For a weight that trains, pass its gradient as `grad`: dy^T x is
+    added to it, and the stored sum is what is squared.
 
-    If `x` or `dy` holds a NaN or an infinity, `igia` stays as it was and the returned sum is not finite. That is how
-    the caller knows. `grad` receives what torch would put there. A square that overflows float32 adds nothing to
+    If `x` or `dy` holds a NaN or an infinity, `igia` stays as it was, and the returned sum is not finite, so that the
+    caller can see it. `grad` then receives what torch would put there. A square that overflows float32 adds nothing to
     `igia`.
 
     Args:
@@ -186,7 +186,7 @@ def threshold(igia: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Entry j is kept if igia[j] > value, or if igia[j] == value and j <= index. So of equal entries those with the
     lower flat index are kept. Entries that are zero, negative or NaN are never kept. With fewer than k positive
-    entries, all positive ones are kept. Nothing is copied to the host.
+    entries, all positive ones are kept. On a GPU, the Triton backend copies nothing to the host.
 
     Args:
         igia: the importance, float32, any shape.

@@ -1,6 +1,6 @@
 """A linear layer whose backward pass squares the gradient of the weight.
 
-The unit is one backward call: one micro-batch, on one process, before clipping.
+What is squared is the gradient of one backward call: of one micro-batch, on one process, before clipping.
 
 Source: docs/method.md, section 1 (the estimator "exact").
 """
@@ -99,7 +99,7 @@ class _SquaredLinear(torch.autograd.Function):
 
 
 def _accumulate(squares: WeightSquares, weight: Tensor, x: Tensor, dy: Tensor) -> None:
-    """Add the weight gradient of one backward call, dy^T x, to what is accumulated."""
+    """Square the weight gradient of one backward call, dy^T x, and add it to the sums."""
     if squares.power == 1 and squares.igia is not None:
         wgrad_abs_accumulate_(squares.igia, x, dy)
     elif not weight.requires_grad:
@@ -127,7 +127,7 @@ def linear_square_accumulate(
 ) -> Tensor:
     """Compute `functional.linear`, and square the weight's gradient in its backward pass.
 
-    The gradient of a weight that trains goes straight into `weight.grad`. Autograd hooks on the weight, such as those
+    The gradient of a weight that trains is added to `weight.grad` directly. Autograd hooks on the weight, such as those
     of DistributedDataParallel, do not see it. Under autocast, both passes compute in autocast's dtype. The backward
     pass raises InvalidArgument under create_graph=True.
 

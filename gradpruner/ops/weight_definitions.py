@@ -1,4 +1,4 @@
-"""The `gradpruner::*` ops that prune single weights: as in `definitions`.
+"""The `gradpruner::*` ops that prune single weights, made like those in `definitions`.
 
 The importance of entry (i, j) is abs(weight[i, j]) times a factor. It is computed in float32, and every operation is
 rounded. The factor depends on what is given:
@@ -42,10 +42,13 @@ def _new_mask(weight: Tensor) -> Tensor:
 def weight_importance(weight: Tensor, norms: Tensor | None, grads: Tensor | None, alpha: float) -> Tensor:
     """Compute the importance of single weights: abs(weight) * (norms + alpha * grads).
 
+    Without `grads` it is abs(weight) * norms, without `norms` abs(weight) * alpha * grads, and abs(weight) without
+    both. A result that is not above zero, or NaN, becomes zero.
+
     Args:
         weight: (out, in), any float dtype.
         norms: one number per input, float32 (in,), as Wanda takes the norms of the inputs. None to leave it out.
-        grads: one number per entry, float32 (out, in), as GBLM takes the sizes of the gradients. None to leave it out.
+        grads: one number per entry, float32 (out, in), as GBLM takes norms of the gradients. None to leave it out.
         alpha: the factor of `grads`.
 
     Returns:
@@ -74,15 +77,17 @@ def prune_groups_(
 ) -> Tensor:
     """Zero all but the `kept` most important of every `group` consecutive inputs of each row.
 
-    The weight is read once and written once. Exactly `kept` entries of each group stay.
+    The weight is read once and written once. Exactly `kept` entries of each group stay. Of equally important entries,
+    those with the lower index stay. `weight_importance` says how the importance is computed.
 
     Args:
         weight: (out, in), any float dtype. It is changed in place.
-        norms: one number per input, float32 (in,), or None. See `weight_importance`.
+        norms: one number per input, float32 (in,), or None.
         grads: one number per entry, float32 (out, in), or None.
         alpha: the factor of `grads`.
         kept: how many entries of each group stay, 0 to `group`.
-        group: a divisor of in. It is in for whole rows, and M for N:M sparsity with kept = N.
+        group: how many consecutive inputs form a group. It must divide the length of a row. Pass the length itself for
+            whole rows, and M for N:M sparsity with kept = N.
 
     Returns:
         The mask of what stays, uint8 (out, ceil(in / 8)), one bit per entry.
@@ -146,10 +151,10 @@ def _(weight: Tensor, mask: Tensor) -> None:
 
 @torch.library.custom_op("gradpruner::wgrad_abs_accumulate_", mutates_args=("total",))
 def wgrad_abs_accumulate_(total: Tensor, x: Tensor, dy: Tensor) -> None:
-    """Add the sizes of a frozen weight's gradient: total += abs(dy^T x).
+    """Add the absolute values of a frozen weight's gradient: total += abs(dy^T x).
 
-    The product dy^T x is not built. If `x` or `dy` holds a NaN or an infinity, `total` stays as it was. What overflows
-    float32 adds nothing.
+    The gradient dy^T x is never stored. If `x` or `dy` holds a NaN or an infinity, `total` stays as it was. A value
+    that overflows float32 adds nothing.
 
     Args:
         total: the sums, float32 (out, in). It is changed in place.

@@ -13,9 +13,9 @@ ALIKE = 1e-3  # largest relative difference between processes that read the same
 
 
 def agreed_norms(peers: Peers, model: str, weights: tuple[Weight, ...], skipped: int, norms: Tensor) -> Tensor:
-    """Take the square norms of the first process, after a check that all have read the same.
+    """Return the square norms of the first process, after a check that all have read the same.
 
-    A collective.
+    This is a collective.
 
     Args:
         peers: the processes.

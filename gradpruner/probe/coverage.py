@@ -18,8 +18,9 @@ from gradpruner.errors import ProbeError
 from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.model.parameter_counts import ParameterCounts
 
-# Of the largest watched share. Layers of different structure differ by a few per cent (a convolution, decay rates);
-# where experts are not watched, most of the layer is missing.
+# A layer is comparable if its watched share is at least this part of the largest watched share. Layers of different
+# structure differ by a few per cent (a convolution, decay rates). If experts are not watched, most of a layer is
+# missing.
 ALIKE = 0.9
 EXACT = "estimator='exact' measures every linear weight of every layer, frozen or not"
 
@@ -75,7 +76,8 @@ class Coverage:
         entries = [0] * len(self.structures)
         for weight in self.weights:
             entries[weight.layer] += math.prod(weight.shape)
-        # a watched weight that is used outside the layer too is not removed with the layer: more may be watched
+        # A watched weight that is also used outside the layer is not counted in `layer_parameters`. So the share could
+        # exceed 1.
         return tuple(min(1.0, n / max(1, total)) for n, total in zip(entries, self.layer_parameters, strict=True))
 
     def check_comparable(self, protect: Iterable[int], square_norms: Tensor | None = None) -> None:

@@ -47,7 +47,8 @@ class Igia:
             After a probe in several processes it is a `SharedImportance`: all processes ask for the same entries in
             the same order.
         skipped: number of steps that were left out because a gradient was not finite.
-        shared_parameters: parameters that several layers share; None if the file was written by an earlier version.
+        shared_parameters: parameters that several layers share, as pairs of these layers and a number of parameters.
+            None if the file was written by an earlier version.
         adapters: rank and scale of the adapter of each watched weight; empty without adapters.
 
     Source: docs/method.md, section 1.
@@ -82,8 +83,9 @@ class Igia:
             protect: layers that are not removed, so that their scores do not matter. Default: the first layer.
 
         Raises:
-            ProbeError: the probe watched different weights, or a different share, of some of the other layers. The
-                message names these layers and says what to do.
+            ProbeError: some of the other layers cannot be compared: the probe watched different weights of them, or a
+                different share, or they had a gradient in fewer steps. The message names these layers and says what to
+                do.
         """
         self._coverage.check_comparable(protect, self.square_norms)
 
@@ -99,7 +101,7 @@ class Igia:
             kind: "norm" sums the norms of the gradients, "squared" averages their squares over the steps, and
                 "normalized" does so after every step is scaled to the same total. Default: that of the preset
                 "default", "norm".
-            steps: use the first so many usable steps only. Default: all.
+            steps: how many of the usable steps are used, from the first on. Default: all.
 
         Returns:
             float64 of shape (L,). A layer of which no weight was watched has 0.
@@ -150,8 +152,10 @@ class Igia:
             preset: "default" or "paper": decides `kind` and `merge` where they are not given. Its other settings
                 concern later stages: patches are fitted by `fit_patches`, with this plan.
             kind: the layer score, see `layer_scores`.
-            merge: how many of the removed layers are merged into a kept one, and not dropped. 0 merges none, "auto"
-                drops the lowest 30 % of all layers and merges the rest. To merge needs importance, see `Probe`.
+            merge: how many of the removed layers are merged into a kept one instead of dropped. 0 merges none. "auto"
+                drops the lowest-scored layers, up to 30 % of all layers, and merges the other removed layers if a kept
+                layer of the same structure comes before them. `apply` and `cut` need importance for a merge, see
+                `Probe`.
             protect: layers that are kept whatever they score. Default: the first layer.
 
         Returns:
@@ -187,31 +191,34 @@ class Igia:
         return dataclasses.replace(plan, watched=watched)
 
     def parameter_ratio(self, removed: Iterable[int]) -> float | None:
-        """Tell which share of all parameters some layers hold.
+        """Return the share of all parameters that is removed with some layers.
 
         Args:
-            removed: the layers.
+            removed: the removed layers.
 
         Returns:
-            A share, 0 to 1, or None where the file of an earlier version does not say.
+            A share, 0 to 1, or None if the file was written by an earlier version, which did not record it.
         """
         if self.shared_parameters is None:
             return None
         return parameters_in(removed, self.layer_parameters, self.shared_parameters) / self.total_parameters
 
     def margin(self, plan: Plan, kind: str | None = None, *, protect: Iterable[int] = (0,)) -> float:
-        """Tell how clear a cut is: 1 - (highest removed score / lowest kept score).
+        """Measure how clear a cut is: 1 - (highest removed score / lowest kept score).
 
         Args:
             plan: the cut.
-            kind: the layer score. Default: the one that chose the plan; that of the preset "default" where the plan
-                names none.
-            protect: the layers that were protected when the plan was made.
+            kind: the layer score. Default: the one that chose the plan. If the plan names none, that of the preset
+                "default".
+            protect: the layers that were protected when the plan was made. They are not compared. Default: the first
+                layer.
 
         Returns:
-            0 where the two scores are equal, near 1 where the cut is clear.
+            0 if the two scores are equal, near 1 if the cut is clear, below 0 if a kept layer scores lower than a
+            removed one. Also 0 if the lowest kept score is 0.
 
         Raises:
+            InvalidArgument: there is no such kind.
             ProbeError: as `plan`.
 
         Source: docs/method.md, section 1.
@@ -221,17 +228,19 @@ class Igia:
         return margin(scores.tolist(), plan.removed, protected)
 
     def stability(self, plan: Plan, kind: str | None = None, *, protect: Iterable[int] = (0,)) -> list[float]:
-        """Tell how early the probe settled: what the first steps alone would have removed.
+        """Measure how early the probe settled on the removed layers.
 
         Args:
             plan: the cut.
             kind: the layer score, as for `margin`.
-            protect: the layers that were protected when the plan was made.
+            protect: the layers that were protected when the plan was made. Default: the first layer.
 
         Returns:
-            For each usable step, the share of `plan.removed` that the scores up to this step would remove, 0 to 1.
+            For each usable step, the share of `plan.removed` that would also be removed by the scores of the steps up
+            to it, 0 to 1.
 
         Raises:
+            InvalidArgument: there is no such kind.
             ProbeError: as `plan`.
 
         Source: docs/method.md, section 1.
@@ -257,6 +266,7 @@ class Igia:
             path: the file, usually igia.safetensors.
 
         Raises:
+            InvalidArgument: the folder of `path` does not exist, or `path` is a folder.
             CheckpointError: it could not be written; the disk may be full.
         """
         peers = self.importance.peers if isinstance(self.importance, SharedImportance) else None
@@ -298,8 +308,8 @@ class Igia:
 
         Args:
             path: the file, usually igia.safetensors.
-            lazy: leave the importance in the file. Each entry is read, and its checksum compared, whenever it is
-                asked for. Default: read all of it now.
+            lazy: leave the importance in the file. The importance of a weight is read, and its checksum compared,
+                whenever it is asked for, and is not kept. Default: read all of it now.
 
         Returns:
             The igia.

@@ -16,7 +16,7 @@ LARGEST = 2**63 - 1  # number of parameters; a damaged file may hold more
 
 
 def checked_fields(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
-    """Check the header and make the fields of an `Igia` of it, all but the tensors.
+    """Check the header, and make from it all fields of an `Igia` but the tensors.
 
     Args:
         path: the file, for messages.

@@ -65,7 +65,7 @@ class Dense:
     exponents: tuple[int, int] = (0, 0)
 
     def dense(self) -> Dense:
-        """Itself."""
+        """Return this object itself."""
         return self
 
     @property
@@ -110,7 +110,7 @@ def shared(
     sharded: Mapping[tuple[int, str], Callable[[], Factors | Dense]],
     peers: Peers | None,
 ) -> Mapping[tuple[int, str], Factors | Dense]:
-    """Make one mapping of the entries of all processes. A collective.
+    """Make one mapping of the entries of all processes. This is a collective.
 
     Args:
         own: the entries that this process holds.

@@ -40,18 +40,18 @@ HALF = 0.5  # share of a layer's parameters; a warning is logged where fewer are
 class Probe:
     """Reads the gradients of a model once per optimizer step, just before they are used.
 
-    In several processes (DistributedDataParallel, FSDP2), all of them make, start, end and ask the probe alike, and
-    each stores a part of what it keeps.
+    In several processes (DistributedDataParallel, FSDP2), every process makes a probe and calls the same methods in the
+    same order. Each process stores a part of the importance.
 
     Args:
         model: a PEFT model (LoRA, DoRA) or a plain one, wrapped or not.
         layers: path of the ModuleList of decoder layers, or the list itself, for a model that is not Hugging Face's.
         estimator: how gradients are read. "lora" multiplies the gradients of the two factors of each adapter.
             "gradient" reads the gradients of the weights, "adam" Adam's running mean of their squares. "exact" squares
-            the true gradient of frozen or trained weights inside the backward pass. "auto" (default) takes "lora"
-            where there are adapters, else "adam" where Adam's state is fit for it, else "gradient".
-        importance: False keeps layer scores only. That is enough for plans that merge nothing, as those of the preset
-            "default". Default True.
+            the true gradient of frozen or trained weights inside the backward pass, in one process only. "auto"
+            (default) takes "lora" if there are adapters, else "adam" if Adam's state can be used, else "gradient".
+        importance: False keeps layer scores only. That is enough for plans that merge nothing, such as those of the
+            preset "default". Default True.
         factor_dtype: dtype of stored LoRA factors. torch.bfloat16 halves the host memory and changes about 0.1 % of a
             mask. Default torch.float32.
         micro_batches: backward calls per optimizer step; "exact" needs it for weights that train. Default 1.
@@ -129,7 +129,7 @@ class Probe:
 
         Raises:
             InvalidArgument: as `start`.
-            ProbeError: another process of the group has died.
+            ProbeError: gradients cannot be read, or another process of the group has died.
         """
         self.start(optimizer, steps)
         try:
@@ -145,9 +145,10 @@ class Probe:
         self.stop()
 
     def start(self, optimizer: Any, steps: int, *, resume: Igia | None = None) -> None:
-        """Begin to watch: `watching` without a block.
+        """Begin to watch, as `watching` does, but without a block.
 
-        If `optimizer.step` is given a closure, the closure is called first, and what it computed is read.
+        The probe finishes after `steps` steps. `stop` ends it earlier, and removes its hooks. If `optimizer.step` gets
+        a closure, the closure is called first, and the gradients that it computed are read.
 
         Args:
             optimizer: the torch optimizer, or accelerate's wrapper around it.
@@ -156,7 +157,7 @@ class Probe:
 
         Raises:
             InvalidArgument: the steps of this optimizer cannot be watched, or the probe has watched already.
-            ModelMismatch: the snapshot is of another model.
+            ModelMismatch: the snapshot belongs to another model, or watched other weights.
             ProbeError: gradients cannot be read.
         """
         check_int("steps", steps, 1, "a number of optimizer steps")
@@ -177,13 +178,13 @@ class Probe:
         ]
 
     def stop(self) -> None:
-        """Stop watching and give the model back as it was. The steps so far are kept."""
+        """Stop watching, and undo all changes to the model. The steps so far are kept."""
         self.abandon()
         if self._igia is None and self.steps:
             self._finish()
 
     def abandon(self) -> None:
-        """Give the model back as it was, without a result and without asking other processes."""
+        """Undo all changes to the model, without a result and without waiting for other processes."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -196,12 +197,15 @@ class Probe:
         In a loop that gives `step` a closure, call it at the end of the closure.
 
         Args:
-            optimizer: decides whether gradients are still scaled, by its `grad_scale` and `found_inf` (a fused
-                optimizer under GradScaler). They exist only inside `scaler.step`: before it, call
-                `scaler.unscale_(optimizer)`. Under DeepSpeed (ZeRO 1 to 3) it is `engine.optimizer`, and every process
-                calls this once per step, between `engine.backward(loss)` and `engine.step()`. Default None.
+            optimizer: needed in two cases, otherwise None (default). First, a fused optimizer under GradScaler: its
+                attributes `grad_scale` and `found_inf` say whether gradients are still scaled. They exist only inside
+                `scaler.step`. Before `scaler.step`, call `scaler.unscale_(optimizer)` instead. Second, DeepSpeed
+                (ZeRO 1 to 3): pass `engine.optimizer`. Every process then calls this method once per step, between
+                `engine.backward(loss)` and `engine.step()`.
 
         Raises:
+            InvalidArgument: the estimator is "adam", which needs `start` or `watching`; or the model is DeepSpeed's,
+                and `optimizer` is not `engine.optimizer`.
             ProbeError: the probe has finished, or gradients cannot be read.
         """
         if self._igia is not None:
@@ -226,7 +230,7 @@ class Probe:
 
     @property
     def igia(self) -> Igia:
-        """The result. Asking for it ends the probe. Raises ProbeError before the first step."""
+        """The result. Reading it ends the probe. Raises ProbeError before the first step."""
         if self._igia is None:
             if self.steps == 0:
                 raise ProbeError("the probe has seen no optimizer step")
@@ -240,12 +244,12 @@ class Probe:
         return self._igia is not None
 
     def snapshot(self) -> Igia:
-        """Give the result so far, for `start(..., resume=...)`. The probe goes on.
+        """Return the result so far, for `start(..., resume=...)`. The probe goes on.
 
-        In several processes, all of them call it, save it, and start from it.
+        In several processes, all of them call this method, save the result, and resume from it.
 
         Returns:
-            An igia, without importance where the optimizer's own state holds it ("adam").
+            An igia. It has no importance if the optimizer's own state holds it (estimator "adam").
 
         Raises:
             ProbeError: the probe has not begun.
@@ -259,9 +263,9 @@ class Probe:
         return self._result(with_importance=self._reader.name != "adam")
 
     def check_comparable(self, protect: Iterable[int] = (0,)) -> None:
-        """Check before the first step that a plan can be made of what this probe watches.
+        """Check, before the first step, that the layer scores of this probe will be comparable.
 
-        A probe whose scores are only looked at need not pass.
+        `Igia.plan` refuses a probe that does not pass. If you only want to look at the scores, it need not pass.
 
         Args:
             protect: layers that will not be removed. Default: the first layer.
@@ -279,7 +283,7 @@ class Probe:
         """Take over the steps of a probe that was interrupted."""
         known = snapshot.steps + snapshot.skipped
         if not 0 < known < steps:
-            raise InvalidArgument(f"resume: {known} steps are seen; steps = {steps!r} are wanted")
+            raise InvalidArgument(f"resume: the snapshot has {known} steps; expected 1 to {steps - 1} (steps - 1)")
         self._decoder.check_fingerprint(snapshot.model, "the snapshot")
         if self._reader is None:
             requested, self._estimator = self._estimator, snapshot.estimator
@@ -298,13 +302,13 @@ class Probe:
         return Coverage.of(self._decoder, reader.weights, reader.name, reader.adapters, counts=self._counts)
 
     def _warn_of_unwatched(self, reader: Reader) -> None:
-        """Log before time is spent that a part of the layers is not watched."""
+        """Log, before time is spent, which layers are watched to less than half."""
         shares = self._coverage(reader).shares
         few = [layer for layer, share in enumerate(shares) if 0 < share < HALF]
         if few:
             logger.warning(
                 f"the probe watches {share_range([shares[j] for j in few])} of the parameters of layers {few}: the "
-                "scores say nothing of the rest of them"
+                "scores say nothing about their other parameters"
             )
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
@@ -337,7 +341,7 @@ class Probe:
             return
         for _, arrival in settled:  # every one: each step may have read from other devices
             arrival.wait()
-        # Copies: the memory in which the norms arrived is pinned, and wanted for later steps.
+        # Copies, because the memory in which the norms arrived is pinned, and later steps reuse it.
         finite = [norms.clone() if bool(norms.isfinite().all()) else None for norms, _ in settled]
         self._reader.settle(finite)
         self._usable += [norms for norms in finite if norms is not None]
@@ -351,7 +355,7 @@ class Probe:
         self._igia = self._result(with_importance=True)
 
     def _result(self, *, with_importance: bool) -> Igia:
-        """Make an igia of the steps so far. A collective."""
+        """Make an igia of the steps so far. This is a collective."""
         assert self._reader is not None
         decoder, reader = self._decoder, self._reader
         norms = torch.zeros(0, len(reader.weights), dtype=torch.float64)

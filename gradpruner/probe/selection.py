@@ -13,7 +13,8 @@ from gradpruner.checks import check_choice, is_int, is_number
 from gradpruner.errors import InvalidArgument
 from gradpruner.plan import Plan, sorted_indices
 
-DROPPED_OUTRIGHT = Fraction(3, 10)  # share of all layers; beyond it, accuracy collapses unless layers are merged (P)
+# Share of all layers. The paper found that beyond it accuracy collapses unless layers are merged.
+DROPPED_OUTRIGHT = Fraction(3, 10)
 
 
 def select(
@@ -39,11 +40,11 @@ def select(
         scores: one finite number per decoder layer.
         ratio: share to remove, above 0 and below 1.
         count: number of layers to remove.
-        of: what `ratio` is a share of. "layers" is the default. With "parameters", the fewest lowest layers that hold
-            this share of all parameters are removed.
-        merge: how many of the removed layers are merged and not dropped. The number takes the highest-scored ones;
-            default 0. "auto" drops the lowest round(0.3 L) layers and merges the rest, where a kept layer of the same
-            structure stands before them.
+        of: what `ratio` is a share of. "layers" is the default. With "parameters", layers are removed in ascending
+            order of their scores, until they hold this share of all parameters.
+        merge: how many of the removed layers are merged instead of dropped: those with the highest scores. Default 0.
+            "auto" drops the lowest round(0.3 L) layers, and merges the other removed layers if a kept layer of the same
+            structure comes before them.
         protect: layers that are kept whatever they score.
         structures: one value per layer. Layers with equal values can be merged. None: all can.
         layer_parameters: number of parameters per layer, as `count_parameters` counts them.
@@ -88,7 +89,7 @@ def select(
 
 
 def lowest_first(scores: Sequence[float], protect: Iterable[int] = (0,)) -> list[int]:
-    """Order the layers that may be removed: the first is removed first.
+    """Order the layers that may be removed, from the first to be removed to the last.
 
     Args:
         scores: one number per decoder layer.
@@ -129,7 +130,7 @@ def parameters_in(
     Args:
         removed: the removed layers.
         layer_parameters: number of parameters that belong to each layer alone.
-        shared_parameters: pairs of layers and a count. These parameters go only if all their layers do.
+        shared_parameters: pairs of layers and a count. These parameters are removed only if all their layers are.
 
     Returns:
         The number of parameters.
@@ -192,7 +193,7 @@ def _number_to_remove(
         if gone >= Fraction(str(ratio)) * total_parameters:
             return number
     raise InvalidArgument(
-        f"ratio = {ratio} of all parameters; the layers that may go hold {gone / total_parameters:.3f}"
+        f"ratio = {ratio} of all parameters; the layers that may be removed hold {gone / total_parameters:.3f}"
     )
 
 

@@ -131,10 +131,10 @@ def _try(name: str, module: Any) -> None:
     """Merge one module by peft, and put it back."""
     if any(parameter.is_meta for parameter in module.parameters()):
         raise UnsupportedModel(f"{name} is on the meta device or offloaded: adapters cannot be added to it; {DISCARD}")
-    restore = restorer(module, module.parameters(), aside=None)  # one module at a time: there is room beside it
+    restore = restorer(module, module.parameters(), aside=None)  # one module at a time: its device has room for a copy
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come again when it is done for good
+            warnings.simplefilter("ignore")  # the real merge shows them again
             module.merge(safe_merge=True)
     except torch.OutOfMemoryError:
         raise

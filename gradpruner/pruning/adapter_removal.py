@@ -100,7 +100,7 @@ def _difference(decoder: Decoder, expected: Tensor | None, tokens: int, rounding
 
 
 def _is_in_layers(peft: Any, base: nn.Module) -> bool:
-    """Whether there is something to take out of the model; a prompt stands before it."""
+    """Whether modules of the model hold the adapters. A learned prompt is outside of the model."""
     return peft.base_model is not base
 
 

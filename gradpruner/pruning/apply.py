@@ -51,8 +51,9 @@ def apply(
     Nothing is changed unless everything succeeds. The removal is first planned against the configuration. Then the
     logits of the smaller model are compared with those of the dense model with the same layers skipped.
 
-    The base transformers model comes back, the same object, with all parameters trainable. An optimizer that was made
-    before still holds the removed parameters: see `rebuild_optimizer`, or use `cut`.
+    The base transformers model is returned, and it stays the same object. If it had adapters, all of its parameters are
+    trainable afterwards. Otherwise `requires_grad` stays as it was. An optimizer that was made before still holds the
+    removed parameters: see `rebuild_optimizer`, or use `cut`.
 
     In several processes, all of them call it. A model that FSDP2 shards is merged shard by shard and stays sharded;
     without adapters, it can go on training. If FSDP2's root was the PeftModel, it is gone with the adapters, and the
@@ -63,7 +64,8 @@ def apply(
         plan: which layers are removed and merged.
         igia: importance of the entries of the weights. None if the plan merges nothing.
         preset: "default" or "paper": decides `top`, `weight` and `adapters` where they are not given.
-        top: share of the entries of each merged weight that is used, the most important ones. 0.2 in both presets.
+        top: share of the entries of each merged weight that is used, above 0 and up to 1. The most important entries
+            are used. 0.2 in both presets.
         weight: factor of the merged entries. 1 in both presets.
         patches: those that `fit_patches` returned for this plan. No patch is fitted here.
         adapters: what happens to the adapters of a PEFT model. "keep" adds what they learned to the weights (preset
@@ -134,7 +136,7 @@ def removing(
         acting: the PeftModel whose adapters still act afterwards. The logits are then compared with adapters too.
 
     Yields:
-        What must be seen of the model in the end.
+        The logits that the finished model must give, and the parameters that were replaced.
 
     Raises:
         InvalidArgument: as `apply`.

@@ -136,7 +136,7 @@ def apply_folder(
     surgery = prepare(stored.decoder, plan.kept)
     merges = _merges(stored, plan, igia, share, settings.weight) if igia is not None else {}
     pending = _pending(stored, plan, merges)
-    # 2. Cut the empty model: it has the config that is written, and says what must come back.
+    # 2. Cut the empty model. It has the config that is written, and the shapes that must be read back.
     surgery.perform()
     if stored.unused:
         logger.warning(

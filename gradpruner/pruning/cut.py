@@ -40,7 +40,7 @@ def cut(
     seed: int = 0,
     layers: str | nn.ModuleList | None = None,
 ) -> None:
-    """Remove layers of a model in training, so that the same loop goes on with fewer.
+    """Remove layers of a model in training, so that the same loop goes on with fewer layers.
 
     The model stays the same object, and so do its wrappers, adapters, optimizer and scheduler. Nothing is changed
     unless everything succeeds. Call it between two optimizer steps; in several processes, all of them call it.
@@ -58,13 +58,13 @@ def cut(
         adapters: "keep" the adapters and their state in the optimizer as they are (preset "default"), or "discard"
             what they learned: they start anew in place, without state (preset "paper"). Weights that train without
             adapters keep their state in any case.
-        seed: decides the values of adapters that start anew.
+        seed: decides the values of adapters that start anew. Default 0.
         layers: path of the ModuleList of decoder layers, or the list itself, for a model that is not Hugging Face's.
 
     Raises:
         InvalidArgument: an argument is not accepted, or the plan merges and `igia` has no importance of its layers.
         ModelMismatch: plan or igia was made for another model.
-        UnsupportedModel: the layers cannot be removed, or the adapters are not LoRAs.
+        UnsupportedModel: the layers cannot be removed, or the adapters are not LoRAs, or they cannot start anew.
 
     Example:
         plan = probe.igia.plan(ratio=0.4)

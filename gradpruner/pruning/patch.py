@@ -74,13 +74,14 @@ def fit_patches(
             choice.
         layers: path of the ModuleList of decoder layers, or the list itself, for a model that is not Hugging Face's.
         group: the processes that train the model together, see `Probe`. All of them call this function, each with
-            batches of its own. As many batches are used as every process has. All get the same patches.
+            batches of its own. Each uses only as many batches as the process with the fewest has. All get the same
+            patches.
 
     Returns:
-        One patch per gap, ascending. A gap has none where no layer stands before it; where that layer has no linear
-        that writes straight to the residual stream (in Gemma 2 a norm follows it, in mixtures the experts are many);
-        or where a patch would not help on held-out rows. An encoder-decoder gets none, because the inputs of its
-        decoder come from the labels.
+        One patch per gap, ascending. A gap gets no patch in three cases: no layer comes before it; that layer has no
+        single linear that writes straight to the residual stream (in Gemma 2 a norm follows it, and a mixture of
+        experts has many); or a patch would not help on held-out rows. An encoder-decoder gets no patches, because the
+        inputs of its decoder come from the labels.
 
     Raises:
         InvalidArgument: `batches` is empty, or the plan is for another number of layers.
@@ -209,7 +210,7 @@ def _patch_of(fit: GapFit, peers: Peers | None) -> Patch | None:
 
 
 def _room(model: nn.Module) -> float:
-    """Bytes that the sums may take: a third of the fullest GPU's, infinity without a GPU."""
+    """Bytes that the sums may take: a third of the least free GPU memory, or infinity."""
     devices = {parameter.device for parameter in model.parameters()}
     free = [
         torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -62,7 +62,7 @@ class Sums:
         self.square.add_(other.square)
 
     def over(self, peers: Peers) -> Sums:
-        """Add the sums of all processes. A collective."""
+        """Add the sums of all processes. This is a collective."""
         parts = (summed(part, peers.group).to(part.device) for part in (self.gram, self.cross, self.square))
         return Sums(*parts)
 
@@ -106,7 +106,7 @@ class GapFit:
         ]
 
     def begin(self, mask: Tensor | None) -> None:
-        """Tell before each batch which tokens count; None for all."""
+        """Set, before each batch, which tokens count. None means all."""
         self._mask = mask
 
     def stop(self) -> None:

@@ -19,14 +19,14 @@ from gradpruner.pruning.surgery import prepare
 
 
 def check_plan(decoder: Decoder, **selection: Any) -> None:
-    """Check that such a plan is possible, and that layers of this model can be removed at all.
+    """Check that a plan with these options is possible, and that layers can be removed at all.
 
     Args:
         decoder: the model.
         **selection: ratio or count, of, merge and protect, as `select` takes them.
 
     Raises:
-        InvalidArgument: no such plan is possible.
+        InvalidArgument: no plan with these options is possible.
         UnsupportedModel: neither early nor late layers can be removed.
     """
     layers = len(decoder.layers)

@@ -1,1 +1,1 @@
-"""Tables, plots and pages. This room knows nothing of pruning."""
+"""Tables, plots and pages. Nothing here depends on pruning."""

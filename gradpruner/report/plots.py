@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: every kind of colour vision tells it apart, and so does print, by lightness and hatching.
+# Okabe and Ito's palette. Its colours differ for every kind of colour vision. In print, they differ by lightness and
+# hatching.
 INK, BLUE, GREY = "#1B1F24", "#0072B2", "#59636E"
 STYLES: dict[str, dict[str, Any]] = {
     "kept": {"color": BLUE},

@@ -86,12 +86,12 @@ class Choice:
         elif exact is None:
             unit = "there are no answers to match"
         else:
-            unit = "exact match cannot tell: the dense model's is 0"
+            unit = "exact match cannot decide: the dense model's is 0"
         lost = {t.count: f"{t.lost:.1%} lost" if t.lost > 0 else "nothing lost" for t in self.trials}
         own = lost.pop(self.count)
         others = ", ".join(f"{count}: {how_much}" for count, how_much in lost.items())
         return (
-            f"{self.count} of {self.layers} layers go, the most of the candidates "
+            f"{self.count} of {self.layers} layers are removed, the most of the candidates "
             f"{', '.join(map(str, self.candidates))} with at most {self.bound:.1%} of the dense model's "
             f"{self.measure} ({unit}) lost on {examples} held-out examples after {self.steps} training steps: {own}"
             f"{f' ({others})' if others else ''}; the check took {self.spent} steps beyond those of the run."
@@ -136,8 +136,8 @@ def candidates(scores: Sequence[float], protect: Iterable[int] = (0,), *, least:
 def search(counts: Sequence[int], trial_of: Callable[[int], Trial], bound: float) -> tuple[Trial, tuple[Trial, ...]]:
     """Find the largest count that loses at most `bound`, by bisection.
 
-    The loss is assumed to grow with the count. If it does not, the choice is still within the bound, and the next
-    larger candidate was tried and is not.
+    The lost share is assumed to grow with the count. If it does not, the choice is still within the bound, and the next
+    larger candidate was tried and is not within it.
 
     Args:
         counts: ascending counts.
@@ -210,7 +210,7 @@ def choose(
         return found[str(count)]
 
     counts, order = candidates(scores, protected, least=least), lowest_first(scores, protected)
-    measure = EXACT if checked(0)["exact_match"] else PERPLEXITY  # 0 right, or no answers: it cannot tell
+    measure = EXACT if checked(0)["exact_match"] else PERPLEXITY  # 0 right, or no answers: it cannot decide
     dense = _score(checked(0), measure)
     if not dense > 0:  # NaN too
         raise GradPrunerError(f"ratio = 'auto': the dense model's {measure} on the held-out examples is {dense}")
@@ -231,7 +231,7 @@ def choose(
 
 
 def _known(path: Path) -> dict[str, dict[str, Any]]:
-    """Read the checks of a file. Raises CheckpointError if `choose` does not write such."""
+    """Read the checks of a file. Raises CheckpointError if they are not what `choose` writes."""
     with reading(str(path)):
         found: dict[str, dict[str, Any]] = dict(read_json(path, "auto")["checked"])
         for count, score in found.items():

@@ -15,7 +15,8 @@ from gradpruner.training.recipe import Recipe
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OF_AUTO = ("max_lost", "check_steps", "check_rows")  # settings that only ratio = "auto" uses
-# Default length of a probe. P: the first 1 % of the steps. D: below 20 steps the ranking of the layers has not settled.
+# Default length of a probe. The paper watches the first 1 % of the steps. Below 20 steps, this project measured that
+# the ranking of the layers has not settled.
 PROBE_SHARE, PROBE_LEAST = 0.01, 20
 
 
@@ -36,7 +37,7 @@ class Job:
             "default" or "paper", is accepted too and becomes that `Preset`.
         probe_steps: optimizer steps of the probe. Default: 1 % of the steps, at least 20 and at most half.
         max_length: the longest example, in tokens.
-        train_on: the tokens that the loss is taken of, "answer" or "all".
+        train_on: the tokens whose loss is trained, "answer" or "all".
         dtype: dtype to load the model in: "auto" (as stored), "float32", "bfloat16" or "float16".
         attention: transformers' attn_implementation. Default: transformers chooses.
         trust_remote_code: whether to run code that comes with the model.
@@ -70,7 +71,7 @@ class Job:
     save_steps: int | None = None
 
     def __post_init__(self) -> None:
-        """Check what no later stage checks before time is spent."""
+        """Check what would otherwise be checked only after time was spent."""
         if not is_int(self.steps) or self.steps < 2:
             raise InvalidArgument(f"steps = {self.steps!r}; expected 2 or more: some to probe, the rest to train")
         if not 1 <= self.probing < self.steps:

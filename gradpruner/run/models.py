@@ -73,7 +73,7 @@ class RunModels:
         self._identity.check_unchanged()
         loaded = self.load(self.job.source, self._identity.revision)
         refuse_masks(self.job.source, "run", self._identity.revision)
-        if not self._stages.is_made("probe", self._stages.settings):  # nothing has been paid for yet
+        if not self._stages.is_made("probe", self._stages.settings):  # nothing has been trained yet
             check_run(self.job, *loaded, self._stages.path, self._all_examples)
         return loaded
 
@@ -111,7 +111,7 @@ class RunModels:
 
     def rows_of_probe(self, tokenizer: Any) -> list[Row]:
         """Return the training rows of the probe, in order: the first of the run."""
-        return self.rows(tokenizer)[: self.job.probing * self.job.recipe.rows_a_step]
+        return self.rows(tokenizer)[: self.job.probing * self.job.recipe.rows_per_step]
 
     def score(self, model: Any, tokenizer: Any, examples: Sequence[Example]) -> Evaluation:
         """Evaluate a model with the settings of the job.

@@ -33,6 +33,8 @@ def prune(
 ) -> nn.Module:
     """Train LoRA adapters for a few batches, score the layers, and return the smaller model.
 
+    The model is changed in place. After an error, a plain model is as it was.
+
     Args:
         model: a transformers model, or a PEFT model. The adapters of a PEFT model are used and treated as new ones
             would be: kept in the weights, or discarded.
@@ -45,15 +47,14 @@ def prune(
             accepted.
 
     Returns:
-        The smaller model, a plain transformers model. Its plan is the attribute `gradpruner_plan`.
+        The smaller model: `model` itself, or the base model of a PEFT model. It has no adapters, and all of its
+        parameters are trainable. Its plan is the attribute `gradpruner_plan`.
 
     Raises:
         InvalidArgument: an argument is not accepted, or `batches` is empty or has no labels.
         UnsupportedModel: layers cannot be removed from the model.
         ProbeError: no step was usable, or the layers cannot be compared by what the probe watches. The latter is known
             before the first step.
-
-    After an error, a plain model is as it was.
 
     Example:
         smaller = gradpruner.prune(model, batches, ratio=0.4)

@@ -1,4 +1,4 @@
-"""Try before the first step what could otherwise only fail at the end of a run."""
+"""Try, before the first step, what would otherwise fail only at the end of a run."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def check_rows(model: Any, tokenizer: Any, rows: Rows) -> None:
 
 
 def _vocabulary_size(model: nn.Module) -> int | None:
-    """Return how many tokens have an embedding, or None where the model does not tell."""
+    """Return how many tokens have an embedding, or None if that is not known."""
     try:
         table = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):

@@ -103,7 +103,8 @@ class Run:
         Returns:
             The results, as `results.json` holds them.
         """
-        # Before the dense run is paid for: no cut may be within the bound, or the layers may not be comparable.
+        # This comes before the dense run, which takes long. It fails if no cut is within the bound, or if the layers
+        # are not comparable.
         plan = self._plan_of_checked_folder()
         igia = Igia.load(self.probe_folder / IGIA, lazy=True)
         kind = plan.kind if plan.kind in SCORES else self.job.preset.kind  # a plan by hand may name any other
@@ -204,7 +205,7 @@ class Run:
         return rows_with_speeds(rows, folders, self.folder / SPEEDS, self.models.load)
 
     def _write_card(self, rows: Sequence[Mapping[str, Any]], igia: Igia, kind: str) -> None:
-        # a card travels without the machine that it was made on
+        # a card is read on other machines, so it leaves out measurements of this one
         of_the_model = [line for line in comparison(rows) if line[""] not in OF_THE_MACHINE]
         scores = {} if self._plan_is_by_hand else {"scores": igia, "kind": kind}  # no score has chosen a plan by hand
         card = model_card(
@@ -288,7 +289,7 @@ class Run:
         else:
             model, tokenizer = self.models.load_probed()
             model = finish(model)  # as the cut does with what the probe trained
-        size = self.job.recipe.rows_a_step
+        size = self.job.recipe.rows_per_step
         rows = self.models.rows(tokenizer)[self.job.probing * size : (self.job.probing + self.job.checking) * size]
         recipe = self.job.recipe.widened(self.job.preset.rank_factor if count else 1)
         checkpoints = self._stages.checkpoints(f"check-{count}", self._made_from_probe())
@@ -310,7 +311,7 @@ class Run:
         logger.info(f"pruned: {self.job.steps - self.job.probing} steps")
         loaded = self.models.load(str(self.folder / "cut"))
         plan = plan_of(str(self.folder / "cut"), loaded.model) or plan
-        rows = self.models.rows(loaded.tokenizer)[self.job.probing * self.job.recipe.rows_a_step :]
+        rows = self.models.rows(loaded.tokenizer)[self.job.probing * self.job.recipe.rows_per_step :]
         return self._fine_tune("pruned", loaded, rows, "model", self._made_from_plan(plan), plan)
 
     def _fine_tune(

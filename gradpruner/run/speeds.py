@@ -1,4 +1,4 @@
-"""Measure how fast models generate, in turns: other load on the machine touches them all."""
+"""Measure how fast models generate, in turns, so that other load affects all of them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def speeds_in_turns(
 ) -> dict[str, list[float]]:
     """Measure greedy generation of 64 tokens.
 
-    In each turn every model is loaded, warmed up and timed once, one after the other, so only one is in memory. What
-    slows the machine down for longer than a turn hardly touches the ratio of two models within a turn.
+    In each turn every model is loaded, warmed up and timed once, one after the other, so only one is in memory. If
+    something slows the machine down for longer than a turn, it hardly changes the ratio of two models within a turn.
 
     Args:
         folders: a checkpoint folder per model name.

@@ -53,7 +53,7 @@ def watch(
 
     check_rows(model, tokenizer, ordered)
     watched = add_adapters(model, recipe) if recipe.rank else model
-    probe = ProbeCallback(len(ordered) // recipe.rows_a_step)
+    probe = ProbeCallback(len(ordered) // recipe.rows_per_step)
     callbacks = [probe, *_mask_callbacks(masks, recipe)]
     training = train(watched, ordered, Collator(tokenizer), recipe, of_steps=of_steps, callbacks=callbacks, quiet=quiet)
     if training.diverged:  # the gradients of such a training say nothing about the layers
@@ -79,11 +79,11 @@ def tune(
         ordered: the rows in the order of their use, as `schedule` returns them.
         recipe: how to train.
         quiet: whether to show no progress bar.
-        masks: weights that stay zero: in every step if all weights train, and after adapters were folded in.
+        masks: weights that stay zero: in every step if all weights train, and after adapters were added to the weights.
         checkpoints: where the training is saved while it runs, see `train`.
 
     Returns:
-        The plain model, with its adapters folded in, and the record of the training.
+        The plain model, with its adapters added to the weights, and the record of the training.
     """
     check_rows(model, tokenizer, ordered)
     trained = add_adapters(model, recipe) if recipe.rank else model

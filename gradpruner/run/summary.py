@@ -21,7 +21,7 @@ MEASURES = {
     "peak memory, training (GB)": ("peak_bytes", 1e9, "{:.2f}"),
     "checkpoint (MB)": ("checkpoint_bytes", 1e6, "{:.1f}"),
 }
-# lines that say something of the machine: a model card leaves them out
+# lines that depend on the machine: a model card leaves them out
 OF_THE_MACHINE = ("training step (s)", "generation (tokens/s)", "peak memory, training (GB)")
 
 

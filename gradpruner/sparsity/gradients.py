@@ -35,8 +35,8 @@ def gradient_norms(model: nn.Module, batches: Sequence[Batch], p: int = 2) -> di
         whose gradient of a weight is not finite adds nothing to that weight.
 
     Raises:
-        InvalidArgument: an argument is not one of these, a loss is not finite, or the gradient of a weight is zero or
-            not finite in every sample.
+        InvalidArgument: an argument is not accepted, a loss is not finite, or the gradient of a weight is zero or not
+            finite in every sample.
         UnsupportedModel: a weight cannot be pruned (see `sparsify`), or a linear runs more than once for a sample.
 
     Source: docs/method.md, section 7 (GBLM-Pruner).

@@ -109,7 +109,7 @@ class Layerwise:
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[nn.Module]:
-        """The next layer, on the device where it runs. On leaving, it goes back where it was."""
+        """The next layer, on the device where it runs. Afterwards, it is moved back."""
         layer = self._decoder.layers[self.next]
         home = next(layer.parameters()).device
         try:

@@ -147,6 +147,10 @@ class Pattern:
 
         Returns:
             The mask of the entries that stay: uint8 (out, ceil(in / 8)), one bit per entry.
+
+        Raises:
+            InvalidArgument: dtypes, shapes or devices do not fit, or the pattern is N:M and M does not divide the
+                number of inputs.
         """
         if self.within != "matrix":
             return ops.prune_groups_(weight, norms, gradients, alpha, *self.groups(weight.shape[1]))

@@ -16,7 +16,7 @@ def to_semi_structured_(model: nn.Module) -> list[str]:
     """Store the linears of all decoder layers as torch's 2:4 tensors, in place.
 
     The model is for inference afterwards: such weights can neither be trained nor saved. Save the model before.
-    If one weight cannot be stored so, nothing is changed.
+    If one weight cannot be stored in this way, nothing is changed.
 
     Args:
         model: a plain model that was pruned with pattern "2:4", on a CUDA device, with a dtype and shapes that torch's

@@ -62,8 +62,8 @@ def sparsify(
 ) -> Masks:
     """Zero weights of the linears of all decoder layers, in place.
 
-    Embeddings, head, norms, biases and routers stay. A copy of the weights is held in host memory until all layers are
-    done: if anything fails, the model is as it was.
+    Embeddings, head, norms, biases and routers stay. "sparsegpt" also changes the weights that are not zeroed. A copy
+    of the weights is held in host memory until all layers are done: if anything fails, the model is as it was.
 
     Args:
         model: a plain model, without adapters and not quantised. It may wait in host memory, see `device`.
@@ -85,8 +85,8 @@ def sparsify(
         The masks of the weights that stay.
 
     Raises:
-        InvalidArgument: an argument is not one of these, two of them do not fit together, or the inputs or gradients
-            of a weight are all zero or not finite.
+        InvalidArgument: an argument is not accepted, two of them do not fit together, or the inputs or gradients of a
+            weight are all zero or not finite.
         ModelMismatch: `igia` is of another model.
         UnsupportedModel: a weight cannot be pruned, or the layers cannot run one at a time.
 
@@ -226,7 +226,7 @@ def _check_gradients(
 
 
 def _usable(device: torch.device | str | None) -> torch.device | None:
-    """The device, once a tensor has been there and back. Raises InvalidArgument."""
+    """The device, after a trial copy to it and back. Raises InvalidArgument if that fails."""
     if device is None:
         return None
     try:

@@ -250,8 +250,8 @@ def parse_json(text: str, path: str | os.PathLike[str], kind: str) -> dict[str, 
 def decode_json(text: str) -> Any:
     """Decode JSON more strictly than Python does.
 
-    Refused are also: a name that is given twice in one object, since nobody can tell which value counts; half a
-    surrogate pair, which cannot be printed or written again; a number of thousands of digits.
+    Three more things are refused. A name that is given twice in one object, because it is not clear which value counts.
+    Half a surrogate pair, because it cannot be printed or written again. A number of thousands of digits.
 
     Raises:
         ValueError: the text is refused. JSONDecodeError is a ValueError.

@@ -78,7 +78,9 @@ class TensorInFile:
         return self.entries * self.dtype.itemsize
 
     def chunks_as(self, dtype: torch.dtype) -> Iterator[memoryview]:
-        """Yield the bytes of its values in another dtype, in order, at most `CHUNK` read at a time.
+        """Yield the bytes of its values in another dtype, in order.
+
+        At most `CHUNK` bytes are read at a time.
 
         Each view is overwritten by the next.
         """
@@ -86,7 +88,7 @@ class TensorInFile:
             yield part if dtype == self.dtype else bytes_of(torch.frombuffer(part, dtype=self.dtype).to(dtype))
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield its bytes in order, `CHUNK` at a time. Each view is overwritten by the next."""
+        """Yield its bytes in order, `CHUNK` bytes at a time. Each view is overwritten by the next."""
         buffer = memoryview(bytearray(min(CHUNK, self.size)))
         with self.file.open("rb", buffering=0) as file:
             for start in range(0, self.size, CHUNK):
@@ -250,7 +252,7 @@ def write_folder(folder: Path, tensors: Sequence[Pending], largest: int, totals:
     Args:
         folder: the folder to write to.
         tensors: what to write. Tensors keep their order from shard to shard.
-        largest: bytes of a shard. A larger tensor has a shard of its own.
+        largest: the most bytes of a shard. A larger tensor gets a shard of its own.
         totals: more entries for the metadata of the index.
 
     Returns:
@@ -258,6 +260,7 @@ def write_folder(folder: Path, tensors: Sequence[Pending], largest: int, totals:
 
     Raises:
         OSError: writing fails.
+        CheckpointError: a tensor has more or fewer bytes than its shape needs.
     """
     shards: list[list[Pending]] = [[]]
     for tensor in tensors:

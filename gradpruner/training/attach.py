@@ -61,19 +61,22 @@ def attach(
 ) -> PruneCallback:
     """Make a Trainer probe its first steps, cut its model, and train on to the end, in one run.
 
-    The step count, the learning-rate schedule, logging, evaluation and checkpoints go on as if nothing had happened.
-    Adapters go on too, or start anew with adapters="discard". Scores and plan are logged to whatever the Trainer
-    reports to.
+    The step count, the learning-rate schedule, logging, evaluation and checkpoints continue as without a cut. Adapters
+    continue too, or start anew with adapters="discard". Scores and plan are logged to whatever the Trainer reports to.
 
-    A checkpoint of any moment resumes with `trainer.train(resume_from_checkpoint=...)` after the same `attach` on the
-    same dense model. True takes the newest checkpoint that is complete. The folder output_dir/gradpruner holds the
-    plan, the scores, and, where adapters train, the cut base model that their checkpoints belong to and name.
+    To resume from a checkpoint of any step, call `attach` in the same way on the same dense model, and then
+    `trainer.train(resume_from_checkpoint=...)`. True takes the newest complete checkpoint. The folder
+    output_dir/gradpruner holds the plan and the scores. If adapters train, it also holds the cut base model that their
+    checkpoints belong to and name.
+
+    Some faults are only known when the model is prepared, such as those of its optimizer. They are raised when training
+    begins.
 
     Args:
         trainer: a `transformers.Trainer` or a subclass, for example TRL's SFTTrainer.
         steps: optimizer steps of the probe. Default 40.
         ratio: share of the layers to remove, above 0 and below 1. Default 0.4.
-        count: how many layers to remove. It takes the place of `ratio`.
+        count: how many layers to remove. If it is given, `ratio` is not used.
         of: what `ratio` is a share of, "layers" or "parameters". Default "layers".
         protect: layers that are never removed, counted from 0. Default: the first.
         preset: how layers are scored and cut, "default" or "paper". See `gradpruner.presets.Preset`.
@@ -83,7 +86,7 @@ def attach(
         weight: factor of the merged entries, if not the preset's.
         patch: whether gaps get a linear patch, if not the preset's. It is fitted on the probe's batches. Each process
             keeps up to 131,072 of their tokens in host memory. A quantised base and an encoder-decoder cannot be
-            patched. That is logged, or refused if patch=True is given.
+            patched. Then a warning is logged, or UnsupportedModel is raised if patch=True is given.
         adapters: "keep" what the probe trained, or "discard" it, if not the preset's.
         estimator: see `Probe`.
         factor_dtype: see `Probe`.
@@ -96,8 +99,7 @@ def attach(
         InvalidArgument: an argument is not accepted, or does not fit this Trainer.
         UnsupportedModel: the model, or the way in which it is distributed, cannot be cut.
         ProbeError: the layers cannot be compared by what the probe would watch.
-
-    What only the prepared model shows, such as its optimizer, is refused when training begins.
+        CheckpointError: the output folder of the Trainer cannot be written.
 
     Example:
         pruning = gradpruner.attach(trainer, steps=40, ratio=0.4)
@@ -205,7 +207,8 @@ class PruneCallback(TrainerCallback):
         igia, batches = self._probe.igia, [] if self._batches is None else self._batches.batches
         self._stop_watching()
         preset, plan = self._options.preset, igia.plan(kind=self._options.preset.kind, **self._options.selection)
-        # the model as the loop calls it: its wrappers have to know. DataParallel makes its copies anew at each step
+        # The model as the loop calls it, because a cut changes its wrappers too. DataParallel makes new copies in every
+        # step.
         wrapped: Any = self._trainer.model_wrapped
         model = kwargs["model"] if isinstance(wrapped, nn.DataParallel) else wrapped
         patches = self._fit_patches(model, plan, batches)
@@ -260,7 +263,7 @@ class PruneCallback(TrainerCallback):
         return patches
 
     def _figures(self, plan: Plan, igia: Igia, patches: list[Patch]) -> dict[str, float]:
-        """Return what the Trainer logs of the cut. Fates: 0 kept, 1 dropped, 2 merged."""
+        """Return what the Trainer logs about the cut. Fates: 0 kept, 1 dropped, 2 merged."""
         kind = self._options.preset.kind
         figures = {
             "gradpruner/removed_layers": float(len(plan.removed)),

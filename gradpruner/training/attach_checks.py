@@ -48,7 +48,7 @@ class PruneOptions:
     patch_required: bool
 
     def __post_init__(self) -> None:
-        """Check what no later stage checks before time is spent."""
+        """Check what would otherwise be checked only after time was spent."""
         check_int("steps", self.steps, 1, "a number of optimizer steps")
         exact_share("top", self.preset.top)
         check_choice("kind", self.preset.kind, SCORES)
@@ -84,7 +84,7 @@ def check_trainer_and_model(trainer: Trainer, model: Any, options: PruneOptions)
     _check_arguments(trainer, options, has_adapters=peft is not None)
     altered = altered_base(model)
     if altered is not None:
-        raise UnsupportedModel(f"{altered}, which a cut cannot tell apart from it")
+        raise UnsupportedModel(f"{altered}: a cut cannot separate them. Accepted are adapters beside unchanged weights")
     if peft is not None:
         check_adapters(peft, options.preset.adapters)
     decoder = Decoder(model)
@@ -140,7 +140,7 @@ def _check_scores(model: Any, options: PruneOptions) -> None:
 
 
 def _patched_or_not(decoder: Decoder, options: PruneOptions) -> PruneOptions:
-    """Do without patches where they are not possible, unless they were asked for by name."""
+    """Leave patches out if they are not possible. Refuse if `patch=True` was given."""
     if is_quantised(decoder):
         reason = "the base is quantised, and nothing can be added to packed weights"
     elif getattr(decoder.config, "is_encoder_decoder", False):

@@ -67,6 +67,9 @@ def load_examples(
         limit: keep at most this many examples. Default: all.
         seed: shuffle with this seed before `limit` is applied. Default: no shuffling.
 
+    Returns:
+        The examples, in the order of the source unless they are shuffled.
+
     Raises:
         InvalidArgument: source, split, template, limit or a row's content is wrong; the message says which.
     """
@@ -173,8 +176,7 @@ def tokenize(
 class Collator:
     """Collate tokenised rows to one batch of tensors.
 
-    Rows are padded on the right to a multiple of 8 tokens. The attribute `pad_id` is the token that it pads with. An
-    instance can be a Trainer's `data_collator`.
+    Rows are padded on the right with token `pad_id`, to a multiple of 8 tokens. Use it as a Trainer's `data_collator`.
 
     Args:
         tokenizer: the model's. Its padding token is used, or its end token if it has none. It is not changed.

@@ -1,4 +1,4 @@
-"""Tell a training run that failed although every loss was finite: its loss rose."""
+"""Detect a training run that failed although every loss was finite: its loss rose."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def has_diverged(losses: Sequence[float]) -> bool:
 
 
 def explained(what: str, losses: Sequence[float]) -> str:
-    """Return a message on a run that has diverged, with what to try.
+    """Return a message about a run that has diverged, with what to try.
 
     Args:
         what: the run, as the message names it.

@@ -95,7 +95,7 @@ def macro_f1(predicted: Sequence[Hashable], truth: Sequence[Hashable]) -> float:
     """Compute the mean F1 measure over the classes of `truth`, 0 to 1.
 
     Args:
-        predicted: the predicted class of each example. One that `truth` never has only costs recall.
+        predicted: the predicted class of each example. A class that `truth` does not have lowers only the recall.
         truth: the true class of each example.
     """
     pairs = list(zip(predicted, truth, strict=True))
@@ -124,7 +124,7 @@ def exact_match(model: Any, rows: Rows, *, collate: Collate, batch_size: int) ->
 
 
 def exact_matches(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> list[bool]:
-    """Tell for each row whether greedy generation would reproduce its answer.
+    """Find out for each row whether greedy generation would reproduce its answer.
 
     No token is generated. Greedy generation yields exactly the answer if and only if, given the prompt and the answer
     so far, every answer token (and the end token) is the most likely one. One forward pass shows all of them.

@@ -152,9 +152,9 @@ def train(
     """
     from gradpruner.training import row_trainer
 
-    steps, rest = divmod(len(ordered), recipe.rows_a_step)
+    steps, rest = divmod(len(ordered), recipe.rows_per_step)
     if not steps or rest:
-        raise InvalidArgument(f"{len(ordered)} rows; expected a multiple of {recipe.rows_a_step}, the rows of a step")
+        raise InvalidArgument(f"{len(ordered)} rows; expected a multiple of {recipe.rows_per_step}, the rows of a step")
     of_steps = steps if of_steps is None else of_steps
     if of_steps < steps:
         raise InvalidArgument(f"of_steps = {of_steps}; expected {steps} or more, the steps of the rows")
@@ -214,5 +214,5 @@ def _narrow_inputs(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 
 def finish(model: nn.Module) -> nn.Module:
-    """Return the plain model after a training: adapters are folded into the weights."""
+    """Return the plain model after a training, with its adapters added to the weights."""
     return merged(model) if is_peft(model) else model

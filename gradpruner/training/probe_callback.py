@@ -15,6 +15,8 @@ from gradpruner.probe.probe import Probe
 class ProbeCallback(TrainerCallback):
     """Watch the first optimizer steps of a `transformers.Trainer`, and change nothing.
 
+    Wrong options are refused when training begins, as `Probe` and `Probe.start` refuse them.
+
     Args:
         steps: optimizer steps to watch. Default 40.
         save_to: where igia.safetensors is written when training ends. Default: nowhere.
@@ -45,7 +47,7 @@ class ProbeCallback(TrainerCallback):
 
     @property
     def igia(self) -> Igia:
-        """The accumulated gradients so far.
+        """The result of the probe. Reading it ends the probe.
 
         Raises:
             ProbeError: training has not begun, or no optimizer step was made.

@@ -64,12 +64,12 @@ class Recipe:
             raise InvalidArgument(f"weight_decay = {self.weight_decay!r}; expected 0 or more")
 
     @property
-    def rows_a_step(self) -> int:
+    def rows_per_step(self) -> int:
         """Examples that one optimizer step sees."""
         return self.batch_size * self.accumulation
 
     def widened(self, factor: int) -> Recipe:
-        """Return the recipe with `factor` times the rank, and alpha times the root of it.
+        """Return the recipe with `factor` times the rank and sqrt(`factor`) times alpha.
 
         At equal alpha / rank, a wide adapter would need a lower learning rate.
 
@@ -100,11 +100,11 @@ def schedule(rows: Sequence[Row], steps: int, recipe: Recipe) -> list[Row]:
         raise InvalidArgument("rows is empty; expected at least one training example")
     check_int("steps", steps, 1, "a number of optimizer steps")
     shuffler, ordered = random.Random(recipe.seed), list[Row]()
-    while len(ordered) < steps * recipe.rows_a_step:
+    while len(ordered) < steps * recipe.rows_per_step:
         epoch = list(rows)
         shuffler.shuffle(epoch)
         ordered += epoch
-    ordered = ordered[: steps * recipe.rows_a_step]
+    ordered = ordered[: steps * recipe.rows_per_step]
     return _grouped(ordered, recipe.batch_size, shuffler) if recipe.group_by_length else ordered
 
 

@@ -83,7 +83,7 @@ def write_results(
     """Write plan and scores, and the cut base model where the Trainer will save adapters only.
 
     Args:
-        trainer: the Trainer. Everything goes to the folder `gradpruner` in its output_dir.
+        trainer: the Trainer. Everything is written to the folder `gradpruner` in its output_dir.
         model: its cut model, not wrapped.
         plan: of the cut.
         igia: of the probe.
@@ -182,7 +182,7 @@ def rebuild_cut(
 
     Raises:
         ModelMismatch: the checkpoint is of another model.
-        CheckpointError: the cut base model is gone.
+        CheckpointError: the cut base model is missing.
     """
     peft = peft_of(model)
     if (state.base is None) != (peft is None):

@@ -206,7 +206,7 @@ def training_arguments(
 
 
 def use_one_device(arguments: TrainingArguments) -> None:
-    """Make one optimizer step see `Recipe.rows_a_step` rows, each of them once.
+    """Make one optimizer step see `Recipe.rows_per_step` rows, each of them once.
 
     In one process with several GPUs, transformers would give every GPU a batch of its own.
 

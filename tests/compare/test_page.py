@@ -26,7 +26,7 @@ def test_page_has_everything_and_needs_no_network(whole):
     assert page.headings == [
         "Accuracy",
         "With 12 of 30 layers removed",
-        "Which layers go",
+        "Which layers are removed",
         "How soon the choice settles",
         "Training",
         "What it costs",

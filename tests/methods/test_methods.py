@@ -111,5 +111,5 @@ def test_without_a_mask_every_token_is_real(text):
 def test_hidden_states_that_are_not_one_vector_a_token_are_refused():
     wrong = [{**BATCHES[0], "attention_mask": torch.ones(3, 1, 9, 9)}]
     for text in ("shortgpt", "block"):
-        with pytest.raises(UnsupportedModel, match="one vector a token"):
+        with pytest.raises(UnsupportedModel, match="one vector per token"):
             parse_method(text).plan(Clues(build(), wrong, wrong, 0), 1)

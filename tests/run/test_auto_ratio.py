@@ -266,7 +266,7 @@ def test_a_run_of_all_stages(source, tmp_path, monkeypatch, capsys):
     scores = results["probe"]["layer_scores"]
     assert [t["margin"] for t in auto["trials"]] == [margin_at(scores, 2), margin_at(scores, 3)]
     page = (out / "report.html").read_text()
-    assert "3 of 6 layers go" in page and "took 9 steps beyond" in page and "margin at the cut" in page
+    assert "3 of 6 layers are removed" in page and "took 9 steps beyond" in page and "margin at the cut" in page
     assert len(results["probe"]["watched"]) == 6 and "watched of each layer" in page
     assert auto["reason"] in said.out and "chosen" in said.out and f"auto: {auto['reason']}" in said.err
 

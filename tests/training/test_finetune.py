@@ -52,7 +52,7 @@ def casts(model):
 def trained(steps, of_steps=None, recipe=RECIPE, model=None):
     model = model or add_adapters(llama(), recipe)
     spy = Spy()
-    ordered = plain(schedule(rows(), 12, recipe))[: steps * recipe.rows_a_step]
+    ordered = plain(schedule(rows(), 12, recipe))[: steps * recipe.rows_per_step]
     done = train(model, ordered, Collator(make_tokenizer()), recipe, of_steps=of_steps, callbacks=[spy], quiet=True)
     return model, done, spy.rates
 

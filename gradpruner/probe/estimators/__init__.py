@@ -38,7 +38,7 @@ class Reader(Protocol):
 
         `inverse_scale` is 1 / loss scale where gradients are still scaled. Returns the squared Frobenius norm of the
         gradient of every weight, float64 of shape (n,) in host memory. The copy may still be under way until the
-        `devices` have finished what they were given. The step is pending until `settle`.
+        `devices` have finished their earlier work. The step is pending until `settle`.
         """
         ...
 

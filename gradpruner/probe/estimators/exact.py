@@ -1,6 +1,6 @@
 """The estimator "exact": the true gradient of each linear, squared in the backward pass.
 
-Source: docs/method.md, section 1 (D).
+Source: docs/method.md, section 1.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from gradpruner.probe.importance import Dense, Factors
 class ExactReader:
     """Replaces the forward of each linear in the decoder layers while the probe watches.
 
-    Its unit is the micro-batch of one process, before clipping. The gradient of a frozen weight is never stored. F
-    stays on the device of the weight, 4 bytes per entry. It costs the weight-gradient product that a frozen weight
-    otherwise skips. A linear that runs more than once in one backward pass is refused in the first step.
+    What is squared is the gradient of one micro-batch of one process, before clipping. The gradient of a frozen weight
+    is never stored. The importance F stays on the device of the weight and takes 4 bytes per entry. A frozen weight
+    costs the product for its gradient, which training otherwise skips. A linear that runs more than once in one
+    backward pass is refused in the first step.
 
     Args:
         decoder: the model.
@@ -35,7 +36,7 @@ class ExactReader:
 
     Raises:
         ProbeError: there is no plain linear, or something else has replaced the forward of one.
-        InvalidArgument: `micro_batches` is no number of calls.
+        InvalidArgument: `micro_batches` is not a whole number of 1 or more.
     """
 
     name = "exact"

@@ -27,11 +27,12 @@ from gradpruner.probe.importance import Dense, Factors, shared
 
 
 class GradientReader:
-    """Sums W.grad ** 2 over the steps into F, in host memory (P eq. 3).
+    """Sums W.grad ** 2 over the steps into the importance F, in host memory.
 
-    F takes 4 bytes per entry. A device that trains all weights has no room for it. So with importance, every step
-    waits for its norms and moves each gradient through two pinned buffers to the CPU, which squares it. The step takes
-    longer by the copy or by the squaring, whichever is slower. Without importance, nothing is waited for.
+    This is equation 3 of the paper. F takes 4 bytes per entry. A device that trains all weights has no room for it. So
+    with importance, every step waits for its norms and moves each gradient through two pinned buffers to the CPU, which
+    squares it. The step takes longer by the copy or by the squaring, whichever is slower. Without importance, no step
+    waits.
 
     Args:
         decoder: the model.
@@ -127,7 +128,7 @@ class GradientReader:
 
 
 class AdamReader(GradientReader):
-    """Reads F from Adam's exp_avg_sq, without memory of its own (D).
+    """Reads F from Adam's exp_avg_sq, without memory of its own.
 
     exp_avg_sq is F up to a constant if the optimizer starts without state, and while beta2 ** t is near 1.
 
@@ -184,7 +185,7 @@ class AdamReader(GradientReader):
 
 
 def why_not_adam(decoder: Decoder, optimizer: object, steps: int, *, begun: bool = False) -> str | None:
-    """Tell why the exp_avg_sq of an optimizer would not be F up to a constant.
+    """Return why the exp_avg_sq of an optimizer would not be F up to a constant factor.
 
     Args:
         decoder: the model.

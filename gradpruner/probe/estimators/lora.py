@@ -1,6 +1,6 @@
 """The estimator "lora": the gradient G = gB gA of each adapter, kept as its two factors.
 
-Source: docs/method.md, section 1 (P eq. 2).
+Source: docs/method.md, section 1 (equation 2 of the paper).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INSTEAD = "estimator='exact' reads the frozen weights' own gradients, whatever a
 
 @dataclass
 class _Kept:
-    """What is stored of one weight: factors, or a matrix once that is smaller."""
+    """The stored importance of one weight: factors, or a matrix once that is smaller."""
 
     factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     size: int = 0  # bytes of the factors

@@ -16,7 +16,7 @@ class IgiaTimesWeight(Metric):
 
     Merges rank entries by the same F. It needs an `Igia` with the importance of every weight.
 
-    Source: docs/method.md, section 1; the use for single weights is D.
+    Source: docs/method.md, section 1. The use for single weights is this project's own.
     """
 
     name: ClassVar[str] = "igia"
