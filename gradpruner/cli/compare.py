@@ -28,7 +28,12 @@ def add_compare(commands: Any) -> None:
         help="name or name:option=value,... (default: all but sparse, which also zeroes single weights)",
     )
     parser.add_argument(
-        "--ratios", nargs="+", type=float, default=[0.4], metavar="P", help="shares of the layers to remove"
+        "--ratios",
+        nargs="+",
+        type=float,
+        default=[0.4],
+        metavar="P",
+        help="shares of the layers to remove (default 0.4)",
     )
     parser.add_argument("--no-costs", action="store_true", help="do not measure time and memory at the end")
 
