@@ -80,8 +80,7 @@ def test_the_loop_of_the_readme(inputs, tmp_path, monkeypatch):
         "scheduler": scheduler,
         "tokenizer": tokenizer,
         "loader": [batch] * 45,
-        "batches": [batch] * 5,
     }
     exec(python_block("In your own loop"), known)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (1 - 90 / 100))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (1 - 45 / 100))
     checked("smaller")

@@ -10,7 +10,9 @@ from gradpruner.cli import options as given
 
 def add_backends(commands: Any) -> None:
     """Add the command `backends`."""
-    given.command(commands, "backends", _backends, "Which kernels this installation can run.", "gradpruner backends")
+    given.command(
+        commands, "backends", _backends, "Show which kernels this installation can run.", "gradpruner backends"
+    )
 
 
 def _backends(options: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def add_compare(commands: Any) -> None:
         commands,
         "compare",
         _compare,
-        "Methods against each other on your model and data, on one budget.",
+        "Compare methods on your model and data, all with the same number of steps.",
         "gradpruner compare --model M --data train.jsonl --steps 250 --ratios 0.2 0.4 --seeds 0 1 2 --out comparison",
     )
     _options(parser)
@@ -27,7 +27,14 @@ def add_compare(commands: Any) -> None:
         metavar="M",
         help="name or name:option=value,... (default: all but sparse, which also zeroes single weights)",
     )
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.4], metavar="P", help="shares of the layers")
+    parser.add_argument(
+        "--ratios",
+        nargs="+",
+        type=float,
+        default=[0.4],
+        metavar="P",
+        help="shares of the layers to remove (default 0.4)",
+    )
     parser.add_argument("--no-costs", action="store_true", help="do not measure time and memory at the end")
 
 
@@ -37,7 +44,7 @@ def add_sensitivity(commands: Any) -> None:
         commands,
         "sensitivity",
         _sensitivity,
-        "The default method with one setting changed at a time.",
+        "Change one setting of the default method at a time, and compare.",
         "gradpruner sensitivity --model M --data train.jsonl --steps 250 --out sensitivity",
     )
     _options(parser)
@@ -47,9 +54,11 @@ def add_sensitivity(commands: Any) -> None:
             nargs="*",
             default=list(values),
             metavar="V",
-            help=f"{factor} (default: {' '.join(map(str, values))})",
+            help=f"values of: {factor} (default: {' '.join(map(str, values))}; without a value: skipped)",
         )
-    parser.add_argument("--ratio", type=float, default=0.4, metavar="P", help="share of the layers (default 0.4)")
+    parser.add_argument(
+        "--ratio", type=float, default=0.4, metavar="P", help="share of the layers to remove (default 0.4)"
+    )
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -57,10 +66,25 @@ def _options(parser: argparse.ArgumentParser) -> None:
     given.data_options(parser, testing=True)
     given.recipe_options(parser)
     given.checkpoint_options(parser)
-    parser.add_argument("--probe-steps", type=int, metavar="N", help="steps of the probe (default: 1 %%, 20 at least)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="order of the data, adapters")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="models at a time: one per GPU or core")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where results are written; run again to go on")
+    given.probe_steps_option(parser)
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[0],
+        metavar="N",
+        help="seeds of data order and adapters, used in place of --seed (default 0)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="models trained at a time, each on a GPU of its own or on its share of the CPU cores (default 1)",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FOLDER", help="folder for all results; the same command continues it"
+    )
 
 
 def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:

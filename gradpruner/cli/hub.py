@@ -14,13 +14,13 @@ def add_push(commands: Any) -> None:
         commands,
         "push",
         _push,
-        "Verify a pruned checkpoint, write its card and upload both to the hub.",
+        "Verify a pruned checkpoint, write its model card, and upload both to the hub.",
         "gradpruner push small/model me/Llama-3.2-1B-pruned --base-model meta-llama/Llama-3.2-1B --private",
     )
     parser.add_argument("folder", help="checkpoint folder, with the gradpruner.json that apply or run wrote")
-    parser.add_argument("repo_id", help="where to: owner/name; made if it does not exist")
+    parser.add_argument("repo_id", help="repository, owner/name; it is made if it does not exist")
     parser.add_argument("--base-model", metavar="M", help="hub id or folder of the dense model, for the card")
-    parser.add_argument("--license", metavar="L", help="for the card (default: the base model's, where its card is)")
+    parser.add_argument("--license", metavar="L", help="licence, for the card (default: from the base model's card)")
     parser.add_argument("--private", action="store_true", default=None, help="make a private repository")
     parser.add_argument("--revision", metavar="R", help="branch to commit to (default main)")
 

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 DATA_HELP = """\
 data:
-  a .jsonl, .json, .csv or .txt file, or the id of a hub data set. Templates fill in columns:
+  --data is a .jsonl, .json, .csv or .txt file, or the id of a data set on the hub. Templates say how prompt and answer
+  are made from its columns:
     --prompt 'Question: {text}\\nIntent:' --answer '{category}'
   Without templates the usual column pairs are recognised (prompt/completion, question/answer, text/label, ...).
 """
@@ -45,9 +46,11 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="to load in (default: as stored)",
+        help="dtype of the loaded weights (default auto: as stored)",
     )
-    parser.add_argument("--attention", metavar="A", help="transformers' attn_implementation (default: its choice)")
+    parser.add_argument(
+        "--attention", metavar="A", help="transformers' attn_implementation (default: transformers chooses)"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
@@ -58,19 +61,25 @@ def data_options(parser: argparse.ArgumentParser, *, testing: bool) -> None:
         parser: of the command.
         testing: whether the command evaluates too.
     """
-    parser.add_argument("--data", required=True, metavar="D", help="file or hub id; see below")
+    parser.add_argument("--data", required=True, metavar="D", help="data file or hub id, see below")
     parser.add_argument("--split", default="train", help="split of a hub data set (default train)")
     parser.add_argument("--prompt", metavar="T", help="template of the prompt")
     parser.add_argument("--answer", metavar="T", help="template of the answer")
-    parser.add_argument("--limit", type=int, metavar="N", help="use N examples of --data, shuffled by --data-seed")
-    parser.add_argument("--data-seed", type=int, default=0, metavar="N", help="shuffling of the data (default 0)")
-    parser.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of an example (default 512)")
-    parser.add_argument("--train-on", choices=("answer", "all"), default="answer", help="tokens that count")
+    parser.add_argument("--limit", type=int, metavar="N", help="use only N examples of --data, after shuffling")
+    parser.add_argument("--data-seed", type=int, default=0, metavar="N", help="seed that shuffles the data (default 0)")
+    parser.add_argument(
+        "--max-length", type=int, default=512, metavar="N", help="most tokens of an example (default 512)"
+    )
+    parser.add_argument(
+        "--train-on", choices=("answer", "all"), default="answer", help="tokens that the loss counts (default answer)"
+    )
     if testing:
-        parser.add_argument("--test-data", metavar="D", help="evaluated at the end (default: held out of --data)")
+        parser.add_argument("--test-data", metavar="D", help="test data (default: a share of --data is held out)")
         parser.add_argument("--test-split", help="split of a hub data set for --test-data (default test)")
-        parser.add_argument("--test-limit", type=int, metavar="N", help="use N of them")
-        parser.add_argument("--held-out", type=float, default=0.1, metavar="P", help="share held out (default 0.1)")
+        parser.add_argument("--test-limit", type=int, metavar="N", help="use only N test examples")
+        parser.add_argument(
+            "--held-out", type=float, default=0.1, metavar="P", help="share of --data held out (default 0.1)"
+        )
 
 
 def plan_options(parser: argparse.ArgumentParser, *, auto: bool = False) -> None:
@@ -88,10 +97,17 @@ def plan_options(parser: argparse.ArgumentParser, *, auto: bool = False) -> None
         help=f"share of the layers to remove (default 0.4){', or auto: see --max-lost' if auto else ''}",
     )
     amount.add_argument("--count", type=int, metavar="N", help="how many layers to remove")
-    parser.add_argument("--of", choices=("layers", "parameters"), default="layers", help="what --ratio is a share of")
+    parser.add_argument(
+        "--of", choices=("layers", "parameters"), default="layers", help="what --ratio is a share of (default layers)"
+    )
     preset_option(parser)
     parser.add_argument("--kind", choices=("squared", "norm", "normalized"), help="layer score (default: the preset's)")
-    parser.add_argument("--merge", type=_merge, metavar="N", help="layers to merge, not drop, or auto (the preset's)")
+    parser.add_argument(
+        "--merge",
+        type=_merge,
+        metavar="N",
+        help="how many of the removed layers are merged into kept ones, or auto (default: the preset's)",
+    )
 
 
 def preset_option(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +116,24 @@ def preset_option(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=("default", "paper"),
         default="default",
-        help="settings that won in our trials, or those of the paper",
+        help="settings: default did best in our trials, paper is the method as published (default: default)",
+    )
+
+
+def probe_steps_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says how long the probe is."""
+    parser.add_argument(
+        "--probe-steps",
+        type=int,
+        metavar="N",
+        help="optimizer steps of the probe (default: 1 %% of --steps, at least 20 and at most half)",
+    )
+
+
+def top_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says how much of a weight is merged."""
+    parser.add_argument(
+        "--top", type=float, metavar="P", help="share of a merged weight's entries that is used (default: the preset's)"
     )
 
 
@@ -124,12 +157,14 @@ def _merge(text: str) -> str | int:
 def recipe_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how to fine-tune."""
     parser.add_argument("--steps", type=int, required=True, metavar="N", help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples at a time (default 16)")
-    parser.add_argument("--accumulation", type=int, default=1, metavar="N", help="batches of a step (default 1)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples per batch (default 16)")
+    parser.add_argument(
+        "--accumulation", type=int, default=1, metavar="N", help="batches per optimizer step (default 1)"
+    )
     parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default 1e-4)")
     parser.add_argument("--rank", type=int, default=8, metavar="R", help="LoRA rank; 0 trains all weights (default 8)")
-    parser.add_argument("--group-by-length", action="store_true", help="rows of one length together: less padding")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="order of the data, adapters (default 0)")
+    parser.add_argument("--group-by-length", action="store_true", help="batch rows of similar length: less padding")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of data order and adapters (default 0)")
 
 
 def checkpoint_options(parser: argparse.ArgumentParser) -> None:
@@ -138,8 +173,8 @@ def checkpoint_options(parser: argparse.ArgumentParser) -> None:
         "--save-steps",
         type=int,
         metavar="N",
-        help="optimizer steps between two checkpoints, from "
-        "which an interrupted training goes on (default: a tenth of all, 10 at least)",
+        help="optimizer steps between two checkpoints; an interrupted training continues from the newest one "
+        "(default: a tenth of all steps, at least 10)",
     )
 
 

@@ -16,7 +16,7 @@ def add_run(commands: Any) -> None:
         commands,
         "run",
         _run,
-        "The whole job: probe, plan, cut, fine-tune, evaluate, report.",
+        "Do the whole job: probe, plan, cut, fine-tune, evaluate, report.",
         "gradpruner run --model meta-llama/Llama-3.2-1B --data train.jsonl --steps 1000 --ratio 0.4 --out small",
     )
     given.model_options(parser)
@@ -34,29 +34,32 @@ def add_run(commands: Any) -> None:
         "--check-steps",
         type=int,
         metavar="N",
-        help="with --ratio auto: extra steps that each model "
-        "that is tried is trained for (default: as many as the probe)",
+        help="with --ratio auto: extra training steps of each model that is tried (default: as many as the probe)",
     )
     parser.add_argument(
         "--check-rows",
         type=int,
         metavar="N",
-        help="with --ratio auto: training examples held out to try on (default: 10 %%, at most 200)",
+        help="with --ratio auto: training examples held out for these trials (default: 10 %%, at most 200)",
     )
-    parser.add_argument("--probe-steps", type=int, metavar="N", help="steps of the probe (default: 1 %%, 20 at least)")
-    parser.add_argument("--top", type=float, metavar="P", help="share of a merged weight kept (default: the preset's)")
-    parser.add_argument("--no-patch", action="store_const", const=False, dest="patch", help="leave the gaps unpatched")
+    given.probe_steps_option(parser)
+    given.top_option(parser)
+    parser.add_argument("--no-patch", action="store_const", const=False, dest="patch", help="do not patch the gaps")
     parser.add_argument(
-        "--adapters", choices=("keep", "discard"), help="what the probe trained (default: the preset's)"
+        "--adapters",
+        choices=("keep", "discard"),
+        help="keep or discard what the probe trained (default: the preset's)",
     )
     parser.add_argument(
         "--rank-factor",
         type=int,
         metavar="N",
-        help="the cut model's adapters have N times the rank (default: the preset's)",
+        help="the adapters of the pruned model have N times the --rank (default: the preset's)",
     )
-    parser.add_argument("--no-dense", action="store_true", help="do not fine-tune the uncut model for comparison")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where results are written; run again to resume")
+    parser.add_argument("--no-dense", action="store_true", help="do not train the dense model for comparison")
+    parser.add_argument(
+        "--out", required=True, metavar="FOLDER", help="folder for all results; the same command continues it"
+    )
 
 
 def add_demo(commands: Any) -> None:
@@ -65,7 +68,7 @@ def add_demo(commands: Any) -> None:
         commands,
         "demo",
         _demo,
-        "The whole job on a model and data that need no hub: ten minutes on two cores.",
+        "Do the whole job on a packaged model and data, without a hub: about ten minutes on two cores.",
         "gradpruner demo --out gradpruner-demo",
     )
     parser.add_argument("--out", default="gradpruner-demo", metavar="FOLDER", help="default: gradpruner-demo")
@@ -74,9 +77,13 @@ def add_demo(commands: Any) -> None:
 def add_report(commands: Any) -> None:
     """Add the command `report`."""
     parser = given.command(
-        commands, "report", _report, "Draw the report of a finished run again.", "gradpruner report small"
+        commands,
+        "report",
+        _report,
+        "Write the report of a finished run or comparison again.",
+        "gradpruner report small",
     )
-    parser.add_argument("folder", help="the --out of gradpruner run or compare")
+    parser.add_argument("folder", help="the --out folder of run, compare or sensitivity")
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:

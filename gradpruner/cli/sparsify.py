@@ -16,7 +16,7 @@ def add_sparsify(commands: Any) -> None:
         commands,
         "sparsify",
         _sparsify,
-        "Zero single weights; write a verified checkpoint and the masks.",
+        "Zero single weights, and write a verified checkpoint with the masks.",
         "gradpruner sparsify --model M --data text.txt --method gblm --pattern 2:4 --out sparse",
     )
     given.model_options(parser)
@@ -31,20 +31,22 @@ def add_sparsify(commands: Any) -> None:
         "--pattern",
         default="row",
         metavar="P",
-        help="row, matrix, or N:M such as 2:4, N of every M inputs kept (default row)",
+        help="row, matrix, or N:M such as 2:4: N of every M consecutive inputs are kept (default row)",
     )
-    parser.add_argument("--ratio", type=float, metavar="P", help="share removed, of row and matrix (default 0.5)")
+    parser.add_argument("--ratio", type=float, metavar="P", help="share zeroed, for row and matrix (default 0.5)")
     parser.add_argument(
         "--allocation",
         choices=("uniform", "alphapruning"),
         default="uniform",
-        help="shares of the layers (default uniform)",
+        help="how the zeros are divided over the layers (default uniform)",
     )
     parser.add_argument("--samples", type=int, default=128, metavar="N", help="windows to calibrate on (default 128)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which windows (default 0)")
-    parser.add_argument("--device", metavar="D", help="where each layer runs, such as cuda (default: the model's)")
-    parser.add_argument("--igia", metavar="FILE", help="igia.safetensors, for method igia")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write, masks in it")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed that draws the windows (default 0)")
+    parser.add_argument(
+        "--device", metavar="D", help="device that runs one layer at a time, for example cuda (default: the model's)"
+    )
+    parser.add_argument("--igia", metavar="FILE", help="igia.safetensors of a probe, for method igia")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write, with the masks")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
 
 

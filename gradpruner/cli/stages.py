@@ -16,7 +16,7 @@ def add_probe(commands: Any) -> None:
         commands,
         "probe",
         _probe,
-        "Watch the gradients of the first steps; write igia.safetensors.",
+        "Watch the gradients of the first training steps, and write igia.safetensors.",
         "gradpruner probe --model M --data train.jsonl --steps 40 --out igia.safetensors",
     )
     given.model_options(parser)
@@ -26,7 +26,7 @@ def add_probe(commands: Any) -> None:
         "--of-steps",
         type=int,
         metavar="N",
-        help="steps of the run that this is the beginning of, for its learning rate (default: --steps)",
+        help="steps of the whole run, which decide the learning rate; the probe is its first steps (default: --steps)",
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="igia.safetensors to write")
 
@@ -37,7 +37,7 @@ def add_plan(commands: Any) -> None:
         commands,
         "plan",
         _plan,
-        "Decide which layers are removed; write plan.json. No model is loaded.",
+        "Decide which layers are removed, and write plan.json. No model is loaded.",
         "gradpruner plan igia.safetensors --ratio 0.4 --out plan.json",
     )
     parser.add_argument("igia", help="igia.safetensors, from the probe")
@@ -51,14 +51,14 @@ def add_apply(commands: Any) -> None:
         commands,
         "apply",
         _apply,
-        "Merge and remove layers; write a smaller, verified checkpoint.",
+        "Merge and remove layers by a plan, and write a smaller, verified checkpoint.",
         "gradpruner apply --model M --plan plan.json --igia igia.safetensors --out small",
     )
     given.model_options(parser)
     parser.add_argument("--plan", required=True, metavar="FILE", help="plan.json")
     parser.add_argument("--igia", metavar="FILE", help="igia.safetensors; not needed if the plan merges nothing")
     given.preset_option(parser)
-    parser.add_argument("--top", type=float, metavar="P", help="share of a merged weight kept (default: the preset's)")
+    given.top_option(parser)
     parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
 
@@ -69,7 +69,7 @@ def add_finetune(commands: Any) -> None:
         commands,
         "finetune",
         _finetune,
-        "Fine-tune a checkpoint and write an ordinary one.",
+        "Fine-tune a checkpoint, and write an ordinary one.",
         "gradpruner finetune --model small --data train.jsonl --steps 1000 --out tuned",
     )
     given.model_options(parser)
@@ -77,7 +77,9 @@ def add_finetune(commands: Any) -> None:
     given.recipe_options(parser)
     given.checkpoint_options(parser)
     parser.add_argument(
-        "--masks", metavar="FILE", help="what sparsify made zero stays zero (default: gradpruner.masks of the --model)"
+        "--masks",
+        metavar="FILE",
+        help="masks of sparsify, whose zeros stay zero (default: gradpruner.masks beside the model)",
     )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
@@ -89,19 +91,19 @@ def add_evaluate(commands: Any) -> None:
         commands,
         "evaluate",
         _evaluate,
-        "Exact match, perplexity and, if asked for, ROUGE-L of a checkpoint.",
+        "Measure exact match, perplexity and, if asked for, ROUGE-L of a checkpoint.",
         "gradpruner evaluate --model tuned --data test.jsonl",
     )
     given.model_options(parser)
     given.data_options(parser, testing=False)
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples per batch (default 16)")
     parser.add_argument(
         "--window",
         type=int,
         metavar="TOKENS",
-        help="perplexity alone, of all text joined and cut into windows of so many tokens",
+        help="measure only perplexity: all text is joined and cut into windows of TOKENS tokens",
     )
-    parser.add_argument("--rouge", type=int, metavar="TOKENS", help="generate up to so many tokens and score ROUGE-L")
+    parser.add_argument("--rouge", type=int, metavar="TOKENS", help="generate up to TOKENS tokens, score ROUGE-L")
 
 
 def _training(options: argparse.Namespace, recipe: Any, revision: str | None = None) -> tuple[Any, Any, list[Any]]:
