@@ -24,7 +24,7 @@ def main(model_name: str, data: str, out: str, steps: int = 60, probe_steps: int
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
 
     texts = load_dataset("json", data_files=data, split="train").shuffle(seed=0)["text"]
-    probe = gradpruner.Probe(model)
+    probe = gradpruner.Probe(model, importance=False)  # a cut needs layer scores only
     probe.start(optimizer, probe_steps)
     plan, probe_batches = None, []
     for step in range(steps):
@@ -44,7 +44,7 @@ def main(model_name: str, data: str, out: str, steps: int = 60, probe_steps: int
             # each removed stretch of layers is replaced by its best linear map on these batches
             patches = gradpruner.fit_patches(model, plan, probe_batches)
             # model, adapters, optimizer and scheduler stay the same objects, so the loop goes on
-            gradpruner.cut(model, optimizer, plan, probe.igia, patches=patches, adapters="keep")
+            gradpruner.cut(model, optimizer, plan, patches=patches)
             print(plan.summary())
         if step % 10 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
