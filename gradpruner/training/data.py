@@ -201,8 +201,7 @@ class Collator:
         Returns:
             `input_ids`, `attention_mask` and `labels`, int64 of shape (rows, tokens).
         """
-        if self._collate is None:
-            self._collate = self._make_collate()
+        self._collate = self._collate or self._make_collate()
         inputs = [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
         return dict(self._collate(inputs, return_tensors="pt"))
 
@@ -210,7 +209,7 @@ class Collator:
         from transformers import DataCollatorForSeq2Seq
 
         tokenizer = self._tokenizer
-        has_mask = "attention_mask" in tokenizer.model_input_names  # otherwise it pads without a mask
+        has_mask = "attention_mask" in tokenizer.model_input_names  # without it, padding makes no mask
         if tokenizer.pad_token_id is None or tokenizer.padding_side != "right" or not has_mask:
             tokenizer = copy.deepcopy(tokenizer)  # a shallow copy shares its special tokens with the user's
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
