@@ -63,6 +63,9 @@ _MODULES = {
     "save": "gradpruner.checkpoint.save",
 }
 
+# Public modules. `gradpruner.ops`, say, is there after `import gradpruner`.
+_PUBLIC_MODULES = ("errors", "methods", "ops", "sparsity")
+
 __all__ = [
     "CheckpointError",
     "GradPrunerError",
@@ -91,6 +94,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, and keep it."""
+    if name in _PUBLIC_MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)

@@ -33,6 +33,9 @@ class Registry(Mapping[str, type[Named]]):
             name: what users write.
             named: a dataclass. Its fields are the options of the name.
         """
+        module = self._modules.get(name)
+        if module not in (None, named.__module__):
+            importlib.import_module(module)  # now: imported later, it would replace the class that replaces its own
         self._classes[name] = named
 
     def __getitem__(self, name: str) -> type[Named]:

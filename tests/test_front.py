@@ -79,6 +79,11 @@ def test_every_public_name_is_there():
     assert imported("import gradpruner\nassert set(gradpruner.__all__) <= set(dir(gradpruner))", ()) == []
 
 
+def test_the_other_public_modules_need_no_import_of_their_own():
+    code = "import gradpruner\ngradpruner.errors.InvalidArgument, gradpruner.ops.threshold, gradpruner.methods.Laco"
+    assert imported(f"{code}\ngradpruner.sparsity.Masks", HEAVY[1:3]) == []
+
+
 def test_an_unknown_name_is_refused_as_python_does():
     with pytest.raises(AttributeError, match=r"^module 'gradpruner' has no attribute 'nothing'$"):
         _ = gradpruner.nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from dataclasses import dataclass
 
@@ -31,6 +32,13 @@ def registry(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "REGISTRY", Registry({"slow": "module_of_slow"}))
     yield REGISTRY
     sys.modules.pop("module_of_slow", None)
+
+
+def test_a_class_that_replaces_a_built_in_one_stays(registry):
+    """Its module may be imported later, by somebody who wants the class itself."""
+    registry.add("slow", Fast)
+    importlib.import_module("module_of_slow")
+    assert registry["slow"] is Fast
 
 
 def test_a_built_in_class_is_imported_when_it_is_asked_for(registry):

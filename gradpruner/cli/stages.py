@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
 from gradpruner.cli import options as given
+
+logger = logging.getLogger(__name__)
 
 
 def add_probe(commands: Any) -> None:
@@ -227,7 +230,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     recipe = given.recipe(options)
     need_free(options.out, options.overwrite)
     masks = Masks.load(options.masks) if options.masks else None
-    identity = identify(options.model, trust_remote_code=options.trust_remote_code)
+    identity = identify(options.model, trust_remote_code=options.trust_remote_code, say=logger.info)
     checkpoints = checkpoints_beside(
         options.out, options.save_steps, identity, dtype=options.dtype, attention=options.attention, masks=options.masks
     )

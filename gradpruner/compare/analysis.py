@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -212,7 +213,9 @@ def spread(values: Iterable[float | None]) -> Spread | None:
     known = [value for value in values if value is not None]
     if not known:
         return None
-    deviation = statistics.stdev(known) if len(known) > 1 else None
+    deviation = None
+    if len(known) > 1:  # of a run that diverged, losses and perplexity are not finite
+        deviation = statistics.stdev(known) if all(map(math.isfinite, known)) else math.nan
     return Spread(statistics.fmean(known), min(known), max(known), deviation, len(known))
 
 

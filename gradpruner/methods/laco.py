@@ -124,7 +124,7 @@ class Laco(Method):
         undo: Undo = []
         try:
             fold_(decoder, plan.donors, undo)
-            return apply(clues.model, removal, None)
+            return apply(clues.model, removal, adapters=self.adapters)
         except BaseException:
             _restore(undo)
             raise

@@ -23,7 +23,7 @@ from gradpruner.probe.importance import Dense, Factors, SharedImportance, Stored
 from gradpruner.probe.selection import lowest_first, margin, parameters_in, select
 from gradpruner.storage.checked_tensors import read_checked, read_described, write_described
 
-FORMAT = "gradpruner.probe.igia/1"
+FORMAT = "gradpruner.igia/1"
 SCORES = ("squared", "norm", "normalized")
 DEFAULT_KIND = Preset().kind
 

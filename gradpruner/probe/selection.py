@@ -115,8 +115,8 @@ def margin(scores: Sequence[float], removed: Iterable[int], protect: Iterable[in
 
     Source: docs/method.md, section 1.
     """
-    gone = set(removed)
-    kept = [scores[layer] for layer in range(len(scores)) if layer not in gone and layer not in set(protect)]
+    gone, protected = set(removed), set(protect)
+    kept = [scores[layer] for layer in range(len(scores)) if layer not in gone | protected]
     if not gone or not kept or min(kept) == 0:
         return 0.0
     return 1.0 - max(scores[layer] for layer in gone) / min(kept)

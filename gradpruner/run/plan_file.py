@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,32 @@ from gradpruner.probe.igia import Igia
 from gradpruner.storage.provenance import MADE_FROM, need_same
 
 
-def check_made_by_run(path: Path, record: Any, made_from: Mapping[str, str], stale: Sequence[Path]) -> None:
+def check_made_by_run(
+    path: Path,
+    record: Any,
+    settings: Mapping[str, str],
+    made_from: Callable[[], Mapping[str, str]],
+    stale: Sequence[Path],
+) -> None:
     """Check that a plan was made from the settings and the probe of this run.
 
     Args:
         path: plan.json.
         record: what it records that it was made from.
-        made_from: digests of the settings and of the probe.
+        settings: digest of the settings.
+        made_from: returns digests of the settings and of the probe. It may run the probe, so it is called last.
         stale: what was made from the plan. If the plan is refused, the message names these to be deleted.
 
     Raises:
         InvalidArgument: the plan was made by another run, with other settings, or from another probe.
     """
-    if not isinstance(record, Mapping) or record.get("settings") != made_from["settings"]:
+    if not isinstance(record, Mapping) or record.get("settings") != settings["settings"]:
         raise InvalidArgument(
             f"{str(path)!r} was made by another run, or with other settings; expected a plan of this run. Delete "
             f"it, or remove its {MADE_FROM!r} to use it as a plan by hand"
         )
     # the plan itself may differ: it may have been edited
-    need_same(path, {**record, "plan": ""}, {**made_from, "plan": ""}, delete=[path, *stale])
+    need_same(path, {**record, "plan": ""}, {**made_from(), "plan": ""}, delete=[path, *stale])
 
 
 def with_parameter_ratio(plan: Plan, igia: Igia) -> Plan:

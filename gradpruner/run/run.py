@@ -160,7 +160,8 @@ class Run:
             write_json(path, {**content, MADE_FROM: {**self._made_from_probe(), "plan": digest(content)}})
         plan, record = Plan.load(path), read_json(path, "plan").get(MADE_FROM)
         if record is not None:
-            check_made_by_run(path, record, self._made_from_probe(), self._stages.after("plan.json"))
+            stale = self._stages.after("plan.json")
+            check_made_by_run(path, record, self._stages.settings, self._made_from_probe, stale)
         self._plan_is_by_hand = record is None or record.get("plan") != digest(plan.to_dict())
         if self.job.ratio == AUTO and not self._plan_is_by_hand and not (self.folder / "auto.json").exists():
             raise InvalidArgument(f"auto.json, by which {str(path)!r} was chosen, is gone; put it back, or delete both")

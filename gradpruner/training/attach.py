@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -222,9 +223,11 @@ class PruneCallback(TrainerCallback):
             adapters=preset.adapters,
             seed=args.seed,
         )
+        # the model is cut from here on, even if writing fails: it is not to be cut again
         self.igia = igia
+        self._cut = CutState(plan, None, tuple((patch.weight.layer, patch.weight.name) for patch in patches))
         base = write_results(self._trainer, kwargs["model"], plan, igia, patches, self._options.merging)
-        self._cut = CutState(plan, base, tuple((patch.weight.layer, patch.weight.name) for patch in patches))
+        self._cut = dataclasses.replace(self._cut, base=base)
         # the metric and the checkpoint of the dense model are not those of the smaller one
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         should_log = control.should_log

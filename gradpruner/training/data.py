@@ -198,23 +198,25 @@ class Collator:
         """Pad rows into one batch. Token ids are padded with the padding token, labels with -100.
 
         Args:
-            rows: `input_ids` and `labels` of each row.
+            rows: `input_ids` and `labels` of each row. Its other entries are left out.
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, int64 of shape (rows, tokens).
         """
-        if self._collate is None:
-            self._collate = self._make_collate()
-        return dict(self._collate([dict(row) for row in rows], return_tensors="pt"))
+        self._collate = self._collate or self._make_collate()
+        inputs = [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
+        return dict(self._collate(inputs, return_tensors="pt"))
 
     def _make_collate(self) -> Any:
         from transformers import DataCollatorForSeq2Seq
 
         tokenizer = self._tokenizer
-        if tokenizer.pad_token_id is None or tokenizer.padding_side != "right":
+        has_mask = "attention_mask" in tokenizer.model_input_names  # without it, padding makes no mask
+        if tokenizer.pad_token_id is None or tokenizer.padding_side != "right" or not has_mask:
             tokenizer = copy.deepcopy(tokenizer)  # a shallow copy shares its special tokens with the user's
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
             tokenizer.padding_side = "right"
+            tokenizer.model_input_names = ["input_ids", "attention_mask"]
         return DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=self.multiple, label_pad_token_id=IGNORED)
 
 

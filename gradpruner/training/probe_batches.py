@@ -17,7 +17,7 @@ from gradpruner.errors import CheckpointError
 from gradpruner.probe.host_copies import Arrival, to_host
 from gradpruner.storage.checked_tensors import read_checked, read_described, write_described
 
-FORMAT = "gradpruner.training.probe_batches/1"
+FORMAT = "gradpruner.inputs/1"
 # One file per process, because each has batches of its own. They are safetensors files under another ending, because
 # they hold no weights.
 FILES = "gradpruner_inputs-*.state"

@@ -37,3 +37,12 @@ def test_messages_go_to_standard_error(arguments, lines, talking, capsys):
         assert printed.err.splitlines() == lines and "steps" not in printed.out
     package = logging.getLogger("gradpruner")
     assert package.handlers == [] and package.level == logging.NOTSET  # as it was before
+
+
+def test_finetune_says_that_it_reads_a_large_model(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("gradpruner.model.identity.LARGE", 0)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    options = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "none.jsonl"), "--steps", "2"]
+    assert main(["finetune", *options, "--out", str(tmp_path / "out")]) == 2  # there is no data
+    assert "model: reading 0.0 GiB of" in capsys.readouterr().err

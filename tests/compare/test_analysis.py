@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from comparison_pages import RESULTS, differences, result
 
-from gradpruner.compare.analysis import Comparison, headline
+from gradpruner.compare.analysis import Comparison, headline, spread
 
 
 @pytest.mark.parametrize(
@@ -58,3 +60,12 @@ def test_a_model_is_held_against_the_dense_one_of_its_own_seeds():
     assert found.relative("gradpruner") == pytest.approx(0)
     assert found.relative("shortgpt") == pytest.approx(0)  # no seed in common: against all of them
     assert "0.800 of 0.800" in headline(found, [])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_that_diverged_has_its_place_in_a_spread(value):
+    """Its loss or perplexity is not finite. The other seeds have a report all the same."""
+    scores = spread([2.0, value, None])
+    assert scores is not None and scores.seeds == 2 and math.isnan(scores.deviation)
+    assert not math.isfinite(scores.mean) and scores.low == 2.0
+    assert spread([2.0, 4.0]).deviation == pytest.approx(math.sqrt(2))

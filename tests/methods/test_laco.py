@@ -8,7 +8,8 @@ import model_families
 import pytest
 import torch
 from method_inputs import BATCHES, clues, states, without
-from module_states import assert_same, everything
+from module_states import assert_same, everything, same_state
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cosine_similarity
 from uneven_models import build
 
@@ -125,6 +126,15 @@ def test_laco_adds_in_float32_and_stores_once():
     smaller = Laco().cut(clues(model), plan)
     for name, value in smaller.model.layers[2].state_dict().items():
         assert value.dtype == torch.bfloat16 and torch.equal(value, expected[name]), name
+
+
+def test_laco_throws_away_what_a_probe_trained():
+    """Its `adapters` says so: the smaller model is that of the model without adapters."""
+    plan = Plan(model_families.LAYERS, merge={3: 2})
+    expected = Laco().cut(clues(build()), plan).state_dict()
+    config = LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+    smaller = Laco().cut(clues(get_peft_model(build(), config)), plan)
+    assert same_state(smaller, expected)
 
 
 def test_laco_says_what_it_cannot_do():

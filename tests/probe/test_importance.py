@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from model_families import igia_of
@@ -30,3 +32,10 @@ def test_lazy_importance_is_read_when_asked_for_and_its_checksum_compared(tmp_pa
     assert torch.equal(again.importance[other].f, igia.importance[other].f)
     with pytest.raises(gradpruner.CheckpointError, match="checksum of"):
         Igia.load(path)
+
+
+def test_the_name_of_the_format_is_the_one_that_files_have(tmp_path):
+    """Files that were written before keep loading. The name does not follow the module's."""
+    igia_of(load(dense("llama", tmp_path / "dense"))).save(tmp_path / "igia.safetensors")
+    metadata = tensor_files.read_header(tmp_path / "igia.safetensors")[1]
+    assert json.loads(metadata["gradpruner"])["format"] == "gradpruner.igia/1"

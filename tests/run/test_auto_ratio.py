@@ -39,6 +39,10 @@ def margin_at(scores, count, protect=(0,)):
     return margin(scores, lowest_first(scores, protect)[:count], protect)
 
 
+def test_a_margin_takes_protected_layers_from_any_iterable():
+    assert margin([1.0, 2.0, 3.0, 8.0], [0], iter([1, 2])) == pytest.approx(1 - 1 / 8)
+
+
 def test_a_margin_is_between_the_highest_removed_and_the_lowest_kept():
     assert margin_at(SCORES, 3) == pytest.approx(1 - 3 / 30)
     assert margin_at(SCORES, 7) == pytest.approx(1 - 33 / 330)

@@ -238,6 +238,15 @@ def test_a_plan_by_hand_for_another_model_is_refused_before_the_dense_run(source
     assert len(steps) == PROBE
 
 
+def test_a_plan_of_another_run_is_refused_before_the_probe(source, tmp_path, steps):
+    (tmp_path / "out").mkdir()
+    Plan(LAYERS, [1]).save(tmp_path / "out" / "plan.json")
+    edit(tmp_path / "out" / "plan.json", made_from={"settings": "of another run"})
+    with pytest.raises(InvalidArgument, match=r"plan.json' was made by another run"):
+        run(source, tmp_path / "out").everything()
+    assert steps == [] and not (tmp_path / "out" / "probe").exists()
+
+
 def test_the_card_shows_no_scores_for_a_plan_by_hand(source, out, finished):
     assert "Scores (`norm`)" in (finished / "model" / "README.md").read_text()
     for name in ("cut", "model"):

@@ -26,6 +26,22 @@ def test_training_a_second_time_does_not_cut_again(finished):
     assert callback.plan is plan and len(Decoder(made.model).layers) == len(plan.kept)
 
 
+def test_a_run_whose_results_could_not_be_written_is_not_cut_again(tmp_path, monkeypatch):
+    made, callback = trainer(tmp_path, "full")
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gradpruner.training.attach.write_results", fail)
+        with pytest.raises(OSError, match="no space left"):
+            made.train()
+    plan = callback.plan
+    assert plan is not None and len(Decoder(made.model).layers) == len(plan.kept)
+    made.train()
+    assert callback.plan is plan and len(Decoder(made.model).layers) == len(plan.kept)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

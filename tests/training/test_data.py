@@ -280,6 +280,17 @@ def test_collator_falls_back_to_the_end_token():
         Collator(tokenizer)
 
 
+@pytest.mark.parametrize("names", [["input_ids"], ["input_ids", "token_type_ids"]])
+def test_a_batch_has_its_mask_whatever_the_tokenizer_gives_its_own_model(names):
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names = list(names)
+    rows = [{"input_ids": [7, 8], "labels": [-100, 8], "source": "a.csv"}, {"input_ids": [9], "labels": [9]}]
+    batch = Collator(tokenizer)(rows)
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}  # the model takes no other column of a row
+    assert batch["attention_mask"].tolist() == [[1] * 2 + [0] * 6, [1] + [0] * 7]
+    assert tokenizer.model_input_names == names
+
+
 # ---- loading a model
 
 

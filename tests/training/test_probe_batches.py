@@ -57,3 +57,10 @@ def test_inputs_that_do_not_come_back_whole_are_refused(damage, finished, tmp_pa
     made, _ = trainer(tmp_path)
     with pytest.raises(gradpruner.CheckpointError, match=reasons[damage]):
         made.train(resume_from_checkpoint=True)
+
+
+def test_the_name_of_the_format_is_the_one_that_files_have(tmp_path):
+    """Checkpoints that were written before can be resumed. The name does not follow the module's."""
+    inputs.save_batches([{"input_ids": torch.ones(1, 2, dtype=torch.long)}], tmp_path, None)
+    (file,) = tmp_path.glob(inputs.FILES)
+    assert read_described(file, "inputs", "gradpruner.inputs/1")[1]["processes"] == 1
