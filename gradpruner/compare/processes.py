@@ -6,8 +6,10 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
-from logging.handlers import QueueHandler, QueueListener
+from logging.handlers import QueueHandler
+from queue import Empty
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from gradpruner.compare.experiment import Compare
 from gradpruner.errors import GradPrunerError
 
 PACKAGE = "gradpruner"  # the logger above all of the package's
+POLL = 0.2  # seconds between two looks whether the processes have ended
+PATIENCE = 5.0  # seconds for the last messages of a process that was killed while it wrote one
 
 
 def work_in_processes(comparison: Compare, processes: int) -> None:
@@ -52,19 +56,26 @@ def work_in_processes(comparison: Compare, processes: int) -> None:
 @contextlib.contextmanager
 def _log_queue(spawn: Any) -> Iterator[Any]:
     """Yield a queue. What other processes log into it is handled as if it were logged here."""
-    queue = spawn.Queue()
-    listener = QueueListener(queue, _HandleHere())
+    queue, ended = spawn.Queue(), threading.Event()
+
+    def handle() -> None:
+        while True:
+            try:
+                record = queue.get(timeout=POLL)
+            except Empty:
+                if ended.is_set():
+                    return
+                continue
+            logging.getLogger(record.name).handle(record)
+
+    # Not logging.handlers.QueueListener: to end, it writes to the queue, whose lock a killed process may still hold.
+    listener = threading.Thread(target=handle, daemon=True)
     listener.start()
     try:
         yield queue
     finally:
-        listener.stop()
-
-
-class _HandleHere(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        """Hand the record of another process to this process's logger of the same name."""
-        logging.getLogger(record.name).handle(record)
+        ended.set()
+        listener.join(PATIENCE)
 
 
 def _work(comparison: Compare, index: int, processes: int, queue: Any, level: int) -> None:

@@ -116,7 +116,7 @@ def test_a_model_that_was_pruned_before_says_so(home, tmp_path):
         plan = Plan.load(f"{folder}/gradpruner.json")
         assert plan == second and plan.before == first
         text = gradpruner.model_card(folder)
-        assert "with 3 of its 6 decoder layers removed" in text and "the last time from 4 to 3" in text
+        assert "with 3 of its 6 decoder layers removed" in text and "The last time it went from 4 to 3" in text
     with pytest.raises(gradpruner.InvalidArgument, match="before keeps 4 layers"):
         Plan(5, drop=[1], before=first)
 
@@ -205,7 +205,7 @@ def test_the_card_shows_the_scores_that_chose_and_no_others(pruned, hub):
     with pytest.raises(gradpruner.InvalidArgument, match="does not say which score chose it"):
         gradpruner.model_card(model, by_hand, scores=igia)
     assert "Scores (`norm`)" in gradpruner.model_card(model, by_hand, scores=igia, kind="norm")
-    assert "Scores, the lowest" in gradpruner.model_card(model, by_hand, scores=[1.0] * 6)
+    assert "Scores. The layers with the lowest scores" in gradpruner.model_card(model, by_hand, scores=[1.0] * 6)
 
 
 def test_the_card_shows_no_scores_of_another_model(pruned):

@@ -31,6 +31,7 @@ from gradpruner.compare.cells import Cell
 from gradpruner.compare.experiment import Compare
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods import METHODS
+from gradpruner.presets import Preset
 from gradpruner.training.data import Collator, Example, tokenize
 from gradpruner.training.evaluate import exact_matches, perplexity
 
@@ -167,7 +168,8 @@ def test_other_terms_are_refused_by_name(base, home, changed, name):
 
 
 def test_what_the_methods_say_is_no_term(base, home):
-    for changed in ({"recipe": {"seed": 5}}, {"ratio": 0.2}, {"preset": "paper"}, {"patch": False}, {"weight": 0.5}):
+    presets = [{"preset": preset} for preset in ("paper", Preset.of(patch=False), Preset.of(weight=0.5))]
+    for changed in ({"recipe": {"seed": 5}}, {"ratio": 0.2}, *presets):
         comparison(home, base[0].folder, **changed)
 
 

@@ -12,7 +12,7 @@ from tiny_llama import LAYERS, batch, llama, lora, trainable
 from torch import nn
 
 import gradpruner
-from gradpruner.pruning import apply
+from gradpruner.pruning import apply, merge
 
 
 def test_peft_in_plain_model_out():
@@ -86,7 +86,7 @@ def test_all_or_nothing(stage, monkeypatch):
     before, config = snapshot(model)
     layers = list(model.get_base_model().model.layers)
     if stage == "second merge":
-        calls, real = [], apply._merge_matrix
+        calls, real = [], merge._merge_matrix
 
         def fail_later(*args):
             calls.append(1)
@@ -94,7 +94,7 @@ def test_all_or_nothing(stage, monkeypatch):
                 raise torch.OutOfMemoryError("out of memory")
             real(*args)
 
-        monkeypatch.setattr(apply, "_merge_matrix", fail_later)
+        monkeypatch.setattr(merge, "_merge_matrix", fail_later)
     elif stage == "cut":
 
         def interrupted(*args):

@@ -84,7 +84,9 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import gradpruner, torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from gradpruner.probe.igia import Igia
+assert gradpruner.apply_folder and gradpruner.Plan  # imported before the limit is set
 torch.set_num_threads(1)
 torch.ones(1) + 1
 source, out, plan, igia, limits = sys.argv[1:]

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from gradpruner.errors import GradPrunerError, InvalidArgument, ModelMismatch, UnsupportedModel
-from gradpruner.run.oneshot import _watch
+from gradpruner.run.oneshot import _probe
 from gradpruner.sparsity import sparsify
 from gradpruner.sparsity.criteria import parse_criterion
 from gradpruner.sparsity.gradients import gradient_norms
@@ -208,7 +208,7 @@ def test_an_igia_of_this_model_and_of_another():
     model, other = model_of(), model_of(num_hidden_layers=2)
     watched = add_adapters(model, Recipe(rank=2))
     batches = [{**batch, "labels": batch["input_ids"]} for batch in batches_of()]
-    igia, _ = _watch(watched.train(), batches, Recipe(learning_rate=1e-2, rank=2), 3)
+    igia, _ = _probe(watched.train(), batches, Recipe(learning_rate=1e-2, rank=2), 3)
     plain = watched.unload()
     refuses(other, ModelMismatch, "igia", method="igia", igia=igia)
     dense = {name: p.clone() for name, p in plain.state_dict().items()}
