@@ -179,6 +179,8 @@ needs_ninja = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 @needs_ninja
 def test_a_source_that_does_not_compile_costs_its_variant_alone(install, tmp_path):
     result, package = install(CXX=fake_compiler(tmp_path, "*avx512/merge.o*"))
@@ -258,12 +260,16 @@ def test_a_missing_extension_says_why(monkeypatch):
         importlib.import_module("gradpruner.ops.cpp")
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 @needs_extension
 def test_an_instruction_set_can_be_forced():
     result = run_python("from gradpruner.ops import cpp; print(cpp.ISA)", GRADPRUNER_CPU_ISA="portable")
     assert result.stdout.strip() == "portable", result.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 @needs_extension
 def test_an_unknown_instruction_set_is_refused():
     result = run_python("import gradpruner.ops.cpp", GRADPRUNER_CPU_ISA="sse9")

@@ -21,7 +21,16 @@ def inputs(tmp_path):
     return write_inputs(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["plain_loop", "trainer", "sft_trainer", "full_fine_tuning", "qlora"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "trainer",
+        *(
+            pytest.param(name, marks=[pytest.mark.slow, pytest.mark.in_ci])
+            for name in ("plain_loop", "sft_trainer", "full_fine_tuning", "qlora")
+        ),
+    ],
+)
 def test_example(name, inputs, tmp_path, monkeypatch):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
@@ -30,6 +39,8 @@ def test_example(name, inputs, tmp_path, monkeypatch):
     checked(inputs[2])
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 def test_the_trainer_example_resumes(inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main = runpy.run_path(str(EXAMPLES / "trainer.py"))["main"]

@@ -26,6 +26,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert all(each.runs == (1 if each.kind == "reference" else 2) for each in found)
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 def test_the_command_goes_on_after_a_failure_and_ends_with_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records, "FOLDER", tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -42,12 +42,15 @@ def outcomes(folder: Path) -> dict[str, str]:
     return {name: outcome["how"] for name, outcome in report["outcomes"].items()}
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 def test_a_part_that_is_asked_for_runs_alone(tmp_path):
     ran = run(tmp_path / "out", "--only", "environment")
     assert outcomes(tmp_path / "out") == {"environment": "ok"} and ran.returncode == 0, ran.stdout[-4000:]
 
 
 @pytest.mark.slow
+@pytest.mark.in_ci
 def test_every_part_of_the_dry_run_ends_well(tmp_path):
     ran = run(tmp_path)
     assert outcomes(tmp_path) == {part.name: "ok" for part in PARTS if part.by_default}, ran.stdout[-4000:]

@@ -105,6 +105,8 @@ def test_a_second_run_replaces_its_rows_and_keeps_the_others(tmp_path):
     assert read(path, Result) == elsewhere
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 def test_plots_come_from_the_csv(tmp_path):
     path = tmp_path / "x.csv"
     write(path, [*some_results("threshold"), *some_results("sign_merge_")])

@@ -248,7 +248,12 @@ def test_a_run_leaves_a_card(pruned, tmp_path, monkeypatch):
 
     model, plan, igia = pruned
     monkeypatch.setattr(pipeline, "identify", lambda source, **options: Identity(source, {"commit": "a" * 40}, {}))
-    run = Run(Job("acme/dense-1B", 4, Recipe(), preset=Preset.of(kind="squared")), [("a", "b")], [("a", "b")], tmp_path / "out")
+    run = Run(
+        Job("acme/dense-1B", 4, Recipe(), preset=Preset.of(kind="squared")),
+        [("a", "b")],
+        [("a", "b")],
+        tmp_path / "out",
+    )
     gradpruner.save(model, run.folder / "model", plan=plan)
     (run.folder / "probe").mkdir()
     igia.save(run.folder / "probe" / "igia.safetensors")

@@ -40,6 +40,8 @@ def test_step_by_step(home, tmp_path, capsys):
     assert set(result) == {"exact_match", "perplexity", "rouge_l", "examples"} and result["examples"] == 40
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 def test_run_and_resume(home, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     command = [

@@ -86,6 +86,8 @@ def test_the_command(home, tmp_path, capsys):
     assert "another max_length" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 def test_the_command_sensitivity(home, tmp_path, capsys):
     only(home)
     values = [

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from gradpruner.cli.main import main
 
+pytestmark = pytest.mark.in_ci  # the slow ones among them
+
 
 def test_a_loss_that_is_not_a_number_stops_the_run(home, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(home / "model")
@@ -122,18 +124,13 @@ def test_a_model_that_is_no_decoder(home, tmp_path, capsys):
             ["apply", "--model", "model", "--plan", "plan.json", "--igia", "igia.safetensors", "--out", "small"],
             marks=pytest.mark.slow,
         ),
-        [
-            "apply",
-            "--model",
-            "model",
-            "--plan",
-            "plan.json",
-            "--igia",
-            "igia.safetensors",
-            "--out",
-            "old",
-            "--overwrite",
-        ],
+        pytest.param(
+            [
+                *("apply", "--model", "model", "--plan", "plan.json", "--igia", "igia.safetensors"),
+                *("--out", "old", "--overwrite"),
+            ],
+            marks=pytest.mark.slow,
+        ),
         ["plan", "igia.safetensors", "--count", "3", "--out", "plan.json"],
         pytest.param(
             [

@@ -146,6 +146,8 @@ def test_measured_in_a_process_of_its_own(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 def test_costs_are_measured_once_a_size(base, copied, home, monkeypatch):
     seen = {}
 

@@ -116,18 +116,22 @@ def test_what_is_missing_is_left_out(tmp_path):
     assert "dense" not in page.text.partition("</style>")[2]
 
 
+NOTHING_OF_ONE_KIND = ({"losses": {}}, {"sensitivity": ()}, {"differences": {}})
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"costs": []},
         {"costs": COSTS[:1]},
         {"probe": None},
-        {"losses": {}},
-        {"sensitivity": ()},
-        {"differences": {}},
+        *(pytest.param(changes, marks=[pytest.mark.slow, pytest.mark.in_ci]) for changes in NOTHING_OF_ONE_KIND),
         make_data(dense=False, counts=(12,)),
-        make_data(methods=("gradpruner",)),
-        make_data(methods=("shortgpt", "laco"), seeds=1, macro_f1=False),
+        pytest.param(make_data(methods=("gradpruner",)), marks=[pytest.mark.slow, pytest.mark.in_ci]),
+        pytest.param(
+            make_data(methods=("shortgpt", "laco"), seeds=1, macro_f1=False),
+            marks=[pytest.mark.slow, pytest.mark.in_ci],
+        ),
         {"results": [result("gradpruner", 4, 0, None)], "probe": None},
     ],
 )

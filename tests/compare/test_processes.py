@@ -25,6 +25,8 @@ def test_a_wrong_ratio_is_told_before_processes_start(home, tmp_path):
         processes.work_in_processes(made, 2)
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 def test_two_processes_find_what_one_finds(base, home, tmp_path):
     made, messages = comparison(home, tmp_path / "out", ["drop-last"]), []
     with logged(messages):
@@ -62,6 +64,8 @@ small_comparisons.comparison(Path({home!r}), {out!r}, ["gradpruner"]).work()
 """
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 def test_killed_and_resumed(base, home, tmp_path):
     out = tmp_path / "out"
     code = DYING.format(path=[str(Path(__file__).parent), *sys.path], home=str(home), out=str(out))

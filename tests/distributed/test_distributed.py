@@ -18,7 +18,13 @@ WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("job", [distributed_jobs.equal, distributed_jobs.details], ids=["equal", "details"])
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param(distributed_jobs.equal, id="equal"),
+        pytest.param(distributed_jobs.details, marks=[pytest.mark.slow, pytest.mark.in_ci], id="details"),
+    ],
+)
 def test_several_processes(job, world, tmp_path):
     distributed_equality.check(job, world, tmp_path)
 

@@ -71,11 +71,11 @@ def assert_close(smaller, expected):
 
 OPTIONS = [
     ("merge=1", True, True),
-    ("merge=1,patch=true,adapters=keep", True, True),
+    pytest.param("merge=1,patch=true,adapters=keep", True, True, marks=[pytest.mark.slow, pytest.mark.in_ci]),
     ("merge=1,adapters=discard", False, True),
-    ("merge=1,patch=false", True, False),
+    pytest.param("merge=1,patch=false", True, False, marks=[pytest.mark.slow, pytest.mark.in_ci]),
     ("preset=paper", False, False),
-    ("preset=paper,patch=true", False, True),
+    pytest.param("preset=paper,patch=true", False, True, marks=[pytest.mark.slow, pytest.mark.in_ci]),
 ]
 
 
@@ -127,7 +127,7 @@ def test_gradpruner_plans_by_its_score_and_merging(probed):
         ("patch=true,adapters=keep", True, True),
     ],
 )
-@pytest.mark.parametrize("name", ["drop-last", "shortgpt"])
+@pytest.mark.parametrize("name", [pytest.param("drop-last", marks=[pytest.mark.slow, pytest.mark.in_ci]), "shortgpt"])
 def test_dropping_keeps_and_patches_where_asked_to(probed, name, text, keep, patch):
     method, given = parse_method(f"{name}:{text}"), seen(probed)
     assert method.settled("adapters") == ("keep" if keep else "discard")

@@ -28,7 +28,10 @@ BACKENDS = ["triton"] if INTERPRETING or DEVICE else ["reference", *(f"cpp-{name
 @pytest.hookimpl(tryfirst=True)  # before tests are deselected by their marks
 def pytest_collection_modifyitems(items):
     if not DEVICE:
-        thin_out([item for item in items if item.path.parent == Path(__file__).parent])
+        own = [item for item in items if item.path.parent == Path(__file__).parent]
+        thin_out(own)
+        for item in own:
+            item.add_marker(pytest.mark.in_ci)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -30,6 +30,8 @@ print("equal")
 """
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="all of this folder is being interpreted")
 @pytest.mark.skipif(bool(DEVICE), reason="the kernels themselves run on the device")
 def test_triton_interpreted_gives_the_reference():

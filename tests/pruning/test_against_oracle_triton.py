@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.in_ci  # the slow ones among them
+
 CODE = """
 import sys, torch, test_against_oracle
 for dtype in sys.argv[1:]:

@@ -22,6 +22,8 @@ from gradpruner.probe.igia import Igia
 from gradpruner.probe.importance import Factors
 from gradpruner.storage import files
 
+pytestmark = pytest.mark.in_ci  # the slow ones among them
+
 # a checkpoint is half written, and the process says so and stops there until it is killed
 HALF_WAY = """
 import sys
@@ -42,6 +44,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "old", [pytest.param(False, marks=pytest.mark.slow, id="new"), pytest.param(True, id="over an old one")]
 )
@@ -102,6 +105,7 @@ for limit in limits.split(","):
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_under_three_layers_weights(tmp_path):
     """Six layers of 48 MiB, an embedding of 96: three of them, beyond what importing takes, must do."""
     config = LlamaConfig(

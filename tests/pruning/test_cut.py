@@ -22,6 +22,8 @@ import gradpruner
 from gradpruner.model.decoder import Decoder
 from gradpruner.pruning.patch import Patch, fit_patches
 
+pytestmark = pytest.mark.in_ci  # the slow ones among them
+
 
 @pytest.mark.parametrize("adapters", ["discard", "keep"])
 @pytest.mark.parametrize(
@@ -107,6 +109,7 @@ def test_under_a_gradient_scaler(fused):
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_compiled_again():
     plain, model = lora(llama()), lora(llama())
     compiled = torch.compile(model, backend="eager")
@@ -218,6 +221,7 @@ def ddp_run(rank, world, port, queue, adapters):
     queue.put((rank, plan.to_dict(), {name: t.numpy() for name, t in tensors(inner).items()}))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
 @pytest.mark.parametrize("adapters", [pytest.param("discard", marks=pytest.mark.slow), "keep"])
 def test_distributed_data_parallel_goes_on_with_a_reducer_for_what_is_left(adapters):

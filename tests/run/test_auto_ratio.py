@@ -275,6 +275,8 @@ def test_a_run_of_all_stages(source, tmp_path, monkeypatch, capsys):
     assert auto["reason"] in said.out and "chosen" in said.out and f"auto: {auto['reason']}" in said.err
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 def test_nothing_is_trained_on_what_is_held_out(source, tmp_path, monkeypatch):
     watched = Watched(monkeypatch, exact={6: 0.5, 5: 0.5, 4: 0.5, 3: 0.5})
     run(source, tmp_path / "out").everything()
@@ -326,6 +328,8 @@ def test_the_dense_model_starts_from_what_the_cuts_start_from(source, tmp_path, 
     assert torch.equal(started[0], original) == (adapters == "discard")
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 def test_an_interrupted_check_goes_on(source, tmp_path, monkeypatch):
     watched = Watched(monkeypatch, exact={6: 0.5, 5: 0.5, 4: 0.5, 3: 0.1})
     watched.stop_at = 3

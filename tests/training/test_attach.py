@@ -129,8 +129,10 @@ def test_a_share_may_be_a_fraction(tmp_path):
     [
         ("lora", {"gradient_accumulation_steps": 3}),
         pytest.param("lora", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
-        ("lora", {"bf16": True, "neftune_noise_alpha": 5.0}),
-        ("lora", {"optim": "adamw_8bit", "auto_find_batch_size": True}),
+        pytest.param("lora", {"bf16": True, "neftune_noise_alpha": 5.0}, marks=[pytest.mark.slow, pytest.mark.in_ci]),
+        pytest.param(
+            "lora", {"optim": "adamw_8bit", "auto_find_batch_size": True}, marks=[pytest.mark.slow, pytest.mark.in_ci]
+        ),
         ("full", {"gradient_checkpointing": True, "lr_scheduler_type": "cosine", "warmup_steps": 3}),
         pytest.param("full", {"optim": "adafactor"}, marks=pytest.mark.slow),
         pytest.param("full", {"optim": "adamw_8bit"}, marks=pytest.mark.slow),
@@ -150,6 +152,8 @@ def test_what_a_trainer_can_be_told(kind, options, tmp_path):
     assert again.plan == plan and same(final, tensors(made.model))
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 def test_a_compiled_trainer_run_goes_on(finished, tmp_path):
     _, callback, plain, _ = finished("lora")
     made, again = trainer(tmp_path, torch_compile=True, torch_compile_backend="eager")

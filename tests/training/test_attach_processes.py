@@ -20,6 +20,8 @@ from training_runs import LAYERS, PROBE, SETTINGS, STEPS, trainer
 import gradpruner
 from gradpruner.model.decoder import Decoder
 
+pytestmark = pytest.mark.in_ci  # the slow ones among them
+
 # DDP first: accelerate goes on to shard in a process where it was told to once
 RUNS = [("ddp", "lora", "default"), ("fsdp2", "lora", "default")]
 MORE_RUNS = [
@@ -134,6 +136,7 @@ def finished_runs(tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
 @pytest.mark.parametrize("run", [*RUNS, *SLOW_RUNS], ids="-".join)
 def test_every_process_ends_with_the_same_smaller_model(run, finished_runs):

@@ -21,7 +21,10 @@ from gradpruner.pruning.patch import Patch
 from gradpruner.training.probe_batches import load_batches
 from gradpruner.training.resume import mark_of
 
+pytestmark = pytest.mark.in_ci  # the slow ones among them
 
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 3}, {"torch_compile_backend": "eager"}], ids=str)
 def test_every_micro_batch_of_the_probe_is_in_the_checkpoint(options, tmp_path, monkeypatch):
     made, _ = trainer(
