@@ -23,7 +23,8 @@ from benchmarks.records import FOLDER
 from gradpruner.model.load import load_model
 from gradpruner.report.tables import table as text_table
 from gradpruner.storage.csv_files import write_lines
-from gradpruner.training.data import Collator, load_examples, tokenize
+from gradpruner.training.collator import Collator
+from gradpruner.training.data import load_examples, tokenize
 from gradpruner.training.evaluate import exact_match
 from gradpruner.training.finetune import add_adapters, train
 from gradpruner.training.recipe import Recipe, schedule

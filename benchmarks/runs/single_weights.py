@@ -37,7 +37,7 @@ from gradpruner.run.stages import watch
 from gradpruner.sparsity import gradient_norms, sparsify
 from gradpruner.storage.files import write_json
 from gradpruner.storage.provenance import RECORD, digest, is_made
-from gradpruner.training.data import Collator
+from gradpruner.training.collator import Collator
 from gradpruner.training.evaluate import perplexity
 from gradpruner.training.recipe import Recipe, schedule
 from gradpruner.training.text_windows import consecutive, sampled, tokens_of

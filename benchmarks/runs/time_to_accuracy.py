@@ -29,7 +29,8 @@ from gradpruner.probe.selection import how_many
 from gradpruner.report.tables import table as text_table
 from gradpruner.run.stages import watch
 from gradpruner.storage.csv_files import write_dicts
-from gradpruner.training.data import Collator, load_examples, split_examples, tokenize
+from gradpruner.training.collator import Collator
+from gradpruner.training.data import load_examples, split_examples, tokenize
 from gradpruner.training.evaluate import answers
 from gradpruner.training.finetune import add_adapters, train
 from gradpruner.training.recipe import Recipe, schedule

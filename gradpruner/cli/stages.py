@@ -278,7 +278,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: list[Any]) -> dict[str, Any]:
     from gradpruner.run.preflight import check_rows
-    from gradpruner.training.data import Collator
+    from gradpruner.training.collator import Collator
     from gradpruner.training.evaluate import perplexity
     from gradpruner.training.text_windows import consecutive, text_of, tokens_of
 

@@ -23,7 +23,7 @@ from gradpruner.plan import Plan
 from gradpruner.pruning.apply import apply
 from gradpruner.pruning.preflight import check_save
 from gradpruner.training.answers_only import answers_only, can_skip_logits
-from gradpruner.training.data import Collator
+from gradpruner.training.collator import Collator
 from gradpruner.training.evaluate import generation_speed
 from gradpruner.training.finetune import add_adapters, finish, train
 from gradpruner.training.recipe import Recipe, Row

@@ -44,7 +44,8 @@ from gradpruner.storage.files import read_json, reading, write_json
 from gradpruner.storage.locks import claim, lock
 from gradpruner.storage.provenance import MADE_FROM, digest, is_made
 from gradpruner.training.checkpoints import Checkpoints
-from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.training.collator import Collator
+from gradpruner.training.data import Example, tokenize
 from gradpruner.training.finetune import check_comparable
 from gradpruner.training.recipe import Recipe, Row, schedule
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from gradpruner.model.loss import IGNORED
 from gradpruner.run.job import Job
-from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.training.collator import Collator
+from gradpruner.training.data import Example, tokenize
 from gradpruner.training.evaluate import answers, macro_f1, perplexity, perplexity_of
 
 FEW = 10  # classes: with more of them, macro F1 is not what people look at

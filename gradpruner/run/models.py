@@ -18,7 +18,8 @@ from gradpruner.run.job import Job, torch_dtype
 from gradpruner.run.preflight import check_run
 from gradpruner.run.probe_folder import IGIA, load_probed_model
 from gradpruner.run.stages import measure
-from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.training.collator import Collator
+from gradpruner.training.data import Example, tokenize
 from gradpruner.training.evaluate import Evaluation
 from gradpruner.training.recipe import Row, schedule
 

@@ -18,7 +18,8 @@ from gradpruner.probe.igia import SCORES
 from gradpruner.pruning.preflight import check_plan, check_save
 from gradpruner.report.plots import new_figure
 from gradpruner.run.auto_ratio import AUTO, candidates
-from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.training.collator import Collator
+from gradpruner.training.data import Example, tokenize
 from gradpruner.training.evaluate import check_labels
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from gradpruner.errors import GradPrunerError
 from gradpruner.probe.igia import Igia
 from gradpruner.run.preflight import check_rows
 from gradpruner.training.checkpoints import Checkpoints
-from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.training.collator import Collator
+from gradpruner.training.data import Example, tokenize
 from gradpruner.training.divergence import explained
 from gradpruner.training.evaluate import Evaluation, exact_match, perplexity, rouge_l, rouge_scorer
 from gradpruner.training.finetune import Training, add_adapters, finish, train

@@ -39,6 +39,8 @@ print(json.dumps(out))
 """
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 def test_stock_transformers_alone_generates_token_for_token(tmp_path):
     model = lora(llama())
     igia = run(model)

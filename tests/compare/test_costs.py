@@ -18,7 +18,8 @@ from gradpruner.compare.results import Cost
 from gradpruner.methods import GradPruner
 from gradpruner.model.loss import IGNORED
 from gradpruner.plan import Plan
-from gradpruner.training.data import Collator, tokenize
+from gradpruner.training.collator import Collator
+from gradpruner.training.data import tokenize
 from gradpruner.training.recipe import Recipe, schedule
 
 

@@ -32,7 +32,8 @@ from gradpruner.compare.experiment import Compare
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods import METHODS
 from gradpruner.presets import Preset
-from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.training.collator import Collator
+from gradpruner.training.data import Example, tokenize
 from gradpruner.training.evaluate import exact_matches, perplexity
 
 

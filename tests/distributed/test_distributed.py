@@ -17,6 +17,8 @@ from gradpruner.pruning.merge import merge_weight_
 WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(
     "job",

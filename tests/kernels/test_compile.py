@@ -25,6 +25,8 @@ from gradpruner.kernels import device, gram_norm, square_accumulate
 if device.INTERPRETED:
     pytest.skip("the interpreter excludes compilation in one process", allow_module_level=True)
 
+from thinned import IN_CI, thinned
+
 from benchmarks.static.compiled import CASES, TARGETS
 from benchmarks.static.occupancy import LIMITS, occupancy
 
@@ -75,12 +77,16 @@ OLDER_FLOORS = {
 }
 
 
-# Half a second each: two targets by default, all four with the slow cases (and in `python -m benchmarks.static`).
+def marks_of(name, target):
+    """Half a second each: one target by default, one more in CI, all four with the slow cases."""
+    if CASES[name].slow or target not in ("sm90", "gfx942"):
+        return [pytest.mark.slow]
+    return [] if target == "sm90" else IN_CI
+
+
 @pytest.mark.parametrize(
-    "target", [pytest.param(t, marks=() if t in ("sm90", "gfx942") else pytest.mark.slow) for t in TARGETS]
-)
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow if case.slow else ()) for n, case in CASES.items()]
+    ("name", "target"),
+    [pytest.param(name, target, marks=marks_of(name, target)) for target in TARGETS for name in CASES],
 )
 def test_kernel_compiles(name, target):
     case = CASES[name]
@@ -109,7 +115,7 @@ def test_importance_rounds_the_product_before_the_sum(kernel):
     assert not re.search(r"\bfma\.", CASES[kernel].compile("sm90").text)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", thinned(TARGETS, lambda _, target: target == "sm90"))
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_selection_and_merge_rebuild_f_with_the_same_instructions(dtype, target):
     """Whatever the rank, so that donors of several ranks can share a launch; and a step is squared in one rounding."""

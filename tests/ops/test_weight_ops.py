@@ -163,6 +163,8 @@ def test_rows_that_differ_by_orders_of_magnitude():
     check_pruned(weight, None, None, 1.0, 300, 700)
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 def test_many_rows():
     rows = 20 if INTERPRETING else 2000  # enough for several threads
     check_pruned(normal(rows, 100, dtype=torch.bfloat16), *judges("norms", (rows, 100)), 1.0, 50, 100)

@@ -11,6 +11,7 @@ import torch
 from adapter_cases import PEFT_OF_KIND, of_kind
 from adapter_loops import CASES
 from adapter_models import Case, is_here, llama, lora, options
+from thinned import IN_CI
 
 import gradpruner
 from gradpruner.model.decoder import Decoder, base_name
@@ -19,11 +20,12 @@ from gradpruner.pruning.apply import skipping_logits
 ROWS = adapters_table.rows_in(adapters_table.TABLE.read_text())
 
 
-def marked(case: Case):
-    return pytest.param(case, id=f"{case.group}: {case.name}", marks=[pytest.mark.slow] if case.slow else [])
+def marked(number: int, case: Case):
+    marks = [pytest.mark.slow] if case.slow else [] if number % 4 == 0 else IN_CI
+    return pytest.param(case, id=f"{case.group}: {case.name}", marks=marks)
 
 
-@pytest.mark.parametrize("case", [marked(case) for case in CASES])
+@pytest.mark.parametrize("case", [marked(number, case) for number, case in enumerate(CASES)])
 def test_case(case):
     if case.missing:
         pytest.skip(f"needs {case.missing}")

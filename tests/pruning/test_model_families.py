@@ -8,12 +8,13 @@ import model_families
 import pytest
 import torch
 from model_families import generate, igia_of
+from thinned import every, thinned
 from transformers import AutoModelForCausalLM
 
 import gradpruner
 
 
-@pytest.mark.parametrize("name", model_families.CONFIGS)
+@pytest.mark.parametrize("name", thinned(model_families.CONFIGS, every(2)))
 def test_apply_save_reload_generate(name, tmp_path):
     model, ids = model_families.build(model_families.CONFIGS[name]()), model_families.tokens()
     dense, shared_config = copy.deepcopy(model), model.config
@@ -35,7 +36,7 @@ def test_apply_save_reload_generate(name, tmp_path):
     assert len(dense.state_dict()) > len(again.state_dict())
 
 
-@pytest.mark.parametrize("name", model_families.CONFIGS)
+@pytest.mark.parametrize("name", thinned(model_families.CONFIGS, every(2)))
 def test_merge_auto_folds_only_into_the_same_structure(name, tmp_path):
     model, ids = model_families.build(model_families.CONFIGS[name]()), model_families.tokens()
     igia = igia_of(model)

@@ -7,7 +7,7 @@ from attached_runs import trainer
 from training_runs import tensors
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # some tests go on with a run of theirs
 def finished(tmp_path_factory):
     """Of each kind and settings, one run that nothing interrupted: its folder, callback, Trainer and final tensors."""
     runs = {}

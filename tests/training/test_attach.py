@@ -9,6 +9,7 @@ import torch
 import training_runs
 from attached_runs import RUNS, Stop, trainer
 from peft import AutoPeftModelForCausalLM
+from thinned import IN_CI, every, thinned
 from training_runs import LAYERS, PROBE, STEPS, lora, same, tensors
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer
 
@@ -18,7 +19,7 @@ from gradpruner.plan import gaps
 from gradpruner.pruning.patch import fit_patches
 
 
-@pytest.mark.parametrize(("kind", "chosen"), RUNS)
+@pytest.mark.parametrize(("kind", "chosen"), thinned(RUNS, every(2)))
 def test_a_run_starts_dense_and_ends_pruned(kind, chosen, finished, tmp_path):
     out, callback, made, _ = finished(kind, chosen)
     plan = callback.plan
@@ -127,7 +128,7 @@ def test_a_share_may_be_a_fraction(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("lora", {"gradient_accumulation_steps": 3}),
+        pytest.param("lora", {"gradient_accumulation_steps": 3}, marks=IN_CI),
         pytest.param("lora", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param("lora", {"bf16": True, "neftune_noise_alpha": 5.0}, marks=[pytest.mark.slow, pytest.mark.in_ci]),
         pytest.param(
@@ -178,6 +179,8 @@ def packed(tmp_path, monkeypatch):
     return dense
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 def test_a_quantised_base_is_cut_and_its_full_precision_twin_written(packed, tmp_path, caplog):
     made, _ = trainer(tmp_path / "out", attached=False)
     with pytest.raises(gradpruner.InvalidArgument, match="the base is quantised, accepted is 0"):

@@ -148,6 +148,8 @@ def test_every_process_ends_with_the_same_smaller_model(run, finished_runs):
     assert gradpruner.Plan.load(folder / "-".join(run) / "gradpruner" / "plan.json").to_dict() == plan
 
 
+@pytest.mark.slow
+@pytest.mark.in_ci
 @pytest.mark.parametrize(
     ("kind", "chosen"),
     [

@@ -18,7 +18,7 @@ from word_tokenizers import make_tokenizer
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.training import checkpoints, row_trainer
 from gradpruner.training.checkpoints import Checkpoints
-from gradpruner.training.data import Collator
+from gradpruner.training.collator import Collator
 from gradpruner.training.finetune import add_adapters, train
 from gradpruner.training.recipe import Recipe, schedule
 

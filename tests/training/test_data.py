@@ -19,7 +19,8 @@ from word_tokenizers import make_tokenizer
 
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.load import load_model
-from gradpruner.training.data import Collator, Example, load_examples, split_examples, tokenize
+from gradpruner.training.collator import Collator
+from gradpruner.training.data import Example, load_examples, split_examples, tokenize
 
 
 def make_sentencepiece_like() -> PreTrainedTokenizerFast:

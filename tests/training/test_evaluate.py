@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from gradpruner.errors import InvalidArgument
 from gradpruner.model import loss
 from gradpruner.training import evaluate
-from gradpruner.training.data import Collator, Example, tokenize
+from gradpruner.training.collator import Collator
+from gradpruner.training.data import Example, tokenize
 from gradpruner.training.evaluate import (
     Evaluation,
     answers,

@@ -19,7 +19,7 @@ from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.model.loss import IGNORED
 from gradpruner.run.stages import watch
 from gradpruner.training import finetune, row_trainer
-from gradpruner.training.data import Collator
+from gradpruner.training.collator import Collator
 from gradpruner.training.divergence import explained, has_diverged, why_failed
 from gradpruner.training.finetune import add_adapters, finish, train
 from gradpruner.training.master_weights import float32_masters

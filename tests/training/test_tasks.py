@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, TaskType, get_peft_model
+from thinned import every, thinned
 from torch import nn
 from training_runs import LAYERS, PROBE, STEPS
 from training_runs import llama as causal
@@ -101,7 +102,7 @@ def test_peft_has_no_other_task():
 
 
 @pytest.mark.parametrize("adapters", ["keep", pytest.param("discard", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", thinned(TASKS, every(2)))
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_is_cut_and_its_checkpoint_loads(task, adapters, tmp_path):
     config = LoraConfig(task_type=task, r=4, target_modules=["q", "v", "wi", "q_proj", "v_proj", "up_proj"])
@@ -124,7 +125,7 @@ def test_a_run_is_cut_and_its_checkpoint_loads(task, adapters, tmp_path):
     assert torch.equal(answer(again, task), answer(model, task))
 
 
-@pytest.mark.parametrize("task", [task for task in TASKS if TASKS[task].trainer is hf.Trainer])
+@pytest.mark.parametrize("task", thinned((task for task in TASKS if TASKS[task].trainer is hf.Trainer), every(3)))
 def test_prune_in_one_call(task, tmp_path):
     model = build(task)
     batches = [
