@@ -21,7 +21,8 @@ ROWS = adapters_table.rows_in(adapters_table.TABLE.read_text())
 
 
 def marked(number: int, case: Case):
-    marks = [pytest.mark.slow] if case.slow else [] if number % 4 == 0 else IN_CI
+    by_default = number % 4 == 0 and "compile" not in case.name
+    marks = [pytest.mark.slow] if case.slow else [] if by_default else IN_CI
     return pytest.param(case, id=f"{case.group}: {case.name}", marks=marks)
 
 

@@ -20,7 +20,7 @@ from training_runs import LAYERS, PROBE, SETTINGS, STEPS, trainer
 import gradpruner
 from gradpruner.model.decoder import Decoder
 
-pytestmark = pytest.mark.in_ci  # the slow ones among them
+pytestmark = [pytest.mark.slow, pytest.mark.in_ci]
 
 # DDP first: accelerate goes on to shard in a process where it was told to once
 RUNS = [("ddp", "lora", "default"), ("fsdp2", "lora", "default")]
@@ -136,7 +136,6 @@ def finished_runs(tmp_path_factory):
     return get
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
 @pytest.mark.parametrize("run", [*RUNS, *SLOW_RUNS], ids="-".join)
 def test_every_process_ends_with_the_same_smaller_model(run, finished_runs):
@@ -148,8 +147,6 @@ def test_every_process_ends_with_the_same_smaller_model(run, finished_runs):
     assert gradpruner.Plan.load(folder / "-".join(run) / "gradpruner" / "plan.json").to_dict() == plan
 
 
-@pytest.mark.slow
-@pytest.mark.in_ci
 @pytest.mark.parametrize(
     ("kind", "chosen"),
     [

@@ -103,7 +103,7 @@ def test_stock_tools_load_a_checkpoint_made_after_the_cut(kind, step, finished):
     "moment",
     [
         pytest.param("probe", marks=pytest.mark.slow),
-        "apply",
+        pytest.param("apply", marks=pytest.mark.slow),
         pytest.param("save of the base", marks=pytest.mark.slow),
         pytest.param("save of step 3", marks=pytest.mark.slow),
         pytest.param("save of step 6", marks=pytest.mark.slow),
