@@ -14,19 +14,12 @@ from gradpruner.checks import exact_share
 from gradpruner.probe.importance import Dense, Factors
 from gradpruner.pruning.merge import merge_weight_
 
-WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
+WORLDS = [pytest.param(2, marks=pytest.mark.in_ci), 4]
 
 
 @pytest.mark.slow
-@pytest.mark.in_ci
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize(
-    "job",
-    [
-        pytest.param(distributed_jobs.equal, id="equal"),
-        pytest.param(distributed_jobs.details, marks=[pytest.mark.slow, pytest.mark.in_ci], id="details"),
-    ],
-)
+@pytest.mark.parametrize("job", [distributed_jobs.equal, distributed_jobs.details], ids=["equal", "details"])
 def test_several_processes(job, world, tmp_path):
     distributed_equality.check(job, world, tmp_path)
 

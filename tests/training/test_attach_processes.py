@@ -20,7 +20,7 @@ from training_runs import LAYERS, PROBE, SETTINGS, STEPS, trainer
 import gradpruner
 from gradpruner.model.decoder import Decoder
 
-pytestmark = [pytest.mark.slow, pytest.mark.in_ci]
+pytestmark = pytest.mark.slow
 
 # DDP first: accelerate goes on to shard in a process where it was told to once
 RUNS = [("ddp", "lora", "default"), ("fsdp2", "lora", "default")]
@@ -30,7 +30,6 @@ MORE_RUNS = [
     ("fsdp2", "full", "merging"),
     ("fsdp2", "lora", "paper"),
 ]
-SLOW_RUNS = [pytest.param(run, marks=pytest.mark.slow) for run in MORE_RUNS]
 
 
 def shard(made):
@@ -137,7 +136,9 @@ def finished_runs(tmp_path_factory):
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
-@pytest.mark.parametrize("run", [*RUNS, *SLOW_RUNS], ids="-".join)
+@pytest.mark.parametrize(
+    "run", [*(pytest.param(run, marks=pytest.mark.in_ci) for run in RUNS), *MORE_RUNS], ids="-".join
+)
 def test_every_process_ends_with_the_same_smaller_model(run, finished_runs):
     """That each of them resumed to the same weights, the processes have checked themselves."""
     folder, found = finished_runs(run)
@@ -150,9 +151,9 @@ def test_every_process_ends_with_the_same_smaller_model(run, finished_runs):
 @pytest.mark.parametrize(
     ("kind", "chosen"),
     [
-        ("lora", "default"),
-        pytest.param("full", "merging", marks=pytest.mark.slow),
-        pytest.param("lora", "paper", marks=pytest.mark.slow),
+        pytest.param("lora", "default", marks=pytest.mark.in_ci),
+        ("full", "merging"),
+        ("lora", "paper"),
     ],
 )
 def test_sharded_and_replicated_runs_agree(kind, chosen, finished_runs):
@@ -163,11 +164,13 @@ def test_sharded_and_replicated_runs_agree(kind, chosen, finished_runs):
         torch.testing.assert_close(torch.from_numpy(value), torch.from_numpy(sharded[name]), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.in_ci
 def test_the_example_of_accelerate_and_fsdp2(finished_runs):
     folder, _ = finished_runs(RUNS[0])
     checked(folder / "out")
 
 
+@pytest.mark.in_ci
 def test_the_base_of_a_sharded_run_is_an_ordinary_checkpoint(finished_runs):
     from transformers import AutoModelForCausalLM
 

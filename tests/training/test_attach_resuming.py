@@ -12,6 +12,7 @@ import training_runs
 from attached_runs import Stop, run_and_die, trainer
 from forkserver import forking
 from peft import AutoPeftModelForCausalLM
+from thinned import IN_CI
 from training_runs import LAYERS, PROBE, STEPS, same, tensors
 from transformers import AutoModelForCausalLM
 
@@ -21,10 +22,9 @@ from gradpruner.pruning.patch import Patch
 from gradpruner.training.probe_batches import load_batches
 from gradpruner.training.resume import mark_of
 
-pytestmark = pytest.mark.in_ci  # the slow ones among them
-
 
 @pytest.mark.slow
+@pytest.mark.in_ci
 @pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 3}, {"torch_compile_backend": "eager"}], ids=str)
 def test_every_micro_batch_of_the_probe_is_in_the_checkpoint(options, tmp_path, monkeypatch):
     made, _ = trainer(
@@ -60,20 +60,20 @@ def test_bases_with_other_patches_have_other_names():
     [
         ("lora", 3, "default"),
         ("lora", 6, "default"),
-        pytest.param("lora", 9, "default", marks=pytest.mark.slow),
-        pytest.param("dora", 6, "default", marks=pytest.mark.slow),
+        pytest.param("lora", 9, "default", marks=IN_CI),
+        pytest.param("dora", 6, "default", marks=IN_CI),
         ("full", 3, "default"),
-        pytest.param("full", 9, "default", marks=pytest.mark.slow),
+        pytest.param("full", 9, "default", marks=IN_CI),
         ("lora", 3, "paper"),
-        pytest.param("lora", 6, "paper", marks=pytest.mark.slow),
-        pytest.param("lora", 9, "paper", marks=pytest.mark.slow),
+        pytest.param("lora", 6, "paper", marks=IN_CI),
+        pytest.param("lora", 9, "paper", marks=IN_CI),
         ("dora", 6, "paper"),
-        pytest.param("full", 3, "paper", marks=pytest.mark.slow),
-        pytest.param("full", 9, "paper", marks=pytest.mark.slow),
-        pytest.param("lora", 3, "merging", marks=pytest.mark.slow),
+        pytest.param("full", 3, "paper", marks=IN_CI),
+        pytest.param("full", 9, "paper", marks=IN_CI),
+        pytest.param("lora", 3, "merging", marks=IN_CI),
         ("lora", 6, "merging"),
         ("dora", 6, "merging"),
-        pytest.param("full", 3, "merging", marks=pytest.mark.slow),
+        pytest.param("full", 3, "merging", marks=IN_CI),
     ],
 )
 def test_resuming_gives_the_same_plan_and_weights(kind, step, chosen, finished, tmp_path):
@@ -103,9 +103,9 @@ def test_stock_tools_load_a_checkpoint_made_after_the_cut(kind, step, finished):
     "moment",
     [
         pytest.param("probe", marks=pytest.mark.slow),
-        pytest.param("apply", marks=pytest.mark.slow),
+        pytest.param("apply", marks=IN_CI),
         pytest.param("save of the base", marks=pytest.mark.slow),
-        pytest.param("save of step 3", marks=pytest.mark.slow),
+        pytest.param("save of step 3", marks=IN_CI),
         pytest.param("save of step 6", marks=pytest.mark.slow),
     ],
 )
