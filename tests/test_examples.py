@@ -9,6 +9,7 @@ import pytest
 import torch
 from example_runs import checked, write_inputs
 from peft import LoraConfig, get_peft_model
+from thinned import IN_CI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -25,10 +26,7 @@ def inputs(tmp_path):
     "name",
     [
         "trainer",
-        *(
-            pytest.param(name, marks=[pytest.mark.slow, pytest.mark.in_ci])
-            for name in ("plain_loop", "sft_trainer", "full_fine_tuning", "qlora")
-        ),
+        *(pytest.param(name, marks=IN_CI) for name in ("plain_loop", "sft_trainer", "full_fine_tuning", "qlora")),
     ],
 )
 def test_example(name, inputs, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import re
 
 import pytest
 from comparison_pages import BARE, COSTS, RESULTS, Page, differences, make_data, report, result
+from thinned import IN_CI
 
 from gradpruner.compare.page import PICTURES, write_comparison
 from gradpruner.compare.results import Cost
@@ -125,12 +126,12 @@ NOTHING_OF_ONE_KIND = ({"losses": {}}, {"sensitivity": ()}, {"differences": {}})
         {"costs": []},
         {"costs": COSTS[:1]},
         {"probe": None},
-        *(pytest.param(changes, marks=[pytest.mark.slow, pytest.mark.in_ci]) for changes in NOTHING_OF_ONE_KIND),
+        *(pytest.param(changes, marks=IN_CI) for changes in NOTHING_OF_ONE_KIND),
         make_data(dense=False, counts=(12,)),
-        pytest.param(make_data(methods=("gradpruner",)), marks=[pytest.mark.slow, pytest.mark.in_ci]),
+        pytest.param(make_data(methods=("gradpruner",)), marks=IN_CI),
         pytest.param(
             make_data(methods=("shortgpt", "laco"), seeds=1, macro_f1=False),
-            marks=[pytest.mark.slow, pytest.mark.in_ci],
+            marks=IN_CI,
         ),
         {"results": [result("gradpruner", 4, 0, None)], "probe": None},
     ],

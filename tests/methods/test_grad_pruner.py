@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from method_inputs import BATCHES, HELD_OUT, without
+from thinned import IN_CI
 from uneven_models import batch, build
 
 from gradpruner import Probe, apply
@@ -71,11 +72,11 @@ def assert_close(smaller, expected):
 
 OPTIONS = [
     ("merge=1", True, True),
-    pytest.param("merge=1,patch=true,adapters=keep", True, True, marks=[pytest.mark.slow, pytest.mark.in_ci]),
+    pytest.param("merge=1,patch=true,adapters=keep", True, True, marks=IN_CI),
     ("merge=1,adapters=discard", False, True),
-    pytest.param("merge=1,patch=false", True, False, marks=[pytest.mark.slow, pytest.mark.in_ci]),
+    pytest.param("merge=1,patch=false", True, False, marks=IN_CI),
     ("preset=paper", False, False),
-    pytest.param("preset=paper,patch=true", False, True, marks=[pytest.mark.slow, pytest.mark.in_ci]),
+    pytest.param("preset=paper,patch=true", False, True, marks=IN_CI),
 ]
 
 
@@ -127,7 +128,7 @@ def test_gradpruner_plans_by_its_score_and_merging(probed):
         ("patch=true,adapters=keep", True, True),
     ],
 )
-@pytest.mark.parametrize("name", [pytest.param("drop-last", marks=[pytest.mark.slow, pytest.mark.in_ci]), "shortgpt"])
+@pytest.mark.parametrize("name", [pytest.param("drop-last", marks=IN_CI), "shortgpt"])
 def test_dropping_keeps_and_patches_where_asked_to(probed, name, text, keep, patch):
     method, given = parse_method(f"{name}:{text}"), seen(probed)
     assert method.settled("adapters") == ("keep" if keep else "discard")

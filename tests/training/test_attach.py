@@ -130,10 +130,8 @@ def test_a_share_may_be_a_fraction(tmp_path):
     [
         pytest.param("lora", {"gradient_accumulation_steps": 3}, marks=IN_CI),
         pytest.param("lora", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
-        pytest.param("lora", {"bf16": True, "neftune_noise_alpha": 5.0}, marks=[pytest.mark.slow, pytest.mark.in_ci]),
-        pytest.param(
-            "lora", {"optim": "adamw_8bit", "auto_find_batch_size": True}, marks=[pytest.mark.slow, pytest.mark.in_ci]
-        ),
+        pytest.param("lora", {"bf16": True, "neftune_noise_alpha": 5.0}, marks=IN_CI),
+        pytest.param("lora", {"optim": "adamw_8bit", "auto_find_batch_size": True}, marks=IN_CI),
         ("full", {"gradient_checkpointing": True, "lr_scheduler_type": "cosine", "warmup_steps": 3}),
         pytest.param("full", {"optim": "adafactor"}, marks=pytest.mark.slow),
         pytest.param("full", {"optim": "adamw_8bit"}, marks=pytest.mark.slow),
