@@ -13,7 +13,7 @@ PACKAGE = ROOT / "gradpruner"
 # Bottom to top. A room may import those before it, never those after it. docs/contributing.md says what each is for.
 ROOMS = (
     *("version", "errors", "checks", "memory", "named_options", "storage", "kernels", "ops", "distributed", "model"),
-    *("plan", "presets", "report", "probe", "checkpoint", "pruning", "sparsity", "methods", "training", "run"),
+    *("plan", "presets", "report", "data", "probe", "checkpoint", "pruning", "sparsity", "methods", "training", "run"),
     *("compare", "cli"),
 )
 FACES = {"ops", "methods", "sparsity", "probe/estimators", "sparsity/criteria", "cli"}  # they hand names on

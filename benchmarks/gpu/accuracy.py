@@ -15,8 +15,9 @@ from gradpruner.compare.analysis import DENSE
 from gradpruner.compare.cells import OURS
 from gradpruner.compare.experiment import Compare
 from gradpruner.compare.processes import work_in_processes
+from gradpruner.data.examples import Example
+from gradpruner.data.load import load_examples
 from gradpruner.run.job import Job
-from gradpruner.training.data import Example, load_examples
 from gradpruner.training.recipe import Recipe
 
 PROMPT, ANSWER = "Question: {text}\nIntent:", "{category}"  # banking77

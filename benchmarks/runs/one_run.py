@@ -20,14 +20,16 @@ from transformers import TrainerCallback
 import gradpruner
 from benchmarks import plots, records
 from benchmarks.records import FOLDER
+from gradpruner.data.collator import Collator
+from gradpruner.data.load import load_examples
+from gradpruner.data.tokens import tokenize
 from gradpruner.model.load import load_model
 from gradpruner.report.tables import table as text_table
 from gradpruner.storage.csv_files import write_lines
-from gradpruner.training.collator import Collator
-from gradpruner.training.data import load_examples, tokenize
 from gradpruner.training.evaluate import exact_match
 from gradpruner.training.finetune import add_adapters, train
-from gradpruner.training.recipe import Recipe, schedule
+from gradpruner.training.recipe import Recipe
+from gradpruner.training.schedule import schedule
 
 
 class Clock(TrainerCallback):

@@ -27,6 +27,8 @@ from torch import Tensor
 
 from benchmarks import records
 from benchmarks.records import FOLDER
+from gradpruner.data.collator import Collator
+from gradpruner.data.text_windows import consecutive, sampled, tokens_of
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.model.identity import identify, sha256_of
 from gradpruner.model.load import load_model
@@ -37,10 +39,9 @@ from gradpruner.run.stages import watch
 from gradpruner.sparsity import gradient_norms, sparsify
 from gradpruner.storage.files import write_json
 from gradpruner.storage.provenance import RECORD, digest, is_made
-from gradpruner.training.collator import Collator
 from gradpruner.training.evaluate import perplexity
-from gradpruner.training.recipe import Recipe, schedule
-from gradpruner.training.text_windows import consecutive, sampled, tokens_of
+from gradpruner.training.recipe import Recipe
+from gradpruner.training.schedule import schedule
 
 LENGTH = 512
 DENSE = "dense"

@@ -22,6 +22,10 @@ from transformers import TrainerCallback
 
 from benchmarks import plots
 from benchmarks.records import FOLDER
+from gradpruner.data.collator import Collator
+from gradpruner.data.examples import split_examples
+from gradpruner.data.load import load_examples
+from gradpruner.data.tokens import tokenize
 from gradpruner.methods import Clues, parse_method
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.load import load_model
@@ -29,11 +33,10 @@ from gradpruner.probe.selection import how_many
 from gradpruner.report.tables import table as text_table
 from gradpruner.run.stages import watch
 from gradpruner.storage.csv_files import write_dicts
-from gradpruner.training.collator import Collator
-from gradpruner.training.data import load_examples, split_examples, tokenize
 from gradpruner.training.evaluate import answers
 from gradpruner.training.finetune import add_adapters, train
-from gradpruner.training.recipe import Recipe, schedule
+from gradpruner.training.recipe import Recipe
+from gradpruner.training.schedule import schedule
 
 DENSE, COLOURS = "dense", ("#1b1f24", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
 

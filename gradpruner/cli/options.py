@@ -229,7 +229,7 @@ def load(options: argparse.Namespace, revision: str | None = None) -> Loaded:
 
 def examples(options: argparse.Namespace) -> list[Any]:
     """Read the examples of --data."""
-    from gradpruner.training.data import load_examples
+    from gradpruner.data.load import load_examples
 
     return load_examples(
         options.data,
@@ -258,7 +258,8 @@ def choice(options: argparse.Namespace) -> dict[str, Any]:
 
 def split(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """Return training and test examples. The latter are of --test-data, or held out."""
-    from gradpruner.training.data import is_file, load_examples, split_examples
+    from gradpruner.data.examples import split_examples
+    from gradpruner.data.load import is_file, load_examples
 
     train_examples, templates = examples(options), {"prompt": options.prompt, "answer": options.answer}
     if not options.test_data:

@@ -53,12 +53,12 @@ def add_sparsify(commands: Any) -> None:
 def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint.companions import plan_of, refuse_masks, save_from
     from gradpruner.checkpoint.save_sparse import MASKS
+    from gradpruner.data.text_windows import consecutive, sampled, text_of, tokens_of
     from gradpruner.probe.igia import Igia
     from gradpruner.pruning.preflight import check_save
     from gradpruner.run.preflight import check_rows
     from gradpruner.sparsity.zero_weights import criterion_and_pattern, sparsify
     from gradpruner.storage.files import need_free
-    from gradpruner.training.text_windows import consecutive, sampled, text_of, tokens_of
 
     need_free(options.out, options.overwrite)
     criterion_and_pattern(options.method, options.pattern, options.ratio, options.allocation)

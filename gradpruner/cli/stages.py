@@ -111,8 +111,8 @@ def add_evaluate(commands: Any) -> None:
 
 def _training(options: argparse.Namespace, recipe: Any, revision: str | None = None) -> tuple[Any, Any, list[Any]]:
     """Return the model, its tokenizer, and the rows of a training in order."""
-    from gradpruner.training.data import tokenize
-    from gradpruner.training.recipe import schedule
+    from gradpruner.data.tokens import tokenize
+    from gradpruner.training.schedule import schedule
 
     examples = given.examples(options)
     model, tokenizer = given.load(options, revision)
@@ -277,10 +277,10 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: list[Any]) -> dict[str, Any]:
+    from gradpruner.data.collator import Collator
+    from gradpruner.data.text_windows import consecutive, text_of, tokens_of
     from gradpruner.run.preflight import check_rows
-    from gradpruner.training.collator import Collator
     from gradpruner.training.evaluate import perplexity
-    from gradpruner.training.text_windows import consecutive, text_of, tokens_of
 
     rows = consecutive(tokens_of(text_of(examples), tokenizer, options.window), options.window)
     check_rows(model, tokenizer, rows)

@@ -16,6 +16,7 @@ import torch
 from gradpruner.checkpoint.save import save
 from gradpruner.compare.operations import training_operations
 from gradpruner.compare.results import Cost
+from gradpruner.data.collator import Collator
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.load import load_model
@@ -23,10 +24,10 @@ from gradpruner.plan import Plan
 from gradpruner.pruning.apply import apply
 from gradpruner.pruning.preflight import check_save
 from gradpruner.training.answers_only import answers_only, can_skip_logits
-from gradpruner.training.collator import Collator
 from gradpruner.training.evaluate import generation_speed
 from gradpruner.training.finetune import add_adapters, finish, train
-from gradpruner.training.recipe import Recipe, Row
+from gradpruner.training.recipe import Recipe
+from gradpruner.training.schedule import Row
 
 STEPS, NEW_TOKENS = 8, 64  # optimizer steps that are timed, tokens that are generated
 

@@ -27,6 +27,9 @@ from gradpruner.compare.analysis import DENSE
 from gradpruner.compare.cells import Cell, digest_of, finished
 from gradpruner.compare.scoring import tested
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS
+from gradpruner.data.collator import Collator
+from gradpruner.data.examples import Example
+from gradpruner.data.tokens import tokenize
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods import Clues, Method, format_method, parse_method
 from gradpruner.model.decoder import Decoder
@@ -44,10 +47,9 @@ from gradpruner.storage.files import read_json, reading, write_json
 from gradpruner.storage.locks import claim, lock
 from gradpruner.storage.provenance import MADE_FROM, digest, is_made
 from gradpruner.training.checkpoints import Checkpoints
-from gradpruner.training.collator import Collator
-from gradpruner.training.data import Example, tokenize
 from gradpruner.training.finetune import check_comparable
-from gradpruner.training.recipe import Recipe, Row, schedule
+from gradpruner.training.recipe import Recipe
+from gradpruner.training.schedule import Row, schedule
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gradpruner.data.collator import Collator
+from gradpruner.data.examples import Example
+from gradpruner.data.tokens import tokenize
 from gradpruner.model.loss import IGNORED
 from gradpruner.run.job import Job
-from gradpruner.training.collator import Collator
-from gradpruner.training.data import Example, tokenize
 from gradpruner.training.evaluate import answers, macro_f1, perplexity, perplexity_of
 
 FEW = 10  # classes: with more of them, macro F1 is not what people look at

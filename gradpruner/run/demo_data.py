@@ -11,8 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from gradpruner.data.examples import Example
 from gradpruner.errors import GradPrunerError
-from gradpruner.training.data import Example
 
 # Chapters of the language reference, then of the library reference. A topic that a Python version does not
 # have is skipped, and so is a topic of a newer version that is not named here.

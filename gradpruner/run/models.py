@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradpruner.checkpoint.companions import plan_of, refuse_masks
+from gradpruner.data.collator import Collator
+from gradpruner.data.examples import Example
+from gradpruner.data.tokens import tokenize
 from gradpruner.model.identity import Identity
 from gradpruner.model.load import Loaded, load_model
 from gradpruner.plan import Plan
@@ -18,10 +21,8 @@ from gradpruner.run.job import Job, torch_dtype
 from gradpruner.run.preflight import check_run
 from gradpruner.run.probe_folder import IGIA, load_probed_model
 from gradpruner.run.stages import measure
-from gradpruner.training.collator import Collator
-from gradpruner.training.data import Example, tokenize
 from gradpruner.training.evaluate import Evaluation
-from gradpruner.training.recipe import Row, schedule
+from gradpruner.training.schedule import Row, schedule
 
 logger = logging.getLogger(__name__)
 

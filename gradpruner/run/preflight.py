@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from gradpruner.checks import check_choice, exact_share
+from gradpruner.data.collator import Collator
+from gradpruner.data.examples import Example
+from gradpruner.data.tokens import tokenize
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.full_precision import check_full_precision
@@ -18,8 +21,6 @@ from gradpruner.probe.igia import SCORES
 from gradpruner.pruning.preflight import check_plan, check_save
 from gradpruner.report.plots import new_figure
 from gradpruner.run.auto_ratio import AUTO, candidates
-from gradpruner.training.collator import Collator
-from gradpruner.training.data import Example, tokenize
 from gradpruner.training.evaluate import check_labels
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from typing import Any
 from gradpruner.checkpoint.card import model_card, write_card
 from gradpruner.checkpoint.companions import plan_of
 from gradpruner.checkpoint.save import PLAN_FILE, save
+from gradpruner.data.examples import Example
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.identity import identify
@@ -37,11 +38,10 @@ from gradpruner.run.stages import tune, watch
 from gradpruner.run.summary import OF_THE_MACHINE, comparison
 from gradpruner.storage.files import read_json, write_json
 from gradpruner.storage.provenance import MADE_FROM, RECORD, digest
-from gradpruner.training.data import Example
 from gradpruner.training.divergence import why_failed
 from gradpruner.training.evaluate import Evaluation
 from gradpruner.training.finetune import check_comparable, finish
-from gradpruner.training.recipe import Row
+from gradpruner.training.schedule import Row
 
 logger = logging.getLogger(__name__)
 

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradpruner.checkpoint.masks import Masks
+from gradpruner.data.collator import Collator
+from gradpruner.data.examples import Example
+from gradpruner.data.tokens import tokenize
 from gradpruner.errors import GradPrunerError
 from gradpruner.probe.igia import Igia
 from gradpruner.run.preflight import check_rows
 from gradpruner.training.checkpoints import Checkpoints
-from gradpruner.training.collator import Collator
-from gradpruner.training.data import Example, tokenize
 from gradpruner.training.divergence import explained
 from gradpruner.training.evaluate import Evaluation, exact_match, perplexity, rouge_l, rouge_scorer
 from gradpruner.training.finetune import Training, add_adapters, finish, train
-from gradpruner.training.recipe import Recipe, Row
+from gradpruner.training.recipe import Recipe
+from gradpruner.training.schedule import Row
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -1,6 +1,6 @@
 """How good and how fast a model is on the user's own data.
 
-Rows are what `gradpruner.training.data.tokenize` returns. Labels other than -100 mark the tokens that count. The
+Rows are what `gradpruner.data.tokens.tokenize` returns. Labels other than -100 mark the tokens that count. The
 functions below share some arguments: `model` is a transformers model or a PEFT model; `rows` are the rows to evaluate,
 in any order; `collate` makes one batch of tensors of a list of rows, as `Collator` does; `batch_size` is the number of
 rows of one forward pass and changes only speed and memory.

@@ -28,7 +28,8 @@ from gradpruner.storage.provenance import digest
 from gradpruner.training.checkpoints import Checkpoints, recorded_state
 from gradpruner.training.divergence import has_diverged
 from gradpruner.training.master_weights import float32_masters, trains_in_half
-from gradpruner.training.recipe import Recipe, Row
+from gradpruner.training.recipe import Recipe
+from gradpruner.training.schedule import Row
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback

@@ -15,12 +15,13 @@ from word_tokenizers import make_tokenizer
 import gradpruner
 from gradpruner.compare import costs, outputs
 from gradpruner.compare.results import Cost
+from gradpruner.data.collator import Collator
+from gradpruner.data.tokens import tokenize
 from gradpruner.methods import GradPruner
 from gradpruner.model.loss import IGNORED
 from gradpruner.plan import Plan
-from gradpruner.training.collator import Collator
-from gradpruner.training.data import tokenize
-from gradpruner.training.recipe import Recipe, schedule
+from gradpruner.training.recipe import Recipe
+from gradpruner.training.schedule import schedule
 
 
 def cost_of(home, plan, recipe, folder, attention="eager"):

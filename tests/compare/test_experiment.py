@@ -29,11 +29,12 @@ from gradpruner.compare import experiment, outputs, scoring
 from gradpruner.compare.analysis import DENSE
 from gradpruner.compare.cells import Cell
 from gradpruner.compare.experiment import Compare
+from gradpruner.data.collator import Collator
+from gradpruner.data.examples import Example
+from gradpruner.data.tokens import tokenize
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods import METHODS
 from gradpruner.presets import Preset
-from gradpruner.training.collator import Collator
-from gradpruner.training.data import Example, tokenize
 from gradpruner.training.evaluate import exact_matches, perplexity
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from word_tokenizers import make_tokenizer
 
 from gradpruner.cli.main import main
+from gradpruner.data.examples import Example
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.model.load import Loaded
 from gradpruner.probe.igia import Igia
@@ -22,7 +23,6 @@ from gradpruner.run import run as pipeline
 from gradpruner.run.auto_ratio import Trial, choose, hold_out, search
 from gradpruner.run.job import Job
 from gradpruner.run.models import RunModels
-from gradpruner.training.data import Example
 from gradpruner.training.evaluate import Evaluation
 
 

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
+from gradpruner.data.examples import Example
 from gradpruner.errors import GradPrunerError
 from gradpruner.run import demo_data
 from gradpruner.run.demo_data import CHAPTERS, demo_examples, majority_share, paragraphs, shingles
-from gradpruner.training.data import Example
 
 PROSE = (
     "The statement is used for {} and it must be one of the things that can be done in a block of {}, "

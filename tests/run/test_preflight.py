@@ -17,6 +17,7 @@ import gradpruner
 from gradpruner.checkpoint.generation_config import savable
 from gradpruner.cli.main import main
 from gradpruner.compare.experiment import Compare
+from gradpruner.data.examples import Example
 from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
 from gradpruner.model.full_precision import check_full_precision, quantisation_of
 from gradpruner.presets import Preset
@@ -24,7 +25,6 @@ from gradpruner.pruning import preflight as pruning_preflight
 from gradpruner.run import speeds, stages
 from gradpruner.run.job import Job
 from gradpruner.storage.files import need_writable
-from gradpruner.training.data import Example
 
 REFUSED = {
     "a test answer that does not fit": ({"test": LONG}, "test examples: max_length is 48"),

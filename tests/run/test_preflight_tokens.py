@@ -9,9 +9,10 @@ from word_tokenizers import make_tokenizer
 
 import gradpruner
 from gradpruner.cli.main import main
+from gradpruner.data.examples import Example
+from gradpruner.data.tokens import tokenize
 from gradpruner.errors import InvalidArgument
 from gradpruner.run import preflight, stages
-from gradpruner.training.data import Example, tokenize
 
 
 def test_a_padding_token_that_the_model_has_no_embedding_of(base_home, tmp_path, trained):

@@ -30,7 +30,7 @@ from gradpruner.probe.igia import Igia
 from gradpruner.probe.importance import Factors
 from gradpruner.run import auto_ratio, page
 from gradpruner.storage import tensor_files as shards
-from gradpruner.training import data
+from gradpruner.data import load as data
 from gradpruner.training import resume as training_files
 from gradpruner.training.probe_batches import load_batches, save_batches
 

@@ -6,10 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from word_tokenizers import make_tokenizer
 
+from gradpruner.data.examples import Example
 from gradpruner.presets import Preset
 from gradpruner.run.job import Job
 from gradpruner.run.run import Run
-from gradpruner.training.data import Example
 from gradpruner.training.recipe import Recipe
 
 

@@ -6,9 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from word_tokenizers import make_tokenizer
 
+from gradpruner.data.examples import Example
 from gradpruner.run.job import Job
 from gradpruner.run.run import Run
-from gradpruner.training.data import Example
 from gradpruner.training.recipe import Recipe
 
 TRAIN = [Example(f"word {i % 7}:", "abc"[i % 3]) for i in range(30)]

@@ -16,9 +16,9 @@ from word_tokenizers import make_tokenizer
 from gradpruner.compare import experiment
 from gradpruner.compare.experiment import Compare
 from gradpruner.compare.results import Result, read_results
+from gradpruner.data.examples import Example
 from gradpruner.methods import GradPruner
 from gradpruner.run.job import Job
-from gradpruner.training.data import Example
 from gradpruner.training.recipe import Recipe
 
 LAYERS, STEPS, PROBE, BATCH, HELD_OUT = 6, 8, 3, 2, 6

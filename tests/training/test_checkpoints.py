@@ -15,12 +15,13 @@ from training_rows import plain, rows
 from training_runs import llama
 from word_tokenizers import make_tokenizer
 
+from gradpruner.data.collator import Collator
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.training import checkpoints, row_trainer
 from gradpruner.training.checkpoints import Checkpoints
-from gradpruner.training.collator import Collator
 from gradpruner.training.finetune import add_adapters, train
-from gradpruner.training.recipe import Recipe, schedule
+from gradpruner.training.recipe import Recipe
+from gradpruner.training.schedule import schedule
 
 RECIPE = Recipe(batch_size=2, learning_rate=1e-2, warmup=0.25, rank=4)
 KINDS = {

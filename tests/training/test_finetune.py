@@ -15,15 +15,16 @@ from training_runs import llama
 from transformers import TrainerCallback
 from word_tokenizers import make_tokenizer
 
+from gradpruner.data.collator import Collator
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.model.loss import IGNORED
 from gradpruner.run.stages import watch
 from gradpruner.training import finetune, row_trainer
-from gradpruner.training.collator import Collator
 from gradpruner.training.divergence import explained, has_diverged, why_failed
 from gradpruner.training.finetune import add_adapters, finish, train
 from gradpruner.training.master_weights import float32_masters
-from gradpruner.training.recipe import GROUPED, Recipe, schedule
+from gradpruner.training.recipe import Recipe
+from gradpruner.training.schedule import GROUPED, schedule
 
 RECIPE = Recipe(batch_size=2, learning_rate=1e-2, warmup=0.25, rank=4)
 

@@ -17,10 +17,12 @@ from transformers import (
 )
 from word_tokenizers import make_tokenizer
 
+from gradpruner.data.collator import Collator
+from gradpruner.data.examples import Example, split_examples
+from gradpruner.data.load import load_examples
+from gradpruner.data.tokens import tokenize
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.load import load_model
-from gradpruner.training.collator import Collator
-from gradpruner.training.data import Example, load_examples, split_examples, tokenize
 
 
 def make_sentencepiece_like() -> PreTrainedTokenizerFast:

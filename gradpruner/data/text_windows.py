@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gradpruner.checks import check_int
+from gradpruner.data.examples import Example
 from gradpruner.errors import InvalidArgument
-from gradpruner.training.data import Example
 
 
 def text_of(examples: Sequence[Example]) -> str:

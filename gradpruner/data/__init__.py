@@ -1,0 +1,1 @@
+"""Data: read examples, tokenise them, make batches of them."""
