@@ -11,34 +11,51 @@ import argparse
 import contextlib
 import json
 import logging
-import sys
+import os
 from collections.abc import Iterator, Sequence
 
 from gradpruner.cli.backends import add_backends
 from gradpruner.cli.compare import add_compare, add_sensitivity
 from gradpruner.cli.hub import add_push
+from gradpruner.cli.launched import call, complain
 from gradpruner.cli.run import add_demo, add_report, add_run
 from gradpruner.cli.sparsify import add_sparsify
 from gradpruner.cli.stages import add_apply, add_evaluate, add_finetune, add_plan, add_probe
+from gradpruner.distributed.launch import launched_rank, silence_others
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = build_parser().parse_args(arguments)
+    options = _parsed(arguments)
+    silence_others()
+    level = logging.ERROR if launched_rank() else logging.WARNING if options.json else logging.INFO
     try:
-        with logging_to_stderr(logging.WARNING if options.json else logging.INFO):
-            result = options.call(options)
+        with logging_to_stderr(level):
+            result = call(options)
     except InvalidArgument as error:
         return _fail(error, 2)
     except (GradPrunerError, OSError, MemoryError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted; what is finished is kept, and the same command goes on from there", 1)
-    print(json.dumps(result["json"], indent=2) if options.json else result["line"])
+    if result is None:
+        return 0
+    if not launched_rank():
+        print(json.dumps(result["json"], indent=2) if options.json else result["line"])
     failed = result.get("failed")  # the result is written, but it is not a success
     return _fail(failed, 1) if failed else 0
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments. Of several processes, the first alone prints a help or an error."""
+    with contextlib.ExitStack() as stack:
+        if launched_rank():
+            nothing = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stderr(nothing))
+            stack.enter_context(contextlib.redirect_stdout(nothing))
+        return build_parser().parse_args(arguments)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,5 +101,5 @@ def logging_to_stderr(level: int) -> Iterator[None]:
 
 
 def _fail(error: object, code: int) -> int:
-    print(f"gradpruner: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    complain(error)
     return code

@@ -34,7 +34,7 @@ def command(commands: Any, name: str, call: Any, summary: str, example: str) -> 
         epilog=f"{DATA_HELP if '--data' in example else ''}example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(call=call)
+    parser.set_defaults(call=call, command=name)
     parser.add_argument("--json", action="store_true", help="print the result as JSON, for a program")
     return parser
 

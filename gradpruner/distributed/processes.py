@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from torch import Tensor, distributed
 from gradpruner.errors import GradPrunerError, InvalidArgument, ProbeError
 
 T = TypeVar("T")
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,13 @@ def peers_of(group: Any = None) -> Peers | None:
     """Return the processes of a group, or None if there is only this one.
 
     Args:
-        group: a torch ProcessGroup. None takes the default group, if there is one. False takes this process alone.
+        group: a torch ProcessGroup. None takes the default group, if there is one, except inside `alone`. False takes
+            this process alone.
 
     Raises:
         InvalidArgument: `group` is something else, or this process is not part of it.
     """
-    if group is False or not distributed.is_available():
+    if group is False or not distributed.is_available() or (group is None and _alone.get()):
         return None
     if group is not None and not isinstance(group, distributed.ProcessGroup):
         raise InvalidArgument(f"group = {group!r}; accepted are a torch ProcessGroup, None and False")
@@ -111,6 +114,63 @@ def together(peers: Peers | None) -> Iterator[None]:
     for rank, answer in enumerate(answers):
         if answer is not None:
             raise answer[0](f"process {rank}: {answer[1]}")
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process works as if it were the only one: `peers_of` finds no others."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes: the first of all, or the only one."""
+    peers = peers_of()
+    return peers is None or peers.rank == 0
+
+
+def first(work: Callable[[], T]) -> T:
+    """Do some work in the first process alone, and return its result in all of them.
+
+    The other processes wait. What a folder holds is decided in this way, so that all processes decide the same.
+
+    Args:
+        work: may read and write files, and returns something small that can be pickled.
+
+    Raises:
+        GradPrunerError: of the type and with the message that the first process raises, in every process.
+    """
+    peers = peers_of()
+    if peers is None:
+        return work()
+    failed: Exception | None = None
+    answer: list[Any] = [None]
+    if peers.rank == 0:
+        try:
+            with alone():
+                answer = [(True, work())]
+        except Exception as error:
+            failed = error
+            kind = type(error) if isinstance(error, GradPrunerError) else GradPrunerError
+            answer = [(False, (kind, str(error) or type(error).__name__))]
+    with _answering(peers.group):
+        distributed.broadcast_object_list(answer, group=peers.group, group_src=0)
+    if failed is not None:
+        raise failed
+    done, result = answer[0]
+    if not done:
+        raise result[0](result[1])
+    return result  # type: ignore[no-any-return]
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come here. Raises ProbeError if one is lost."""
+    peers = peers_of()
+    if peers is not None:
+        peers.any(False)
 
 
 def device_of(group: Any) -> torch.device:
