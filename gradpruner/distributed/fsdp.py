@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
+from gradpruner.distributed.sharding import whole
 from gradpruner.errors import UnsupportedModel
 
 
@@ -67,3 +70,27 @@ def resharding(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         reshard(model)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """Return a copy of a model's modules with the same weights, not copied. The copy can be sharded.
+
+    Sharding replaces the weights of the modules that it is applied to. The model itself stays as it is.
+    """
+    weights = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(weight): weight for weight in weights})
+
+
+def take_back(model: nn.Module, sharded: nn.Module) -> None:
+    """Give a model the weights that its sharded twin has trained. This is a collective, one weight at a time.
+
+    Args:
+        model: what `twin` was called with.
+        sharded: the twin.
+    """
+    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    reshard(sharded)
+    with torch.no_grad():
+        for name, weight in (*sharded.named_parameters(), *sharded.named_buffers()):
+            if weight.requires_grad or not isinstance(weight, nn.Parameter):
+                weights[name].copy_(whole(weight.detach()))

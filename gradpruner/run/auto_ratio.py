@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gradpruner.distributed.processes import first
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.probe.selection import lowest_first, margin
 from gradpruner.storage.files import read_json, reading, write_json
@@ -199,14 +200,13 @@ def choose(
         GradPrunerError: the dense model has no score.
     """
     path, protected = Path(file), set(protect)
-    there = path.exists() if made_from is None else is_made(path, made_from)
-    found = _known(path) if there else {}
+    found = first(lambda: _known(path) if _is_there(path, made_from) else {})
     record = {} if made_from is None else {MADE_FROM: dict(made_from)}
 
     def checked(count: int) -> dict[str, Any]:
         if str(count) not in found:
             found[str(count)] = check(count).to_dict()
-            write_json(path, {**record, "checked": found})
+            first(lambda: write_json(path, {**record, "checked": found}))
         return found[str(count)]
 
     counts, order = candidates(scores, protected, least=least), lowest_first(scores, protected)
@@ -226,8 +226,12 @@ def choose(
     choice = Choice(
         best.count, len(scores), tuple(counts), bound, measure, checked(0), trials, steps, steps * len(found)
     )
-    write_json(path, {**record, "checked": found, **choice.to_dict()})
+    first(lambda: write_json(path, {**record, "checked": found, **choice.to_dict()}))
     return choice
+
+
+def _is_there(path: Path, made_from: Mapping[str, str] | None) -> bool:
+    return path.exists() if made_from is None else is_made(path, made_from)
 
 
 def _known(path: Path) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradpruner.distributed.agreement import agree, need_shared
+from gradpruner.distributed.processes import first
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.identity import Identity, differences
 from gradpruner.storage.files import read_json, write_json
@@ -26,6 +28,8 @@ OURS = (*(name for name in STAGES if name not in BY_HAND), "dense", CHECKPOINTS,
 class RunFolder:
     """A folder whose `run.json` holds exactly these settings; it is made if it does not exist.
 
+    Several processes share the folder. The first one decides what it holds, and writes.
+
     Args:
         path: the folder.
         settings: what a resumed run must agree with, as JSON holds it.
@@ -39,6 +43,15 @@ class RunFolder:
     def __init__(self, path: Path, settings: Mapping[str, Any], identity: Identity, save_steps: int | None) -> None:
         self.path, self._save_steps = path, save_steps
         now = {**settings, MODEL: identity.to_dict()}
+        agree("the job", now)
+        first(lambda: self._take(now))
+        need_shared(path)
+        # max_lost may be raised as long as nothing was chosen by it
+        self.settings = {"settings": digest({name: now[name] for name in now if name != "max_lost"})}
+
+    def _take(self, now: Mapping[str, Any]) -> None:
+        """Write the settings, or check that those in the folder are the same."""
+        path = self.path
         before = recorded(path, SETTINGS)
         if before is not None:
             changed = sorted(name for name in now if before.get(name) != now[name])
@@ -61,8 +74,6 @@ class RunFolder:
                 )
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / SETTINGS, now)
-        # max_lost may be raised as long as nothing was chosen by it
-        self.settings = {"settings": digest({name: now[name] for name in now if name != "max_lost"})}
 
     @property
     def _begun(self) -> bool:
@@ -84,7 +95,7 @@ class RunFolder:
         Raises:
             InvalidArgument: it was made from something else.
         """
-        return is_made(self.path / stage, made_from, stale=self.after(stage))
+        return first(lambda: is_made(self.path / stage, made_from, stale=self.after(stage)))
 
     def after(self, stage: str) -> list[Path]:
         """Return what is made from the result of a stage. Nothing is made from the dense run."""
@@ -109,13 +120,18 @@ class RunFolder:
         """
         file = f"{name}.json"
         if not self.is_made(file, made_from):
-            self.forget_results()
-            write_json(self.path / file, {**work(), MADE_FROM: dict(made_from)})
+            first(self.forget_results)
+            done = {**work(), MADE_FROM: dict(made_from)}
+            first(lambda: write_json(self.path / file, done))
             gc.collect()
         self.checkpoints(name, made_from).discard()
-        with contextlib.suppress(OSError):  # another stage has checkpoints, or none were made
-            (self.path / CHECKPOINTS).rmdir()
-        return {key: value for key, value in read_json(self.path / file, "results").items() if key != MADE_FROM}
+
+        def finished() -> dict[str, Any]:
+            with contextlib.suppress(OSError):  # another stage has checkpoints, or none were made
+                (self.path / CHECKPOINTS).rmdir()
+            return {key: value for key, value in read_json(self.path / file, "results").items() if key != MADE_FROM}
+
+        return first(finished)
 
 
 def recorded(folder: Path, settings: str) -> dict[str, Any] | None:

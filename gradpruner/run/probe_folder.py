@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from gradpruner.checkpoint.save import save
+from gradpruner.distributed.processes import first, is_first
 from gradpruner.errors import CheckpointError
 from gradpruner.model.adapter_targets import as_named
 from gradpruner.model.wrappers import is_peft
@@ -25,7 +27,8 @@ def save_probe(
 ) -> None:
     """Write igia.safetensors and what the probe trained, all or nothing.
 
-    That is the adapters, or the whole model if all weights were trained.
+    That is the adapters, or the whole model if all weights were trained. Of several processes, the first writes, and
+    all of them call this function.
 
     Args:
         folder: the folder to write.
@@ -34,6 +37,16 @@ def save_probe(
         made_from: digests of what the probe was made from. They are recorded in the folder, see
             `gradpruner.storage.provenance`. Default: no record.
     """
+    importance = {}
+    for key in igia.importance:  # after a probe in several processes, each holds a part: all ask for every part
+        part = igia.importance[key]
+        if is_first():
+            importance[key] = part
+    whole = dataclasses.replace(igia, importance=importance)
+    first(lambda: _write(folder, whole, model, made_from))
+
+
+def _write(folder: str | os.PathLike[str], igia: Igia, model: nn.Module, made_from: Mapping[str, str] | None) -> None:
     with atomic_folder(folder) as inside:
         igia.save(inside / IGIA)
         if is_peft(model):

@@ -20,6 +20,9 @@ from gradpruner.checkpoint.card import model_card, write_card
 from gradpruner.checkpoint.companions import plan_of
 from gradpruner.checkpoint.save import PLAN_FILE, save
 from gradpruner.data.examples import Example
+from gradpruner.distributed.agreement import take_weights_of_first
+from gradpruner.distributed.launch import join, launched
+from gradpruner.distributed.processes import alone, first
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.identity import identify
@@ -42,12 +45,15 @@ from gradpruner.training.divergence import why_failed
 from gradpruner.training.evaluate import Evaluation
 from gradpruner.training.finetune import check_comparable, finish
 from gradpruner.training.schedule import Row
+from gradpruner.training.shares import share_of
 
 logger = logging.getLogger(__name__)
 
 
 class Run:
     """A job, its data and the folder it works in.
+
+    Processes that a launcher started work together: each makes the same calls.
 
     `everything` runs all stages. Each stage is a method of its own too: `run_probe`, `make_plan`, `train_dense`, `cut`,
     `train_pruned`.
@@ -74,6 +80,8 @@ class Run:
     ) -> None:
         if not train_examples or not test_examples:
             raise InvalidArgument("no training or no test examples; expected at least one of each")
+        join()
+        share_of(job.recipe, launched())
         self.job, self.folder, self.quiet = job, Path(folder), quiet
         self.probe_folder = self.folder / "probe"
         self._plan_is_by_hand = False
@@ -82,7 +90,7 @@ class Run:
         self._train, self._held_out, self._test = train_examples, list[Example](), test_examples
         if job.ratio == AUTO:
             self._train, self._held_out = hold_out(train_examples, job.check_rows, job.recipe.seed)
-        known = known_model(recorded(self.folder, SETTINGS), job.source)
+        known = first(lambda: known_model(recorded(self.folder, SETTINGS), job.source))
         identity = identify(job.source, trust_remote_code=job.trust_remote_code, known=known, say=logger.info)
         settings = {
             **job.to_dict(),
@@ -121,11 +129,14 @@ class Run:
         rows.append(self.train_pruned(plan))
         rows = self._with_speeds(rows)
         results = {"rows": rows, "plan": plan.to_dict(), "probe": probe}
+        return first(lambda: self._write_results(results, igia, kind))
+
+    def _write_results(self, results: dict[str, Any], igia: Igia, kind: str) -> dict[str, Any]:
         if self.job.ratio == AUTO and not self._plan_is_by_hand:
             results["auto"] = read_json(self.folder / "auto.json", "auto")
         write_json(self.folder / "results.json", results)
         write_report(self.folder)
-        self._write_card(rows, igia, kind)
+        self._write_card(results["rows"], igia, kind)
         return results
 
     # stages
@@ -155,15 +166,17 @@ class Run:
         plan.json may be edited, or put there by hand, until `cut` has used it.
         """
         path = self.folder / "plan.json"
-        if not path.exists():
+        if not first(path.exists):
             content = self.plan_for(self._choose().count if self.job.ratio == AUTO else self.job.count).to_dict()
-            write_json(path, {**content, MADE_FROM: {**self._made_from_probe(), "plan": digest(content)}})
-        plan, record = Plan.load(path), read_json(path, "plan").get(MADE_FROM)
+            made_from = {**self._made_from_probe(), "plan": digest(content)}
+            first(lambda: write_json(path, {**content, MADE_FROM: made_from}))
+        plan, record = first(lambda: (Plan.load(path), read_json(path, "plan").get(MADE_FROM)))
         if record is not None:
             stale = self._stages.after("plan.json")
             check_made_by_run(path, record, self._stages.settings, self._made_from_probe, stale)
         self._plan_is_by_hand = record is None or record.get("plan") != digest(plan.to_dict())
-        if self.job.ratio == AUTO and not self._plan_is_by_hand and not (self.folder / "auto.json").exists():
+        chosen = self.job.ratio == AUTO and not self._plan_is_by_hand
+        if chosen and not first((self.folder / "auto.json").exists):
             raise InvalidArgument(f"auto.json, by which {str(path)!r} was chosen, is gone; put it back, or delete both")
         if self._plan_is_by_hand:
             self.run_probe()
@@ -180,18 +193,21 @@ class Run:
 
     def cut(self, plan: Plan) -> Path:
         """Merge and remove the layers. Write the smaller, not yet fine-tuned checkpoint to `cut/`."""
-        path, made_from = self.folder / "cut", self._made_from_plan(plan)
+        made_from = self._made_from_plan(plan)
         if not self._stages.is_made("cut", made_from):
-            self._stages.forget_results()
-            smaller, tokenizer = self.models.cut(plan)
-            save(
-                smaller,
-                path,
-                tokenizer=tokenizer,
-                plan=dataclasses.replace(plan, before=self.models.earlier_plan),
-                beside=lambda inside: write_json(inside / RECORD, made_from),
-            )
-        return path
+            first(lambda: self._cut(plan, made_from))
+        return self.folder / "cut"
+
+    def _cut(self, plan: Plan, made_from: Mapping[str, str]) -> None:
+        self._stages.forget_results()
+        smaller, tokenizer = self.models.cut(plan)
+        save(
+            smaller,
+            self.folder / "cut",
+            tokenizer=tokenizer,
+            plan=dataclasses.replace(plan, before=self.models.earlier_plan),
+            beside=lambda inside: write_json(inside / RECORD, made_from),
+        )
 
     def train_pruned(self, plan: Plan) -> dict[str, Any]:
         """Fine-tune the smaller model with the remaining steps. Write `model/`, return results."""
@@ -203,7 +219,7 @@ class Run:
         """Return the results of the models, with how fast they generate."""
         folders = {"dense": self.folder / "dense", "pruned": self.folder / "model"}
         folders = {row["name"]: folders[row["name"]] for row in rows}
-        return rows_with_speeds(rows, folders, self.folder / SPEEDS, self.models.load)
+        return first(lambda: rows_with_speeds(rows, folders, self.folder / SPEEDS, self.models.load))
 
     def _write_card(self, rows: Sequence[Mapping[str, Any]], igia: Igia, kind: str) -> None:
         # a card is read on other machines, so it leaves out measurements of this one
@@ -232,6 +248,9 @@ class Run:
 
     def _check_pruned_model(self, plan: Plan) -> None:
         """Raise InvalidArgument unless `model/` is there, with the layers of the plan."""
+        first(lambda: self._check_model_folder(plan))
+
+    def _check_model_folder(self, plan: Plan) -> None:
         model = self.folder / "model"
         if not (model / PLAN_FILE).is_file() or Plan.load(model / PLAN_FILE) != plan:
             raise InvalidArgument(
@@ -285,11 +304,14 @@ class Run:
         """
         what = f"with {count} layers removed" if count else "of the dense model"
         logger.info(f"auto: {self.job.checking} steps {what}")
-        if count:
-            model, tokenizer = self.models.cut(self.plan_for(count))
-        else:
-            model, tokenizer = self.models.load_probed()
-            model = finish(model)  # as the cut does with what the probe trained
+        plan = self.plan_for(count) if count else None
+        with alone():  # every process makes the same model
+            if plan is not None:
+                model, tokenizer = self.models.cut(plan)
+            else:
+                model, tokenizer = self.models.load_probed()
+                model = finish(model)  # as the cut does with what the probe trained
+        take_weights_of_first(model)
         size = self.job.recipe.rows_per_step
         rows = self.models.rows(tokenizer)[self.job.probing * size : (self.job.probing + self.job.checking) * size]
         recipe = self.job.recipe.widened(self.job.preset.rank_factor if count else 1)

@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gradpruner.checks import check_int
+from gradpruner.distributed.processes import first
+from gradpruner.distributed.sharding import whole
 from gradpruner.errors import CheckpointError, InvalidArgument, ModelMismatch
 from gradpruner.model.identity import Identity, sha256_of
 from gradpruner.storage.files import read_json
 from gradpruner.storage.provenance import MADE_FROM, RECORD, digest, need_same
+from gradpruner.training.optimizer_state import divided
 
 SHARE, LEAST = 0.1, 10  # default interval: a tenth of the steps, so that an interruption costs at most that much
 PREFIX = "checkpoint"  # as the Trainer names its folders, `transformers.trainer_utils.PREFIX_CHECKPOINT_DIR`
@@ -65,9 +68,14 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint, or None. Delete all others.
 
+        Of several processes, the first looks and deletes.
+
         Raises:
             InvalidArgument: the newest one belongs to another training, or the folder to somebody else.
         """
+        return first(self._newest)
+
+    def _newest(self) -> Path | None:
         if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / MARK).is_file():
             raise InvalidArgument(
                 f"folder {str(self.folder)!r} is for checkpoints of this training, but other files are in it; expected "
@@ -91,6 +99,9 @@ class Checkpoints:
             InvalidArgument: the disk has too little room.
         """
         size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        first(lambda: self._make_folder(size))
+
+    def _make_folder(self, size: int) -> None:
         there = any(self.folder.glob(f"{PREFIX}-*"))  # the newest one: only one more is to come
         place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
         needed, free = (1 if there else 2) * COPIES * size, shutil.disk_usage(place).free
@@ -104,6 +115,9 @@ class Checkpoints:
 
     def discard(self) -> None:
         """Delete the folder, once the result of the training is on disk."""
+        first(self._discard)
+
+    def _discard(self) -> None:
         if (self.folder / MARK).is_file():
             for path in self.folder.glob(f"{PREFIX}-*"):
                 delete_checkpoint(path)
@@ -144,20 +158,25 @@ def recorded_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def save_trained(model: nn.Module, folder: Path) -> None:
+def save_trained(model: nn.Module, folder: Path, *, writes: bool = True) -> None:
     """Write the parameters that train, and all buffers, under their own names.
+
+    Sharded parameters are gathered one at a time, which is a collective.
 
     Args:
         model: the model that trains.
         folder: where to write. It is made if it does not exist.
+        writes: whether this process writes. In the others, nothing is kept.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     buffers = {name for name, _ in model.named_buffers()}  # some share memory, which safetensors does not take
-    state = {
-        name: tensor.detach().cpu().clone() if name in buffers else tensor.detach().cpu().contiguous()
-        for name, tensor in _state(model).items()
-    }
-    save_file(state, folder / WEIGHTS)
+    state = {}
+    for name, tensor in _state(model).items():
+        full = whole(tensor.detach())
+        if writes:
+            state[name] = full.cpu().clone() if name in buffers else full.cpu().contiguous()
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / WEIGHTS)
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
@@ -182,7 +201,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
             raise ModelMismatch(f"{folder} is a checkpoint of another model: {name} differs")
     with torch.no_grad():
         for name, tensor in state.items():
-            tensor.copy_(stored[name])
+            tensor.copy_(divided(stored[name], tensor))
 
 
 def _state(model: nn.Module) -> dict[str, torch.Tensor]:

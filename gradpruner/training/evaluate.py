@@ -4,26 +4,31 @@ Rows are what `gradpruner.data.tokens.tokenize` returns. Labels other than -100 
 functions below share some arguments: `model` is a transformers model or a PEFT model; `rows` are the rows to evaluate,
 in any order; `collate` makes one batch of tensors of a list of rows, as `Collator` does; `batch_size` is the number of
 rows of one forward pass and changes only speed and memory.
+
+Several processes share the batches, and each returns the result of all. All of them call the function.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from gradpruner.distributed.processes import peers_of
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.loss import IGNORED, answer_logits, cross_entropy_sum
 from gradpruner.model.modes import evaluating, to_device
 
 Rows = Sequence[Mapping[str, list[int]]]
 Collate = Callable[[Any], Mapping[str, Tensor]]
+T = TypeVar("T")
 WARM_UP = 8  # tokens generated before any are timed
 
 
@@ -88,7 +93,7 @@ def answers(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> lis
             right = bool((row_best == row_labels)[labelled].all())
             predicted = tuple(row_best[labelled].tolist())
             result[index] = Answer(right, cross_entropy_sum(row_logits, row_labels), len(predicted), predicted)
-    return [result[index] for index in range(len(rows))]
+    return _of_all(result)
 
 
 def macro_f1(predicted: Sequence[Hashable], truth: Sequence[Hashable]) -> float:
@@ -141,12 +146,12 @@ def exact_matches(model: Any, rows: Rows, *, collate: Collate, batch_size: int) 
     Raises:
         InvalidArgument: there are no rows, or a row has no answer.
     """
-    result = [False] * len(rows)
+    result: dict[int, bool] = {}
     for indices, logits, labels in _batches_of_logits(model, rows, collate, batch_size):
         right = (logits.argmax(-1) == labels) | (labels == IGNORED)
         for index, row_is_right in zip(indices, right.all(-1).tolist(), strict=True):
             result[index] = row_is_right
-    return result
+    return _of_all(result)
 
 
 def perplexity_of(loss: float) -> float:
@@ -174,11 +179,12 @@ def perplexity(model: Any, rows: Rows, *, collate: Collate, batch_size: int) -> 
     Raises:
         InvalidArgument: there are no rows, or a row has no labels.
     """
-    total, tokens = 0.0, 0
-    for _, logits, labels in _batches_of_logits(model, rows, collate, batch_size):
-        total += cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
-        tokens += int((labels != IGNORED).sum())
-    return perplexity_of(total / tokens)
+    sums: dict[int, tuple[float, int]] = {}  # by the first row of each batch
+    for indices, logits, labels in _batches_of_logits(model, rows, collate, batch_size):
+        loss = cross_entropy_sum(logits.flatten(0, 1), labels.flatten())
+        sums[indices[0]] = loss, int((labels != IGNORED).sum())
+    losses, tokens = zip(*_of_all(sums), strict=True)
+    return perplexity_of(math.fsum(losses) / sum(tokens))
 
 
 def rouge_l(model: Any, rows: Rows, tokenizer: Any, *, max_new_tokens: int, batch_size: int) -> float:
@@ -196,15 +202,15 @@ def rouge_l(model: Any, rows: Rows, tokenizer: Any, *, max_new_tokens: int, batc
     """
     scorer = rouge_scorer()
     _check(rows, batch_size)
-    scores = []
-    for indices in _batches(rows, batch_size):
+    scores: dict[int, float] = {}
+    for indices in _own_batches(rows, batch_size):
         prompts = [_prompt(rows[index], index) for index in indices]
         references = [[token for token in rows[index]["labels"] if token != IGNORED] for index in indices]
         generated = _generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
-        for reference, tokens in zip(references, generated, strict=True):
+        for index, reference, tokens in zip(indices, references, generated, strict=True):
             pair = [tokenizer.decode(text, skip_special_tokens=True) for text in (reference, tokens)]
-            scores.append(scorer.score(*pair)["rougeL"].fmeasure)
-    return statistics.fmean(scores)
+            scores[index] = scorer.score(*pair)["rougeL"].fmeasure
+    return statistics.fmean(_of_all(scores))
 
 
 def rouge_scorer() -> Any:
@@ -247,9 +253,9 @@ def generation_speed(model: Any, tokenizer: Any, *, new_tokens: int = 64, runs: 
 def _batches_of_logits(
     model: Any, rows: Rows, collate: Collate, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Yield row indices, and logits and labels as `answer_logits` returns them."""
+    """Yield row indices of this process's batches, and logits and labels as `answer_logits` returns them."""
     _check(rows, batch_size)
-    for indices in _batches(rows, batch_size):
+    for indices in _own_batches(rows, batch_size):
         batch = to_device(collate([rows[index] for index in indices]), model.device)
         yield indices, *answer_logits(model, batch)
 
@@ -283,6 +289,21 @@ def _batches(rows: Rows, batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+def _own_batches(rows: Rows, batch_size: int) -> Iterator[list[int]]:
+    """Yield the batches that this process evaluates: every n-th of them in n processes."""
+    peers = peers_of()
+    own, count = (0, 1) if peers is None else (peers.rank, peers.size)
+    return itertools.islice(_batches(rows, batch_size), own, None, count)
+
+
+def _of_all(results: Mapping[int, T]) -> list[T]:
+    """Return the results of all processes in the order of their numbers."""
+    peers = peers_of()
+    parts = [results] if peers is None else peers.gather(results)
+    every = {number: result for part in parts for number, result in part.items()}
+    return [every[number] for number in sorted(every)]
 
 
 def _check(rows: Rows, batch_size: int) -> None:

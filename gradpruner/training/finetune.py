@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gradpruner.distributed.fsdp import take_back, twin
+from gradpruner.distributed.launch import wants_shards
+from gradpruner.distributed.processes import Peers, peers_of
 from gradpruner.errors import InvalidArgument
 from gradpruner.memory import reset_peak_memory
 from gradpruner.model.adapter_targets import adapted_weights, as_named, check_adapted
@@ -30,9 +33,12 @@ from gradpruner.training.divergence import has_diverged
 from gradpruner.training.master_weights import float32_masters, trains_in_half
 from gradpruner.training.recipe import Recipe
 from gradpruner.training.schedule import Row
+from gradpruner.training.shares import share_of
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
+
+    from gradpruner.training.row_trainer import StepRecorder
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,11 @@ class Training:
     Args:
         steps: optimizer steps made.
         losses: training loss of each step, in nats per labelled token.
-        step_seconds: median duration of a step, in seconds.
-        peak_bytes: peak memory in bytes: of the GPU if there is one, otherwise of the process.
+        step_seconds: median duration of a step, in seconds. In several processes, that of the slowest in each step.
+        peak_bytes: peak memory in bytes: of the GPU if there is one, otherwise of the process. In several processes,
+            that of the largest.
         seconds: wall time. After an interruption, the time up to the checkpoint that was resumed is added.
+        processes: how many processes trained together, at most, if the training was interrupted.
     """
 
     steps: int
@@ -52,6 +60,7 @@ class Training:
     step_seconds: float
     peak_bytes: int
     seconds: float
+    processes: int = 1
 
     @property
     def diverged(self) -> bool:
@@ -127,8 +136,9 @@ def train(
     """Train `model` in place, once over rows that are already in order.
 
     Adapters in float32 on a bfloat16 model are multiplied in bfloat16 (autocast), as on a GPU with bf16=True. Weights
-    that train in bfloat16 or float16 are float32 meanwhile, and are multiplied in bfloat16. One device is used, even
-    if several are visible.
+    that train in bfloat16 or float16 are float32 meanwhile, and are multiplied in bfloat16. Each process uses one
+    device. Several processes share the rows of every step. If the launcher asks for FSDP2, a copy of the model is
+    sharded, and `model` gets the trained weights at the end.
 
     Args:
         model: a plain model or a PEFT model. The parameters that require a gradient are trained.
@@ -138,7 +148,7 @@ def train(
         of_steps: steps of the longer run that this is the beginning of. The learning rate is that run's. Default: the
             steps of the rows.
         callbacks: more callbacks for the Trainer.
-        prepare: called with the Trainer before it trains, for example `gradpruner.attach`.
+        prepare: called with the Trainer before it trains, for example `gradpruner.attach`. Not with FSDP2.
         checkpoints: where the training is saved while it runs. From a complete checkpoint there, the training goes on
             and ends as if it had not been interrupted. The caller discards the checkpoints once the result is on disk.
         quiet: whether to show no progress bar.
@@ -147,8 +157,8 @@ def train(
         The record of the run.
 
     Raises:
-        InvalidArgument: the rows do not fill the last step, there are several processes, or the checkpoints belong to
-            another training or do not fit on the disk.
+        InvalidArgument: the rows do not fill the last step, the rows of a step cannot be divided over the processes,
+            or the checkpoints belong to another training or do not fit on the disk.
         GradPrunerError: the loss is not finite.
     """
     from gradpruner.training import row_trainer
@@ -159,6 +169,10 @@ def train(
     of_steps = steps if of_steps is None else of_steps
     if of_steps < steps:
         raise InvalidArgument(f"of_steps = {of_steps}; expected {steps} or more, the steps of the rows")
+    peers, sharded = peers_of(), wants_shards()
+    share = share_of(recipe, 1 if peers is None else peers.size)
+    if sharded and prepare is not None:
+        raise InvalidArgument("prepare is given, and the launcher asks for FSDP2; expected one of them")
     recorder, resumed = row_trainer.StepRecorder(steps), None
     if checkpoints is not None:
         checkpoints = checkpoints.also_from(rows=digest(list(ordered)), recipe=digest([recipe.to_dict(), of_steps]))
@@ -181,12 +195,13 @@ def train(
             quiet=quiet,
         )
         trainer = row_trainer.RowTrainer(
-            model=model,
+            model=twin(model) if sharded else model,
             args=arguments,
             train_dataset=list(ordered),
             data_collator=collate,
             callbacks=[recorder, *callbacks],
         )
+        trainer.check_divisible(recipe, share)
         row_trainer.show_progress_bar_only(trainer, quiet)
         if prepare is not None:
             prepare(trainer)
@@ -194,8 +209,26 @@ def train(
         if resumed is not None:
             recorder.restore(recorded_state(resumed))
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        if sharded:
+            take_back(model, trainer.model)
+            _place(model, arguments.device)
+    return _record(recorder, steps, peers)
+
+
+def _place(model: nn.Module, device: torch.device) -> None:
+    """Move a model to a GPU, as the Trainer does with one that is not sharded, if it fits."""
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0]:
+        model.to(device)
+
+
+def _record(recorder: StepRecorder, steps: int, peers: Peers | None) -> Training:
+    """Return what was recorded, the largest figures of all processes."""
+    own = (recorder.seconds, recorder.peak_bytes, recorder.wall_seconds)
+    seconds, peaks, walls = zip(*([own] if peers is None else peers.gather(own)), strict=True)
+    slowest = [max(of_step) for of_step in zip(*seconds, strict=True)]
     return Training(
-        steps, tuple(recorder.losses), statistics.median(recorder.seconds), recorder.peak_bytes, recorder.wall_seconds
+        steps, tuple(recorder.losses), statistics.median(slowest), max(peaks), max(walls), recorder.processes
     )
 
 

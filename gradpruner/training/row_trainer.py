@@ -16,22 +16,65 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from gradpruner.distributed.fsdp import resharding
+from gradpruner.distributed.launch import launched, wants_shards
+from gradpruner.distributed.processes import first, peers_of, wait_for_all
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 from gradpruner.memory import peak_memory
+from gradpruner.model.loss import IGNORED
 from gradpruner.storage.files import write_json
 from gradpruner.storage.provenance import MADE_FROM, RECORD
 from gradpruner.training.answers_only import answers_only, can_skip_logits
 from gradpruner.training.checkpoints import PREFIX, Checkpoints, delete_checkpoint, load_trained, save_trained
+from gradpruner.training.optimizer_state import divided_state, gathered_state
 from gradpruner.training.recipe import Recipe
+from gradpruner.training.shares import Share, share_of
 
 logger = logging.getLogger(__name__)
 
 
 class RowTrainer(Trainer):
-    """A Trainer that takes the rows in their given order and skips logits without a label."""
+    """A Trainer that takes the rows in their given order and skips logits without a label.
+
+    In several processes, each takes its share of the rows of every step: accelerate deals consecutive batches out.
+    """
 
     _skips_logits: bool | None = None  # not known before the first batch
+    _divides_batches = False  # whether the processes share every forward pass
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator. On CPUs, shard where the launcher asks for it; accelerate would take DDP there."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if wants_shards() and not self.is_fsdp_enabled:
+            from accelerate import FullyShardedDataParallelPlugin
+            from accelerate.utils import DistributedType
+
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
+
+    def check_divisible(self, recipe: Recipe, share: Share) -> None:
+        """Check that the loss of a step is that of one process.
+
+        Args:
+            recipe: batch size and accumulation of one process.
+            share: what this process takes of a step.
+
+        Raises:
+            InvalidArgument: the model takes the mean over each forward pass, and these are not those of one process.
+        """
+        processes = self.args.world_size
+        self._divides_batches = share.batch_size * processes == recipe.batch_size
+        dealt = share.batch_size == recipe.batch_size
+        if processes > 1 and not (self.model_accepts_loss_kwargs or self._divides_batches or dealt):
+            raise InvalidArgument(
+                f"batch_size = {recipe.batch_size} with accumulation = {recipe.accumulation} over {processes} processes: "
+                f"{type(self.model).__name__} takes the mean loss of each forward pass, which would have other rows "
+                f"than in one process; expected a batch_size or an accumulation that is a multiple of {processes}"
+            )
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss from the logits of labelled tokens where that gives the same loss.
@@ -42,10 +85,18 @@ class RowTrainer(Trainer):
             *args: passed on to the Trainer.
             **kwargs: passed on to the Trainer.
         """
+        peers = peers_of()
         if self._skips_logits is None:
-            self._skips_logits = can_skip_logits(self.accelerator.unwrap_model(model), inputs)
+            plain = self.accelerator.unwrap_model(model)
+            with resharding(plain):
+                can = can_skip_logits(plain, inputs)
+            self._skips_logits = can if peers is None else not peers.any(not can)
+        weight = 1.0
+        if peers is not None and self._divides_batches and not self.model_accepts_loss_kwargs:
+            weight = _share_of_tokens(inputs["labels"], peers.size, self.accelerator)
         inputs = answers_only(inputs) if self._skips_logits else inputs
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        return result if weight == 1.0 else result * weight
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         try:
@@ -57,19 +108,49 @@ class RowTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the parameters that train, bit for bit.
 
-        The Trainer's own way renames weights and omits shared ones.
+        The Trainer's own way renames weights and omits shared ones. A sharded model is gathered.
 
         Args:
             output_dir: where to. Default: the Trainer's output_dir.
         """
-        save_trained(self.accelerator.unwrap_model(self.model), Path(output_dir or str(self.args.output_dir)))
+        folder = Path(output_dir or str(self.args.output_dir))
+        save_trained(self.accelerator.unwrap_model(self.model), folder, writes=self.is_world_process_zero())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        writes = self.is_world_process_zero()
+        state = gathered_state(self.optimizer, keep=writes)
+        if writes:
+            torch.save(state, Path(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer: Any = self.optimizer
+        state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(divided_state(optimizer, state))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         ordered: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(ordered)
+
+
+def _share_of_tokens(labels: torch.Tensor, processes: int, accelerator: Any) -> float:
+    """Return the weight of this process's mean loss, so that the mean over the processes is that of all tokens.
+
+    It is for a model that takes the mean over its own batch, whatever other batches the step has.
+    """
+    tokens = (labels[:, 1:] != IGNORED).sum()
+    total = accelerator.reduce(tokens.clone(), reduction="sum")
+    return float(tokens) * processes / float(total)
 
 
 class StepRecorder(TrainerCallback):
@@ -85,6 +166,8 @@ class StepRecorder(TrainerCallback):
         self.seconds: list[float] = []
         self._step_began, self._earlier_peak = 0.0, 0
         self._began, self._earlier_seconds = time.perf_counter(), 0.0
+        peers = peers_of()
+        self.processes = 1 if peers is None else peers.size  # the most that took part, over all parts of the training
 
     @property
     def wall_seconds(self) -> float:
@@ -93,12 +176,13 @@ class StepRecorder(TrainerCallback):
 
     @property
     def peak_bytes(self) -> int:
-        """Peak memory in bytes, over all parts of a training that was interrupted."""
+        """Peak memory in bytes of this process, over all parts of a training that was interrupted."""
         return max(self._earlier_peak, peak_memory())
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold."""
         return {
+            "processes": self.processes,
             "losses": self.losses,
             "seconds": self.seconds,
             "peak_bytes": self.peak_bytes,
@@ -109,6 +193,7 @@ class StepRecorder(TrainerCallback):
         """Go on from what `state` returned."""
         self.losses, self.seconds = list(state["losses"]), list(state["seconds"])
         self._earlier_peak, self._earlier_seconds = state["peak_bytes"], state["wall"]
+        self.processes = max(self.processes, state.get("processes", 1))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -144,7 +229,11 @@ class CheckpointCompleter(TrainerCallback):
         self._checkpoints, self._state = checkpoints, state
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Complete the checkpoint that was just saved."""
+        """Complete the checkpoint that was just saved, once every process has written its part."""
+        wait_for_all()
+        first(lambda: self._complete(state))
+
+    def _complete(self, state: Any) -> None:
         folder = self._checkpoints.folder
         newest = folder / f"{PREFIX}-{state.global_step}"
         for file in newest.iterdir():
@@ -166,7 +255,7 @@ def training_arguments(
     bf16: bool,
     quiet: bool,
 ) -> TrainingArguments:
-    """Return the Trainer's arguments for a recipe, on one device.
+    """Return the Trainer's arguments for a recipe, on one device per process.
 
     Args:
         recipe: batch size, learning rate and the like.
@@ -177,15 +266,16 @@ def training_arguments(
         quiet: whether to show no progress bar.
 
     Raises:
-        InvalidArgument: the training was launched in several processes.
+        InvalidArgument: the rows of a step cannot be divided over the launched processes.
     """
+    share = share_of(recipe, launched())
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=schedule_steps,
         bf16=bf16,
         use_cpu=not torch.accelerator.is_available(),  # else transformers takes bf16 for a GPU's
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
+        per_device_train_batch_size=share.batch_size,
+        gradient_accumulation_steps=share.accumulation,
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         warmup_steps=round(recipe.warmup * schedule_steps),
@@ -209,17 +299,12 @@ def use_one_device(arguments: TrainingArguments) -> None:
     """Make one optimizer step see `Recipe.rows_per_step` rows, each of them once.
 
     In one process with several GPUs, transformers would give every GPU a batch of its own.
-
-    Raises:
-        InvalidArgument: the training was launched in several processes, which would share the rows.
     """
-    if arguments.world_size > 1:
-        raise InvalidArgument(
-            f"training was launched in {arguments.world_size} processes; accepted is one: gradpruner's own runs train "
-            "on one device. For several, use gradpruner.attach in a training script of your own"
-        )
     if arguments.n_gpu > 1:
-        logger.warning(f"{arguments.n_gpu} GPUs are visible; this run trains on one of them, {arguments.device}")
+        logger.warning(
+            f"{arguments.n_gpu} GPUs are visible; this run trains on one of them, {arguments.device}. To use all, start "
+            f"it with torchrun --nproc-per-node {arguments.n_gpu} (docs/launchers.md)"
+        )
         arguments._n_gpu = 1  # as the Trainer itself sets it where it must not use DataParallel
 
 
