@@ -122,12 +122,16 @@ def _training(options: argparse.Namespace, recipe: Any, revision: str | None = N
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint.companions import masks_of
+    from gradpruner.distributed.launch import launched
+    from gradpruner.distributed.processes import first
     from gradpruner.probe.igia import DEFAULT_KIND
     from gradpruner.run.stages import watch
     from gradpruner.storage.files import need_writable
+    from gradpruner.training.shares import share_of
 
     recipe = given.recipe(options)
-    need_writable(options.out)
+    share_of(recipe, launched())
+    first(lambda: need_writable(options.out))
     model, tokenizer, ordered = _training(options, recipe)
     _, igia = watch(
         model,
@@ -219,6 +223,9 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
 
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint.companions import masks_of, plan_of, save_from
+    from gradpruner.distributed.agreement import agree, need_shared
+    from gradpruner.distributed.launch import launched
+    from gradpruner.distributed.processes import first
     from gradpruner.model.identity import identify
     from gradpruner.pruning.preflight import check_save
     from gradpruner.run.stages import tune
@@ -226,16 +233,20 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.storage.files import need_free
     from gradpruner.training.checkpoints import checkpoints_beside
     from gradpruner.training.divergence import explained
+    from gradpruner.training.shares import share_of
 
     recipe = given.recipe(options)
-    need_free(options.out, options.overwrite)
+    share_of(recipe, launched())
+    first(lambda: need_free(options.out, options.overwrite))
+    need_shared(Path(options.out).absolute().parent)
     masks = Masks.load(options.masks) if options.masks else None
     identity = identify(options.model, trust_remote_code=options.trust_remote_code, say=logger.info)
     checkpoints = checkpoints_beside(
         options.out, options.save_steps, identity, dtype=options.dtype, attention=options.attention, masks=options.masks
     )
+    agree("the model", identity.to_dict())
     model, tokenizer, ordered = _training(options, recipe, identity.revision)
-    check_save(model, tokenizer, Path(options.out))
+    first(lambda: check_save(model, tokenizer, Path(options.out)))
     if masks is not None:
         masks.apply_(model)
     else:

@@ -78,7 +78,7 @@ def need_shared(folder: Path) -> None:
 def _appears(file: Path, peers: Peers) -> bool:
     """Return whether a file is seen, at once or a little later."""
     end = time.monotonic() + (PATIENCE if peers.rank else 0.0)
-    while not file.name in os.listdir(file.parent if file.parent.is_dir() else "/"):
+    while not file.parent.is_dir() or file.name not in os.listdir(file.parent):
         if time.monotonic() >= end:
             return False
         time.sleep(POLL)

@@ -9,7 +9,8 @@ from gradpruner.checkpoint.masks import Masks
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
 from gradpruner.data.tokens import tokenize
-from gradpruner.errors import GradPrunerError
+from gradpruner.distributed.launch import wants_shards
+from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.probe.igia import Igia
 from gradpruner.run.preflight import check_rows
 from gradpruner.training.checkpoints import Checkpoints
@@ -109,6 +110,11 @@ def _mask_callbacks(masks: Masks | None, recipe: Recipe) -> list[TrainerCallback
     """Return what holds the masks in every step, if a step can change a masked weight."""
     if masks is None or recipe.rank:
         return []
+    if wants_shards():
+        raise InvalidArgument(
+            "masks are held at zero in every step of all weights, which FSDP2 shards; expected DDP (torchrun), or "
+            "adapters (--rank above 0), after which the masks are applied once"
+        )
     from gradpruner.checkpoint.hold_sparsity import HoldSparsity
 
     return [HoldSparsity(masks)]

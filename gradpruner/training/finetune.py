@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gradpruner.distributed.agreement import agree
 from gradpruner.distributed.fsdp import take_back, twin
 from gradpruner.distributed.launch import wants_shards
 from gradpruner.distributed.processes import Peers, peers_of
@@ -173,9 +174,10 @@ def train(
     share = share_of(recipe, 1 if peers is None else peers.size)
     if sharded and prepare is not None:
         raise InvalidArgument("prepare is given, and the launcher asks for FSDP2; expected one of them")
+    agree("the rows or the recipe", [of_rows := digest(list(ordered)), recipe.to_dict(), of_steps])
     recorder, resumed = row_trainer.StepRecorder(steps), None
     if checkpoints is not None:
-        checkpoints = checkpoints.also_from(rows=digest(list(ordered)), recipe=digest([recipe.to_dict(), of_steps]))
+        checkpoints = checkpoints.also_from(rows=of_rows, recipe=digest([recipe.to_dict(), of_steps]))
         resumed = checkpoints.newest()
         callbacks = [*callbacks, row_trainer.CheckpointCompleter(checkpoints, recorder.state)]
     bf16 = _computes_in_bfloat16(model)

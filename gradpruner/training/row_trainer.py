@@ -71,7 +71,7 @@ class RowTrainer(Trainer):
         dealt = share.batch_size == recipe.batch_size
         if processes > 1 and not (self.model_accepts_loss_kwargs or self._divides_batches or dealt):
             raise InvalidArgument(
-                f"batch_size = {recipe.batch_size} with accumulation = {recipe.accumulation} over {processes} processes: "
+                f"batch_size = {recipe.batch_size}, accumulation = {recipe.accumulation}, over {processes} processes: "
                 f"{type(self.model).__name__} takes the mean loss of each forward pass, which would have other rows "
                 f"than in one process; expected a batch_size or an accumulation that is a multiple of {processes}"
             )
@@ -302,8 +302,8 @@ def use_one_device(arguments: TrainingArguments) -> None:
     """
     if arguments.n_gpu > 1:
         logger.warning(
-            f"{arguments.n_gpu} GPUs are visible; this run trains on one of them, {arguments.device}. To use all, start "
-            f"it with torchrun --nproc-per-node {arguments.n_gpu} (docs/launchers.md)"
+            f"{arguments.n_gpu} GPUs are visible; this run trains on one of them, {arguments.device}. To use all, "
+            f"start it with torchrun --nproc-per-node {arguments.n_gpu} (docs/launchers.md)"
         )
         arguments._n_gpu = 1  # as the Trainer itself sets it where it must not use DataParallel
 
