@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from typing import Any
 
 from gradpruner.distributed.launch import (
@@ -16,6 +17,7 @@ from gradpruner.distributed.launch import (
     said_by_first,
 )
 
+LINGER = 10.0  # seconds that a process which fails silently waits for the launcher to end it
 TOGETHER = ("run", "demo", "probe", "finetune", "evaluate", "compare", "sensitivity")
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,12 @@ def complain(error: object) -> None:
     """
     text = " ".join(str(error).split()) or type(error).__name__
     if said_by_first(text):
+        linger()
         return
     which = f" (process {launched_rank()} of {launched()})" if launched_rank() else ""
     print(f"gradpruner{which}: {text}", file=sys.stderr, flush=True)
+
+
+def linger() -> None:
+    """Wait a little before a silent end: the launcher ends all processes as soon as one has ended with an error."""
+    time.sleep(LINGER)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from gradpruner.cli.backends import add_backends
 from gradpruner.cli.compare import add_compare, add_sensitivity
 from gradpruner.cli.hub import add_push
-from gradpruner.cli.launched import call, complain
+from gradpruner.cli.launched import call, complain, linger
 from gradpruner.cli.run import add_demo, add_report, add_run
 from gradpruner.cli.sparsify import add_sparsify
 from gradpruner.cli.stages import add_apply, add_evaluate, add_finetune, add_plan, add_probe
@@ -55,7 +55,12 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
             nothing = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stderr(nothing))
             stack.enter_context(contextlib.redirect_stdout(nothing))
-        return build_parser().parse_args(arguments)
+        try:
+            return build_parser().parse_args(arguments)
+        except SystemExit as end:
+            if launched_rank() and end.code:
+                linger()
+            raise
 
 
 def build_parser() -> argparse.ArgumentParser:

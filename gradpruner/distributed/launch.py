@@ -18,7 +18,12 @@ from gradpruner.errors import InvalidArgument, UnsupportedModel
 TIMEOUT = datetime.timedelta(hours=6)  # the longest that one process works alone, e.g. to write a checkpoint
 PATIENCE = datetime.timedelta(seconds=3)  # until the first process has said what went wrong
 FAILED = "gradpruner/failed"  # the key under which the first process says so
-NO_PROGRESS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+QUIET = {
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
 
 
 def launched() -> int:
@@ -111,7 +116,7 @@ def silence_others() -> None:
     """Let the first process alone log and show progress. Errors of the others are still shown."""
     if launched_rank() == 0:
         return
-    os.environ.update(NO_PROGRESS)
+    os.environ.update(QUIET)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     import warnings
