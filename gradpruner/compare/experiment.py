@@ -3,10 +3,14 @@
 Everything is kept in one folder. Each probe, plan and trained model is named after what it was made from, so it is made
 only once, even if several methods need it. A comparison that was stopped or extended continues from the files that are
 there. The folder belongs to one content of the model and to one set of package versions. With others it is refused.
+
+Several processes may work in the folder, each on models of its own, on one machine or on several. Processes that a
+launcher started (torchrun) make each model together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -14,7 +18,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +34,9 @@ from gradpruner.compare.settings_file import COMPARISON_SETTINGS
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
 from gradpruner.data.tokens import tokenize
+from gradpruner.distributed.agreement import agree, need_shared, take_weights_of_first
+from gradpruner.distributed.launch import join, launched
+from gradpruner.distributed.processes import alone, first
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods import Clues, Method, format_method, parse_method
 from gradpruner.model.decoder import Decoder
@@ -44,18 +51,20 @@ from gradpruner.run.preflight import check_comparison
 from gradpruner.run.probe_folder import IGIA, load_probed_model, save_probe
 from gradpruner.run.stages import tune, watch
 from gradpruner.storage.files import read_json, reading, write_json
-from gradpruner.storage.locks import claim, lock
+from gradpruner.storage.locks import claim, holder, lock
 from gradpruner.storage.provenance import MADE_FROM, digest, is_made
 from gradpruner.training.checkpoints import Checkpoints
 from gradpruner.training.finetune import check_comparable
 from gradpruner.training.recipe import Recipe
 from gradpruner.training.schedule import Row, schedule
+from gradpruner.training.shares import share_of
 
 logger = logging.getLogger(__name__)
 
 SETTINGS = COMPARISON_SETTINGS
 LAYERS = "model.json"  # of the dense model; written once everything that can be checked beforehand was checked
 KEPT = (LAYERS, "cells", "trained", "probes", "plans")
+POLL = 2.0  # seconds between two looks whether the models of other processes are finished
 TERMS = ("source", "steps", "recipe", "probe_steps", "max_length", "train_on", "dtype", "attention")  # of a job
 
 
@@ -102,6 +111,8 @@ class Compare:
         held_out: int = 48,
         dense: bool = True,
     ) -> None:
+        join()
+        share_of(job.recipe, launched())
         if not test_examples or not 0 < held_out < len(train_examples):
             raise InvalidArgument(
                 f"{len(train_examples)} training and {len(test_examples)} test examples, {held_out} held out; expected "
@@ -115,7 +126,7 @@ class Compare:
         shuffled = list(train_examples)
         random.Random(0).shuffle(shuffled)
         self._held_out, self._train, self._test = shuffled[:held_out], shuffled[held_out:], list(test_examples)
-        before = recorded(self.folder, SETTINGS)
+        before = first(lambda: recorded(self.folder, SETTINGS))
         self._identity = identify(
             job.source,
             trust_remote_code=job.trust_remote_code,
@@ -123,10 +134,10 @@ class Compare:
             known=known_model(before, job.source),
         )
         self.terms = self._own_terms()
-        if before is None:
-            self._begin()
-        else:
-            self._continue(before)
+        agree("the comparison", self.terms)
+        with _together(self.folder / "locks" / "terms"):
+            first(self._begin_or_continue)
+        need_shared(self.folder)
         self._made_from = {"terms": digest(self.terms)}
 
     def _own_terms(self) -> dict[str, Any]:
@@ -141,6 +152,13 @@ class Compare:
             "held_out": len(self._held_out),
             MODEL: self._identity.to_dict(),
         }
+
+    def _begin_or_continue(self) -> None:
+        before = recorded(self.folder, SETTINGS)
+        if before is None:
+            self._begin()
+        else:
+            self._continue(before)
 
     def _begin(self) -> None:
         """Write the terms into a folder that holds no comparison.
@@ -178,15 +196,40 @@ class Compare:
         dense = [Cell(DENSE, 0, seed) for seed in self.seeds] if self.with_dense else []
         return dense + [Cell(m, count, seed) for seed in self.seeds for count in counts for m in self.methods]
 
-    def work(self) -> None:
-        """Make every model that is not there yet and that no other process is making."""
-        for cell in self.cells(self.layers()):
-            if is_made(self._cell(cell), self._made_from):
+    def work(self, *, wait: bool = True) -> None:
+        """Make every model that is not there yet and that no other process is making.
+
+        Args:
+            wait: whether to wait for the models that others are making. If another process dies, its model is made
+                here. Default True.
+        """
+        others = self._make_free(self.cells(self.layers()))
+        told: set[str] = set()
+        while wait and others:
+            for cell in others:
+                if cell.name not in told:
+                    told.add(cell.name)
+                    who = first(lambda cell=cell: holder(self._lock(cell)))  # type: ignore[misc]
+                    logger.info(f"{cell.title}: {who or 'another process'} is making it; waiting")
+            time.sleep(POLL)
+            others = self._make_free(others)
+
+    def _make_free(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Make the models that nobody else is making. Return the others that are not finished."""
+        others = []
+        for cell in cells:
+            if first(lambda cell=cell: is_made(self._cell(cell), self._made_from)):  # type: ignore[misc]
                 continue
-            with claim(self.folder / "locks" / cell.name) as mine:
-                if mine and not self._cell(cell).exists():
+            with _claimed(self._lock(cell)) as mine:
+                if not mine:
+                    others.append(cell)
+                elif not first(self._cell(cell).exists):
                     self._make(cell)
                     gc.collect()
+        return others
+
+    def _lock(self, cell: Cell) -> Path:
+        return self.folder / "locks" / cell.name
 
     def layers(self) -> int:
         """Return the number of decoder layers of the dense model.
@@ -197,6 +240,9 @@ class Compare:
             InvalidArgument: see `check_comparison`.
             ProbeError: a method could not score the layers.
         """
+        return first(self._checked_layers)
+
+    def _checked_layers(self) -> int:
         path = self.folder / LAYERS
         with lock(self.folder / "locks" / "model"):
             if not path.exists():
@@ -236,18 +282,17 @@ class Compare:
         untrained = self._untrained(cell)
         content = [_content(untrained.model), untrained.rows, untrained.recipe.to_dict(), self.terms["data"]]
         key = digest_of(content if untrained.masks is None else [*content, "masked"])
-        with lock(self.folder / "locks" / key):
+        with _together(self.folder / "locks" / key):
             path = self.folder / "trained" / f"{key}.json"
             checkpoints = Checkpoints(self.folder / "checkpoints" / key, self.job.save_steps, {"trained": key})
-            if not is_made(path, self._made_from):
+            if not first(lambda: is_made(path, self._made_from)):
                 logger.info(f"{cell.title}: {len(untrained.rows) // untrained.recipe.rows_per_step} steps")
-                path.parent.mkdir(exist_ok=True)
-                figures = self._train_and_test(untrained, checkpoints)
-                write_json(path, {**figures, MADE_FROM: self._made_from})
+                figures = {**self._train_and_test(untrained, checkpoints), MADE_FROM: self._made_from}
+                first(lambda: _write(path, figures))
             checkpoints.discard()
-        self._cell(cell).parent.mkdir(exist_ok=True)
-        write_json(self._cell(cell), {**untrained.about, "trained": key, MADE_FROM: self._made_from})
-        logger.info(f"{cell.title}: exact match {read_json(path, 'training')['exact_match']}")
+        about = {**untrained.about, "trained": key, MADE_FROM: self._made_from}
+        first(lambda: _write(self._cell(cell), about))
+        logger.info(f"{cell.title}: exact match {first(lambda: read_json(path, 'training')['exact_match'])}")
 
     def _untrained(self, cell: Cell) -> _Untrained:
         """Return the model of a cell before its training, the layers of its plan removed."""
@@ -266,12 +311,15 @@ class Compare:
             keeps_adapters = method.settled("adapters") == "keep"
             if method.probed or keeps_adapters:
                 about["probe"] = self._probe(method, tokenizer, cell.seed).name
-            if keeps_adapters:
-                model = load_probed_model(model, self.folder / "probes" / about["probe"])
-            clues = self._clues(method, model, tokenizer, rows[:probed_rows], cell.seed)
             logger.info(f"{cell.title}: choosing")
-            plan = self._plan(method, clues, cell)
-            model = method.cut(clues, plan)
+            with alone():  # every process makes the same model
+                if keeps_adapters:
+                    model = load_probed_model(model, self.folder / "probes" / about["probe"])
+                clues = self._clues(method, model, tokenizer, rows[:probed_rows], cell.seed)
+            plan = first(lambda: self._plan(method, clues, cell))
+            with alone():
+                model = method.cut(clues, plan)
+            take_weights_of_first(model)
             masks = method.masks(model)
             rows, recipe = rows[probed_rows:], recipe.widened(method.settled("rank_factor"))
             about |= {"removed": list(plan.removed), "merged": plan.to_dict()["merge"]}
@@ -319,9 +367,9 @@ class Compare:
         examples = self._train[: max(1, round(method.share * len(self._train)))] if method.share else self._train
         rows = self._rows(examples, tokenizer, recipe)[: steps * recipe.rows_per_step]
         path = self.folder / "probes" / digest_of([rows, recipe.to_dict(), self._identity.to_dict()])
-        with lock(self.folder / "locks" / path.name):
-            if not is_made(path, self._made_from):
-                path.parent.mkdir(exist_ok=True)
+        with _together(self.folder / "locks" / path.name):
+            if not first(lambda: is_made(path, self._made_from)):
+                first(lambda: path.parent.mkdir(exist_ok=True))
                 logger.info(f"seed {seed}: probing {steps} steps")
                 model = self._load()[0]
                 if method.scored:
@@ -375,6 +423,26 @@ def _method_names(methods: Sequence[str], job: Job) -> list[str]:
         if probing >= job.steps:
             raise InvalidArgument(f"{name}: {probing} steps to probe of {job.steps}; expected fewer")
     return list(parsed)
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """As `claim`, for all processes that make each model together: the first one has the lock for all."""
+    with contextlib.ExitStack() as stack:
+        yield first(lambda: stack.enter_context(claim(path)))
+
+
+@contextlib.contextmanager
+def _together(path: Path) -> Iterator[None]:
+    """As `lock`, for all processes that make each model together."""
+    with contextlib.ExitStack() as stack:
+        first(lambda: stack.enter_context(lock(path)))
+        yield
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, content)
 
 
 def _content(model: nn.Module) -> str:

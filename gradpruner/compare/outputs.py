@@ -17,6 +17,7 @@ from gradpruner.compare.experiment import SETTINGS, Compare
 from gradpruner.compare.page import write_comparison
 from gradpruner.compare.results import Result, read_costs, write_costs, write_results
 from gradpruner.compare.sensitivity import scored
+from gradpruner.distributed.processes import first
 from gradpruner.errors import InvalidArgument, ProbeError
 from gradpruner.methods import GradPruner
 from gradpruner.plan import Plan
@@ -26,6 +27,7 @@ from gradpruner.report.tables import table
 from gradpruner.run.probe_folder import IGIA
 from gradpruner.storage.csv_files import write_lines
 from gradpruner.storage.files import read_json, reading, write_json
+from gradpruner.storage.locks import claim, holder, lock
 from gradpruner.training.divergence import why_failed
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,21 @@ def write(comparison: Compare, *, costs: bool, sensitivity: Sequence[Mapping[str
         InvalidArgument: no model is finished, or matplotlib is missing.
         CheckpointError: a file is damaged or cannot be written.
     """
+    return first(lambda: _written(comparison, costs, sensitivity))
+
+
+def _written(comparison: Compare, costs: bool, sensitivity: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Do what `write` says, in one process at a time: each process that finishes may write."""
+    place = comparison.folder / "locks" / "report"
+    with claim(place) as free:  # whoever comes while another one measures the costs need not measure them again
+        if free:
+            return _written_alone(comparison, costs, sensitivity)
+    logger.info(f"the report: {holder(place) or 'another process'} is writing it; waiting")
+    with lock(place):
+        return _written_alone(comparison, costs and not (comparison.folder / "costs.csv").exists(), sensitivity)
+
+
+def _written_alone(comparison: Compare, costs: bool, sensitivity: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if sensitivity:
         count = how_many(comparison.layers(), comparison.ratios[0])
         tried = {"rows": list(sensitivity), "count": count, "seeds": list(comparison.seeds)}

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from gradpruner.compare.experiment import Compare
-from gradpruner.errors import GradPrunerError
+from gradpruner.distributed.launch import launched
+from gradpruner.errors import GradPrunerError, InvalidArgument
 
 PACKAGE = "gradpruner"  # the logger above all of the package's
 POLL = 0.2  # seconds between two looks whether the processes have ended
@@ -36,6 +37,11 @@ def work_in_processes(comparison: Compare, processes: int) -> None:
         GradPrunerError: a process failed. The others finish what they can, and it is kept.
     """
     comparison.cells(comparison.layers())  # a wrong ratio is refused here, not by every process
+    if processes > 1 and launched() > 1:
+        raise InvalidArgument(
+            f"processes = {processes}, and a launcher started {launched()} processes, which make each model together; "
+            "expected one of them: --processes without a launcher makes several models at a time"
+        )
     if processes == 1:
         comparison.work()
         return
@@ -51,6 +57,7 @@ def work_in_processes(comparison: Compare, processes: int) -> None:
     failed = sum(child.exitcode != 0 for child in children)
     if failed:
         raise GradPrunerError(f"{failed} of {processes} processes failed; what the others finished is kept")
+    comparison.work()  # waits for what processes that were started elsewhere are making
 
 
 @contextlib.contextmanager
@@ -87,4 +94,4 @@ def _work(comparison: Compare, index: int, processes: int, queue: Any, level: in
     if torch.cuda.device_count():
         os.environ["CUDA_VISIBLE_DEVICES"] = str(index % torch.cuda.device_count())
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    comparison.work()
+    comparison.work(wait=False)
