@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from gradpruner.compare.analysis import DENSE
 from gradpruner.methods import METHODS, GradPruner, format_method, parse_method
 from gradpruner.storage.files import read_json, reading
@@ -68,3 +71,12 @@ def finished(folder: Path) -> list[dict[str, Any]]:
 def digest_of(content: Any) -> str:
     """Return 16 hexadecimal digits that stand for the `repr` of anything."""
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def content_of(model: nn.Module) -> str:
+    """Return a digest of every parameter. Two plans that make the same model are trained once."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

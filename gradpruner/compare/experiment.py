@@ -10,27 +10,26 @@ launcher started (torchrun) make each model together.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
-import hashlib
 import logging
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from gradpruner.checkpoint.companions import refuse_masks
 from gradpruner.checkpoint.masks import Masks
 from gradpruner.compare.analysis import DENSE
-from gradpruner.compare.cells import Cell, digest_of, finished
+from gradpruner.compare.cells import Cell, content_of, digest_of, finished
 from gradpruner.compare.scoring import tested
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS
+from gradpruner.compare.terms import LAYERS, begin_or_continue
+from gradpruner.compare.together import claimed, together, write_below
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
 from gradpruner.data.tokens import tokenize
@@ -45,13 +44,13 @@ from gradpruner.model.load import Loaded, load_model
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
 from gradpruner.probe.selection import how_many
-from gradpruner.run.folder import MODEL, known_model, named, recorded
+from gradpruner.run.folder import MODEL, known_model, recorded
 from gradpruner.run.job import Job, torch_dtype
 from gradpruner.run.preflight import check_comparison
 from gradpruner.run.probe_folder import IGIA, load_probed_model, save_probe
 from gradpruner.run.stages import tune, watch
 from gradpruner.storage.files import read_json, reading, write_json
-from gradpruner.storage.locks import claim, holder, lock
+from gradpruner.storage.locks import holder, lock
 from gradpruner.storage.provenance import MADE_FROM, digest, is_made
 from gradpruner.training.checkpoints import Checkpoints
 from gradpruner.training.finetune import check_comparable
@@ -62,8 +61,6 @@ from gradpruner.training.shares import share_of
 logger = logging.getLogger(__name__)
 
 SETTINGS = COMPARISON_SETTINGS
-LAYERS = "model.json"  # of the dense model; written once everything that can be checked beforehand was checked
-KEPT = (LAYERS, "cells", "trained", "probes", "plans")
 POLL = 2.0  # seconds between two looks whether the models of other processes are finished
 TERMS = ("source", "steps", "recipe", "probe_steps", "max_length", "train_on", "dtype", "attention")  # of a job
 
@@ -135,8 +132,8 @@ class Compare:
         )
         self.terms = self._own_terms()
         agree("the comparison", self.terms)
-        with _together(self.folder / "locks" / "terms"):
-            first(self._begin_or_continue)
+        with together(self.folder / "locks" / "terms"):
+            first(lambda: begin_or_continue(self.folder, self.terms))
         need_shared(self.folder)
         self._made_from = {"terms": digest(self.terms)}
 
@@ -152,39 +149,6 @@ class Compare:
             "held_out": len(self._held_out),
             MODEL: self._identity.to_dict(),
         }
-
-    def _begin_or_continue(self) -> None:
-        before = recorded(self.folder, SETTINGS)
-        if before is None:
-            self._begin()
-        else:
-            self._continue(before)
-
-    def _begin(self) -> None:
-        """Write the terms into a folder that holds no comparison.
-
-        Raises InvalidArgument if it holds parts of one.
-        """
-        parts = [name for name in KEPT if (self.folder / name).exists()]
-        if parts:
-            raise InvalidArgument(
-                f"folder {str(self.folder)!r} holds {', '.join(parts)} of a comparison, but not its {SETTINGS}; "
-                f"expected a new folder, or the {SETTINGS} that belongs to them"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / SETTINGS, self.terms)
-
-    def _continue(self, before: Mapping[str, Any]) -> None:
-        """Go on with a folder's comparison. Raises InvalidArgument if it is on other terms."""
-        changed = sorted(name for name in self.terms if before.get(name) != self.terms[name])
-        if changed and not (self.folder / LAYERS).exists():
-            write_json(self.folder / SETTINGS, self.terms)  # nothing is there that was made on the old terms
-        elif changed:
-            raise InvalidArgument(
-                f"folder {str(self.folder)!r} holds a comparison with another "
-                f"{', '.join(named(changed, before, self.terms))}; expected a new folder, or the same terms, model "
-                "and package versions to go on or to add methods, ratios and seeds"
-            )
 
     def cells(self, layers: int) -> list[Cell]:
         """Return all models of the comparison, dense ones first.
@@ -220,7 +184,7 @@ class Compare:
         for cell in cells:
             if first(lambda cell=cell: is_made(self._cell(cell), self._made_from)):  # type: ignore[misc]
                 continue
-            with _claimed(self._lock(cell)) as mine:
+            with claimed(self._lock(cell)) as mine:
                 if not mine:
                     others.append(cell)
                 elif not first(self._cell(cell).exists):
@@ -280,18 +244,18 @@ class Compare:
         A model that was trained for another cell is not trained again.
         """
         untrained = self._untrained(cell)
-        content = [_content(untrained.model), untrained.rows, untrained.recipe.to_dict(), self.terms["data"]]
+        content = [content_of(untrained.model), untrained.rows, untrained.recipe.to_dict(), self.terms["data"]]
         key = digest_of(content if untrained.masks is None else [*content, "masked"])
-        with _together(self.folder / "locks" / key):
+        with together(self.folder / "locks" / key):
             path = self.folder / "trained" / f"{key}.json"
             checkpoints = Checkpoints(self.folder / "checkpoints" / key, self.job.save_steps, {"trained": key})
             if not first(lambda: is_made(path, self._made_from)):
                 logger.info(f"{cell.title}: {len(untrained.rows) // untrained.recipe.rows_per_step} steps")
                 figures = {**self._train_and_test(untrained, checkpoints), MADE_FROM: self._made_from}
-                first(lambda: _write(path, figures))
+                first(lambda: write_below(path, figures))
             checkpoints.discard()
         about = {**untrained.about, "trained": key, MADE_FROM: self._made_from}
-        first(lambda: _write(self._cell(cell), about))
+        first(lambda: write_below(self._cell(cell), about))
         logger.info(f"{cell.title}: exact match {first(lambda: read_json(path, 'training')['exact_match'])}")
 
     def _untrained(self, cell: Cell) -> _Untrained:
@@ -367,7 +331,7 @@ class Compare:
         examples = self._train[: max(1, round(method.share * len(self._train)))] if method.share else self._train
         rows = self._rows(examples, tokenizer, recipe)[: steps * recipe.rows_per_step]
         path = self.folder / "probes" / digest_of([rows, recipe.to_dict(), self._identity.to_dict()])
-        with _together(self.folder / "locks" / path.name):
+        with together(self.folder / "locks" / path.name):
             if not first(lambda: is_made(path, self._made_from)):
                 first(lambda: path.parent.mkdir(exist_ok=True))
                 logger.info(f"seed {seed}: probing {steps} steps")
@@ -423,32 +387,3 @@ def _method_names(methods: Sequence[str], job: Job) -> list[str]:
         if probing >= job.steps:
             raise InvalidArgument(f"{name}: {probing} steps to probe of {job.steps}; expected fewer")
     return list(parsed)
-
-
-@contextlib.contextmanager
-def _claimed(path: Path) -> Iterator[bool]:
-    """As `claim`, for all processes that make each model together: the first one has the lock for all."""
-    with contextlib.ExitStack() as stack:
-        yield first(lambda: stack.enter_context(claim(path)))
-
-
-@contextlib.contextmanager
-def _together(path: Path) -> Iterator[None]:
-    """As `lock`, for all processes that make each model together."""
-    with contextlib.ExitStack() as stack:
-        first(lambda: stack.enter_context(lock(path)))
-        yield
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, content)
-
-
-def _content(model: nn.Module) -> str:
-    """Return a digest of every parameter. Two plans that make the same model are trained once."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -1,0 +1,60 @@
+"""The terms of a comparison, and the folder that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradpruner.compare.settings_file import COMPARISON_SETTINGS as SETTINGS
+from gradpruner.errors import InvalidArgument
+from gradpruner.run.folder import named, recorded
+from gradpruner.storage.files import write_json
+
+LAYERS = "model.json"  # of the dense model; written once everything that can be checked beforehand was checked
+KEPT = (LAYERS, "cells", "trained", "probes", "plans")
+
+
+def begin_or_continue(folder: Path, terms: Mapping[str, Any]) -> None:
+    """Write the terms into a new folder, or check that its comparison is on the same ones.
+
+    Args:
+        folder: the folder of the comparison.
+        terms: what every model of the folder must have been made on.
+
+    Raises:
+        InvalidArgument: the folder holds a comparison on other terms, or parts of one without its terms.
+    """
+    before = recorded(folder, SETTINGS)
+    if before is None:
+        _begin(folder, terms)
+    else:
+        _continue(folder, terms, before)
+
+
+def _begin(folder: Path, terms: Mapping[str, Any]) -> None:
+    """Write the terms into a folder that holds no comparison.
+
+    Raises InvalidArgument if it holds parts of one.
+    """
+    parts = [name for name in KEPT if (folder / name).exists()]
+    if parts:
+        raise InvalidArgument(
+            f"folder {str(folder)!r} holds {', '.join(parts)} of a comparison, but not its {SETTINGS}; "
+            f"expected a new folder, or the {SETTINGS} that belongs to them"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SETTINGS, terms)
+
+
+def _continue(folder: Path, terms: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Go on with a folder's comparison. Raises InvalidArgument if it is on other terms."""
+    changed = sorted(name for name in terms if before.get(name) != terms[name])
+    if changed and not (folder / LAYERS).exists():
+        write_json(folder / SETTINGS, terms)  # nothing is there that was made on the old terms
+    elif changed:
+        raise InvalidArgument(
+            f"folder {str(folder)!r} holds a comparison with another "
+            f"{', '.join(named(changed, before, terms))}; expected a new folder, or the same terms, model "
+            "and package versions to go on or to add methods, ratios and seeds"
+        )
