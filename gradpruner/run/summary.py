@@ -100,11 +100,24 @@ def spread(values: Sequence[float], style: str) -> str:
 def notes(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return what must be known to read the table of `comparison` right; "" for one model."""
     if len(rows) < 2:
-        return ""
+        return _of_processes(rows)
     turns = rows[0].get(TURNS)
     generation = f"Generation: the models took {len(turns)} turns; median (lowest to highest). " if turns else ""
     return (
         f"{generation}Training step and peak memory were measured in each model's own run. The runs follow each other "
         "in one process: what else the machine did then is in the numbers, and on a CPU memory of the first run can be "
         "in the second run's peak. gradpruner compare measures costs apart and in turns."
+        f"{' ' if _of_processes(rows) else ''}{_of_processes(rows)}"
+    )
+
+
+def _of_processes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say what the figures of several processes are; "" if each model was trained by one."""
+    counts = [row.get("training", {}).get("processes", 1) for row in rows]
+    if max(counts, default=1) == 1:
+        return ""
+    several = " and ".join(f"{row['name']} by {count}" for row, count in zip(rows, counts, strict=True))
+    return (
+        f"Processes that trained together: {several}. Their step is as long as that of the slowest, and their peak "
+        "memory is that of the largest process."
     )

@@ -9,10 +9,11 @@ A lock of a process that died is taken over: at once on the same machine, and af
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import functools
 import logging
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ def claim(path: Path) -> Iterator[bool]:
     the same path again and again.
     """
     held = _lease(path)
+    if held.is_locked:  # by this process
+        yield False
+        return
     try:
         held.acquire(blocking=False)
     except filelock.Timeout:
@@ -90,4 +94,4 @@ def _lost(loss: Any) -> None:
         f"the lock {loss.lock_file} was lost ({loss.reason}): this process gave no sign of life for {LEASE:.0f} "
         "seconds, or its file was deleted. It stops, because another process may do the same work now"
     )
-    _thread.interrupt_main()
+    os.kill(os.getpid(), signal.SIGINT)

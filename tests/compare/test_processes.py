@@ -13,9 +13,10 @@ from types import SimpleNamespace
 import pytest
 from small_comparisons import LAYERS, comparison, counting, lines, logged, results
 
-from gradpruner.compare import outputs, processes
+from gradpruner.compare import experiment, outputs, processes
 from gradpruner.compare.results import read_results
 from gradpruner.errors import GradPrunerError, InvalidArgument
+from gradpruner.storage import locks
 from gradpruner.storage.locks import claim
 
 
@@ -91,13 +92,43 @@ def test_what_another_is_making_is_left_to_it(copied, home):
     (copied / "cells" / f"{lost.name}.json").unlink()
     with claim(copied / "locks" / lost.name) as mine:
         assert mine
-        made.work()
+        made.work(wait=False)
         assert not (copied / "cells" / f"{lost.name}.json").exists() and len(made.finished()) == 7
         outputs.write(made, costs=False)  # of what there is
         assert len(read_results(copied / "results.csv")) == 7
     with counting() as calls:
         made.work()
     assert len(made.finished()) == 8 and calls["tune"] == []  # it was trained, only its cell was lost
+
+
+HOLDING = """
+import socket, sys, time
+sys.path[:0] = {path!r}
+socket.gethostname = lambda: "another-machine"
+from pathlib import Path
+from gradpruner.storage import locks
+locks.LEASE = {lease}
+with locks.claim(Path({lock!r})) as mine:
+    print(mine, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_model_of_a_machine_that_died_is_made_by_one_that_waits(copied, home, monkeypatch):
+    monkeypatch.setattr(locks, "LEASE", 1.0)
+    monkeypatch.setattr(experiment, "POLL", 0.1)
+    made, messages = comparison(home, copied), []
+    lost = made.cells(LAYERS)[4]
+    (copied / "cells" / f"{lost.name}.json").unlink()
+    code = HOLDING.format(path=sys.path, lock=str(copied / "locks" / lost.name), lease=locks.LEASE)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "True\n"
+        real = experiment.holder  # asked once the comparison has found nothing else to do
+        monkeypatch.setattr(experiment, "holder", lambda path: (real(path), other.kill())[0])
+        with logged(messages):
+            made.work()
+    assert len(made.finished()) == 8
+    assert [line for line in messages if f"process {other.pid} on another-machine is making it; waiting" in line]
 
 
 def test_a_failed_process_is_told_of(home, tmp_path, monkeypatch):
