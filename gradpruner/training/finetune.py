@@ -37,7 +37,7 @@ from gradpruner.training.schedule import Row
 from gradpruner.training.shares import share_of
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainerCallback
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from gradpruner.training.row_trainer import StepRecorder
 
@@ -196,6 +196,7 @@ def train(
             bf16=bf16,
             quiet=quiet,
         )
+        _check_launcher(arguments, peers)
         trainer = row_trainer.RowTrainer(
             model=twin(model) if sharded else model,
             args=arguments,
@@ -215,6 +216,20 @@ def train(
             take_back(model, trainer.model)
             _place(model, arguments.device)
     return _record(recorder, steps, peers)
+
+
+def _check_launcher(arguments: TrainingArguments, peers: Peers | None) -> None:
+    """Check that transformers sees the processes that share the rows, and no others.
+
+    Raises InvalidArgument if it takes the variables of another launcher, such as mpirun, for processes of this training.
+    """
+    shared = 1 if peers is None else peers.size
+    if arguments.world_size != shared:
+        raise InvalidArgument(
+            f"transformers finds {arguments.world_size} processes in the environment, and {shared} share this training; "
+            "expected torchrun or accelerate launch for one training in several processes. For independent processes, "
+            "unset the launcher's variables (srun --mpi=none)"
+        )
 
 
 def _place(model: nn.Module, device: torch.device) -> None:
