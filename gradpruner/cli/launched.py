@@ -13,6 +13,7 @@ from gradpruner.distributed.launch import (
     launched,
     launched_rank,
     leaving,
+    refuse_mpi,
     refuse_unknown_engines,
     said_by_first,
 )
@@ -39,6 +40,7 @@ def call(options: argparse.Namespace) -> dict[str, Any] | None:
             logger.info(f"{options.command} works in one process; the other {launched() - 1} have nothing to do")
         result: dict[str, Any] = options.call(options)
         return result
+    refuse_mpi()
     refuse_unknown_engines()
     join()
     with leaving():

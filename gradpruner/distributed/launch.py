@@ -18,6 +18,7 @@ from gradpruner.errors import InvalidArgument, UnsupportedModel
 TIMEOUT = datetime.timedelta(hours=6)  # the longest that one process works alone, e.g. to write a checkpoint
 PATIENCE = datetime.timedelta(seconds=3)  # until the first process has said what went wrong
 FAILED = "gradpruner/failed"  # the key under which the first process says so
+MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # what accelerate looks at
 QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TQDM_DISABLE": "1",
@@ -64,6 +65,21 @@ def refuse_unknown_engines() -> None:
         raise UnsupportedModel(f"the launcher asks for tensor, context or sequence parallelism; {ways}")
     if _is_set("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UnsupportedModel(f"the launcher asks for FSDP1, whose flat parameters hold several layers; {ways}")
+
+
+def refuse_mpi() -> None:
+    """Refuse processes of mpirun or of srun with MPI: accelerate would take them for one training on CPUs.
+
+    Raises:
+        InvalidArgument: this process is one of several, and torchrun or accelerate launch did not start it.
+    """
+    found = [name for name in MPI if os.environ.get(name, "1") not in ("", "0", "1")]
+    if launched() == 1 and found:
+        raise InvalidArgument(
+            f"{found[0]} = {os.environ[found[0]]}: this process is one of several that MPI started; expected torchrun or "
+            "accelerate launch for one training in several processes, or independent processes without MPI's variables "
+            "for compare (srun --mpi=none)"
+        )
 
 
 def join() -> None:

@@ -7,6 +7,7 @@ something else is refused. A stage that trains goes on from its newest checkpoin
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -40,6 +41,7 @@ from gradpruner.run.speeds import rows_with_speeds
 from gradpruner.run.stages import tune, watch
 from gradpruner.run.summary import OF_THE_MACHINE, comparison
 from gradpruner.storage.files import read_json, write_json
+from gradpruner.storage.locks import claim, holder
 from gradpruner.storage.provenance import MADE_FROM, RECORD, digest
 from gradpruner.training.divergence import why_failed
 from gradpruner.training.evaluate import Evaluation
@@ -111,6 +113,17 @@ class Run:
         Returns:
             The results, as `results.json` holds them.
         """
+        with contextlib.ExitStack() as stack:
+            place = self.folder / "run"
+            if not first(lambda: stack.enter_context(claim(place))):
+                who = first(lambda: holder(place))
+                raise InvalidArgument(
+                    f"folder {str(self.folder)!r}: {who or 'another process'} is working in it; expected another "
+                    "folder, or the same command once it has ended"
+                )
+            return self._everything(dense)
+
+    def _everything(self, dense: bool) -> dict[str, Any]:
         # This comes before the dense run, which takes long. It fails if no cut is within the bound, or if the layers
         # are not comparable.
         plan = self._plan_of_checked_folder()

@@ -221,14 +221,13 @@ def train(
 def _check_launcher(arguments: TrainingArguments, peers: Peers | None) -> None:
     """Check that transformers sees the processes that share the rows, and no others.
 
-    Raises InvalidArgument if it takes the variables of another launcher, such as mpirun, for processes of this training.
+    Raises InvalidArgument if it takes the variables of another launcher for processes of this training.
     """
     shared = 1 if peers is None else peers.size
     if arguments.world_size != shared:
         raise InvalidArgument(
-            f"transformers finds {arguments.world_size} processes in the environment, and {shared} share this training; "
-            "expected torchrun or accelerate launch for one training in several processes. For independent processes, "
-            "unset the launcher's variables (srun --mpi=none)"
+            f"transformers finds {arguments.world_size} processes in the environment, and {shared} share this "
+            "training; expected torchrun or accelerate launch for one training in several processes"
         )
 
 

@@ -29,6 +29,12 @@ def test_an_engine_that_cannot_be_used_is_refused_by_name(engine, monkeypatch, c
     assert engine in capsys.readouterr().err  # before anything is read
 
 
+def test_processes_of_mpi_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert main(["finetune", "--model", "m", "--data", "d.jsonl", "--steps", "2", "--out", "o"]) == 2
+    assert "OMPI_COMM_WORLD_SIZE = 2" in capsys.readouterr().err
+
+
 def test_fsdp2_is_accepted(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
