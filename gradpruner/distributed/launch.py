@@ -76,8 +76,8 @@ def refuse_mpi() -> None:
     found = [name for name in MPI if os.environ.get(name, "1") not in ("", "0", "1")]
     if launched() == 1 and found:
         raise InvalidArgument(
-            f"{found[0]} = {os.environ[found[0]]}: this process is one of several that MPI started; expected torchrun or "
-            "accelerate launch for one training in several processes, or independent processes without MPI's variables "
+            f"{found[0]} = {os.environ[found[0]]}: this process is one of several that MPI started; expected torchrun "
+            "or accelerate launch for one training in several processes, or independent processes without MPI's variables "
             "for compare (srun --mpi=none)"
         )
 

@@ -163,7 +163,7 @@ def first(work: Callable[[], T]) -> T:
     done, result = answer[0]
     if not done:
         raise result[0](result[1])
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def wait_for_all() -> None:

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -213,7 +213,7 @@ def train(
             recorder.restore(recorded_state(resumed))
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         if sharded:
-            take_back(model, trainer.model)
+            take_back(model, cast(nn.Module, trainer.model))
             _place(model, arguments.device)
     return _record(recorder, steps, peers)
 

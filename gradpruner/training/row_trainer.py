@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -95,7 +95,7 @@ class RowTrainer(Trainer):
         if peers is not None and self._divides_batches and not self.model_accepts_loss_kwargs:
             weight = _share_of_tokens(inputs["labels"], peers.size, self.accelerator)
         inputs = answers_only(inputs) if self._skips_logits else inputs
-        result = super().compute_loss(model, inputs, *args, **kwargs)
+        result: Any = super().compute_loss(model, inputs, *args, **kwargs)
         return result if weight == 1.0 else result * weight
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -123,20 +123,20 @@ class RowTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        writes = self.is_world_process_zero()
+        writes, scheduler = self.is_world_process_zero(), cast(Any, self.lr_scheduler)
         state = gathered_state(self.optimizer, keep=writes)
         if writes:
             torch.save(state, Path(output_dir, OPTIMIZER_NAME))
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+            torch.save(scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        optimizer: Any = self.optimizer
+        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
         state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
         optimizer.load_state_dict(divided_state(optimizer, state))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+        scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         ordered: Any = self.train_dataset if train_dataset is None else train_dataset
