@@ -77,8 +77,8 @@ def refuse_mpi() -> None:
     if launched() == 1 and found:
         raise InvalidArgument(
             f"{found[0]} = {os.environ[found[0]]}: this process is one of several that MPI started; expected torchrun "
-            "or accelerate launch for one training in several processes, or independent processes without MPI's variables "
-            "for compare (srun --mpi=none)"
+            "or accelerate launch for one training in several processes, or, for compare, independent processes "
+            "without the variables of MPI (srun --mpi=none)"
         )
 
 
