@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from gradpruner.cli.backends import add_backends
 from gradpruner.cli.compare import add_compare, add_sensitivity
+from gradpruner.cli.config_file import CommandParser
 from gradpruner.cli.hub import add_push
 from gradpruner.cli.run import add_demo, add_report, add_run
 from gradpruner.cli.sparsify import add_sparsify
@@ -26,8 +27,10 @@ from gradpruner.version import __version__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = build_parser().parse_args(arguments)
     try:
+        options = build_parser().parse_args(arguments)
+        if options.config_note:
+            print(f"gradpruner: {options.config_note}", file=sys.stderr)
         with logging_to_stderr(logging.WARNING if options.json else logging.INFO):
             result = options.call(options)
     except InvalidArgument as error:
@@ -49,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Start with: gradpruner demo    Then, on your own model and data: gradpruner run --help",
     )
     parser.add_argument("--version", action="version", version=f"gradpruner {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=CommandParser)
     for add in (
         add_run,
         add_compare,

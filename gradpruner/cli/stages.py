@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.cli import options as given
+from gradpruner.cli.recipe_options import recipe_of, recipe_options, steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def add_probe(commands: Any) -> None:
     )
     given.model_options(parser)
     given.data_options(parser, testing=False)
-    given.recipe_options(parser)
+    recipe_options(parser)
     parser.add_argument(
         "--of-steps",
         type=int,
@@ -77,7 +78,7 @@ def add_finetune(commands: Any) -> None:
     )
     given.model_options(parser)
     given.data_options(parser, testing=False)
-    given.recipe_options(parser)
+    recipe_options(parser)
     given.checkpoint_options(parser)
     parser.add_argument(
         "--masks",
@@ -117,7 +118,7 @@ def _training(options: argparse.Namespace, recipe: Any, revision: str | None = N
     examples = given.examples(options)
     model, tokenizer = given.load(options, revision)
     rows = tokenize(examples, tokenizer, max_length=options.max_length, train_on=options.train_on)
-    return model, tokenizer, schedule(rows, options.steps, recipe)
+    return model, tokenizer, schedule(rows, steps_of(options, rows), recipe)
 
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.run.stages import watch
     from gradpruner.storage.files import need_writable
 
-    recipe = given.recipe(options)
+    recipe = recipe_of(options)
     need_writable(options.out)
     model, tokenizer, ordered = _training(options, recipe)
     _, igia = watch(
@@ -227,7 +228,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.training.checkpoints import checkpoints_beside
     from gradpruner.training.divergence import explained
 
-    recipe = given.recipe(options)
+    recipe = recipe_of(options)
     need_free(options.out, options.overwrite)
     masks = Masks.load(options.masks) if options.masks else None
     identity = identify(options.model, trust_remote_code=options.trust_remote_code, say=logger.info)

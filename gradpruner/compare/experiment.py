@@ -54,6 +54,7 @@ from gradpruner.training.schedule import Row, schedule
 logger = logging.getLogger(__name__)
 
 SETTINGS = COMPARISON_SETTINGS
+HELD_OUT = 48  # training examples that nothing is trained on, for methods that try cuts
 LAYERS = "model.json"  # of the dense model; written once everything that can be checked beforehand was checked
 KEPT = (LAYERS, "cells", "trained", "probes", "plans")
 TERMS = ("source", "steps", "recipe", "probe_steps", "max_length", "train_on", "dtype", "attention")  # of a job
@@ -99,7 +100,7 @@ class Compare:
         methods: Sequence[str],
         ratios: Sequence[float] = (0.4,),
         seeds: Sequence[int] = (0,),
-        held_out: int = 48,
+        held_out: int = HELD_OUT,
         dense: bool = True,
     ) -> None:
         if not test_examples or not 0 < held_out < len(train_examples):

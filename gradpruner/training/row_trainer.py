@@ -5,7 +5,6 @@ This module is imported when a training begins, because transformers.Trainer and
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -15,17 +14,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 from gradpruner.memory import peak_memory
+from gradpruner.model.wrappers import is_peft
 from gradpruner.storage.files import write_json
 from gradpruner.storage.provenance import MADE_FROM, RECORD
 from gradpruner.training.answers_only import answers_only, can_skip_logits
 from gradpruner.training.checkpoints import PREFIX, Checkpoints, delete_checkpoint, load_trained, save_trained
-from gradpruner.training.recipe import Recipe
-
-logger = logging.getLogger(__name__)
 
 
 class RowTrainer(Trainer):
@@ -42,6 +39,9 @@ class RowTrainer(Trainer):
             *args: passed on to the Trainer.
             **kwargs: passed on to the Trainer.
         """
+        if self._skips_logits is None and self.label_smoother is not None:
+            check_smoothed(self.accelerator.unwrap_model(model))
+            self._skips_logits = False  # the smoothed loss is not the model's own: it pairs all logits with all labels
         if self._skips_logits is None:
             self._skips_logits = can_skip_logits(self.accelerator.unwrap_model(model), inputs)
         inputs = answers_only(inputs) if self._skips_logits else inputs
@@ -70,6 +70,18 @@ class RowTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         ordered: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(ordered)
+
+
+def check_smoothed(model: Any) -> None:
+    """Raise InvalidArgument if transformers would not shift the labels of a smoothed loss for this model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    plain = model.get_base_model() if is_peft(model) else model
+    if type(plain).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise InvalidArgument(
+            f"label_smoothing_factor: transformers smooths the loss of a {type(plain).__name__} at the wrong tokens; "
+            "expected 0 for this model"
+        )
 
 
 class StepRecorder(TrainerCallback):
@@ -155,72 +167,6 @@ class CheckpointCompleter(TrainerCallback):
         for path in folder.glob(f"{PREFIX}-*"):
             if path != newest:
                 delete_checkpoint(path)
-
-
-def training_arguments(
-    recipe: Recipe,
-    folder: str,
-    *,
-    schedule_steps: int,
-    save_steps: int | None,
-    bf16: bool,
-    quiet: bool,
-) -> TrainingArguments:
-    """Return the Trainer's arguments for a recipe, on one device.
-
-    Args:
-        recipe: batch size, learning rate and the like.
-        folder: where the Trainer may write.
-        schedule_steps: optimizer steps of the learning-rate schedule.
-        save_steps: optimizer steps between two checkpoints, or None for no checkpoints.
-        bf16: whether to compute in bfloat16 (autocast).
-        quiet: whether to show no progress bar.
-
-    Raises:
-        InvalidArgument: the training was launched in several processes.
-    """
-    arguments = TrainingArguments(
-        output_dir=folder,
-        max_steps=schedule_steps,
-        bf16=bf16,
-        use_cpu=not torch.accelerator.is_available(),  # else transformers takes bf16 for a GPU's
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        warmup_steps=round(recipe.warmup * schedule_steps),
-        max_grad_norm=recipe.max_grad_norm,
-        lr_scheduler_type="linear",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        logging_strategy="steps",
-        save_strategy="no" if save_steps is None else "steps",
-        save_steps=1 if save_steps is None else save_steps,
-        report_to=[],
-        remove_unused_columns=False,
-        disable_tqdm=quiet,
-        seed=recipe.seed,
-    )
-    use_one_device(arguments)
-    return arguments
-
-
-def use_one_device(arguments: TrainingArguments) -> None:
-    """Make one optimizer step see `Recipe.rows_per_step` rows, each of them once.
-
-    In one process with several GPUs, transformers would give every GPU a batch of its own.
-
-    Raises:
-        InvalidArgument: the training was launched in several processes, which would share the rows.
-    """
-    if arguments.world_size > 1:
-        raise InvalidArgument(
-            f"training was launched in {arguments.world_size} processes; accepted is one: gradpruner's own runs train "
-            "on one device. For several, use gradpruner.attach in a training script of your own"
-        )
-    if arguments.n_gpu > 1:
-        logger.warning(f"{arguments.n_gpu} GPUs are visible; this run trains on one of them, {arguments.device}")
-        arguments._n_gpu = 1  # as the Trainer itself sets it where it must not use DataParallel
 
 
 def show_progress_bar_only(trainer: Trainer, quiet: bool) -> None:
