@@ -63,8 +63,8 @@ def recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-by-length", action="store_true", help="batch rows of similar length: less padding")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of data order and adapters (default 0)")
     parser.add_argument(
-        "--set",
         "--training-arguments",
+        "--set",
         action=SetArguments,
         dest="training_arguments",
         metavar="NAME=VALUE",

@@ -126,20 +126,24 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.probe.igia import DEFAULT_KIND
     from gradpruner.run.stages import watch
     from gradpruner.storage.files import need_writable
+    from gradpruner.training.trackers import scores_of, tracked
 
     recipe = recipe_of(options)
     need_writable(options.out)
     model, tokenizer, ordered = _training(options, recipe)
-    _, igia = watch(
-        model,
-        tokenizer,
-        ordered,
-        recipe,
-        of_steps=options.of_steps,
-        quiet=options.json,
-        masks=masks_of(options.model, model),
-    )
-    scores = igia.layer_scores()  # by the score that `plan` uses by default
+    with tracked(recipe, Path(f"{options.out}-logs"), "probe", name=Path(options.out).stem) as tracker:
+        _, igia = watch(
+            model,
+            tokenizer,
+            ordered,
+            recipe,
+            of_steps=options.of_steps,
+            quiet=options.json,
+            masks=masks_of(options.model, model),
+            callbacks=tracker.callbacks,
+        )
+        scores = igia.layer_scores()  # by the score that `plan` uses by default
+        tracker.log(scores_of(igia))
     igia.save(options.out)
     return {
         "json": {
@@ -227,6 +231,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.storage.files import need_free
     from gradpruner.training.checkpoints import checkpoints_beside
     from gradpruner.training.divergence import explained
+    from gradpruner.training.trackers import tracked
 
     recipe = recipe_of(options)
     need_free(options.out, options.overwrite)
@@ -242,7 +247,17 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     else:
         masks = masks_of(options.model, model, identity.revision)
     plan = plan_of(options.model, model, identity.revision)
-    tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json, masks=masks, checkpoints=checkpoints)
+    with tracked(recipe, Path(f"{options.out}-logs"), "finetune", name=Path(options.out).name) as tracker:
+        tuned, training = tune(
+            model,
+            tokenizer,
+            ordered,
+            recipe,
+            quiet=options.json,
+            masks=masks,
+            checkpoints=checkpoints,
+            callbacks=tracker.callbacks,
+        )
     save_from(
         options.model, tuned, options.out, tokenizer=tokenizer, plan=plan, masks=masks, overwrite=options.overwrite
     )

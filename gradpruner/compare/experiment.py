@@ -7,6 +7,7 @@ there. The folder belongs to one content of the model and to one set of package 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -50,11 +51,12 @@ from gradpruner.training.checkpoints import Checkpoints
 from gradpruner.training.finetune import check_comparable
 from gradpruner.training.recipe import Recipe
 from gradpruner.training.schedule import Row, schedule
+from gradpruner.training.trackers import LOGS, Tracker, scores_of, tracked
 
 logger = logging.getLogger(__name__)
 
 SETTINGS = COMPARISON_SETTINGS
-HELD_OUT = 48  # training examples that nothing is trained on, for methods that try cuts
+HELD_OUT = 48  # see `Compare`
 LAYERS = "model.json"  # of the dense model; written once everything that can be checked beforehand was checked
 KEPT = (LAYERS, "cells", "trained", "probes", "plans")
 TERMS = ("source", "steps", "recipe", "probe_steps", "max_length", "train_on", "dtype", "attention")  # of a job
@@ -243,7 +245,7 @@ class Compare:
             if not is_made(path, self._made_from):
                 logger.info(f"{cell.title}: {len(untrained.rows) // untrained.recipe.rows_per_step} steps")
                 path.parent.mkdir(exist_ok=True)
-                figures = self._train_and_test(untrained, checkpoints)
+                figures = self._train_and_test(untrained, checkpoints, cell)
                 write_json(path, {**figures, MADE_FROM: self._made_from})
             checkpoints.discard()
         self._cell(cell).parent.mkdir(exist_ok=True)
@@ -279,17 +281,22 @@ class Compare:
         about["seconds_to_cut"] = time.perf_counter() - began
         return _Untrained(model, tokenizer, rows, recipe, masks, about)
 
-    def _train_and_test(self, untrained: _Untrained, checkpoints: Checkpoints) -> dict[str, Any]:
-        model, training = tune(
-            untrained.model,
-            untrained.tokenizer,
-            untrained.rows,
-            untrained.recipe,
-            quiet=True,
-            masks=untrained.masks,
-            checkpoints=checkpoints,
-        )
-        scores = tested(model, untrained.tokenizer, self._test, self.job)
+    def _train_and_test(self, untrained: _Untrained, checkpoints: Checkpoints, cell: Cell) -> dict[str, Any]:
+        first_step = self.job.steps - len(untrained.rows) // untrained.recipe.rows_per_step
+        with self._tracked(untrained.recipe, cell.name, first_step) as tracker:
+            model, training = tune(
+                untrained.model,
+                untrained.tokenizer,
+                untrained.rows,
+                untrained.recipe,
+                quiet=True,
+                masks=untrained.masks,
+                checkpoints=checkpoints,
+                callbacks=tracker.callbacks,
+            )
+            scores = tested(model, untrained.tokenizer, self._test, self.job)
+            fates = {f"gradpruner/fate/{layer:02d}": 1.0 for layer in untrained.about["removed"]}
+            tracker.log({**fates, **{f"test_{measure}": value for measure, value in scores.items()}})
         decoder = Decoder(model)
         return {
             **scores,
@@ -298,6 +305,9 @@ class Compare:
             "training_seconds": training.seconds,
             "training": training.to_dict(),
         }
+
+    def _tracked(self, recipe: Recipe, stage: str, step: int = 0) -> contextlib.AbstractContextManager[Tracker]:
+        return tracked(recipe, self.folder / LOGS, stage, name=self.folder.resolve().name, first_step=step)
 
     def _clues(self, method: Method, model: nn.Module, tokenizer: Any, rows: list[Row], seed: int) -> Clues:
         collate = Collator(tokenizer)
@@ -327,7 +337,11 @@ class Compare:
                 model = self._load()[0]
                 if method.scored:
                     check_comparable(model, recipe)
-                watched, igia = watch(model, tokenizer, rows, recipe, of_steps=self.job.steps, quiet=True)
+                with self._tracked(recipe, f"probe-{path.name[:8]}-{seed}") as tracker:
+                    watched, igia = watch(
+                        model, tokenizer, rows, recipe, of_steps=self.job.steps, quiet=True, callbacks=tracker.callbacks
+                    )
+                    tracker.log(scores_of(igia))
                 save_probe(path, igia, watched, made_from=self._made_from)
         return path
 

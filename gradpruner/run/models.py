@@ -51,6 +51,7 @@ class RunModels:
     ) -> None:
         self.job = job
         self.earlier_plan: Plan | None = None
+        self.patches: list[Patch] = []  # of the last cut
         self._train_examples, self._all_examples = train_examples, all_examples
         self._stages, self._identity = stages, identity
         self._probe_folder = stages.path / "probe"
@@ -94,10 +95,12 @@ class RunModels:
         """
         preset = self.job.preset
         model, tokenizer = self.load_probed()
-        patches: list[Patch] = []
+        self.patches = patches = list[Patch]()
         if preset.patch:
             collate, rows, size = Collator(tokenizer), self.rows_of_probe(tokenizer), self.job.recipe.batch_size
-            patches = fit_patches(model, plan, (collate(rows[i : i + size]) for i in range(0, len(rows), size)))
+            self.patches = patches = fit_patches(
+                model, plan, (collate(rows[i : i + size]) for i in range(0, len(rows), size))
+            )
             shares = ", ".join(f"{patch.weight.layer}: {patch.unexplained:.2f} unexplained" for patch in patches)
             logger.info(f"patches: {shares or 'none'}")
         igia = Igia.load(self._probe_folder / IGIA) if plan.merge else None
