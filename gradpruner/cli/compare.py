@@ -9,6 +9,7 @@ from gradpruner.cli import options as given
 from gradpruner.cli.config_file import record_of
 from gradpruner.cli.recipe_options import recipe_options
 from gradpruner.compare.sensitivity_factors import FACTORS
+from gradpruner.compare.settings_file import HELD_OUT
 from gradpruner.methods.names import METHOD_NAMES
 
 
@@ -90,7 +91,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.compare.experiment import HELD_OUT, SETTINGS, Compare
+    from gradpruner.compare.experiment import SETTINGS, Compare
     from gradpruner.compare.outputs import write
     from gradpruner.compare.processes import work_in_processes
     from gradpruner.compare.sensitivity import variants
@@ -116,7 +117,7 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _compare(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.compare.experiment import HELD_OUT, SETTINGS, Compare
+    from gradpruner.compare.experiment import SETTINGS, Compare
     from gradpruner.compare.outputs import write
     from gradpruner.compare.processes import work_in_processes
     from gradpruner.run.command_record import record_command

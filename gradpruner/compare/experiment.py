@@ -27,7 +27,7 @@ from gradpruner.checkpoint.masks import Masks
 from gradpruner.compare.analysis import DENSE
 from gradpruner.compare.cells import Cell, digest_of, finished
 from gradpruner.compare.scoring import tested
-from gradpruner.compare.settings_file import COMPARISON_SETTINGS
+from gradpruner.compare.settings_file import COMPARISON_SETTINGS, HELD_OUT
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
 from gradpruner.data.tokens import tokenize
@@ -56,7 +56,6 @@ from gradpruner.training.trackers import LOGS, Tracker, scores_of, tracked
 logger = logging.getLogger(__name__)
 
 SETTINGS = COMPARISON_SETTINGS
-HELD_OUT = 48  # see `Compare`
 LAYERS = "model.json"  # of the dense model; written once everything that can be checked beforehand was checked
 KEPT = (LAYERS, "cells", "trained", "probes", "plans")
 TERMS = ("source", "steps", "recipe", "probe_steps", "max_length", "train_on", "dtype", "attention")  # of a job

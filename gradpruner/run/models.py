@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from gradpruner.checkpoint.companions import plan_of, refuse_masks
+from gradpruner.checkpoint.companions import carry_processor, plan_of, refuse_masks
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
 from gradpruner.data.tokens import tokenize
@@ -79,6 +80,15 @@ class RunModels:
         if not self._stages.is_made("probe", self._stages.settings):  # nothing has been trained yet
             check_run(self.job, *loaded, self._stages.path, self._all_examples)
         return loaded
+
+    def carry_processor(self, model: Any, folder: Path) -> None:
+        """Copy what prepares images for a vision-language model beside a model that was made from the job's.
+
+        Args:
+            model: the model.
+            folder: the folder to copy into.
+        """
+        carry_processor(self.job.source, model, folder, self._identity.revision)
 
     def load_probed(self) -> Loaded:
         """Load the dense model, inside the adapters that the probe trained if these are kept."""

@@ -196,7 +196,10 @@ class Run:
                 path,
                 tokenizer=tokenizer,
                 plan=dataclasses.replace(plan, before=self.models.earlier_plan),
-                beside=lambda inside: write_json(inside / RECORD, made_from),
+                beside=lambda inside: (
+                    self.models.carry_processor(smaller, inside),
+                    write_json(inside / RECORD, made_from),
+                ),
             )
         return path
 
@@ -365,7 +368,14 @@ class Run:
                 callbacks=tracker.callbacks,
             )
             logger.info(f"{name}: evaluating {len(self._test)} examples")
-            saved = save(model, self.folder / folder, tokenizer=tokenizer, plan=plan, overwrite=True)
+            saved = save(
+                model,
+                self.folder / folder,
+                tokenizer=tokenizer,
+                plan=plan,
+                overwrite=True,
+                beside=lambda inside: self.models.carry_processor(model, inside),
+            )
             evaluation = self.models.score(model, tokenizer, self._test)
             tracker.log({f"test_{measure}": value for measure, value in evaluation.to_dict().items()})
         decoder = Decoder(model)
