@@ -101,7 +101,7 @@ def carry_processor(source: str, model: Any, folder: Path, revision: str | None 
     Raises:
         CheckpointError: the hub could not be asked.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or config.get_text_config() is config:
         return
     for name in PROCESSOR:

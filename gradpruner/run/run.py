@@ -191,15 +191,17 @@ class Run:
             igia = Igia.load(self.probe_folder / IGIA, lazy=True)
             with self._tracked("cut", self.job.probing) as tracker:
                 tracker.log(figures_of(plan, igia, self.models.patches, kind=self._kind(plan)))
+
+            def beside(inside: Path) -> None:
+                self.models.carry_processor(smaller, inside)
+                write_json(inside / RECORD, made_from)
+
             save(
                 smaller,
                 path,
                 tokenizer=tokenizer,
                 plan=dataclasses.replace(plan, before=self.models.earlier_plan),
-                beside=lambda inside: (
-                    self.models.carry_processor(smaller, inside),
-                    write_json(inside / RECORD, made_from),
-                ),
+                beside=beside,
             )
         return path
 

@@ -254,8 +254,9 @@ def training_arguments(
         InvalidArgument: the training was launched in several processes, or the recipe's fields do not fit.
     """
     given = dict(recipe.trainer_arguments)
-    if given.get("gradient_checkpointing") and not given.get("gradient_checkpointing_kwargs"):
-        given["gradient_checkpointing_kwargs"] = {"use_reentrant": False}  # with it, adapters have no gradient
+    for name in ("gradient_checkpointing", "activation_checkpointing"):  # the second is transformers' newer name
+        if given.get(name) and not given.get(f"{name}_kwargs"):
+            given[f"{name}_kwargs"] = {"use_reentrant": False}  # reentrant, it gives adapters no gradient
     fields = {
         "lr_scheduler_type": "linear",
         "bf16": bf16 and not given.get("fp16"),
