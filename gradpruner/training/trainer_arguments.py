@@ -133,9 +133,11 @@ def typed_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if isinstance(value, Mapping):
             raise InvalidArgument(f"training_arguments: {name} = {value!r}; expected one value, or a list of values")
-        words = [str(word) for word in (value if isinstance(value, (list, tuple)) else [value])]
+        if isinstance(value, (list, tuple)) and "list" not in str(types[name]):
+            raise InvalidArgument(f"training_arguments: {name} = {value!r}; expected one value")
         parser.reading = f"{name} = {value!r}"
-        typed[name] = getattr(parser.parse_args([f"--{name}", *words]), name)
+        read = [parser.value(name, word) for word in (value if isinstance(value, (list, tuple)) else [value])]
+        typed[name] = read if isinstance(value, (list, tuple)) else read[0]
     return typed
 
 
@@ -314,6 +316,11 @@ class _Parser(HfArgumentParser):
     """A parser that raises InvalidArgument and does not end the process."""
 
     reading = ""
+
+    def value(self, name: str, word: Any) -> Any:
+        """Return one word by the type of a field."""
+        read = getattr(self.parse_args([f"--{name}={word}"]), name)
+        return read[0] if isinstance(read, list) else read
 
     def error(self, message: str) -> NoReturn:
         raise InvalidArgument(f"training_arguments: {self.reading}: {message.partition(': ')[2] or message}")

@@ -64,6 +64,8 @@ def test_values_are_read_by_their_types():
     kept = {"adam_beta1", "bf16", "lr_scheduler_kwargs", "lr_scheduler_type"}  # these change weights
     assert set(made.to_dict()["trainer_arguments"]) == kept
     assert RECIPE.to_dict()["trainer_arguments"] == {}
+    lists = {"optim_target_modules": ["attn", "mlp"], "report_to": []}
+    assert trainer_arguments.typed_arguments(lists) == lists
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,7 @@ def test_values_are_read_by_their_types():
         ({"bf16": "perhaps"}, "bf16 = 'perhaps'"),
         ({"bf16": True, "fp16": True}, "fp16"),
         ({"adam_beta1": {"a": 1}}, "expected one value"),
+        ({"adam_beta1": [0.8, 0.9]}, "expected one value"),
         ({"output_dir": "x"}, "output_dir cannot be set: use --out"),
         ({"learning_rate": 1}, "use --lr"),
         ({"eval_steps": 5}, "gradpruner evaluate"),
