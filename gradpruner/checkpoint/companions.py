@@ -90,7 +90,9 @@ def refuse_masks(source: str, what: str, revision: str | None = None) -> None:
 
 
 def carry_processor(source: str, model: Any, folder: Path, revision: str | None = None) -> None:
-    """Copy what prepares images and videos for a vision-language model. Other models have nothing of it.
+    """Copy what prepares images and videos for a vision-language model.
+
+    Other models have nothing of it.
 
     Args:
         source: the folder or hub id that the model was made from.

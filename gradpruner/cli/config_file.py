@@ -70,7 +70,7 @@ class SetArguments(argparse.Action):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of one command. If it has an option --config, the other options may come from that file."""
+    """The parser of one command, whose options may come from the file of --config."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the words of a command line, after the file that it names.
@@ -230,7 +230,7 @@ def _content(file: Path) -> Any:
 
 
 def _strict_loader() -> Any:
-    """Return a safe YAML loader that refuses a key that is there twice. The usual one takes the last."""
+    """Return a safe YAML loader that refuses a key that is there twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):

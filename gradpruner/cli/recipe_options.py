@@ -92,7 +92,7 @@ def recipe_of(options: argparse.Namespace) -> Any:
         fields[field] = value
     norm = {}
     if "max_grad_norm" in fields:  # the recipe's own
-        from gradpruner.training.trainer_arguments import typed_arguments
+        from gradpruner.training.trainer_fields import typed_arguments
 
         norm = typed_arguments({"max_grad_norm": fields.pop("max_grad_norm")})
     return Recipe(

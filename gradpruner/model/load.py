@@ -135,8 +135,8 @@ def auto_class(config: Any) -> Any:
         if type(config) in kind._model_mapping or kind.__name__ in own_code:
             return kind
     raise InvalidArgument(
-        f"model type {getattr(config, 'model_type', type(config).__name__)!r}: transformers has no causal language "
-        "model and no vision-language model (image-text-to-text) of it; docs/decoders.md lists those that work"
+        f"{type(config).__name__}: transformers has no causal language model and no vision-language model "
+        "(image-text-to-text) of this type; docs/decoders.md lists the types that work"
     )
 
 

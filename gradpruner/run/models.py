@@ -82,7 +82,7 @@ class RunModels:
         return loaded
 
     def carry_processor(self, model: Any, folder: Path) -> None:
-        """Copy what prepares images for a vision-language model beside a model that was made from the job's.
+        """Copy what prepares images for a vision-language model beside a model.
 
         Args:
             model: the model.

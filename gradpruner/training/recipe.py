@@ -73,7 +73,7 @@ class Recipe:
                 raise InvalidArgument(f"{name} = {getattr(self, name)!r}; expected 0 or more")
         self._check_adapters()
         if self.trainer_arguments:
-            from gradpruner.training.trainer_arguments import checked_arguments  # slow: transformers.Trainer
+            from gradpruner.training.trainer_fields import checked_arguments  # slow: transformers.Trainer
 
             object.__setattr__(self, "trainer_arguments", checked_arguments(self.trainer_arguments))
 
@@ -120,7 +120,7 @@ class Recipe:
         if isinstance(self.target_modules, tuple):
             content["target_modules"] = list(self.target_modules)
         if self.trainer_arguments:
-            from gradpruner.training.trainer_arguments import changing  # slow: transformers.Trainer
+            from gradpruner.training.trainer_fields import changing  # slow: transformers.Trainer
 
             content["trainer_arguments"] = changing(self.trainer_arguments)
         return content | {"trainer_arguments": content.get("trainer_arguments", {})}

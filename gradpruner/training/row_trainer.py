@@ -73,7 +73,7 @@ class RowTrainer(Trainer):
 
 
 def check_smoothed(model: Any) -> None:
-    """Raise InvalidArgument if transformers would not shift the labels of a smoothed loss for this model."""
+    """Raise InvalidArgument if transformers would smooth this model's loss wrongly."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     plain = model.get_base_model() if is_peft(model) else model

@@ -96,7 +96,10 @@ class Reporting(TrainerCallback):
 
     @contextlib.contextmanager
     def _environment(self) -> Iterator[None]:
-        """Inside, Weights & Biases groups the trainings of a run, unless the user's variables say otherwise."""
+        """Inside, Weights & Biases groups the trainings of a run.
+
+        Variables that the user has set stay.
+        """
         wanted = {"WANDB_RUN_GROUP": self._run_name, "WANDB_JOB_TYPE": self._stage}
         added = {name: value for name, value in wanted.items() if name not in os.environ}
         os.environ.update(added)

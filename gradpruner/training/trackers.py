@@ -1,4 +1,4 @@
-"""Report trainings to trackers: TensorBoard, Weights & Biases, MLflow, trackio and what else transformers knows.
+"""Report trainings to TensorBoard, Weights & Biases, MLflow, trackio and other trackers.
 
 Each training of a run is a run of its own in the tracker, so that their curves lie over each other.
 """
@@ -38,7 +38,7 @@ class Tracker:
         return [] if self.reporting is None else [self.reporting]
 
     def log(self, figures: Mapping[str, Any]) -> None:
-        """Report numbers at the end of what the training has done so far. Other values are left out."""
+        """Report numbers at the present step. Other values are left out."""
         if self.reporting is not None:
             self.reporting.log({k: v for k, v in figures.items() if type(v) in (int, float)})
 
@@ -82,7 +82,7 @@ def reported_to(recipe: Recipe) -> list[str]:
 
 
 def scores_of(igia: Igia) -> dict[str, float]:
-    """Return what is reported about a probe: the score of each layer by which layers are chosen by default."""
+    """Return what is reported about a probe: the default score of each layer."""
     return {f"gradpruner/score/{layer:02d}": score for layer, score in enumerate(igia.layer_scores().tolist())}
 
 

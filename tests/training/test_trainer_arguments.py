@@ -17,11 +17,12 @@ from gradpruner.data.collator import Collator
 from gradpruner.errors import InvalidArgument, ProbeError
 from gradpruner.model.loss import IGNORED
 from gradpruner.run.stages import tune, watch
-from gradpruner.training import trainer_arguments
+from gradpruner.training import trainer_fields
 from gradpruner.training.finetune import add_adapters, check_comparable
 from gradpruner.training.recipe import Recipe
 from gradpruner.training.schedule import schedule, steps_of_epochs
-from gradpruner.training.trainer_arguments import DECIDED, training_arguments
+from gradpruner.training.trainer_arguments import training_arguments
+from gradpruner.training.trainer_fields import DECIDED
 
 STEPS = 4
 RECIPE = Recipe(batch_size=2, learning_rate=1e-2, warmup=0, rank=4)
@@ -65,7 +66,7 @@ def test_values_are_read_by_their_types():
     assert set(made.to_dict()["trainer_arguments"]) == kept
     assert RECIPE.to_dict()["trainer_arguments"] == {}
     lists = {"optim_target_modules": ["attn", "mlp"], "report_to": []}
-    assert trainer_arguments.typed_arguments(lists) == lists
+    assert trainer_fields.typed_arguments(lists) == lists
 
 
 @pytest.mark.parametrize(
@@ -231,4 +232,4 @@ def test_epochs():
 
 
 def test_every_option_that_is_decided_says_what_to_use():
-    assert all(DECIDED.values()) and trainer_arguments.changing({"report_to": "none", "seed": 1}) == {"seed": 1}
+    assert all(DECIDED.values()) and trainer_fields.changing({"report_to": "none", "seed": 1}) == {"seed": 1}
