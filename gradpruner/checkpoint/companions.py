@@ -21,6 +21,13 @@ from gradpruner.model.load import DEMO_MODEL
 from gradpruner.plan import Plan
 from gradpruner.storage.links import names_of
 
+PROCESSOR = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+
 
 def plan_of(source: str, model: Any, revision: str | None = None) -> Plan | None:
     """Return the plan that a loaded model was pruned by, None if there is none.
@@ -82,6 +89,29 @@ def refuse_masks(source: str, what: str, revision: str | None = None) -> None:
         )
 
 
+def carry_processor(source: str, model: Any, folder: Path, revision: str | None = None) -> None:
+    """Copy what prepares images and videos for a vision-language model.
+
+    Other models have nothing of it.
+
+    Args:
+        source: the folder or hub id that the model was made from.
+        model: the model.
+        folder: the folder to copy into.
+        revision: the commit, of a hub id.
+
+    Raises:
+        CheckpointError: the hub could not be asked.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+        return
+    for name in PROCESSOR:
+        path = _beside(source, name, revision)
+        if path is not None and not (folder / name).exists():
+            shutil.copyfile(path, folder / name)
+
+
 def save_from(
     source: str,
     model: Any,
@@ -116,6 +146,7 @@ def save_from(
         masks.check(model)
 
     def beside(inside: Path) -> None:
+        carry_processor(source, model, inside)
         if masks is not None:
             masks.save(inside / MASKS)
         if Path(source).is_dir():

@@ -19,7 +19,7 @@ from gradpruner.errors import CheckpointError, InvalidArgument, UnsupportedModel
 from gradpruner.model.config import layer_counts, text_config
 from gradpruner.model.decoder import Decoder, Weight, sample_positions
 from gradpruner.model.full_precision import WANTED, quantisation_of
-from gradpruner.model.load import refusing
+from gradpruner.model.load import auto_class, refusing
 from gradpruner.storage.links import check_links
 from gradpruner.storage.tensor_files import TensorInFile, read_folder
 
@@ -284,7 +284,5 @@ def config_of(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _class_of(folder: Path, config: Any, trust_remote_code: bool) -> type[nn.Module]:
-    from transformers import AutoModelForCausalLM
-
     with refusing("model", str(folder), {}), torch.device("meta"):
-        return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        return type(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))

@@ -6,7 +6,10 @@ import argparse
 from typing import Any
 
 from gradpruner.cli import options as given
+from gradpruner.cli.config_file import record_of
+from gradpruner.cli.recipe_options import recipe_options
 from gradpruner.compare.sensitivity_factors import FACTORS
+from gradpruner.compare.settings_file import HELD_OUT
 from gradpruner.methods.names import METHOD_NAMES
 
 
@@ -64,7 +67,7 @@ def add_sensitivity(commands: Any) -> None:
 def _options(parser: argparse.ArgumentParser) -> None:
     given.model_options(parser)
     given.data_options(parser, testing=True)
-    given.recipe_options(parser)
+    recipe_options(parser)
     given.checkpoint_options(parser)
     given.probe_steps_option(parser)
     parser.add_argument(
@@ -88,16 +91,17 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.compare.experiment import Compare
+    from gradpruner.compare.experiment import SETTINGS, Compare
     from gradpruner.compare.outputs import write
     from gradpruner.compare.processes import work_in_processes
     from gradpruner.compare.sensitivity import variants
+    from gradpruner.run.command_record import record_command
     from gradpruner.run.job import Job
 
-    job = Job(**given.job(options))
+    train_examples, test_examples = given.split(options)
+    job = Job(**given.job(options, train_examples[HELD_OUT:]))
     factors = {factor: getattr(options, f"{option}_values") for factor, (option, _, _) in FACTORS.items()}
     rows = variants(factors, {"probe_steps": job.probing, "rank": job.recipe.rank, "share": 1.0})
-    train_examples, test_examples = given.split(options)
     comparison = Compare(
         job,
         train_examples,
@@ -107,19 +111,21 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
         seeds=options.seeds,
         methods=list(dict.fromkeys(row["method"] for row in rows)),
     )
+    record_command(comparison.folder / SETTINGS, record_of(options))
     work_in_processes(comparison, options.processes)
     return write(comparison, costs=False, sensitivity=rows)
 
 
 def _compare(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.compare.experiment import Compare
+    from gradpruner.compare.experiment import SETTINGS, Compare
     from gradpruner.compare.outputs import write
     from gradpruner.compare.processes import work_in_processes
+    from gradpruner.run.command_record import record_command
     from gradpruner.run.job import Job
 
     train_examples, test_examples = given.split(options)
     comparison = Compare(
-        Job(**given.job(options)),
+        Job(**given.job(options, train_examples[HELD_OUT:])),
         train_examples,
         test_examples,
         options.out,
@@ -127,5 +133,6 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
         ratios=options.ratios,
         seeds=options.seeds,
     )
+    record_command(comparison.folder / SETTINGS, record_of(options))
     work_in_processes(comparison, options.processes)
     return write(comparison, costs=not options.no_costs)

@@ -12,10 +12,12 @@ import contextlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 
 from gradpruner.cli.backends import add_backends
 from gradpruner.cli.compare import add_compare, add_sensitivity
+from gradpruner.cli.config_file import CommandParser
 from gradpruner.cli.hub import add_push
 from gradpruner.cli.launched import call, complain, linger
 from gradpruner.cli.run import add_demo, add_report, add_run
@@ -28,10 +30,12 @@ from gradpruner.version import __version__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parsed(arguments)
     silence_others()
-    level = logging.ERROR if launched_rank() else logging.WARNING if options.json else logging.INFO
     try:
+        options = _parsed(arguments)
+        if options.config_note and not launched_rank():
+            print(f"gradpruner: {options.config_note}", file=sys.stderr)
+        level = logging.ERROR if launched_rank() else logging.WARNING if options.json else logging.INFO
         with logging_to_stderr(level):
             result = call(options)
     except InvalidArgument as error:
@@ -71,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Start with: gradpruner demo    Then, on your own model and data: gradpruner run --help",
     )
     parser.add_argument("--version", action="version", version=f"gradpruner {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=CommandParser)
     for add in (
         add_run,
         add_compare,

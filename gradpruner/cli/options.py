@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from gradpruner.cli.recipe_options import recipe_of, steps_of
 
 if TYPE_CHECKING:
     from gradpruner.model.load import Loaded
@@ -34,13 +37,18 @@ def command(commands: Any, name: str, call: Any, summary: str, example: str) -> 
         epilog=f"{DATA_HELP if '--data' in example else ''}example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(call=call, command=name)
+    parser.set_defaults(call=call, command=name, parser=parser, config_note=None)
     parser.add_argument("--json", action="store_true", help="print the result as JSON, for a program")
     return parser
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which model is used and how it is loaded."""
+    """Add the options that say which model is used and how it is loaded, and --config."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML or JSON file with options by their names, or the run.json of a run; options given here override it",
+    )
     parser.add_argument("--model", required=True, metavar="M", help="checkpoint folder, hub id, .gguf file, or smollm2")
     parser.add_argument(
         "--dtype",
@@ -154,19 +162,6 @@ def _merge(text: str) -> str | int:
     return text if text == "auto" else int(text)
 
 
-def recipe_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how to fine-tune."""
-    parser.add_argument("--steps", type=int, required=True, metavar="N", help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples per batch (default 16)")
-    parser.add_argument(
-        "--accumulation", type=int, default=1, metavar="N", help="batches per optimizer step (default 1)"
-    )
-    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default 1e-4)")
-    parser.add_argument("--rank", type=int, default=8, metavar="R", help="LoRA rank; 0 trains all weights (default 8)")
-    parser.add_argument("--group-by-length", action="store_true", help="batch rows of similar length: less padding")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of data order and adapters (default 0)")
-
-
 def checkpoint_options(parser: argparse.ArgumentParser) -> None:
     """Add the option that says how often a training is saved while it runs."""
     parser.add_argument(
@@ -178,26 +173,17 @@ def checkpoint_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def recipe(options: argparse.Namespace) -> Any:
-    """Return the recipe that the options of `recipe_options` describe."""
-    from gradpruner.training.recipe import Recipe
+def job(options: argparse.Namespace, rows: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Return the arguments of `Job` that the options of model, data and recipe give.
 
-    return Recipe(
-        batch_size=options.batch_size,
-        accumulation=options.accumulation,
-        learning_rate=options.lr,
-        rank=options.rank,
-        seed=options.seed,
-        group_by_length=options.group_by_length,
-    )
-
-
-def job(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `Job` that the options of model, data and recipe give."""
+    Args:
+        options: of the command.
+        rows: the examples that are trained on, which --epochs counts. Default: --steps is given.
+    """
     return {
         "source": options.model,
-        "steps": options.steps,
-        "recipe": recipe(options),
+        "steps": options.steps if rows is None else steps_of(options, rows),
+        "recipe": recipe_of(options),
         "probe_steps": options.probe_steps,
         "max_length": options.max_length,
         "train_on": options.train_on,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gradpruner.cli import options as given
+from gradpruner.cli.config_file import record_of
+from gradpruner.cli.recipe_options import recipe_options
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS
 
 
@@ -22,7 +25,7 @@ def add_run(commands: Any) -> None:
     given.model_options(parser)
     given.data_options(parser, testing=True)
     given.plan_options(parser, auto=True)
-    given.recipe_options(parser)
+    recipe_options(parser)
     given.checkpoint_options(parser)
     parser.add_argument(
         "--max-lost",
@@ -88,6 +91,9 @@ def add_report(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.presets import Preset
+    from gradpruner.run.auto_ratio import AUTO, hold_out
+    from gradpruner.run.command_record import record_command
+    from gradpruner.run.folder import SETTINGS
     from gradpruner.run.job import Job
     from gradpruner.run.run import Run
 
@@ -98,16 +104,26 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         adapters=options.adapters,
         rank_factor=options.rank_factor,
     )
-    job = Job(
-        **given.job(options),
-        **given.amount(options),
-        preset=preset,
-        max_lost=options.max_lost,
-        check_steps=options.check_steps,
-        check_rows=options.check_rows,
-    )
+
+    def job_of(rows: Sequence[Any] | None) -> Job:
+        return Job(
+            **given.job(options, rows),
+            **given.amount(options),
+            preset=preset,
+            max_lost=options.max_lost,
+            check_steps=options.check_steps,
+            check_rows=options.check_rows,
+        )
+
+    job = None if options.epochs else job_of(None)  # without epochs, the settings are checked before data is read
     train_examples, test_examples = given.split(options)
+    if job is None:
+        rows = train_examples
+        if options.ratio == AUTO:
+            rows = hold_out(train_examples, options.check_rows, options.seed)[0]
+        job = job_of(rows)
     run = Run(job, train_examples, test_examples, options.out, quiet=options.json)
+    record_command(run.folder / SETTINGS, record_of(options))
     return _results(run.everything(dense=not options.no_dense), options.out)
 
 

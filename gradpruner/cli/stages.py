@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.cli import options as given
+from gradpruner.cli.recipe_options import recipe_of, recipe_options, steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def add_probe(commands: Any) -> None:
     )
     given.model_options(parser)
     given.data_options(parser, testing=False)
-    given.recipe_options(parser)
+    recipe_options(parser)
     parser.add_argument(
         "--of-steps",
         type=int,
@@ -77,7 +78,7 @@ def add_finetune(commands: Any) -> None:
     )
     given.model_options(parser)
     given.data_options(parser, testing=False)
-    given.recipe_options(parser)
+    recipe_options(parser)
     given.checkpoint_options(parser)
     parser.add_argument(
         "--masks",
@@ -117,7 +118,7 @@ def _training(options: argparse.Namespace, recipe: Any, revision: str | None = N
     examples = given.examples(options)
     model, tokenizer = given.load(options, revision)
     rows = tokenize(examples, tokenizer, max_length=options.max_length, train_on=options.train_on)
-    return model, tokenizer, schedule(rows, options.steps, recipe)
+    return model, tokenizer, schedule(rows, steps_of(options, rows), recipe)
 
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
@@ -128,21 +129,25 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.run.stages import watch
     from gradpruner.storage.files import need_writable
     from gradpruner.training.shares import share_of
+    from gradpruner.training.trackers import scores_of, tracked
 
-    recipe = given.recipe(options)
+    recipe = recipe_of(options)
     share_of(recipe, launched())
     first(lambda: need_writable(options.out))
     model, tokenizer, ordered = _training(options, recipe)
-    _, igia = watch(
-        model,
-        tokenizer,
-        ordered,
-        recipe,
-        of_steps=options.of_steps,
-        quiet=options.json,
-        masks=masks_of(options.model, model),
-    )
-    scores = igia.layer_scores()  # by the score that `plan` uses by default
+    with tracked(recipe, Path(f"{options.out}-logs"), "probe", name=Path(options.out).stem) as tracker:
+        _, igia = watch(
+            model,
+            tokenizer,
+            ordered,
+            recipe,
+            of_steps=options.of_steps,
+            quiet=options.json,
+            masks=masks_of(options.model, model),
+            callbacks=tracker.callbacks,
+        )
+        scores = igia.layer_scores()  # by the score that `plan` uses by default
+        tracker.log(scores_of(igia))
     igia.save(options.out)
     return {
         "json": {
@@ -234,8 +239,9 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.training.checkpoints import checkpoints_beside
     from gradpruner.training.divergence import explained
     from gradpruner.training.shares import share_of
+    from gradpruner.training.trackers import tracked
 
-    recipe = given.recipe(options)
+    recipe = recipe_of(options)
     share_of(recipe, launched())
     first(lambda: need_free(options.out, options.overwrite))
     need_shared(Path(options.out).absolute().parent)
@@ -252,7 +258,17 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     else:
         masks = masks_of(options.model, model, identity.revision)
     plan = plan_of(options.model, model, identity.revision)
-    tuned, training = tune(model, tokenizer, ordered, recipe, quiet=options.json, masks=masks, checkpoints=checkpoints)
+    with tracked(recipe, Path(f"{options.out}-logs"), "finetune", name=Path(options.out).name) as tracker:
+        tuned, training = tune(
+            model,
+            tokenizer,
+            ordered,
+            recipe,
+            quiet=options.json,
+            masks=masks,
+            checkpoints=checkpoints,
+            callbacks=tracker.callbacks,
+        )
     save_from(
         options.model, tuned, options.out, tokenizer=tokenizer, plan=plan, masks=masks, overwrite=options.overwrite
     )

@@ -10,6 +10,7 @@ launcher started (torchrun) make each model together.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -27,7 +28,7 @@ from gradpruner.checkpoint.masks import Masks
 from gradpruner.compare.analysis import DENSE
 from gradpruner.compare.cells import Cell, content_of, digest_of, finished
 from gradpruner.compare.scoring import tested
-from gradpruner.compare.settings_file import COMPARISON_SETTINGS
+from gradpruner.compare.settings_file import COMPARISON_SETTINGS, HELD_OUT
 from gradpruner.compare.terms import LAYERS, begin_or_continue
 from gradpruner.compare.together import claimed, together, write_below
 from gradpruner.data.collator import Collator
@@ -57,6 +58,7 @@ from gradpruner.training.finetune import check_comparable
 from gradpruner.training.recipe import Recipe
 from gradpruner.training.schedule import Row, schedule
 from gradpruner.training.shares import share_of
+from gradpruner.training.trackers import LOGS, Tracker, scores_of, tracked
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ class Compare:
         methods: Sequence[str],
         ratios: Sequence[float] = (0.4,),
         seeds: Sequence[int] = (0,),
-        held_out: int = 48,
+        held_out: int = HELD_OUT,
         dense: bool = True,
     ) -> None:
         join()
@@ -251,7 +253,7 @@ class Compare:
             checkpoints = Checkpoints(self.folder / "checkpoints" / key, self.job.save_steps, {"trained": key})
             if not first(lambda: is_made(path, self._made_from)):
                 logger.info(f"{cell.title}: {len(untrained.rows) // untrained.recipe.rows_per_step} steps")
-                figures = {**self._train_and_test(untrained, checkpoints), MADE_FROM: self._made_from}
+                figures = {**self._train_and_test(untrained, checkpoints, cell), MADE_FROM: self._made_from}
                 first(lambda: write_below(path, figures))
             checkpoints.discard()
         about = {**untrained.about, "trained": key, MADE_FROM: self._made_from}
@@ -290,17 +292,22 @@ class Compare:
         about["seconds_to_cut"] = time.perf_counter() - began
         return _Untrained(model, tokenizer, rows, recipe, masks, about)
 
-    def _train_and_test(self, untrained: _Untrained, checkpoints: Checkpoints) -> dict[str, Any]:
-        model, training = tune(
-            untrained.model,
-            untrained.tokenizer,
-            untrained.rows,
-            untrained.recipe,
-            quiet=True,
-            masks=untrained.masks,
-            checkpoints=checkpoints,
-        )
-        scores = tested(model, untrained.tokenizer, self._test, self.job)
+    def _train_and_test(self, untrained: _Untrained, checkpoints: Checkpoints, cell: Cell) -> dict[str, Any]:
+        first_step = self.job.steps - len(untrained.rows) // untrained.recipe.rows_per_step
+        with self._tracked(untrained.recipe, cell.name, first_step) as tracker:
+            model, training = tune(
+                untrained.model,
+                untrained.tokenizer,
+                untrained.rows,
+                untrained.recipe,
+                quiet=True,
+                masks=untrained.masks,
+                checkpoints=checkpoints,
+                callbacks=tracker.callbacks,
+            )
+            scores = tested(model, untrained.tokenizer, self._test, self.job)
+            fates = {f"gradpruner/fate/{layer:02d}": 1.0 for layer in untrained.about["removed"]}
+            tracker.log({**fates, **{f"test_{measure}": value for measure, value in scores.items()}})
         decoder = Decoder(model)
         return {
             **scores,
@@ -309,6 +316,9 @@ class Compare:
             "training_seconds": training.seconds,
             "training": training.to_dict(),
         }
+
+    def _tracked(self, recipe: Recipe, stage: str, step: int = 0) -> contextlib.AbstractContextManager[Tracker]:
+        return tracked(recipe, self.folder / LOGS, stage, name=self.folder.resolve().name, first_step=step)
 
     def _clues(self, method: Method, model: nn.Module, tokenizer: Any, rows: list[Row], seed: int) -> Clues:
         collate = Collator(tokenizer)
@@ -338,7 +348,11 @@ class Compare:
                 model = self._load()[0]
                 if method.scored:
                     check_comparable(model, recipe)
-                watched, igia = watch(model, tokenizer, rows, recipe, of_steps=self.job.steps, quiet=True)
+                with self._tracked(recipe, f"probe-{path.name[:8]}-{seed}") as tracker:
+                    watched, igia = watch(
+                        model, tokenizer, rows, recipe, of_steps=self.job.steps, quiet=True, callbacks=tracker.callbacks
+                    )
+                    tracker.log(scores_of(igia))
                 save_probe(path, igia, watched, made_from=self._made_from)
         return path
 

@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
-from gradpruner.errors import UnsupportedModel
+from gradpruner.errors import InvalidArgument, UnsupportedModel
 from gradpruner.model.decoder import Decoder, Weight, linear_modules
 from gradpruner.model.linears import is_linear
 
 
-def adapted_weights(decoder: Decoder) -> list[Weight]:
-    """The weights of every linear of every decoder layer, without routers.
+def adapted_weights(decoder: Decoder, wanted: Sequence[str] | str | None = None) -> list[Weight]:
+    """The weights of the linears of the decoder layers that get adapters, without routers.
+
+    Args:
+        decoder: the model.
+        wanted: as PEFT's `target_modules`: names, of which each means every linear whose path ends with it, or one
+            regular expression that whole paths match. Default: every linear.
+
+    Raises:
+        InvalidArgument: a name, or the regular expression, means no linear of a decoder layer.
 
     Source: docs/method.md, section 1, "Length and settings".
     """
     linears = {
         (j, name) for j in range(len(decoder.layers)) for name, m in linear_modules(decoder, j).items() if is_linear(m)
     }
-    return [weight for weight in decoder.weights if (weight.layer, weight.name) in linears]
+    weights = [weight for weight in decoder.weights if (weight.layer, weight.name) in linears]
+    if wanted is None:
+        return weights
+    paths = [decoder.path_of(weight).removesuffix(".weight") for weight in weights]
+    if isinstance(wanted, str):
+        try:
+            chosen = {path for path in paths if re.fullmatch(wanted, path)}
+        except re.error as error:
+            raise InvalidArgument(f"target_modules = {wanted!r} is no regular expression: {error}") from None
+        missing = [] if chosen else [wanted]
+    else:
+        found = {name: {path for path in paths if path == name or path.endswith(f".{name}")} for name in wanted}
+        chosen, missing = set().union(*found.values()), [name for name in wanted if not found[name]]
+    if missing:
+        there = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
+        raise InvalidArgument(
+            f"target_modules: {', '.join(map(repr, missing))} means no linear of a decoder layer; there are {there}"
+        )
+    return [weight for weight, path in zip(weights, paths, strict=True) if path in chosen]
 
 
 @contextlib.contextmanager

@@ -112,7 +112,32 @@ def _load_weights(where: str, **options: Any) -> Any:
         # packed weights is installed, the weights would even stay packed.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with refusing("model", where, options):
-        return transformers.AutoModelForCausalLM.from_pretrained(where, **options)
+        kind: Any = transformers.AutoModelForCausalLM
+        if "gguf_file" not in options:
+            known = {name: options[name] for name in ("trust_remote_code", "revision") if name in options}
+            kind = auto_class(transformers.AutoConfig.from_pretrained(where, **known))
+        return kind.from_pretrained(where, **options)
+
+
+def auto_class(config: Any) -> Any:
+    """Return the transformers class that loads a whole model for text, vision towers included.
+
+    Args:
+        config: the transformers configuration of the model.
+
+    Raises:
+        InvalidArgument: transformers has neither a causal language model nor a vision-language model of this type.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    own_code = getattr(config, "auto_map", None) or {}
+    for kind in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in kind._model_mapping or kind.__name__ in own_code:
+            return kind
+    raise InvalidArgument(
+        f"{type(config).__name__}: transformers has no causal language model and no vision-language model "
+        "(image-text-to-text) of this type; docs/decoders.md lists the types that work"
+    )
 
 
 @contextlib.contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from gradpruner.checkpoint.companions import plan_of, refuse_masks
+from gradpruner.checkpoint.companions import carry_processor, plan_of, refuse_masks
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
 from gradpruner.data.tokens import tokenize
@@ -51,6 +52,7 @@ class RunModels:
     ) -> None:
         self.job = job
         self.earlier_plan: Plan | None = None
+        self.patches: list[Patch] = []  # of the last cut
         self._train_examples, self._all_examples = train_examples, all_examples
         self._stages, self._identity = stages, identity
         self._probe_folder = stages.path / "probe"
@@ -79,6 +81,15 @@ class RunModels:
             check_run(self.job, *loaded, self._stages.path, self._all_examples)
         return loaded
 
+    def carry_processor(self, model: Any, folder: Path) -> None:
+        """Copy what prepares images for a vision-language model beside a model.
+
+        Args:
+            model: the model.
+            folder: the folder to copy into.
+        """
+        carry_processor(self.job.source, model, folder, self._identity.revision)
+
     def load_probed(self) -> Loaded:
         """Load the dense model, inside the adapters that the probe trained if these are kept."""
         model, tokenizer = self.load_dense()
@@ -94,10 +105,12 @@ class RunModels:
         """
         preset = self.job.preset
         model, tokenizer = self.load_probed()
-        patches: list[Patch] = []
+        self.patches = patches = list[Patch]()
         if preset.patch:
             collate, rows, size = Collator(tokenizer), self.rows_of_probe(tokenizer), self.job.recipe.batch_size
-            patches = fit_patches(model, plan, (collate(rows[i : i + size]) for i in range(0, len(rows), size)))
+            self.patches = patches = fit_patches(
+                model, plan, (collate(rows[i : i + size]) for i in range(0, len(rows), size))
+            )
             shares = ", ".join(f"{patch.weight.layer}: {patch.unexplained:.2f} unexplained" for patch in patches)
             logger.info(f"patches: {shares or 'none'}")
         igia = Igia.load(self._probe_folder / IGIA) if plan.merge else None

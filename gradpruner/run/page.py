@@ -215,7 +215,7 @@ def _probe(probe: Mapping[str, Any], settings: Mapping[str, Any]) -> list[tuple[
 
 def _settings(settings: Mapping[str, Any], plan: Plan) -> list[tuple[str, str]]:
     """Return the settings as names and values, those that are empty left out."""
-    apart = {"source", "model", "data", "recipe", "steps", "preset"}
+    apart = {"source", "model", "data", "recipe", "steps", "preset", "command"}
     preset, recipe, model = settings.get("preset"), settings.get("recipe"), settings.get("model")
     facts = [("model", str(settings["source"])), ("plan", plan.summary())]
     if isinstance(preset, Mapping):

@@ -48,6 +48,7 @@ from gradpruner.training.evaluate import Evaluation
 from gradpruner.training.finetune import check_comparable, finish
 from gradpruner.training.schedule import Row
 from gradpruner.training.shares import share_of
+from gradpruner.training.trackers import LOGS, Tracker, figures_of, tracked
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class Run:
         # are not comparable.
         plan = self._plan_of_checked_folder()
         igia = Igia.load(self.probe_folder / IGIA, lazy=True)
-        kind = plan.kind if plan.kind in SCORES else self.job.preset.kind  # a plan by hand may name any other
+        kind = self._kind(plan)
         probe = {
             "steps": igia.steps,
             "skipped": igia.skipped,
@@ -160,14 +161,16 @@ class Run:
             logger.info(f"probe: {self.job.probing} steps")
             model, tokenizer = self.models.load_dense()
             check_comparable(model, self.job.recipe)
-            watched, igia = watch(
-                model,
-                tokenizer,
-                self.models.rows_of_probe(tokenizer),
-                self.job.recipe,
-                of_steps=self.job.steps,
-                quiet=self.quiet,
-            )
+            with self._tracked("probe") as tracker:
+                watched, igia = watch(
+                    model,
+                    tokenizer,
+                    self.models.rows_of_probe(tokenizer),
+                    self.job.recipe,
+                    of_steps=self.job.steps,
+                    quiet=self.quiet,
+                    callbacks=tracker.callbacks,
+                )
             save_probe(self.probe_folder, igia, watched, made_from=self._stages.settings)
         return Igia.load(self.probe_folder / IGIA)
 
@@ -214,12 +217,20 @@ class Run:
     def _cut(self, plan: Plan, made_from: Mapping[str, str]) -> None:
         self._stages.forget_results()
         smaller, tokenizer = self.models.cut(plan)
+        igia = Igia.load(self.probe_folder / IGIA, lazy=True)
+        with self._tracked("cut", self.job.probing) as tracker:
+            tracker.log(figures_of(plan, igia, self.models.patches, kind=self._kind(plan)))
+
+        def beside(inside: Path) -> None:
+            self.models.carry_processor(smaller, inside)
+            write_json(inside / RECORD, made_from)
+
         save(
             smaller,
             self.folder / "cut",
             tokenizer=tokenizer,
             plan=dataclasses.replace(plan, before=self.models.earlier_plan),
-            beside=lambda inside: write_json(inside / RECORD, made_from),
+            beside=beside,
         )
 
     def train_pruned(self, plan: Plan) -> dict[str, Any]:
@@ -246,6 +257,15 @@ class Run:
             **scores,  # type: ignore[arg-type]
         )
         write_card(self.folder / "model", card)
+
+    def _kind(self, plan: Plan) -> str:
+        """Return the layer score that a plan is judged by. A plan by hand may name any other."""
+        return plan.kind if plan.kind in SCORES else self.job.preset.kind
+
+    def _tracked(self, stage: str, first_step: int = 0) -> contextlib.AbstractContextManager[Tracker]:
+        """Report a stage to the trackers of the recipe."""
+        logs, name = self.folder / LOGS, self.folder.resolve().name
+        return tracked(self.job.recipe, logs, stage, name=name, first_step=first_step)
 
     # checks of what the folder holds already
 
@@ -329,8 +349,18 @@ class Run:
         rows = self.models.rows(tokenizer)[self.job.probing * size : (self.job.probing + self.job.checking) * size]
         recipe = self.job.recipe.widened(self.job.preset.rank_factor if count else 1)
         checkpoints = self._stages.checkpoints(f"check-{count}", self._made_from_probe())
-        model, _ = tune(model, tokenizer, rows, recipe, quiet=self.quiet, checkpoints=checkpoints)
-        evaluation = self.models.score(model, tokenizer, self._held_out)
+        with self._tracked(f"auto-{count}", self.job.probing) as tracker:
+            model, _ = tune(
+                model,
+                tokenizer,
+                rows,
+                recipe,
+                quiet=self.quiet,
+                checkpoints=checkpoints,
+                callbacks=tracker.callbacks,
+            )
+            evaluation = self.models.score(model, tokenizer, self._held_out)
+            tracker.log({f"eval_{measure}": value for measure, value in evaluation.to_dict().items()})
         checkpoints.discard()
         del model
         gc.collect()
@@ -363,10 +393,27 @@ class Run:
         model, tokenizer = loaded
         recipe = self.job.recipe.widened(1 if plan is None else self.job.preset.rank_factor)
         checkpoints = self._stages.checkpoints(name, made_from)
-        model, training = tune(model, tokenizer, rows, recipe, quiet=self.quiet, checkpoints=checkpoints)
-        logger.info(f"{name}: evaluating {len(self._test)} examples")
-        saved = save(model, self.folder / folder, tokenizer=tokenizer, plan=plan, overwrite=True)
-        evaluation = self.models.score(model, tokenizer, self._test)
+        with self._tracked(name, 0 if plan is None else self.job.probing) as tracker:
+            model, training = tune(
+                model,
+                tokenizer,
+                rows,
+                recipe,
+                quiet=self.quiet,
+                checkpoints=checkpoints,
+                callbacks=tracker.callbacks,
+            )
+            logger.info(f"{name}: evaluating {len(self._test)} examples")
+            saved = save(
+                model,
+                self.folder / folder,
+                tokenizer=tokenizer,
+                plan=plan,
+                overwrite=True,
+                beside=lambda inside: self.models.carry_processor(model, inside),
+            )
+            evaluation = self.models.score(model, tokenizer, self._test)
+            tracker.log({f"test_{measure}": value for measure, value in evaluation.to_dict().items()})
         decoder = Decoder(model)
         return {
             "name": name,

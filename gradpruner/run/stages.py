@@ -33,6 +33,7 @@ def watch(
     of_steps: int | None = None,
     quiet: bool = False,
     masks: Masks | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[Any, Igia]:
     """Train on `ordered` while a probe watches every step.
 
@@ -45,6 +46,7 @@ def watch(
             steps of the rows.
         quiet: whether to show no progress bar.
         masks: weights that stay zero in every step, if all weights train. Adapters are left as they are.
+        callbacks: more callbacks for the Trainer.
 
     Returns:
         The trained model, inside its adapters if there are any, and the accumulated gradients.
@@ -58,8 +60,15 @@ def watch(
     check_rows(model, tokenizer, ordered)
     watched = add_adapters(model, recipe) if recipe.rank else model
     probe = ProbeCallback(len(ordered) // recipe.rows_per_step)
-    callbacks = [probe, *_mask_callbacks(masks, recipe)]
-    training = train(watched, ordered, Collator(tokenizer), recipe, of_steps=of_steps, callbacks=callbacks, quiet=quiet)
+    training = train(
+        watched,
+        ordered,
+        Collator(tokenizer),
+        recipe,
+        of_steps=of_steps,
+        callbacks=[probe, *_mask_callbacks(masks, recipe), *callbacks],
+        quiet=quiet,
+    )
     if training.diverged:  # the gradients of such a training say nothing about the layers
         raise GradPrunerError(explained("the probe", training.losses))
     return watched, probe.igia
@@ -74,6 +83,7 @@ def tune(
     quiet: bool = False,
     masks: Masks | None = None,
     checkpoints: Checkpoints | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[Any, Training]:
     """Fine-tune on `ordered`.
 
@@ -85,6 +95,7 @@ def tune(
         quiet: whether to show no progress bar.
         masks: weights that stay zero: in every step if all weights train, and after adapters were added to the weights.
         checkpoints: where the training is saved while it runs, see `train`.
+        callbacks: more callbacks for the Trainer.
 
     Returns:
         The plain model, with its adapters added to the weights, and the record of the training.
@@ -97,7 +108,7 @@ def tune(
         Collator(tokenizer),
         recipe,
         quiet=quiet,
-        callbacks=_mask_callbacks(masks, recipe),
+        callbacks=[*_mask_callbacks(masks, recipe), *callbacks],
         checkpoints=checkpoints,
     )
     plain = finish(trained)

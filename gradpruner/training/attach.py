@@ -37,6 +37,7 @@ from gradpruner.training.resume import (
     write_cut,
     write_results,
 )
+from gradpruner.training.trackers import figures_of
 
 logger = logging.getLogger(__name__)
 
@@ -266,23 +267,9 @@ class PruneCallback(TrainerCallback):
         return patches
 
     def _figures(self, plan: Plan, igia: Igia, patches: list[Patch]) -> dict[str, float]:
-        """Return what the Trainer logs about the cut. Fates: 0 kept, 1 dropped, 2 merged."""
-        kind = self._options.preset.kind
-        figures = {
-            "gradpruner/removed_layers": float(len(plan.removed)),
-            "gradpruner/layer_ratio": plan.layer_ratio,
-            "gradpruner/parameter_ratio": plan.parameter_ratio or 0.0,
-            "gradpruner/margin": igia.margin(plan, kind, protect=self._options.selection["protect"]),
-            "gradpruner/gaps": float(len(gaps(plan))),
-            "gradpruner/patched_gaps": float(len(patches)),
-        }
-        figures |= {f"gradpruner/unexplained/{patch.weight.layer:02d}": patch.unexplained for patch in patches}
-        fate = {**dict.fromkeys(plan.kept, 0.0), **dict.fromkeys(plan.drop, 1.0), **dict.fromkeys(plan.merge, 2.0)}
-        for layer, score in enumerate(igia.layer_scores(kind).tolist()):
-            figures[f"gradpruner/watched/{layer:02d}"] = igia.watched[layer]
-            figures[f"gradpruner/score/{layer:02d}"] = score
-            figures[f"gradpruner/fate/{layer:02d}"] = fate[layer]
-        return figures
+        """Return what the Trainer logs about the cut."""
+        options = self._options
+        return figures_of(plan, igia, patches, kind=options.preset.kind, protect=options.selection["protect"])
 
     # the Trainer's methods that a cut concerns
 

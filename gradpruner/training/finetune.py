@@ -74,16 +74,17 @@ class Training:
 
 
 def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """Put LoRA adapters on every linear of every decoder layer, except routers.
+    """Put LoRA adapters on the linears of the decoder layers that the recipe names.
 
     Args:
         model: a plain transformers model.
-        recipe: rank, alpha and seed of the adapters.
+        recipe: what the adapters are. By default they are on every linear, except routers.
 
     Returns:
         The PeftModel around `model`.
 
     Raises:
+        InvalidArgument: the recipe names a linear that no decoder layer has.
         UnsupportedModel: PEFT puts the adapters elsewhere.
 
     Source: docs/method.md, section 1.
@@ -91,12 +92,15 @@ def add_adapters(model: nn.Module, recipe: Recipe) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     decoder = Decoder(model)
-    targets = [decoder.path_of(weight).removesuffix(".weight") for weight in adapted_weights(decoder)]
+    weights = adapted_weights(decoder, recipe.target_modules)
+    targets = [decoder.path_of(weight).removesuffix(".weight") for weight in weights]
     torch.manual_seed(recipe.seed)  # the same adapters whatever ran before
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
-        lora_dropout=0.0,
+        lora_dropout=recipe.dropout,
+        use_dora=recipe.dora,
+        use_rslora=recipe.rslora,
         target_modules=targets,
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,  # peft calls that one
     )
@@ -118,7 +122,8 @@ def check_comparable(model: nn.Module, recipe: Recipe, protect: Iterable[int] = 
         ProbeError: it cannot. The message names the layers.
     """
     decoder = Decoder(model)
-    weights, estimator = (adapted_weights(decoder), "lora") if recipe.rank else (decoder.weights, "gradient")
+    adapted = adapted_weights(decoder, recipe.target_modules) if recipe.rank else None
+    weights, estimator = (decoder.weights, "gradient") if adapted is None else (adapted, "lora")
     Coverage.of(decoder, weights, estimator, counts=count_parameters(decoder)).check_comparable(protect)
 
 
@@ -163,6 +168,7 @@ def train(
         GradPrunerError: the loss is not finite.
     """
     from gradpruner.training import row_trainer
+    from gradpruner.training.trainer_arguments import training_arguments
 
     steps, rest = divmod(len(ordered), recipe.rows_per_step)
     if not steps or rest:
@@ -188,7 +194,7 @@ def train(
     ):
         if checkpoints is not None:
             checkpoints.make_folder(model)
-        arguments = row_trainer.training_arguments(
+        arguments = training_arguments(
             recipe,
             scratch if checkpoints is None else str(checkpoints.folder),
             schedule_steps=of_steps,

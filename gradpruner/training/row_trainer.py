@@ -5,7 +5,6 @@ This module is imported when a training begins, because transformers.Trainer and
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -15,24 +14,23 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from gradpruner.distributed.fsdp import resharding
-from gradpruner.distributed.launch import launched, wants_shards
+from gradpruner.distributed.launch import wants_shards
 from gradpruner.distributed.processes import first, peers_of, wait_for_all
 from gradpruner.errors import CheckpointError, GradPrunerError, InvalidArgument
 from gradpruner.memory import peak_memory
 from gradpruner.model.loss import IGNORED
+from gradpruner.model.wrappers import is_peft
 from gradpruner.storage.files import write_json
 from gradpruner.storage.provenance import MADE_FROM, RECORD
 from gradpruner.training.answers_only import answers_only, can_skip_logits
 from gradpruner.training.checkpoints import PREFIX, Checkpoints, delete_checkpoint, load_trained, save_trained
 from gradpruner.training.optimizer_state import divided_state, gathered_state
 from gradpruner.training.recipe import Recipe
-from gradpruner.training.shares import Share, share_of
-
-logger = logging.getLogger(__name__)
+from gradpruner.training.shares import Share
 
 
 class RowTrainer(Trainer):
@@ -86,6 +84,9 @@ class RowTrainer(Trainer):
             **kwargs: passed on to the Trainer.
         """
         peers = peers_of()
+        if self._skips_logits is None and self.label_smoother is not None:
+            check_smoothed(self.accelerator.unwrap_model(model))
+            self._skips_logits = False  # the smoothed loss is not the model's own: it pairs all logits with all labels
         if self._skips_logits is None:
             plain = self.accelerator.unwrap_model(model)
             with resharding(plain):
@@ -151,6 +152,18 @@ def _share_of_tokens(labels: torch.Tensor, processes: int, accelerator: Any) -> 
     tokens = (labels[:, 1:] != IGNORED).sum()
     total = accelerator.reduce(tokens.clone(), reduction="sum")
     return float(tokens) * processes / float(total)
+
+
+def check_smoothed(model: Any) -> None:
+    """Raise InvalidArgument if transformers would smooth this model's loss wrongly."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    plain = model.get_base_model() if is_peft(model) else model
+    if type(plain).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise InvalidArgument(
+            f"label_smoothing_factor: transformers smooths the loss of a {type(plain).__name__} at the wrong tokens; "
+            "expected 0 for this model"
+        )
 
 
 class StepRecorder(TrainerCallback):
@@ -244,68 +257,6 @@ class CheckpointCompleter(TrainerCallback):
         for path in folder.glob(f"{PREFIX}-*"):
             if path != newest:
                 delete_checkpoint(path)
-
-
-def training_arguments(
-    recipe: Recipe,
-    folder: str,
-    *,
-    schedule_steps: int,
-    save_steps: int | None,
-    bf16: bool,
-    quiet: bool,
-) -> TrainingArguments:
-    """Return the Trainer's arguments for a recipe, on one device per process.
-
-    Args:
-        recipe: batch size, learning rate and the like.
-        folder: where the Trainer may write.
-        schedule_steps: optimizer steps of the learning-rate schedule.
-        save_steps: optimizer steps between two checkpoints, or None for no checkpoints.
-        bf16: whether to compute in bfloat16 (autocast).
-        quiet: whether to show no progress bar.
-
-    Raises:
-        InvalidArgument: the rows of a step cannot be divided over the launched processes.
-    """
-    share = share_of(recipe, launched())
-    arguments = TrainingArguments(
-        output_dir=folder,
-        max_steps=schedule_steps,
-        bf16=bf16,
-        use_cpu=not torch.accelerator.is_available(),  # else transformers takes bf16 for a GPU's
-        per_device_train_batch_size=share.batch_size,
-        gradient_accumulation_steps=share.accumulation,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        warmup_steps=round(recipe.warmup * schedule_steps),
-        max_grad_norm=recipe.max_grad_norm,
-        lr_scheduler_type="linear",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        logging_strategy="steps",
-        save_strategy="no" if save_steps is None else "steps",
-        save_steps=1 if save_steps is None else save_steps,
-        report_to=[],
-        remove_unused_columns=False,
-        disable_tqdm=quiet,
-        seed=recipe.seed,
-    )
-    use_one_device(arguments)
-    return arguments
-
-
-def use_one_device(arguments: TrainingArguments) -> None:
-    """Make one optimizer step see `Recipe.rows_per_step` rows, each of them once.
-
-    In one process with several GPUs, transformers would give every GPU a batch of its own.
-    """
-    if arguments.n_gpu > 1:
-        logger.warning(
-            f"{arguments.n_gpu} GPUs are visible; this run trains on one of them, {arguments.device}. To use all, "
-            f"start it with torchrun --nproc-per-node {arguments.n_gpu} (docs/launchers.md)"
-        )
-        arguments._n_gpu = 1  # as the Trainer itself sets it where it must not use DataParallel
 
 
 def show_progress_bar_only(trainer: Trainer, quiet: bool) -> None:

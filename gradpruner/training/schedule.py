@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,6 +39,22 @@ def schedule(rows: Sequence[Row], steps: int, recipe: Recipe) -> list[Row]:
         ordered += epoch
     ordered = ordered[: steps * recipe.rows_per_step]
     return _grouped(ordered, recipe.batch_size, shuffler) if recipe.group_by_length else ordered
+
+
+def steps_of_epochs(rows: Sequence[Any], epochs: float, recipe: Recipe) -> int:
+    """Return how many optimizer steps see all rows `epochs` times. The last step may go beyond.
+
+    Args:
+        rows: what is trained on.
+        epochs: how often each row is seen, for example 3 or 0.5.
+        recipe: its batch size and accumulation say how many rows a step sees.
+
+    Raises:
+        InvalidArgument: there are no rows, or `epochs` is not above 0.
+    """
+    if not rows or not 0 < epochs < math.inf:
+        raise InvalidArgument(f"epochs = {epochs!r} of {len(rows)} training rows; expected a number above 0, and rows")
+    return math.ceil(round(epochs * len(rows) / recipe.rows_per_step, 9))
 
 
 def _grouped(ordered: list[Row], batch_size: int, shuffler: random.Random) -> list[Row]:

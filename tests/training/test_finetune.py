@@ -19,7 +19,7 @@ from gradpruner.data.collator import Collator
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.model.loss import IGNORED
 from gradpruner.run.stages import watch
-from gradpruner.training import finetune, row_trainer
+from gradpruner.training import finetune, row_trainer, trainer_arguments
 from gradpruner.training.divergence import explained, has_diverged, why_failed
 from gradpruner.training.finetune import add_adapters, finish, train
 from gradpruner.training.master_weights import float32_masters
@@ -273,13 +273,13 @@ def test_one_device_where_several_are_visible(caplog):
     arguments = TrainingArguments(output_dir="unused", use_cpu=True, per_device_train_batch_size=3)
     arguments._n_gpu = 2  # what a machine with two GPUs gives one process
     assert arguments.train_batch_size == 6
-    row_trainer.use_one_device(arguments)
+    trainer_arguments.use_one_device(arguments)
     assert arguments.n_gpu == 1 and arguments.train_batch_size == 3 and "2 GPUs are visible" in caplog.text
     assert "torchrun --nproc-per-node 2" in caplog.text
 
 
 def test_training_asks_for_one_device(monkeypatch):
-    class TwoGpus(row_trainer.TrainingArguments):
+    class TwoGpus(trainer_arguments.TrainingArguments):
         """What transformers makes of a machine with two GPUs and one process."""
 
         def __post_init__(self):
@@ -293,7 +293,7 @@ def test_training_asks_for_one_device(monkeypatch):
             seen.append((kwargs["args"].n_gpu, kwargs["args"].train_batch_size))
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(row_trainer, "TrainingArguments", TwoGpus)
+    monkeypatch.setattr(trainer_arguments, "TrainingArguments", TwoGpus)
     monkeypatch.setattr(row_trainer, "RowTrainer", Looking)
     train(llama(), plain(schedule(rows(), 1, RECIPE)), Collator(make_tokenizer()), RECIPE, quiet=True)
     assert seen == [(1, RECIPE.batch_size)]
