@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from gradpruner.cli import data_options
 from gradpruner.cli import options as given
 from gradpruner.compare.sensitivity_factors import FACTORS
 from gradpruner.methods.names import METHOD_NAMES
@@ -63,7 +64,7 @@ def add_sensitivity(commands: Any) -> None:
 
 def _options(parser: argparse.ArgumentParser) -> None:
     given.model_options(parser)
-    given.data_options(parser, testing=True)
+    data_options.add(parser, testing=True)
     given.recipe_options(parser)
     given.checkpoint_options(parser)
     given.probe_steps_option(parser)
@@ -97,7 +98,7 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
     job = Job(**given.job(options))
     factors = {factor: getattr(options, f"{option}_values") for factor, (option, _, _) in FACTORS.items()}
     rows = variants(factors, {"probe_steps": job.probing, "rank": job.recipe.rank, "share": 1.0})
-    train_examples, test_examples = given.split(options)
+    train_examples, test_examples = data_options.split(options)
     comparison = Compare(
         job,
         train_examples,
@@ -117,7 +118,7 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.compare.processes import work_in_processes
     from gradpruner.run.job import Job
 
-    train_examples, test_examples = given.split(options)
+    train_examples, test_examples = data_options.split(options)
     comparison = Compare(
         Job(**given.job(options)),
         train_examples,

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from gradpruner.cli import data_options
 from gradpruner.cli import options as given
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS
 
@@ -20,7 +21,7 @@ def add_run(commands: Any) -> None:
         "gradpruner run --model meta-llama/Llama-3.2-1B --data train.jsonl --steps 1000 --ratio 0.4 --out small",
     )
     given.model_options(parser)
-    given.data_options(parser, testing=True)
+    data_options.add(parser, testing=True)
     given.plan_options(parser, auto=True)
     given.recipe_options(parser)
     given.checkpoint_options(parser)
@@ -106,7 +107,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         check_steps=options.check_steps,
         check_rows=options.check_rows,
     )
-    train_examples, test_examples = given.split(options)
+    train_examples, test_examples = data_options.split(options)
     run = Run(job, train_examples, test_examples, options.out, quiet=options.json)
     return _results(run.everything(dense=not options.no_dense), options.out)
 

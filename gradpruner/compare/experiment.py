@@ -28,7 +28,7 @@ from gradpruner.compare.cells import Cell, digest_of, finished
 from gradpruner.compare.scoring import tested
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS
 from gradpruner.data.collator import Collator
-from gradpruner.data.examples import Example
+from gradpruner.data.examples import Example, digest_of_examples
 from gradpruner.data.tokens import tokenize
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods import Clues, Method, format_method, parse_method
@@ -137,7 +137,7 @@ class Compare:
             "recipe": {**terms["recipe"], "seed": None},
             "train_examples": len(self._train),
             "test_examples": len(self._test),
-            "data": digest_of([*self._held_out, *self._train, *self._test]),
+            "data": digest_of_examples(self._held_out, self._train, self._test),
             "held_out": len(self._held_out),
             MODEL: self._identity.to_dict(),
         }
