@@ -1,4 +1,4 @@
-"""Options that say which data is used and how it is read, and the examples that they stand for."""
+"""Options that say which data is read, and how; and the examples that they stand for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def add(parser: argparse.ArgumentParser, *, testing: bool) -> None:
-    """Add the options that say which data is used and how it is read.
+    """Add the options that say which data is read, and how.
 
     Args:
         parser: of the command.

@@ -16,7 +16,7 @@ LETTERS = string.ascii_uppercase
 
 
 def choice_columns(row: Row) -> tuple[str, tuple[str, ...], str] | None:
-    """Return the columns of question, choices and answer, or None if the row is no multiple choice.
+    """Return the columns of question, choices and answer, or None if there are none.
 
     The choices are one column with a list, or the columns A, B and so on.
     """
@@ -50,9 +50,10 @@ def choice_texts(row: Row, columns: tuple[str, str | None, tuple[str, ...], str]
 
 
 def _choices(row: Row, columns: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Return the labels and the texts of the choices."""
     if len(columns) > 1:
-        texts = [cell(row, column) for column in columns if not is_blank(row.get(column))]
-        return list(columns[: len(texts)]), texts
+        filled = [column for column in columns if not is_blank(row.get(column))]
+        return filled, [cell(row, column) for column in filled]
     (column,) = columns
     value = row.get(column)
     if isinstance(value, str):
@@ -60,25 +61,23 @@ def _choices(row: Row, columns: tuple[str, ...]) -> tuple[list[str], list[str]]:
             value = json.loads(value)
         except ValueError:
             raise RowError(f", column {column!r}: a text that is no JSON list; accepted: a list of choices") from None
-    labels: Any
-    texts: Any
-    if isinstance(value, Mapping) and "text" in value and "label" in value:
-        labels, texts = value["label"], value["text"]
-    elif isinstance(value, Mapping):
-        labels, texts = list(value), list(value.values())
-    elif (
-        isinstance(value, list)
-        and value
-        and all(isinstance(v, Mapping) and {"text", "label"} <= v.keys() for v in value)
-    ):
-        labels, texts = [v["label"] for v in value], [v["text"] for v in value]
-    else:
-        labels, texts = [], value
+    labels, texts = _labelled(value)
     if not isinstance(texts, list) or not all(isinstance(text, str | int | float) for text in texts):
         raise RowError(f", column {column!r}: accepted: a list of choices, or an object with 'text' and 'label'")
     if not 2 <= len(texts) <= len(LETTERS) or (labels and len(labels) != len(texts)):
         raise RowError(f", column {column!r}: {len(texts)} choices; accepted: 2 to {len(LETTERS)}, each with a label")
     return [str(label) for label in labels or LETTERS[: len(texts)]], [str(text) for text in texts]
+
+
+def _labelled(value: Any) -> tuple[Any, Any]:
+    """Return labels and texts of choices, as data sets hold them. There may be no labels."""
+    if isinstance(value, Mapping) and "text" in value and "label" in value:
+        return value["label"], value["text"]
+    if isinstance(value, Mapping):
+        return list(value), list(value.values())
+    if isinstance(value, list) and value and all(isinstance(one, Mapping) and "text" in one for one in value):
+        return [one.get("label") for one in value], [one["text"] for one in value]
+    return [], value
 
 
 def _right(value: Any, labels: list[str], texts: list[str], column: str) -> int:

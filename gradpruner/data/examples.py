@@ -153,7 +153,7 @@ def taken(examples: Sequence[Example], places: list[int]) -> Sequence[Example]:
 
 
 def _whole_groups(order: list[int], prints: list[bytes], count: int) -> set[int]:
-    """Return at most `count` places, the first ones of an order, such that all copies are in or out."""
+    """Return at most `count` places of an order such that all copies are in or out."""
     groups: dict[bytes, list[int]] = {}
     for place in order:
         groups.setdefault(prints[place], []).append(place)

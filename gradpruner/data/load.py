@@ -176,7 +176,7 @@ def _cache_folder() -> Path:
 
 
 def _key(places: Iterable[Place], reading: Reading) -> str:
-    """Return a digest of all that the examples depend on: names and bytes of files, settings, and this code."""
+    """Return a digest of names and bytes of files, of the settings, and of this code."""
     code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     content = [(place.name, place.digest() if place.digest else None) for place in places]
     return hashlib.sha256(json.dumps([content, reading.to_dict()]).encode() + code).hexdigest()[:32]

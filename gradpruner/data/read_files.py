@@ -101,7 +101,7 @@ _SPACE = re.compile(r"\s*")
 
 
 def _read_json(text: str, path: Path) -> Iterator[Read]:
-    """Read a list of objects, one object a line, or an object in which one name holds such a list."""
+    """Read a list of objects, an object that holds one, or one object a line."""
     start = _after_space(text, 0)
     if start == len(text):
         return
@@ -132,7 +132,7 @@ def _is_table(value: Any) -> bool:
 
 
 def _read_json_list(text: str, start: int, path: Path) -> Iterator[Read]:
-    """Decode one object of a list after the other, so that never all of them are Python objects."""
+    """Decode one object of a list after the other: all at once would take much memory."""
     line, counted = 1, 0
     first = end = place = _after_space(text, start + 1)
     mark = text[place : place + 1]
@@ -224,7 +224,7 @@ def _arrow_stream(source: Any) -> Any:
 
 
 def rows_of_batches(batches: Iterable[Any], schema: Any) -> Iterator[Read]:
-    """Return the rows of Arrow batches, with the names of class labels in place of their numbers.
+    """Return the rows of Arrow batches, with names of class labels for their numbers.
 
     Args:
         batches: Arrow record batches or tables.

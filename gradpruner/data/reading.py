@@ -16,7 +16,7 @@ TEXT_ROWS = ("file", "line", "paragraph")
 
 @dataclass(frozen=True)
 class Reading:
-    """The settings that decide which examples a source holds. See `load_examples` for their meaning.
+    """The settings that decide which examples a source holds, as `load_examples` has them.
 
     Args:
         prompt: template of the prompt.

@@ -99,7 +99,7 @@ def find(source: Source, options: HubOptions) -> Found:
 
 
 def files_of(source: Source) -> list[Path] | None:
-    """Return the files that a source names or that fit its pattern, or None if it names no file.
+    """Return the files that a source names or that fit its pattern, or None.
 
     Raises:
         InvalidArgument: no file fits the pattern, or a file of a known type does not exist.

@@ -80,7 +80,7 @@ class Examples(Sequence[Example]):
 
     @property
     def dataset(self) -> Dataset:
-        """The examples as a `datasets.Dataset` with the text columns kind, prompt, answer, tools and where."""
+        """The examples as a `datasets.Dataset` with the columns of `COLUMNS`."""
         if np.array_equal(self._places, np.arange(len(self._table))):
             return self._table
         return self._table.select(self._places, keep_in_memory=True)
@@ -99,7 +99,7 @@ class Examples(Sequence[Example]):
         return Examples(self._table, self._places[np.asarray(places, dtype=np.int64)], counts=self.counts)
 
     def shuffled(self, seed: int) -> Examples:
-        """Return the examples in another order, the one in which `random.Random(seed)` shuffles a list of them."""
+        """Return the examples in the order in which `random.Random(seed)` shuffles a list."""
         order = list(range(len(self)))
         random.Random(seed).shuffle(order)
         return self.select(order)

@@ -77,7 +77,7 @@ def cell(row: Row, column: str) -> str:
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a cell has no value: None, or NaN, which is how pandas writes a missing cell."""
+    """Return whether a cell is None or NaN, which is how pandas writes a missing cell."""
     return value is None or (isinstance(value, float) and value != value)
 
 
