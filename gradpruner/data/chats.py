@@ -21,7 +21,7 @@ SHAREGPT_ROLES = {
 
 
 def chat(messages: list[Message], system: str | None, tools: Any = None) -> Example:
-    """Return the example of a conversation: the answer begins with the first turn of the assistant.
+    """Return a conversation as an example: the assistant's first turn begins the answer.
 
     Args:
         messages: all of them, in order.
@@ -70,7 +70,7 @@ def _message(message: Any, where: str) -> Message:
 
 
 def _text(content: Any, where: str) -> str:
-    """Return the content of a message, which is text, nothing, or a list of parts that are text."""
+    """Return the content of a message: text, nothing, or a list of parts that are text."""
     if content is None:
         return ""
     if isinstance(content, str):

@@ -150,8 +150,9 @@ def _read_json_list(text: str, start: int, path: Path) -> Iterator[Read]:
         if mark not in (",", "]"):
             raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
         place = _after_space(text, end + 1)
-    if text[end + 1 :].strip():
-        raise json.JSONDecodeError("Extra data", text, end + 1)
+    end = _after_space(text, end + 1)
+    if end < len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
 
 
 def _after_space(text: str, start: int) -> int:
