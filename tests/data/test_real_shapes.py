@@ -17,15 +17,16 @@ from gradpruner.report.tables import table
 MILLION = 1_000_000
 MOST_MEMORY = 1 << 30  # bytes
 
-LOAD = """
-import json, resource, sys, time
+LOAD = r"""
+import json, re, sys, time
 from gradpruner.data.load import load_examples
 start = time.time()
 examples = load_examples(sys.argv[1], seed=0)
-first = repr(examples[0])
+first = examples[0].prompt
+peak = int(re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read())[1]) * 1024  # of this program alone
 print(json.dumps({
     "examples": len(examples), "first": first, "torch": "torch" in sys.modules, "seconds": time.time() - start,
-    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "peak": peak,
 }))
 """
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import json
 import logging
 import struct
@@ -15,8 +16,9 @@ import zlib
 
 import pytest
 import torch
+from data_shapes import parquet
 from model_families import igia_of
-from mutations import json_mutations, mutants, table_mutations, tensor_mutations
+from mutations import damaged, json_mutations, mutants, table_mutations, tensor_mutations
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -25,12 +27,12 @@ from gradpruner.checkpoint import stored_model as stored
 from gradpruner.checkpoint.masks import Masks
 from gradpruner.compare.cells import finished
 from gradpruner.compare.results import Cost, Result, read_costs, read_results, write_costs, write_results
+from gradpruner.data.load import load_examples
 from gradpruner.errors import CheckpointError, GradPrunerError
 from gradpruner.probe.igia import Igia
 from gradpruner.probe.importance import Factors
 from gradpruner.run import auto_ratio, page
 from gradpruner.storage import tensor_files as shards
-from gradpruner.data import load as data
 from gradpruner.training import resume as training_files
 from gradpruner.training.probe_batches import load_batches, save_batches
 
@@ -195,7 +197,7 @@ def report(folder):
 
 def rows(suffix, text):
     def write(folder):
-        (folder / f"rows{suffix}").write_text(text)
+        (folder / f"rows{suffix}").write_bytes(text if isinstance(text, bytes) else text.encode())
         return folder / f"rows{suffix}"
 
     return write
@@ -212,8 +214,8 @@ def use_trainer_state(path):
 
 
 def use_rows(path):
-    for row in data._read_file(path, "train"):
-        assert isinstance(row, dict)
+    for example in load_examples(path, prompt="{a}", answer="{b}"):
+        assert example.answer
 
 
 READERS = {
@@ -233,6 +235,8 @@ READERS = {
     "jsonl": (rows(".jsonl", '{"a": "x", "b": 1}\n{"a": "y", "b": 2}\n'), use_rows, table_mutations),
     "json": (rows(".json", '[{"a": "x", "b": 1}, {"a": "y", "b": 2}]'), use_rows, json_mutations),
     "csv": (rows(".csv", "a,b\nx,1\ny,2\n"), use_rows, table_mutations),
+    "gzip": (rows(".csv.gz", gzip.compress(b"a,b\nx,1\ny,2\n")), use_rows, damaged),
+    "parquet": (rows(".parquet", parquet([{"a": "x", "b": 1}, {"a": "y", "b": 2}])), use_rows, damaged),
 }
 
 
