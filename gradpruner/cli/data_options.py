@@ -7,6 +7,9 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from gradpruner.data.formats import FORMATS
+from gradpruner.data.reading import TEXT_ROWS
+
 DATA_HELP = """\
 data:
   --data takes files (.jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow, also packed), patterns such as 'data/*.jsonl',
@@ -69,14 +72,7 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what a row is and how it becomes an example."""
     parser.add_argument("--prompt", metavar="T", help="template of the prompt")
     parser.add_argument("--answer", metavar="T", help="template of the answer")
-    parser.add_argument(
-        "--format",
-        choices=(
-            *("messages", "sharegpt", "multiple-choice", "prompt-completion", "question-answer", "alpaca"),
-            *("text-label", "text"),
-        ),
-        help="format of the rows, if their columns do not tell",
-    )
+    parser.add_argument("--format", choices=FORMATS, help="format of the rows, if their columns do not tell")
     parser.add_argument("--system", metavar="TEXT", help="system message of chats that have none; makes chats of pairs")
     parser.add_argument(
         "--as-chat",
@@ -89,7 +85,7 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoding", metavar="E", help="encoding of text files, such as latin-1 (default UTF-8)")
     parser.add_argument(
         "--text-rows",
-        choices=("file", "line", "paragraph"),
+        choices=TEXT_ROWS,
         default="file",
         help="what is one example of a .txt file (default file)",
     )

@@ -153,7 +153,7 @@ def _load(found: Found, name: str, reading: Reading, quiet: bool) -> Examples:
                     with atomic_folder(folder) as new:
                         account = _write(str(new / TABLE), found.places, reading, quiet)
                         write_json(new / ABOUT, vars(account))
-        except PermissionError as error:
+        except OSError as error:
             raise InvalidArgument(
                 f"the cache folder {folder.parent} cannot be written ({error.strerror}); set HF_DATASETS_CACHE"
             ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -193,18 +194,17 @@ def _data_files(folder: Path, config: str | None) -> dict[str, list[Path]]:
             f"source {folder} is a folder with files of several types ({', '.join(types)}); name files"
         )
     try:
-        found = datasets.load_dataset_builder(str(folder), config).config.data_files
+        # the whole path, because a folder could have the name of a builder, such as "json"
+        found = datasets.load_dataset_builder(os.path.abspath(folder), config).config.data_files
     except (OSError, ValueError, RuntimeError) as error:
         raise InvalidArgument(f"source {folder}: {_reason(error)}") from error
     splits = {str(split): [Path(name) for name in names] for split, names in (found or {}).items()}
-    taken = {path.resolve() for names in splits.values() for path in names}
-    left = [str(path.relative_to(folder)) for path in files if path.resolve() not in taken]
+    taken = {path for names in splits.values() for path in names}
+    left = [str(path.relative_to(folder)) for path in files if Path(os.path.abspath(path)) not in taken]
     if left and not described:
         raise InvalidArgument(f"source {folder}: it is not clear what {', '.join(left[:3])} is; name the files")
-    return {
-        split: [folder / path.relative_to(folder.resolve()) for path in map(Path.resolve, p)]
-        for split, p in splits.items()
-    }
+    base = os.path.abspath(folder)
+    return {split: [folder / path.relative_to(base) for path in paths] for split, paths in splits.items()}
 
 
 def _saved(folder: Path, split: str) -> Place:
