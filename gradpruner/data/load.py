@@ -118,6 +118,7 @@ class _Account:
         format: how the rows became examples.
         unused: columns that no example is made of.
         named: the first problems.
+        bare: files without rows.
     """
 
     files: int = 0
@@ -128,6 +129,7 @@ class _Account:
     format: str = ""
     unused: list[str] = field(default_factory=list)
     named: list[str] = field(default_factory=list)
+    bare: list[str] = field(default_factory=list)
 
     def skip(self, problem: str, empty: bool) -> None:
         self.bad, self.empty = self.bad + (not empty), self.empty + empty
@@ -190,7 +192,7 @@ def _write(sink: Any, places: list[Place], reading: Reading, quiet: bool) -> _Ac
     unused: dict[str, None] = {}
     with TableWriter(sink) as writer, tqdm(unit=" rows", desc="reading", disable=quiet or None) as bar:
         for place in places:
-            converter = Converter(reading)
+            converter, before = Converter(reading), account.rows
             for number, (line, row) in enumerate(place.rows(reading), 1):
                 account.rows += 1
                 where = f"row {number} of {place.name}{f' (line {line})' if line else ''}"
@@ -209,6 +211,8 @@ def _write(sink: Any, places: list[Place], reading: Reading, quiet: bool) -> _Ac
                 account.chats += not isinstance(example.prompt, str)
                 writer.add(example, where)
                 bar.update()
+            if account.rows == before:
+                account.bare.append(place.name)
             unused.update(converter.unused)
             account.format = converter.name or account.format
     account.unused = list(unused)
@@ -229,6 +233,8 @@ def _judge(account: _Account, name: str, share: float) -> None:
         )
     if skipped:
         logger.warning("%s: skipped %d of %d rows: %s", name, skipped, account.rows, "; ".join(account.named))
+    if account.bare:
+        logger.warning("%s: files without rows: %s", name, ", ".join(account.bare))
     if account.unused:
         logger.info("%s: columns that are not used: %s", name, listed(account.unused))
     if 0 < account.chats < account.rows - skipped:

@@ -40,11 +40,10 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     try:
         with _opened(path, compression) as file:
             yield file
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise InvalidArgument(f"source {path} cannot be read: {error.strerror}") from None
         raise InvalidArgument(f"source {path}: broken {compression or 'file'}: {error}") from None
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InvalidArgument(f"source {path} cannot be read: {reason}") from None
 
 
 def _opened(path: Path, compression: str) -> Any:
@@ -55,21 +54,10 @@ def _opened(path: Path, compression: str) -> Any:
     if compression == ".xz":
         return lzma.open(path, "rb")
     if compression == ".zst":
-        return _zstandard(path)
+        import pyarrow
+
+        return pyarrow.input_stream(str(path), compression="zstd")
     return path.open("rb")
-
-
-def _zstandard(path: Path) -> Any:
-    try:
-        from compression import zstd  # from Python 3.14 on
-    except ImportError:
-        try:
-            import zstandard as zstd
-        except ImportError:
-            raise InvalidArgument(
-                f"source {path} is compressed with Zstandard, which needs: pip install gradpruner[zstd]"
-            ) from None
-    return zstd.open(path, "rb")
 
 
 @contextlib.contextmanager

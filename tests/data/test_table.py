@@ -126,6 +126,13 @@ def test_several_sources_are_joined(tmp_path, caplog):
         load_examples([])
 
 
+def test_a_shard_without_rows_is_named(tmp_path, caplog):
+    write(tmp_path / "a.jsonl", EXAMPLES)
+    (tmp_path / "b.jsonl").write_text("\n")
+    assert load_examples(f"{tmp_path}/*.jsonl") == EXAMPLES
+    assert "files without rows" in caplog.text and "b.jsonl" in caplog.text
+
+
 @pytest.mark.parametrize("kind", [list, "table"])
 def test_copies_are_held_out_together(tmp_path, kind):
     copied = [*EXAMPLES, *EXAMPLES[:5], EXAMPLES[0]]

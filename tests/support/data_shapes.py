@@ -73,6 +73,12 @@ def parquet(rows):
     return file.getvalue()
 
 
+def zstandard(text):
+    import pyarrow as pa
+
+    return pa.compress(text.encode(), codec="zstd", asbytes=True)
+
+
 def arrow_file(path):
     import pyarrow as pa
 
@@ -167,6 +173,11 @@ SHAPES = [
     Shape("gzip", {"a.jsonl.gz": gzip.compress(lines(PAIRS).encode())}, PAIR_EXAMPLES),
     Shape("gzip, cut off", {"a.jsonl.gz": gzip.compress(lines(PAIRS).encode())[:-12]}, ("broken .gz",)),
     Shape("gzip that is none", {"a.csv.gz": cells(PAIRS)}, ("broken .gz",)),
+    Shape("Zstandard", {"a.jsonl.zst": zstandard(lines(PAIRS))}, PAIR_EXAMPLES),
+    Shape("Zstandard, cut off", {"a.jsonl.zst": zstandard(lines(PAIRS))[:-9]}, ("broken .zst",)),
+    Shape("bzip2, cut off", {"a.jsonl.bz2": bz2.compress(lines(PAIRS).encode())[:-9]}, ("broken .bz2",)),
+    Shape("xz, cut off", {"a.jsonl.xz": lzma.compress(lines(PAIRS).encode())[:-9]}, ("broken .xz",)),
+    Shape("xz that is none", {"a.jsonl.xz": lines(PAIRS)}, ("broken .xz",)),
     Shape("xz", {"a.csv.xz": lzma.compress(cells(PAIRS).encode())}, PAIR_EXAMPLES),
     Shape("bzip2", {"a.json.bz2": bz2.compress(json.dumps(PAIRS).encode())}, PAIR_EXAMPLES),
     Shape("parquet in gzip", {"a.parquet.gz": gzip.compress(parquet(PAIRS))}, PAIR_EXAMPLES),
