@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradpruner.data.examples import Example, Message
-from gradpruner.data.templates import EmptyRow, RowError, is_blank, listed
+from gradpruner.data.templates import EmptyRow, RowError, is_blank, json_in, listed
 
 ASSISTANT = "assistant"
 
@@ -105,7 +105,7 @@ def _sharegpt(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("value"), str):
         raise RowError(f"{where}: not an object with a 'from' and a 'value'")
     speaker = message.get("from")
-    if speaker not in SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         raise RowError(f"{where} is from {speaker!r}; accepted: {listed(SHAREGPT_ROLES)}")
     plain = {"role": SHAREGPT_ROLES[speaker], "content": message["value"]}
     if speaker in ("function_call", "tool_call"):
@@ -114,10 +114,7 @@ def _sharegpt(message: Any, where: str) -> Message:
 
 
 def _calls(text: str, where: str) -> list[dict[str, Any]]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise RowError(f"{where}: a function call that is broken JSON: {error}") from None
+    found = json_in(text, where)
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise RowError(f"{where}: a function call without a 'name'")
@@ -126,10 +123,7 @@ def _calls(text: str, where: str) -> list[dict[str, Any]]:
 
 def _list(value: Any, column: str) -> list[Any]:
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowError(f", column {column!r}: broken JSON: {error}") from None
+        value = json_in(value, f", column {column!r}")
     if not isinstance(value, list):
         found = "no value" if value is None else f"a {type(value).__name__}"
         raise RowError(f", column {column!r}: {found}; accepted: a list of messages")
@@ -142,10 +136,7 @@ def _tools(value: Any) -> str:
     if is_blank(value):
         return ""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowError(f", column 'tools': broken JSON: {error}") from None
+        value = json_in(value, ", column 'tools'")
     if not isinstance(value, list):
         raise RowError(f", column 'tools': a {type(value).__name__}; accepted: a list of tools")
     return json.dumps(value, ensure_ascii=False) if value else ""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Mapping
 from typing import Any
 
-from gradpruner.data.templates import EmptyRow, Row, RowError, cell, is_blank, is_missing
+from gradpruner.data.templates import EmptyRow, Row, RowError, cell, is_blank, is_missing, json_in
 
 QUESTIONS = ("question", "question_stem", "query", "ctx", "Question")
 CHOICES = ("choices", "options", "endings")
@@ -57,12 +56,10 @@ def _choices(row: Row, columns: tuple[str, ...]) -> tuple[list[str], list[str]]:
     (column,) = columns
     value = row.get(column)
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise RowError(f", column {column!r}: a text that is no JSON list; accepted: a list of choices") from None
+        value = json_in(value, f", column {column!r}")
     labels, texts = _labelled(value)
-    if not isinstance(texts, list) or not all(isinstance(text, str | int | float) for text in texts):
+    plain = isinstance(texts, list) and isinstance(labels, list)
+    if not plain or not all(isinstance(one, str | int | float) for one in (*texts, *labels)):
         raise RowError(f", column {column!r}: accepted: a list of choices, or an object with 'text' and 'label'")
     if not 2 <= len(texts) <= len(LETTERS) or (labels and len(labels) != len(texts)):
         raise RowError(f", column {column!r}: {len(texts)} choices; accepted: 2 to {len(LETTERS)}, each with a label")

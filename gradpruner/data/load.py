@@ -202,6 +202,8 @@ def _write(sink: Any, places: list[Place], reading: Reading, quiet: bool) -> _Ac
                     example = converter(row)
                 except LostColumn as error:
                     raise InvalidArgument(f"{where}{error}") from None
+                except InvalidArgument as error:
+                    raise InvalidArgument(f"{place.name}: {error}") from None
                 except RowError as error:
                     problem = str(error) if isinstance(error, _BrokenRow) else f"{where}{error}"
                     if not reading.skip_bad_rows:

@@ -240,15 +240,17 @@ def _hub(name: str, options: HubOptions) -> Place:
     given = {key: value for key, value in given.items() if value is not None}
     try:
         table = datasets.load_dataset(name, split=options.split, **given)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InvalidArgument(f"data set {name!r}, split {options.split!r}: {_reason(error)}") from error
     if options.streaming is not None:
         stream, rows = table, options.streaming
-        return Place(name, lambda _: _streamed(stream, rows), None, False)
+        return Place(name, lambda _: _streamed(name, stream, rows), None, False)
     return _table(name, table)
 
 
 def _reason(error: Exception) -> str:
+    if type(error).__name__ == "DatasetGenerationError" and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # which file is broken, and how
     lines = str(error).splitlines() or [type(error).__name__]
     if "Config name is missing" in lines[0]:  # the names are on the next lines
         return f"{' '.join(line.strip() for line in lines[:2])}; give one as config"
@@ -271,7 +273,10 @@ def _table(name: str, table: Any) -> Place:
     return Place(name, lambda _: rows_of_batches(batches(), schema), digest, len(table) >= LARGE_TABLE)
 
 
-def _streamed(table: Any, rows: int) -> Iterator[Read]:
+def _streamed(name: str, table: Any, rows: int) -> Iterator[Read]:
     names = {column: feature.names for column, feature in (table.features or {}).items() if hasattr(feature, "names")}
-    for row in table.take(rows):
-        yield None, plain_row(row, names)
+    try:
+        for row in table.take(rows):
+            yield None, plain_row(row, names)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InvalidArgument(f"data set {name!r}, streamed: {_reason(error)}") from error

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradpruner.errors import InvalidArgument
+from gradpruner.storage.files import decode_json
 
 Row = Mapping[str, Any]
 
@@ -74,6 +75,22 @@ def cell(row: Row, column: str) -> str:
         return str(value)
     found = "no value" if is_missing(value) else f"a {type(value).__name__}"
     raise RowError(f", column {column!r}: {found}; accepted: text or a number")
+
+
+def json_in(text: str, where: str) -> Any:
+    """Return what the JSON in a cell says.
+
+    Args:
+        text: the cell.
+        where: the cell's place in its row, for messages.
+
+    Raises:
+        RowError: the JSON is broken.
+    """
+    try:
+        return decode_json(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{where}: broken JSON: {getattr(error, 'msg', error)}") from None
 
 
 def is_missing(value: Any) -> bool:

@@ -218,6 +218,23 @@ def use_rows(path):
         assert example.answer
 
 
+def use_chats(path):
+    for example in load_examples(path):
+        assert example.prompt
+
+
+CHAT = [
+    {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    {"role": "assistant", "content": None, "tool_calls": [{"name": "t"}]},
+    {"role": "tool", "content": "7", "name": "t"},
+    {"role": "assistant", "content": "Ho"},
+]
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": '{"name": "t"}'}]
+CHOICE = [
+    {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"},
+    {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": 1},
+]
+
 READERS = {
     "igia": (igia, use_igia, tensor_mutations),
     "plan": (plan, use_plan, json_mutations),
@@ -235,6 +252,9 @@ READERS = {
     "jsonl": (rows(".jsonl", '{"a": "x", "b": 1}\n{"a": "y", "b": 2}\n'), use_rows, table_mutations),
     "json": (rows(".json", '[{"a": "x", "b": 1}, {"a": "y", "b": 2}]'), use_rows, json_mutations),
     "csv": (rows(".csv", "a,b\nx,1\ny,2\n"), use_rows, table_mutations),
+    "messages": (rows(".json", json.dumps([{"messages": CHAT, "tools": '[{"a": "x"}]'}])), use_chats, json_mutations),
+    "sharegpt": (rows(".json", json.dumps([{"conversations": SHAREGPT}])), use_chats, json_mutations),
+    "choices": (rows(".json", json.dumps(CHOICE)), use_chats, json_mutations),
     "gzip": (rows(".csv.gz", gzip.compress(b"a,b\nx,1\ny,2\n")), use_rows, damaged),
     "parquet": (rows(".parquet", parquet([{"a": "x", "b": 1}, {"a": "y", "b": 2}])), use_rows, damaged),
 }
