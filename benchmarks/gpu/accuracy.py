@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def joined(model: Path, scratch: Path) -> Path:
     return whole
 
 
-def _examples(session: Session) -> tuple[list[Example], list[Example]]:
+def _examples(session: Session) -> tuple[Sequence[Example], Sequence[Example]]:
     train, *rest = session.data
     limit = 12 if session.tiny else None
     found = load_examples(train, prompt=PROMPT, answer=ANSWER, limit=limit, seed=0)

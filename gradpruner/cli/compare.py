@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from gradpruner.cli import data_options
 from gradpruner.cli import options as given
 from gradpruner.cli.config_file import record_of
 from gradpruner.cli.recipe_options import recipe_options
@@ -66,7 +67,7 @@ def add_sensitivity(commands: Any) -> None:
 
 def _options(parser: argparse.ArgumentParser) -> None:
     given.model_options(parser)
-    given.data_options(parser, testing=True)
+    data_options.add(parser, testing=True)
     recipe_options(parser)
     given.checkpoint_options(parser)
     given.probe_steps_option(parser)
@@ -98,7 +99,7 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.run.command_record import record_command
     from gradpruner.run.job import Job
 
-    train_examples, test_examples = given.split(options)
+    train_examples, test_examples = data_options.split(options)
     job = Job(**given.job(options, train_examples[HELD_OUT:]))
     factors = {factor: getattr(options, f"{option}_values") for factor, (option, _, _) in FACTORS.items()}
     rows = variants(factors, {"probe_steps": job.probing, "rank": job.recipe.rank, "share": 1.0})
@@ -123,7 +124,7 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.run.command_record import record_command
     from gradpruner.run.job import Job
 
-    train_examples, test_examples = given.split(options)
+    train_examples, test_examples = data_options.split(options)
     comparison = Compare(
         Job(**given.job(options, train_examples[HELD_OUT:])),
         train_examples,

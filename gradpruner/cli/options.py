@@ -6,18 +6,11 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gradpruner.cli.data_options import DATA_HELP
 from gradpruner.cli.recipe_options import recipe_of, steps_of
 
 if TYPE_CHECKING:
     from gradpruner.model.load import Loaded
-
-DATA_HELP = """\
-data:
-  --data is a .jsonl, .json, .csv or .txt file, or the id of a data set on the hub. Templates say how prompt and answer
-  are made from its columns:
-    --prompt 'Question: {text}\\nIntent:' --answer '{category}'
-  Without templates the usual column pairs are recognised (prompt/completion, question/answer, text/label, ...).
-"""
 
 
 def command(commands: Any, name: str, call: Any, summary: str, example: str) -> argparse.ArgumentParser:
@@ -60,34 +53,6 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         "--attention", metavar="A", help="transformers' attn_implementation (default: transformers chooses)"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-
-
-def data_options(parser: argparse.ArgumentParser, *, testing: bool) -> None:
-    """Add the options that say which data is used and how it is read.
-
-    Args:
-        parser: of the command.
-        testing: whether the command evaluates too.
-    """
-    parser.add_argument("--data", required=True, metavar="D", help="data file or hub id, see below")
-    parser.add_argument("--split", default="train", help="split of a hub data set (default train)")
-    parser.add_argument("--prompt", metavar="T", help="template of the prompt")
-    parser.add_argument("--answer", metavar="T", help="template of the answer")
-    parser.add_argument("--limit", type=int, metavar="N", help="use only N examples of --data, after shuffling")
-    parser.add_argument("--data-seed", type=int, default=0, metavar="N", help="seed that shuffles the data (default 0)")
-    parser.add_argument(
-        "--max-length", type=int, default=512, metavar="N", help="most tokens of an example (default 512)"
-    )
-    parser.add_argument(
-        "--train-on", choices=("answer", "all"), default="answer", help="tokens that the loss counts (default answer)"
-    )
-    if testing:
-        parser.add_argument("--test-data", metavar="D", help="test data (default: a share of --data is held out)")
-        parser.add_argument("--test-split", help="split of a hub data set for --test-data (default test)")
-        parser.add_argument("--test-limit", type=int, metavar="N", help="use only N test examples")
-        parser.add_argument(
-            "--held-out", type=float, default=0.1, metavar="P", help="share of --data held out (default 0.1)"
-        )
 
 
 def plan_options(parser: argparse.ArgumentParser, *, auto: bool = False) -> None:
@@ -213,20 +178,6 @@ def load(options: argparse.Namespace, revision: str | None = None) -> Loaded:
     )
 
 
-def examples(options: argparse.Namespace) -> list[Any]:
-    """Read the examples of --data."""
-    from gradpruner.data.load import load_examples
-
-    return load_examples(
-        options.data,
-        split=options.split,
-        prompt=options.prompt,
-        answer=options.answer,
-        limit=options.limit,
-        seed=options.data_seed,
-    )
-
-
 def amount(options: argparse.Namespace) -> dict[str, Any]:
     """Return how many layers the options of `plan_options` ask for."""
     ratio = 0.4 if options.ratio is None and options.count is None else options.ratio
@@ -240,18 +191,3 @@ def amount(options: argparse.Namespace) -> dict[str, Any]:
 def choice(options: argparse.Namespace) -> dict[str, Any]:
     """Return the preset, and the settings of `plan_options` that differ from it."""
     return {"preset": options.preset, "kind": options.kind, "merge": options.merge}
-
-
-def split(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
-    """Return training and test examples. The latter are of --test-data, or held out."""
-    from gradpruner.data.examples import split_examples
-    from gradpruner.data.load import is_file, load_examples
-
-    train_examples, templates = examples(options), {"prompt": options.prompt, "answer": options.answer}
-    if not options.test_data:
-        train_examples, test_examples = split_examples(train_examples, options.held_out, options.data_seed)
-        return train_examples, test_examples[: options.test_limit]
-    part = options.test_split or ("train" if is_file(options.test_data) else "test")
-    return train_examples, load_examples(
-        options.test_data, split=part, **templates, limit=options.test_limit, seed=options.data_seed
-    )

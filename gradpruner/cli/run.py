@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gradpruner.cli import data_options
 from gradpruner.cli import options as given
 from gradpruner.cli.config_file import record_of
 from gradpruner.cli.recipe_options import recipe_options
@@ -23,7 +24,7 @@ def add_run(commands: Any) -> None:
         "gradpruner run --model meta-llama/Llama-3.2-1B --data train.jsonl --steps 1000 --ratio 0.4 --out small",
     )
     given.model_options(parser)
-    given.data_options(parser, testing=True)
+    data_options.add(parser, testing=True)
     given.plan_options(parser, auto=True)
     recipe_options(parser)
     given.checkpoint_options(parser)
@@ -116,7 +117,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         )
 
     job = None if options.epochs else job_of(None)  # without epochs, the settings are checked before data is read
-    train_examples, test_examples = given.split(options)
+    train_examples, test_examples = data_options.split(options)
     if job is None:
         rows = train_examples
         if options.ratio == AUTO:

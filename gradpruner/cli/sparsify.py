@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from gradpruner.cli import data_options
 from gradpruner.cli import options as given
 from gradpruner.sparsity.names import CRITERION_NAMES
 
@@ -20,7 +21,7 @@ def add_sparsify(commands: Any) -> None:
         "gradpruner sparsify --model M --data text.txt --method gblm --pattern 2:4 --out sparse",
     )
     given.model_options(parser)
-    given.data_options(parser, testing=False)
+    data_options.add(parser, testing=False)
     parser.add_argument(
         "--method",
         default="wanda",
@@ -62,7 +63,7 @@ def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
 
     need_free(options.out, options.overwrite)
     criterion_and_pattern(options.method, options.pattern, options.ratio, options.allocation)
-    text = text_of(given.examples(options))
+    text = text_of(data_options.examples(options))
     model, tokenizer = given.load(options)
     refuse_masks(options.model, "sparsify")
     plan = plan_of(options.model, model)

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from gradpruner.cli import data_options
 from gradpruner.cli import options as given
 from gradpruner.cli.recipe_options import recipe_of, recipe_options, steps_of
 
@@ -24,7 +25,7 @@ def add_probe(commands: Any) -> None:
         "gradpruner probe --model M --data train.jsonl --steps 40 --out igia.safetensors",
     )
     given.model_options(parser)
-    given.data_options(parser, testing=False)
+    data_options.add(parser, testing=False)
     recipe_options(parser)
     parser.add_argument(
         "--of-steps",
@@ -77,7 +78,7 @@ def add_finetune(commands: Any) -> None:
         "gradpruner finetune --model small --data train.jsonl --steps 1000 --out tuned",
     )
     given.model_options(parser)
-    given.data_options(parser, testing=False)
+    data_options.add(parser, testing=False)
     recipe_options(parser)
     given.checkpoint_options(parser)
     parser.add_argument(
@@ -99,7 +100,7 @@ def add_evaluate(commands: Any) -> None:
         "gradpruner evaluate --model tuned --data test.jsonl",
     )
     given.model_options(parser)
-    given.data_options(parser, testing=False)
+    data_options.add(parser, testing=False)
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples per batch (default 16)")
     parser.add_argument(
         "--window",
@@ -115,7 +116,7 @@ def _training(options: argparse.Namespace, recipe: Any, revision: str | None = N
     from gradpruner.data.tokens import tokenize
     from gradpruner.training.schedule import schedule
 
-    examples = given.examples(options)
+    examples = data_options.examples(options)
     model, tokenizer = given.load(options, revision)
     rows = tokenize(examples, tokenizer, max_length=options.max_length, train_on=options.train_on)
     return model, tokenizer, schedule(rows, steps_of(options, rows), recipe)
@@ -286,7 +287,7 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.run.stages import measure
 
-    examples = given.examples(options)
+    examples = data_options.examples(options)
     model, tokenizer = given.load(options)
     if options.window is not None:
         return _windows(options, model, tokenizer, examples)

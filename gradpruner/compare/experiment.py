@@ -32,7 +32,7 @@ from gradpruner.compare.settings_file import COMPARISON_SETTINGS, HELD_OUT
 from gradpruner.compare.terms import LAYERS, begin_or_continue
 from gradpruner.compare.together import claimed, together, write_below
 from gradpruner.data.collator import Collator
-from gradpruner.data.examples import Example
+from gradpruner.data.examples import Example, digest_of_examples
 from gradpruner.data.tokens import tokenize
 from gradpruner.distributed.agreement import agree, need_shared, take_weights_of_first
 from gradpruner.distributed.launch import join, launched
@@ -147,7 +147,7 @@ class Compare:
             "recipe": {**terms["recipe"], "seed": None},
             "train_examples": len(self._train),
             "test_examples": len(self._test),
-            "data": digest_of([*self._held_out, *self._train, *self._test]),
+            "data": digest_of_examples(self._held_out, self._train, self._test),
             "held_out": len(self._held_out),
             MODEL: self._identity.to_dict(),
         }

@@ -1,60 +1,77 @@
-"""Read examples from files or a hub data set."""
+"""Read examples from files, folders or hub data sets."""
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import json
-import random
-import string
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
-from gradpruner.data.examples import Example
+from gradpruner.data.read_files import Broken
+from gradpruner.data.reading import Converter, LostColumn, Reading
+from gradpruner.data.sources import Found, HubOptions, Place, Source, find
+from gradpruner.data.table import Examples, TableWriter, join
+from gradpruner.data.templates import EmptyRow, RowError, listed
 from gradpruner.errors import InvalidArgument
-from gradpruner.storage.files import decode_json
+from gradpruner.storage.files import atomic_folder, read_json, write_json
+from gradpruner.storage.locks import lock
 
-FILE_TYPES = (".jsonl", ".json", ".csv", ".txt")
+TABLE, ABOUT = "examples.arrow", "about.json"
+NAMED = 3  # bad rows that a message names
 
-
-# Column pairs that need no template; the first pair that a data set has is taken.
-KNOWN_COLUMNS = (
-    *(("prompt", answer) for answer in ("completion", "answer", "response")),
-    ("question", "answer"),
-    *(("instruction", answer) for answer in ("output", "response")),
-    *(("text", answer) for answer in ("label", "category", "answer")),
-)
-
-
-Row = Mapping[str, Any]
-
-
-Template = list[tuple[str, str | None]]  # text, then the column that follows it
+logger = logging.getLogger(__name__)
 
 
 def load_examples(
-    source: str | PathLike[str],
+    source: Source | Sequence[Source],
     *,
     split: str = "train",
     prompt: str | None = None,
     answer: str | None = None,
     limit: int | None = None,
     seed: int | None = None,
-) -> list[Example]:
-    r"""Read examples from a file or a hub data set.
+    config: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    format: str | None = None,
+    system: str | None = None,
+    as_chat: bool = False,
+    delimiter: str | None = None,
+    encoding: str | None = None,
+    text_rows: str = "file",
+    skip_bad_rows: float = 0.0,
+    quiet: bool = True,
+) -> Examples:
+    r"""Read examples from files, folders or hub data sets.
+
+    The examples are in a table on disk or, if they are few, in memory. A large source is read once. Later calls find
+    its table in the cache folder of `datasets`, under a digest of the content of the source and of these arguments.
 
     Args:
-        source: a .jsonl, .json, .csv or .txt file, or the id of a hub data set.
-        split: split of a hub data set. Default "train".
+        source: a .jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet or .arrow file, also packed as .gz, .bz2, .xz or
+            .zst; a pattern such as "data/*.jsonl"; a folder; the id of a hub data set; or several of these, in a list
+            or separated by commas.
+        split: split of a folder or a hub data set, with a slice if wanted: "train[:10%]". Default "train".
         prompt: template of the prompt, such as "Question: {text}\nIntent:". Alone it makes plain text. Default: the
-            usual column pairs are recognised (see `KNOWN_COLUMNS`), or a column "text" alone.
+            format is found by the columns.
         answer: template of the answer, such as "{category}".
         limit: keep at most this many examples. Default: all.
         seed: shuffle with this seed before `limit` is applied. Default: no shuffling.
+        config: configuration of a hub data set.
+        revision: branch, tag or commit of a hub data set.
+        streaming: whether to read only the first `limit` rows of a hub data set, without downloading all of it.
+        format: name of the format, if its columns do not tell. See `gradpruner.data.formats.FORMATS`.
+        system: text of a system message for chats without one. It makes chats of pairs of texts.
+        as_chat: whether a prompt and an answer become a turn of the user and one of the assistant.
+        delimiter: of the cells of a .csv file. Default: a comma, or a tab in a .tsv file.
+        encoding: of text files. Default: UTF-8, with or without a byte order mark.
+        text_rows: what is one example of a .txt file: "file", "line" or "paragraph". Default "file".
+        skip_bad_rows: the share of rows that may be bad. They are left out and counted. Default: none.
+        quiet: whether to show no progress bar.
 
     Returns:
         The examples, in the order of the source unless they are shuffled.
@@ -64,172 +81,195 @@ def load_examples(
     """
     if limit is not None and limit < 1:
         raise InvalidArgument(f"limit is {limit}; accepted: a number of examples from 1 on, or None")
-    rows = _read_file(Path(source), split) if is_file(source) else _read_hub(str(source), split)
-    if not rows:
-        raise InvalidArgument(f"source {source} has no rows")
-    prompt_template, answer_template = _templates(rows[0], prompt, answer)
-    examples = [
-        _example(row, prompt_template, answer_template, f"row {number} of {source}")
-        for number, row in enumerate(rows, 1)
-    ]
+    if streaming and limit is None:
+        raise InvalidArgument("streaming needs a limit: how many rows of the stream are read")
+    reading = Reading(prompt, answer, format, system, as_chat, delimiter, encoding, text_rows, skip_bad_rows)
+    options = HubOptions(split, config, revision, limit if streaming else None)
+    sets = [(str(one), _load(find(one, options), str(one), reading, quiet)) for one in sources(source)]
+    examples = join(sets)
+    _say(examples, [name for name, _ in sets])
     if seed is not None:
-        random.Random(seed).shuffle(examples)
-    return examples[:limit]
+        examples = examples.shuffled(seed)
+    return examples if limit is None else examples[:limit]
 
 
-def is_file(source: str | PathLike[str]) -> bool:
-    """Return whether a source is a file rather than a hub data set.
+def sources(source: Source | Sequence[Source]) -> list[Source]:
+    """Return several sources apart: those of a list, and those that a text separates by commas."""
+    if isinstance(source, PathLike):
+        return [source]
+    if not isinstance(source, str):
+        if not source:
+            raise InvalidArgument("source is empty; accepted: at least one file, folder or hub id")
+        return [single for one in source for single in sources(one)]
+    parts = [part.strip() for part in source.split(",") if part.strip()]
+    return [source] if len(parts) < 2 or Path(source).exists() else list(parts)
 
-    Raises:
-        InvalidArgument: it is a folder.
+
+@dataclass
+class _Account:
+    """What became of the rows of a source.
+
+    Args:
+        files: how many files or tables were read.
+        rows: how many rows they had.
+        bad: how many rows were skipped because they are broken.
+        empty: how many rows were skipped because they have no text or no answer.
+        chats: how many examples are chats.
+        format: how the rows became examples.
+        unused: columns that no example is made of.
+        named: the first problems.
+        bare: files without rows.
     """
-    path = Path(source)
-    if path.is_dir():
-        raise InvalidArgument(f"source {source} is a folder; accepted: a {', '.join(FILE_TYPES)} file or a hub id")
-    return path.suffix.lower() in FILE_TYPES or path.is_file()
+
+    files: int = 0
+    rows: int = 0
+    bad: int = 0
+    empty: int = 0
+    chats: int = 0
+    format: str = ""
+    unused: list[str] = field(default_factory=list)
+    named: list[str] = field(default_factory=list)
+    bare: list[str] = field(default_factory=list)
+
+    def skip(self, problem: str, empty: bool) -> None:
+        self.bad, self.empty = self.bad + (not empty), self.empty + empty
+        if len(self.named) < NAMED:
+            self.named.append(problem)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        kept = self.rows - self.bad - self.empty
+        return {"files": self.files, "rows": self.rows, "kept": kept, "bad": self.bad, "empty": self.empty}
 
 
-def _read_file(path: Path, split: str) -> list[Row]:
-    if split != "train":
-        raise InvalidArgument(f"split is {split!r}, but {path} is a file and has no splits: name another file")
-    if not path.is_file():
-        raise InvalidArgument(f"source {path} does not exist")
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".txt": _read_text}
-    if path.suffix.lower() not in readers:
-        raise InvalidArgument(f"source {path} is not a {', '.join(FILE_TYPES)} file")
-    try:
-        return list(readers[path.suffix.lower()](path))
-    except UnicodeDecodeError as error:
-        raise InvalidArgument(f"source {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise InvalidArgument(f"source {path} cannot be read: {error.strerror}") from None
+def _load(found: Found, name: str, reading: Reading, quiet: bool) -> Examples:
+    """Return the examples of one source, from the cache if they are there."""
+    import datasets
+    import pyarrow as pa
 
-
-def _read_text(path: Path) -> Iterator[Row]:
-    """Read a text file as one row."""
-    text = path.read_text(encoding="utf-8-sig")
-    if text.strip():
-        yield {"text": text}
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _json_object(line, path, number)
-
-
-def _json_object(line: str, path: Path, number: int) -> Row:
-    try:
-        row = decode_json(line)
-    except (ValueError, RecursionError) as error:
-        raise InvalidArgument(f"{path}, line {number}: broken JSON: {getattr(error, 'msg', error)}") from None
-    if not isinstance(row, dict):
-        raise InvalidArgument(f"{path}, line {number}: {type(row).__name__} instead of an object of columns")
-    return row
-
-
-def _read_json(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        rows = decode_json(text)
-    except json.JSONDecodeError as error:
-        raise InvalidArgument(f"{path}, line {error.lineno}: broken JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidArgument(f"{path}: broken JSON: {error}") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InvalidArgument(f"{path} is not a JSON list of objects")
-    return rows
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+    if any(place.large for place in found.places) and all(place.digest for place in found.places):
+        folder = _cache_folder() / _key(found.places, reading)
         try:
-            for row in reader:
-                # DictReader files surplus cells under None and fills missing ones with None
-                if None in row or None in row.values():
-                    columns = len(reader.fieldnames or ())
-                    raise InvalidArgument(f"{path}, line {reader.line_num}: not {columns} cells as in the header")
-                yield row
-        except csv.Error as error:
-            raise InvalidArgument(f"{path}, line {reader.line_num}: broken CSV: {error}") from None
+            with lock(folder):
+                if not (folder / TABLE).is_file():
+                    with atomic_folder(folder) as new:
+                        account = _write(str(new / TABLE), found.places, reading, quiet)
+                        write_json(new / ABOUT, vars(account))
+        except OSError as error:
+            raise InvalidArgument(
+                f"the cache folder {folder.parent} cannot be written ({error.strerror}); set HF_DATASETS_CACHE"
+            ) from None
+        account = _Account(**read_json(folder / ABOUT, "examples"))
+        table = datasets.Dataset.from_file(str(folder / TABLE))
+    else:
+        sink = pa.BufferOutputStream()
+        account = _write(sink, found.places, reading, quiet)
+        table = datasets.Dataset.from_buffer(sink.getvalue())
+    if account.rows == 0:
+        raise InvalidArgument(f"source {name} has no rows")
+    _judge(account, name, reading.skip_bad_rows)
+    return _sliced(Examples(table, counts=account.counts), found.slice, name)
 
 
-def _read_hub(name: str, split: str) -> list[Row]:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
+def _cache_folder() -> Path:
+    from datasets import config
+
+    return Path(config.HF_DATASETS_CACHE) / "gradpruner"
+
+
+def _key(places: Iterable[Place], reading: Reading) -> str:
+    """Return a digest of names and bytes of files, of the settings, and of this code."""
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    content = [(place.name, place.digest() if place.digest else None) for place in places]
+    return hashlib.sha256(json.dumps([content, reading.to_dict()]).encode() + code).hexdigest()[:32]
+
+
+def _write(sink: Any, places: list[Place], reading: Reading, quiet: bool) -> _Account:
+    """Write the examples of all files of a source. Return what became of their rows."""
+    from tqdm.auto import tqdm
+
+    account = _Account(files=len(places))
+    unused: dict[str, None] = {}
+    with TableWriter(sink) as writer, tqdm(unit=" rows", desc="reading", disable=quiet or None) as bar:
+        for place in places:
+            converter, before = Converter(reading), account.rows
+            for number, (line, row) in enumerate(place.rows(reading), 1):
+                account.rows += 1
+                where = f"row {number} of {place.name}{f' (line {line})' if line else ''}"
+                try:
+                    if isinstance(row, Broken):
+                        raise _BrokenRow(row.problem)
+                    example = converter(row)
+                except LostColumn as error:
+                    raise InvalidArgument(f"{where}{error}") from None
+                except InvalidArgument as error:
+                    raise InvalidArgument(f"{place.name}: {error}") from None
+                except RowError as error:
+                    problem = str(error) if isinstance(error, _BrokenRow) else f"{where}{error}"
+                    if not reading.skip_bad_rows:
+                        raise InvalidArgument(problem) from None
+                    account.skip(problem, isinstance(error, EmptyRow))
+                    continue
+                account.chats += not isinstance(example.prompt, str)
+                writer.add(example, where)
+                bar.update()
+            if account.rows == before:
+                account.bare.append(place.name)
+            unused.update(converter.unused)
+            account.format = converter.name or account.format
+    account.unused = list(unused)
+    return account
+
+
+class _BrokenRow(RowError):
+    """A row that could not be read. Its message names the row."""
+
+
+def _judge(account: _Account, name: str, share: float) -> None:
+    """Refuse a source with too many bad rows. Name the rows and the columns that are left out."""
+    skipped = account.bad + account.empty
+    if skipped > share * account.rows:
         raise InvalidArgument(
-            f"source {name!r} is neither a {', '.join(FILE_TYPES)} file nor a hub id ('name' or 'owner/name')"
+            f"source {name}: {skipped} of {account.rows} rows are bad, which is more than the share of {share:g} that "
+            f"may be skipped (skip_bad_rows); the first ones: {'; '.join(account.named)}"
+        )
+    if skipped:
+        logger.warning("%s: skipped %d of %d rows: %s", name, skipped, account.rows, "; ".join(account.named))
+    if account.bare:
+        logger.warning("%s: files without rows: %s", name, ", ".join(account.bare))
+    if account.unused:
+        logger.info("%s: columns that are not used: %s", name, listed(account.unused))
+    if 0 < account.chats < account.rows - skipped:
+        logger.warning(
+            "%s: %d of %d examples are chats, the rest plain text", name, account.chats, account.rows - skipped
+        )
+
+
+def _sliced(examples: Examples, part: str, name: str) -> Examples:
+    if not part:
+        return examples
+    import datasets
+
+    try:
+        (found,) = datasets.ReadInstruction.from_spec(f"train{part}").to_absolute({"train": len(examples)})
+    except (ValueError, AssertionError) as error:
+        raise InvalidArgument(
+            f"split: the slice {part} does not fit the {len(examples)} examples of {name}: {error}"
         ) from None
-    import datasets  # slow to import, and a file does not need it
-
-    try:
-        table = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InvalidArgument(f"data set {name!r}, split {split!r}: {reason}") from error
-    names = {column: getattr(feature, "names", None) for column, feature in table.features.items()}
-    return [{column: _class_name(value, names[column]) for column, value in row.items()} for row in table]
+    chosen = examples[found.from_ : found.to]
+    if not len(chosen):
+        raise InvalidArgument(f"split: the slice {part} leaves none of the {len(examples)} examples of {name}")
+    return chosen
 
 
-def _class_name(value: Any, names: list[str] | None) -> Any:
-    """Return the name of a class label, or None for -1, which means unlabelled."""
-    if names is None or value is None:
-        return value
-    return names[value] if value >= 0 else None
-
-
-def _templates(row: Row, prompt: str | None, answer: str | None) -> tuple[Template, Template]:
-    if prompt is not None:
-        return _parse("prompt", prompt, row), _parse("answer", answer or "", row)
-    if answer is not None:
-        raise InvalidArgument("answer is given without prompt; accepted: both, a prompt alone, or neither")
-    for prompt_column, answer_column in KNOWN_COLUMNS:
-        if prompt_column in row and answer_column in row:
-            return [("", prompt_column)], [("", answer_column)]
-    if "text" in row:
-        return [("", "text")], []
-    raise InvalidArgument(f"prompt is missing, and the columns {_listed(row)} hold no known pair")
-
-
-def _parse(argument: str, template: str, row: Row) -> Template:
-    template = template.replace("\\n", "\n").replace("\\t", "\t")  # as typed on a command line
-    try:
-        # str.format itself would also follow attributes and indices; here a field is a column's name, no more
-        fields = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise InvalidArgument(f"{argument} is a broken template ({error}): {template!r}") from None
-    for _, column, spec, conversion in fields:
-        if spec or conversion:
-            raise InvalidArgument(f"{argument} may hold only {{column}} fields, without a format: {template!r}")
-        if column is not None and column not in row:
-            raise InvalidArgument(f"{argument} names the column {column!r}; there are: {_listed(row)}")
-    return [(text, column) for text, column, _, _ in fields]
-
-
-def _listed(row: Row) -> str:
-    return ", ".join(repr(column) for column in row)
-
-
-def _example(row: Row, prompt: Template, answer: Template, where: str) -> Example:
-    example = Example(_fill(prompt, row, where), _fill(answer, row, where))
-    if answer and not example.answer.strip():
-        raise InvalidArgument(f"{where} has an empty answer")
-    if not answer and not example.prompt.strip():
-        raise InvalidArgument(f"{where} has an empty text")
-    return example
-
-
-def _fill(template: Template, row: Row, where: str) -> str:
-    return "".join(text + (_cell(row, column, where) if column is not None else "") for text, column in template)
-
-
-def _cell(row: Row, column: str, where: str) -> str:
-    value = row.get(column)
-    missing = value is None or value != value  # NaN is how pandas writes a missing cell
-    if isinstance(value, str | int | float) and not missing:
-        return str(value)
-    found = "no value" if missing else f"a {type(value).__name__}"
-    raise InvalidArgument(f"{where}, column {column!r}: {found}; accepted: text or a number")
+def _say(examples: Examples, names: list[str]) -> None:
+    counts = examples.counts
+    skipped = [f"{counts[kind]:,} {kind}" for kind in ("bad", "empty") if counts[kind]]
+    logger.info(
+        "data: %s of %s rows kept%s, from %s: %s",
+        f"{counts['kept']:,}",
+        f"{counts['rows']:,}",
+        f" ({', '.join(skipped)} skipped)" if skipped else "",
+        f"{counts['files']} {'file' if counts['files'] == 1 else 'files'}",
+        ", ".join(names),
+    )

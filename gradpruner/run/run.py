@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 from gradpruner.checkpoint.card import model_card, write_card
 from gradpruner.checkpoint.companions import plan_of
 from gradpruner.checkpoint.save import PLAN_FILE, save
-from gradpruner.data.examples import Example
+from gradpruner.data.examples import Example, digest_of_examples
 from gradpruner.distributed.agreement import take_weights_of_first
 from gradpruner.distributed.launch import join, launched
 from gradpruner.distributed.processes import alone, first
@@ -99,7 +98,7 @@ class Run:
             **job.to_dict(),
             "train_examples": len(train_examples),
             "test_examples": len(test_examples),
-            "data": hashlib.sha256(repr([*train_examples, *test_examples]).encode()).hexdigest()[:16],
+            "data": digest_of_examples(train_examples, test_examples)[:16],
         }
         self._stages = RunFolder(self.folder, settings, identity, job.save_steps)
         examples = {"training": [*self._train, *self._held_out], "test": self._test}

@@ -263,6 +263,26 @@ def decode_json(text: str) -> Any:
     return content
 
 
+def decode_json_at(text: str, start: int) -> tuple[Any, int]:
+    """Decode one JSON value in a text as `decode_json` does.
+
+    Args:
+        text: a text with a value and anything after it.
+        start: where the value begins.
+
+    Returns:
+        The value, and where it ends.
+
+    Raises:
+        ValueError: the value is refused.
+        RecursionError: lists are nested deeper than Python can follow.
+    """
+    content, end = json.JSONDecoder(object_pairs_hook=_unique_names).raw_decode(text, start)
+    if text.find("\\u", start, end) >= 0:
+        json.dumps(content, ensure_ascii=False).encode()
+    return content, end
+
+
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from importlib.util import find_spec
 
+import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers
@@ -147,33 +146,32 @@ def test_unreadable_sources(tmp_path):
         load_examples(tmp_path / "latin.csv")
     with pytest.raises(InvalidArgument, match="does not exist"):
         load_examples(tmp_path / "missing.jsonl")
-    with pytest.raises(InvalidArgument, match="is a folder"):
-        load_examples(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidArgument, match="is a folder without data"):
+        load_examples(tmp_path / "empty")
     with pytest.raises(InvalidArgument, match="hub id"):
         load_examples("some/where/else")
 
 
-def stub_datasets(monkeypatch, load_dataset):
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+REVIEWS = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])})
+
+
+def stub_hub(monkeypatch, load_dataset):
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
 
 def test_hub_data_set_with_class_names(monkeypatch):
-    class Table(list):
-        features = types.MappingProxyType({"text": object(), "label": types.SimpleNamespace(names=["bad", "good"])})
-
     def load_dataset(name, split):
         assert (name, split) == ("owner/reviews", "test")
-        return Table([{"text": "Fine", "label": 1}, {"text": "Poor", "label": 0}])
+        return datasets.Dataset.from_dict({"text": ["Fine", "Poor"], "label": [1, 0]}, features=REVIEWS)
 
-    stub_datasets(monkeypatch, load_dataset)
+    stub_hub(monkeypatch, load_dataset)
     assert load_examples("owner/reviews", split="test") == [Example("Fine", "good"), Example("Poor", "bad")]
 
 
 def test_unlabelled_hub_row_is_refused(monkeypatch):
-    class Table(list):
-        features = types.MappingProxyType({"label": types.SimpleNamespace(names=["bad", "good"])})
-
-    stub_datasets(monkeypatch, lambda name, split: Table([{"label": -1}]))
+    table = datasets.Dataset.from_dict({"text": ["?"], "label": [-1]}, features=REVIEWS)
+    stub_hub(monkeypatch, lambda name, split: table)
     with pytest.raises(InvalidArgument, match="no value"):
         load_examples("reviews", prompt="{label}")
 
@@ -182,7 +180,7 @@ def test_unknown_hub_data_set_is_one_line(monkeypatch):
     def load_dataset(name, split):
         raise FileNotFoundError("Dataset 'nobody/nothing' doesn't exist\non the Hub")
 
-    stub_datasets(monkeypatch, load_dataset)
+    stub_hub(monkeypatch, load_dataset)
     with pytest.raises(InvalidArgument, match=r"^data set 'nobody/nothing', split 'train': .* exist$"):
         load_examples("nobody/nothing")
 

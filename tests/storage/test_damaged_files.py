@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import json
 import logging
 import struct
@@ -15,8 +16,9 @@ import zlib
 
 import pytest
 import torch
+from data_shapes import parquet
 from model_families import igia_of
-from mutations import json_mutations, mutants, table_mutations, tensor_mutations
+from mutations import damaged, json_mutations, mutants, table_mutations, tensor_mutations
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -25,7 +27,7 @@ from gradpruner.checkpoint import stored_model as stored
 from gradpruner.checkpoint.masks import Masks
 from gradpruner.compare.cells import finished
 from gradpruner.compare.results import Cost, Result, read_costs, read_results, write_costs, write_results
-from gradpruner.data import load as data
+from gradpruner.data.load import load_examples
 from gradpruner.errors import CheckpointError, GradPrunerError
 from gradpruner.probe.igia import Igia
 from gradpruner.probe.importance import Factors
@@ -195,7 +197,7 @@ def report(folder):
 
 def rows(suffix, text):
     def write(folder):
-        (folder / f"rows{suffix}").write_text(text)
+        (folder / f"rows{suffix}").write_bytes(text if isinstance(text, bytes) else text.encode())
         return folder / f"rows{suffix}"
 
     return write
@@ -212,9 +214,26 @@ def use_trainer_state(path):
 
 
 def use_rows(path):
-    for row in data._read_file(path, "train"):
-        assert isinstance(row, dict)
+    for example in load_examples(path, prompt="{a}", answer="{b}"):
+        assert example.answer
 
+
+def use_chats(path):
+    for example in load_examples(path):
+        assert example.prompt
+
+
+CHAT = [
+    {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    {"role": "assistant", "content": None, "tool_calls": [{"name": "t"}]},
+    {"role": "tool", "content": "7", "name": "t"},
+    {"role": "assistant", "content": "Ho"},
+]
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": '{"name": "t"}'}]
+CHOICE = [
+    {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"},
+    {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": 1},
+]
 
 READERS = {
     "igia": (igia, use_igia, tensor_mutations),
@@ -233,6 +252,11 @@ READERS = {
     "jsonl": (rows(".jsonl", '{"a": "x", "b": 1}\n{"a": "y", "b": 2}\n'), use_rows, table_mutations),
     "json": (rows(".json", '[{"a": "x", "b": 1}, {"a": "y", "b": 2}]'), use_rows, json_mutations),
     "csv": (rows(".csv", "a,b\nx,1\ny,2\n"), use_rows, table_mutations),
+    "messages": (rows(".json", json.dumps([{"messages": CHAT, "tools": '[{"a": "x"}]'}])), use_chats, json_mutations),
+    "sharegpt": (rows(".json", json.dumps([{"conversations": SHAREGPT}])), use_chats, json_mutations),
+    "choices": (rows(".json", json.dumps(CHOICE)), use_chats, json_mutations),
+    "gzip": (rows(".csv.gz", gzip.compress(b"a,b\nx,1\ny,2\n")), use_rows, damaged),
+    "parquet": (rows(".parquet", parquet([{"a": "x", "b": 1}, {"a": "y", "b": 2}])), use_rows, damaged),
 }
 
 
