@@ -10,16 +10,33 @@ from gradpruner.errors import InvalidArgument
 
 
 @dataclass(frozen=True)
+class Message:
+    """One message of a conversation.
+
+    Args:
+        role: who speaks: "system", "user", "assistant" or "tool".
+        content: the text.
+        more: JSON of the message's other keys, for example `tool_calls`. Default: none.
+    """
+
+    role: str
+    content: str
+    more: str = ""
+
+
+@dataclass(frozen=True)
 class Example:
     """One prompt and the answer to learn.
 
     Args:
-        prompt: text before the answer.
-        answer: text to learn. If it is empty, the prompt is plain language-model text.
+        prompt: text or messages before the answer.
+        answer: text or messages to learn. If it is empty, the prompt is plain language-model text.
+        tools: JSON of the tools that a chat template may show. Default: none.
     """
 
-    prompt: str
-    answer: str
+    prompt: str | tuple[Message, ...] = ""
+    answer: str | tuple[Message, ...] = ""
+    tools: str = ""
 
 
 def split_examples(
