@@ -71,7 +71,20 @@ def data_options(parser: argparse.ArgumentParser, *, testing: bool) -> None:
         "--max-length", type=int, default=512, metavar="N", help="most tokens of an example (default 512)"
     )
     parser.add_argument(
-        "--train-on", choices=("answer", "all"), default="answer", help="tokens that the loss counts (default answer)"
+        "--train-on",
+        choices=("answer", "assistant", "last", "all"),
+        default="answer",
+        help="tokens that the loss counts: the answer (in a conversation, every turn of the assistant after the "
+        "prompt), every turn of the assistant, its last turn, or all (default answer)",
+    )
+    parser.add_argument(
+        "--too-long",
+        choices=("cut", "skip", "error", "split"),
+        help="what becomes of examples longer than --max-length (default: text without an answer is split into rows, "
+        "the rest loses its beginning)",
+    )
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="jinja file that writes messages as text (default: the tokenizer's)"
     )
     if testing:
         parser.add_argument("--test-data", metavar="D", help="test data (default: a share of --data is held out)")
@@ -201,6 +214,8 @@ def job(options: argparse.Namespace) -> dict[str, Any]:
         "probe_steps": options.probe_steps,
         "max_length": options.max_length,
         "train_on": options.train_on,
+        "too_long": options.too_long,
+        "chat_template": chat_template(options),
         "dtype": options.dtype,
         "attention": options.attention,
         "trust_remote_code": options.trust_remote_code,
@@ -222,9 +237,25 @@ def load(options: argparse.Namespace, revision: str | None = None) -> Loaded:
         options.model,
         dtype=torch_dtype(options.dtype),
         attention=options.attention,
+        chat_template=chat_template(options),
         trust_remote_code=options.trust_remote_code,
         revision=revision,
     )
+
+
+def chat_template(options: argparse.Namespace) -> str | None:
+    """Read the file of --chat-template, if it is given."""
+    from pathlib import Path
+
+    from gradpruner.errors import InvalidArgument
+
+    file = getattr(options, "chat_template", None)  # not every command reads data
+    if file is None:
+        return None
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"--chat-template {file!r} cannot be read as text: {error}") from None
 
 
 def examples(options: argparse.Namespace) -> list[Any]:

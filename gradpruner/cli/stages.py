@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.cli import options as given
+from gradpruner.errors import InvalidArgument
 
 logger = logging.getLogger(__name__)
 
@@ -109,14 +110,23 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--rouge", type=int, metavar="TOKENS", help="generate up to TOKENS tokens, score ROUGE-L")
 
 
-def _training(options: argparse.Namespace, recipe: Any, revision: str | None = None) -> tuple[Any, Any, list[Any]]:
+def _training(options: argparse.Namespace, recipe: Any, revision: str | None = None) -> tuple[Any, Any, Any]:
     """Return the model, its tokenizer, and the rows of a training in order."""
     from gradpruner.data.tokens import tokenize
     from gradpruner.training.schedule import schedule
 
     examples = given.examples(options)
     model, tokenizer = given.load(options, revision)
-    rows = tokenize(examples, tokenizer, max_length=options.max_length, train_on=options.train_on)
+    rows = tokenize(
+        examples,
+        tokenizer,
+        max_length=options.max_length,
+        train_on=options.train_on,
+        too_long=options.too_long,
+    )
+    logger.info(f"training: {rows.counts.line()}")
+    if not len(rows):
+        raise InvalidArgument(f"--data {options.data}: no example is left; {rows.counts.line()}")
     return model, tokenizer, schedule(rows, options.steps, recipe)
 
 
@@ -269,11 +279,12 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         examples,
         max_length=options.max_length,
         train_on=options.train_on,
+        too_long=options.too_long,
         batch_size=options.batch_size,
         rouge_tokens=options.rouge,
     ).to_dict()
     shown = [f"{name} {value:.4g}" for name, value in result.items() if value is not None and name != "examples"]
-    return {"json": result, "line": f"{options.model}: {', '.join(shown)} on {len(examples)} examples"}
+    return {"json": result, "line": f"{options.model}: {', '.join(shown)} on {result['examples']} examples"}
 
 
 def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: list[Any]) -> dict[str, Any]:

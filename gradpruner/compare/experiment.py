@@ -29,7 +29,6 @@ from gradpruner.compare.scoring import tested
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
-from gradpruner.data.tokens import tokenize
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods import Clues, Method, format_method, parse_method
 from gradpruner.model.decoder import Decoder
@@ -49,14 +48,18 @@ from gradpruner.storage.provenance import MADE_FROM, digest, is_made
 from gradpruner.training.checkpoints import Checkpoints
 from gradpruner.training.finetune import check_comparable
 from gradpruner.training.recipe import Recipe
-from gradpruner.training.schedule import Row, schedule
+from gradpruner.training.schedule import Ordered, Row, schedule
 
 logger = logging.getLogger(__name__)
 
 SETTINGS = COMPARISON_SETTINGS
 LAYERS = "model.json"  # of the dense model; written once everything that can be checked beforehand was checked
 KEPT = (LAYERS, "cells", "trained", "probes", "plans")
-TERMS = ("source", "steps", "recipe", "probe_steps", "max_length", "train_on", "dtype", "attention")  # of a job
+# of a job
+TERMS = (
+    *("source", "steps", "recipe", "probe_steps", "max_length", "train_on", "too_long", "chat_template", "dtype"),
+    "attention",
+)
 
 
 class _Untrained(NamedTuple):
@@ -64,7 +67,7 @@ class _Untrained(NamedTuple):
 
     model: Any
     tokenizer: Any
-    rows: list[Row]
+    rows: Ordered
     recipe: Recipe
     masks: Masks | None
     about: dict[str, Any]  # entries of the cell's file
@@ -220,7 +223,7 @@ class Compare:
         """Return every model in the folder that is done."""
         return finished(self.folder)
 
-    def rows_of_dense(self) -> list[Row]:
+    def rows_of_dense(self) -> Ordered:
         """Return the rows of the dense run with the first seed, in order."""
         recipe = dataclasses.replace(self.job.recipe, seed=self.seeds[0])
         return self._rows(self._train, self._load()[1], recipe)
@@ -234,7 +237,7 @@ class Compare:
         A model that was trained for another cell is not trained again.
         """
         untrained = self._untrained(cell)
-        content = [_content(untrained.model), untrained.rows, untrained.recipe.to_dict(), self.terms["data"]]
+        content = [_content(untrained.model), untrained.rows.digest(), untrained.recipe.to_dict(), self.terms["data"]]
         key = digest_of(content if untrained.masks is None else [*content, "masked"])
         with lock(self.folder / "locks" / key):
             path = self.folder / "trained" / f"{key}.json"
@@ -298,14 +301,14 @@ class Compare:
             "training": training.to_dict(),
         }
 
-    def _clues(self, method: Method, model: nn.Module, tokenizer: Any, rows: list[Row], seed: int) -> Clues:
+    def _clues(self, method: Method, model: nn.Module, tokenizer: Any, rows: Sequence[Row], seed: int) -> Clues:
         collate = Collator(tokenizer)
         size = self.job.recipe.batch_size
 
         def batches(rows: Sequence[Row]) -> list[Any]:
             return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
-        held_out = self._tokens(self._held_out, tokenizer)
+        held_out = self.job.tokenize(self._held_out, tokenizer)
 
         def igia() -> Igia:
             return Igia.load(self._probe(method, tokenizer, seed) / IGIA, lazy=True)
@@ -318,7 +321,7 @@ class Compare:
         recipe = self._probe_recipe(method, seed)
         examples = self._train[: max(1, round(method.share * len(self._train)))] if method.share else self._train
         rows = self._rows(examples, tokenizer, recipe)[: steps * recipe.rows_per_step]
-        path = self.folder / "probes" / digest_of([rows, recipe.to_dict(), self._identity.to_dict()])
+        path = self.folder / "probes" / digest_of([rows.digest(), recipe.to_dict(), self._identity.to_dict()])
         with lock(self.folder / "locks" / path.name):
             if not is_made(path, self._made_from):
                 path.parent.mkdir(exist_ok=True)
@@ -351,17 +354,15 @@ class Compare:
             self.job.source,
             dtype=torch_dtype(self.job.dtype),
             attention=self.job.attention,
+            chat_template=self.job.chat_template,
             trust_remote_code=self.job.trust_remote_code,
             revision=self._identity.revision,
         )
         refuse_masks(self.job.source, "compare", self._identity.revision)
         return loaded
 
-    def _tokens(self, examples: Sequence[Example], tokenizer: Any) -> list[dict[str, list[int]]]:
-        return tokenize(examples, tokenizer, max_length=self.job.max_length, train_on=self.job.train_on)  # type: ignore[arg-type]
-
-    def _rows(self, examples: Sequence[Example], tokenizer: Any, recipe: Recipe) -> list[Row]:
-        return schedule(self._tokens(examples, tokenizer), self.job.steps, recipe)
+    def _rows(self, examples: Sequence[Example], tokenizer: Any, recipe: Recipe) -> Ordered:
+        return schedule(self.job.tokenize(examples, tokenizer), self.job.steps, recipe)
 
 
 def _method_names(methods: Sequence[str], job: Job) -> list[str]:

@@ -319,7 +319,7 @@ class Run:
         self,
         name: str,
         loaded: Loaded,
-        rows: list[Row],
+        rows: Sequence[Row],
         folder: str,
         made_from: Mapping[str, str],
         plan: Plan | None = None,

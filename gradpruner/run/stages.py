@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradpruner.checkpoint.masks import Masks
 from gradpruner.data.collator import Collator
-from gradpruner.data.examples import Example
+from gradpruner.data.examples import Example, with_answer
 from gradpruner.data.tokens import tokenize
 from gradpruner.errors import GradPrunerError
 from gradpruner.probe.igia import Igia
@@ -122,6 +122,7 @@ def measure(
     max_length: int,
     train_on: str,
     batch_size: int,
+    too_long: str | None = None,
     rouge_tokens: int | None = None,
 ) -> Evaluation:
     """Evaluate a model on examples.
@@ -131,8 +132,10 @@ def measure(
         tokenizer: its tokenizer.
         examples: what to evaluate on. Those without an answer count for perplexity alone.
         max_length: the longest row, in tokens.
-        train_on: "answer" or "all", the tokens that perplexity is taken of.
+        train_on: the tokens that perplexity is taken of, see `gradpruner.data.tokens.tokenize`. The exact match is
+            taken of the answer, and of a conversation's last turn of the assistant.
         batch_size: rows of one forward pass.
+        too_long: what becomes of examples that are longer. Default: text without an answer is split, the rest is cut.
         rouge_tokens: generate up to this many tokens per example and score ROUGE-L. Default: no ROUGE-L.
 
     Raises:
@@ -141,12 +144,13 @@ def measure(
     if rouge_tokens is not None:
         rouge_scorer()  # a missing package is reported before anything is measured
     collate = Collator(tokenizer)
-    answered = tokenize([e for e in examples if e.answer], tokenizer, max_length=max_length)
-    rows = tokenize(examples, tokenizer, max_length=max_length, train_on=train_on)  # type: ignore[arg-type]
+    answered = tokenize(with_answer(examples), tokenizer, max_length=max_length, train_on="last", too_long=too_long)
+    rows = tokenize(examples, tokenizer, max_length=max_length, train_on=train_on, too_long=too_long)
     check_rows(model, tokenizer, rows)
     exact = rouge = None
-    if answered:
+    if len(answered):
         exact = exact_match(model, answered, collate=collate, batch_size=batch_size)
-    if answered and rouge_tokens is not None:
+    if len(answered) and rouge_tokens is not None:
         rouge = rouge_l(model, answered, tokenizer, max_new_tokens=rouge_tokens, batch_size=batch_size)
-    return Evaluation(exact, perplexity(model, rows, collate=collate, batch_size=batch_size), rouge, len(examples))
+    evaluated = rows.counts.examples - rows.counts.skipped
+    return Evaluation(exact, perplexity(model, rows, collate=collate, batch_size=batch_size), rouge, evaluated)

@@ -29,7 +29,7 @@ from gradpruner.training.checkpoints import Checkpoints, recorded_state
 from gradpruner.training.divergence import has_diverged
 from gradpruner.training.master_weights import float32_masters, trains_in_half
 from gradpruner.training.recipe import Recipe
-from gradpruner.training.schedule import Row
+from gradpruner.training.schedule import Row, digest_of_rows
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerCallback
@@ -161,7 +161,7 @@ def train(
         raise InvalidArgument(f"of_steps = {of_steps}; expected {steps} or more, the steps of the rows")
     recorder, resumed = row_trainer.StepRecorder(steps), None
     if checkpoints is not None:
-        checkpoints = checkpoints.also_from(rows=digest(list(ordered)), recipe=digest([recipe.to_dict(), of_steps]))
+        checkpoints = checkpoints.also_from(rows=digest_of_rows(ordered), recipe=digest([recipe.to_dict(), of_steps]))
         resumed = checkpoints.newest()
         callbacks = [*callbacks, row_trainer.CheckpointCompleter(checkpoints, recorder.state)]
     bf16 = _computes_in_bfloat16(model)
@@ -183,7 +183,7 @@ def train(
         trainer = row_trainer.RowTrainer(
             model=model,
             args=arguments,
-            train_dataset=list(ordered),
+            train_dataset=ordered,
             data_collator=collate,
             callbacks=[recorder, *callbacks],
         )
