@@ -1,4 +1,4 @@
-"""Conversations as a tokenizer's chat template writes them, and which part of the text is learned.
+"""Conversations as a chat template writes them, and which part of the text is learned.
 
 The template is a program: it may leave out what earlier turns said, merge messages, or write another text than a
 generation would begin with. So nothing is assumed. A turn is learned only if the text before it is exactly the prompt
@@ -10,16 +10,32 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradpruner.data.examples import Example, Message
 from gradpruner.errors import InvalidArgument
 
 ASSISTANT = "assistant"
 SYSTEM = ("system", "developer")
+PROBE = "gradpruner"  # a text that every template should write
+THOUGHTS = "</think>"  # templates may leave out what an assistant wrote up to here, or write it elsewhere
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the template itself marks what the assistant wrote
 
 Turn = dict[str, Any]
+
+
+class Conversation(NamedTuple):
+    """The messages of an example.
+
+    Args:
+        turns: all messages.
+        learned: indices of those that are learned.
+        tools: the tools that a template may show, or None.
+    """
+
+    turns: list[Turn]
+    learned: list[int]
+    tools: Any
 
 
 def is_chat(example: Example) -> bool:
@@ -97,6 +113,18 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._specials = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+        self._in_parts = self._wants_parts()
+
+    def _wants_parts(self) -> bool:
+        """Return whether the template drops content that is text: those of vision models want a list of parts."""
+        for in_parts in (False, True):
+            self._in_parts = in_parts
+            try:
+                if PROBE in self.render([{"role": "user", "content": PROBE}], None):
+                    return in_parts
+            except InvalidArgument:  # it may want other messages; each example is rendered and checked anyway
+                continue
+        return False
 
     def marks(self, tools: Any) -> bool:
         """Return whether the template itself marks what the assistant writes."""
@@ -128,6 +156,13 @@ class ChatTemplate:
         return list(made["input_ids"]), [bool(mark) for mark in made["assistant_masks"]]
 
     def _apply(self, turns: Sequence[Turn], **options: Any) -> Any:
+        if self._in_parts:
+            turns = [
+                {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+                if isinstance(turn["content"], str)
+                else turn
+                for turn in turns
+            ]
         try:
             return self._tokenizer.apply_chat_template(list(turns), **options)
         except Exception as error:  # a template is a program, and raises what it likes
@@ -159,17 +194,22 @@ class ChatTemplate:
     def _span(self, whole: str, turns: Sequence[Turn], index: int, tools: Any) -> tuple[int, int]:
         before = self.render(turns[:index], tools, generation=True) if index else self._opening(whole, turns, tools)
         if not before or not whole.startswith(before):
-            raise InvalidArgument(_unlike(index, "before"))
+            raise InvalidArgument(_unlike(index, "before", last=index == len(turns) - 1))
         if index == len(turns) - 1:
             end = len(whole)
         else:
             after = self.render(turns[: index + 1], tools)
             end = self._common(after, whole)
             if self._bare(after[end:]):
-                raise InvalidArgument(_unlike(index, "of"))
+                raise InvalidArgument(_unlike(index, "of", last=False))
         turn = self._up_to_its_end(whole[len(before) : end])
-        if not turn.strip():
-            raise InvalidArgument(f"the chat template writes nothing for message {index + 1}, which is to be learned")
+        content = turns[index].get("content")
+        said = content.rpartition(THOUGHTS)[2].strip() if isinstance(content, str) else ""
+        if not turn.strip() or said not in turn:
+            raise InvalidArgument(
+                f"the chat template does not write the content of message {index + 1}, {said[:40]!r}, which is to be "
+                "learned; expected a template that does (--chat-template FILE)"
+            )
         return len(before), len(before) + len(turn)
 
     def _up_to_its_end(self, turn: str) -> str:
@@ -214,14 +254,15 @@ class ChatTemplate:
         return size
 
 
-def _unlike(index: int, where: str) -> str:
+def _unlike(index: int, where: str, *, last: bool) -> str:
     what = {
         "before": "the text before it is not the prompt that the model would generate it from",
-        "of": "in the whole conversation it stands otherwise than when the model has just written it (templates of "
-        "models that think leave the thoughts of earlier turns out)",
+        "of": "in the whole conversation it stands otherwise than when the model has just written it",
     }
+    wayout = "train_on 'all', which learns every token" if last else "train_on 'last', which learns the last turn only"
     return (
-        f"the chat template changes message {index + 1}, a turn of the assistant that is to be learned: {what[where]}; "
-        "expected train_on 'last', which learns the last turn only, or a template that marks the assistant's turns "
-        "with {% generation %} (--chat-template FILE)"
+        f"the chat template changes message {index + 1}, a turn of the assistant that is to be learned: {what[where]} "
+        "(templates of models that think do so where a turn has no thoughts, and leave those of earlier turns out); "
+        "expected a template that marks the assistant's turns with {% generation %} (--chat-template FILE), or "
+        f"{wayout}"
     )

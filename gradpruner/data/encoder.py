@@ -9,15 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gradpruner.checks import check_choice, check_int
-from gradpruner.data.chat import (
-    ChatTemplate,
-    Turn,
-    exchanges,
-    is_chat,
-    learned_turns,
-    turns_of,
-    without_oldest,
-)
+from gradpruner.data.chat import Conversation, exchanges, is_chat, learned_turns, turns_of, without_oldest
+from gradpruner.data.chat_tokens import ChatTokens, adds_space, encode
 from gradpruner.data.examples import Example
 from gradpruner.data.special_tokens import Frame
 from gradpruner.errors import InvalidArgument
@@ -44,13 +37,6 @@ class Encoded(NamedTuple):
     lost: int = 0
 
 
-class _Piece(NamedTuple):
-    """A conversation as text in parts, each learned or not."""
-
-    parts: list[tuple[str, bool]]
-    closed: bool  # whether the template has written an end-of-turn token
-
-
 class Encoder:
     """Turns examples into rows.
 
@@ -71,8 +57,8 @@ class Encoder:
         check_int("max_length", max_length, 1, "a number of tokens")
         self.tokenizer, self.max_length, self.train_on, self.too_long = tokenizer, max_length, train_on, too_long
         self._frame = Frame.of(tokenizer)
-        self._adds_space = tokenizer.tokenize("a")[0].startswith("\u2581")  # SentencePiece's: before every text
-        self._chat: ChatTemplate | None = None
+        self._adds_space = adds_space(tokenizer)
+        self._chat: ChatTokens | None = None
 
     def __call__(
         self, examples: Sequence[Example], first: int, place: Callable[[int], str] | None = None
@@ -101,8 +87,8 @@ class Encoder:
                 f"train_on is 'assistant', but {place(examples[0][0])} has no turns: it is text; accepted for text: "
                 "'answer', 'last' (the same) and 'all'"
             )
-        prompts = self._encode([str(example.prompt) for _, example in examples])
-        answers = self._encode([self._answer_text(example) for _, example in examples])
+        prompts = encode(self.tokenizer, [str(example.prompt) for _, example in examples])
+        answers = encode(self.tokenizer, [self._answer_text(example) for _, example in examples])
         return [
             (index, self._text(index, example, prompt, answer, place))
             for (index, example), prompt, answer in zip(examples, prompts, answers, strict=True)
@@ -176,16 +162,14 @@ class Encoder:
     def _chats(self, examples: list[tuple[int, Example]], place: Callable[[int], str]) -> list[Any]:
         if not examples:
             return []
-        self._chat = self._chat or ChatTemplate(self.tokenizer)
         found = [self._found(index, example, place) for index, example in examples]
-        rows = self._conversations([(turns, learned, tools) for turns, learned, tools in found], examples, place)
+        rows = self._conversations(found, [index for index, _ in examples], place)
         return [
-            (index, self._chat_row(index, *conversation, row, place))
+            (index, self._chat_row(index, conversation, row, place))
             for (index, _), conversation, row in zip(examples, found, rows, strict=True)
         ]
 
-    def _found(self, index: int, example: Example, place: Callable[[int], str]) -> tuple[list[Turn], list[int], Any]:
-        """Return the turns of an example, those that are learned, and its tools."""
+    def _found(self, index: int, example: Example, place: Callable[[int], str]) -> Conversation:
         turns, prompt = turns_of(example)
         learned = learned_turns(turns, prompt, self.train_on)
         if not learned and self.train_on != "all":
@@ -195,17 +179,12 @@ class Encoder:
             )
         if self.train_on != "all":
             turns = turns[: learned[-1] + 1]  # what follows changes no loss
-        return turns, learned, json.loads(example.tools) if example.tools else None
+        return Conversation(turns, learned, json.loads(example.tools) if example.tools else None)
 
     def _chat_row(
-        self,
-        index: int,
-        turns: list[Turn],
-        learned: list[int],
-        tools: Any,
-        row: tuple[list[int], list[int]],
-        place: Callable[[int], str],
+        self, index: int, conversation: Conversation, row: tuple[list[int], list[int]], place: Callable[[int], str]
     ) -> list[Encoded]:
+        turns, learned, tools = conversation
         length = len(row[0])
         if length <= self.max_length:
             return [Encoded(*row, index)]
@@ -215,7 +194,7 @@ class Encoder:
         def without(count: int) -> tuple[list[int], list[int]]:
             kept = without_oldest(turns, count)
             still = [new for new, old in enumerate(kept) if old in set(learned)]
-            return self._conversations([([turns[i] for i in kept], still, tools)], [(index, None)], place)[0]
+            return self._conversations([Conversation([turns[i] for i in kept], still, tools)], [index], place)[0]
 
         # the last exchange stays, and the one with the last learned turn
         most = sum(start <= (learned[-1] if learned else len(turns)) for start in exchanges(turns)) - 1
@@ -231,76 +210,14 @@ class Encoder:
         return [Encoded(*shorter, index, length - len(shorter[0]))]
 
     def _conversations(
-        self,
-        conversations: Sequence[tuple[list[Turn], list[int], Any]],
-        examples: Sequence[tuple[int, Any]],
-        place: Callable[[int], str],
+        self, conversations: Sequence[Conversation], indices: Sequence[int], place: Callable[[int], str]
     ) -> list[tuple[list[int], list[int]]]:
         """Return tokens and labels of whole conversations."""
-        made: list[Any] = []
-        for (index, _), conversation in zip(examples, conversations, strict=True):
+        self._chat = self._chat or ChatTokens(self.tokenizer, self._frame.end, self.train_on)
+        written = []
+        for index, conversation in zip(indices, conversations, strict=True):
             try:
-                made.append(self._written(*conversation))
+                written.append(self._chat.written(conversation))
             except InvalidArgument as error:
                 raise InvalidArgument(f"{place(index)}: {error}") from error
-        pieces = [piece for piece in made if isinstance(piece, _Piece)]
-        tokens = iter(self._pieces(pieces))
-        return [next(tokens) if isinstance(piece, _Piece) else piece for piece in made]
-
-    def _written(self, turns: list[Turn], learned: list[int], tools: Any) -> _Piece | tuple[list[int], list[int]]:
-        assert self._chat is not None
-        if self.train_on == "all":
-            whole = self._chat.render(turns, tools)
-            return _Piece([(whole, True)], self._chat.ends(whole))
-        assistants = learned_turns(turns, 0, "assistant")
-        if learned == assistants and self.train_on != "last" and self._chat.marks(tools):
-            ids, marks = self._chat.marked(turns, tools)
-            if not any(marks):
-                raise InvalidArgument("the chat template marks with {% generation %}, but nothing of this conversation")
-            return ids, [token if mark else IGNORED for token, mark in zip(ids, marks, strict=True)]
-        whole, spans = self._chat.spans(turns, learned, tools)
-        parts, at = [], 0
-        for start, end in spans:
-            parts += [(whole[at:start], False), (whole[start:end], True)]
-            at = end
-        if self._chat.ends(whole[:at]):
-            return _Piece([*parts, (whole[at:], False)], closed=True)
-        return _Piece(parts, closed=False)
-
-    def _pieces(self, pieces: Sequence[_Piece]) -> list[tuple[list[int], list[int]]]:
-        """Tokenise conversations part by part, so that each learned turn follows the tokens of its prompt.
-
-        A tokenizer that puts a space before every text sees the whole text instead. Then a token that reaches over the
-        beginning of a turn is learned.
-        """
-        parts = iter(self._encode([text for piece in pieces for text, _ in piece.parts]))
-        rows = []
-        for piece in pieces:
-            tokens = [next(parts) for _ in piece.parts]
-            if self._adds_space:
-                tokens = self._of_whole(piece)
-            ids = [token for part in tokens for token in part]
-            labels = [
-                token if learned else IGNORED
-                for part, (_, learned) in zip(tokens, piece.parts, strict=True)
-                for token in part
-            ]
-            if not piece.closed:
-                ids, labels = ids + self._frame.end, labels + self._frame.end
-            rows.append((ids, labels))
-        return rows
-
-    def _of_whole(self, piece: _Piece) -> list[list[int]]:
-        """Return the tokens of the whole text by part. Each part begins after those of the text before it."""
-        texts = ["".join(text for text, _ in piece.parts[: i + 1]) for i in range(len(piece.parts))]
-        prefixes = self._encode(texts)
-        whole, cuts = prefixes[-1], [0]
-        for prefix in prefixes[:-1]:
-            alike = next((i for i, (a, b) in enumerate(zip(prefix, whole, strict=False)) if a != b), len(prefix))
-            cuts.append(max(cuts[-1], alike))
-        return [whole[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(whole)], strict=True)]
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        if not texts:  # a fast tokenizer takes an empty batch for a mistake
-            return []
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._chat.tokens(written)

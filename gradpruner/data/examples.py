@@ -39,12 +39,6 @@ class Example:
     tools: str = ""
 
 
-def with_answer(examples: Sequence[Example]) -> Sequence[Example]:
-    """Return the examples that have an answer: all of them as they are, or a list of some."""
-    found = [index for index, example in enumerate(examples) if example.answer]
-    return examples if len(found) == len(examples) else [examples[index] for index in found]
-
-
 def split_examples(
     examples: Sequence[Example], held_out: int | float, seed: int
 ) -> tuple[list[Example], list[Example]]:

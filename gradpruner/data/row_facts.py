@@ -18,7 +18,10 @@ def length_of(row: Row) -> int:
 
 
 def learned_tokens(row: Row) -> int:
-    """Return how many tokens of a row are predicted and have a label. Nothing predicts the first token."""
+    """Return how many tokens of a row are predicted and have a label.
+
+    Nothing predicts the first token.
+    """
     return sum(label != IGNORED for label in row["labels"][1:])
 
 

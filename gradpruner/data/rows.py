@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: memory-mapped, made once, and found again by what they were made from."""
+"""Tokenised rows on disk: made once, memory-mapped, and found again by their content."""
 
 from __future__ import annotations
 
@@ -155,10 +155,8 @@ class _Batch:
         }
 
     def _place(self, index: int) -> str:
-        table = getattr(self._examples, "dataset", None)
-        if table is None or "where" not in table.column_names:
-            return f"example {index + 1}"
-        return f"example {index + 1} ({table[index]['where']})"
+        where = getattr(self._examples, "where", None)
+        return f"example {index + 1}" if where is None else f"example {index + 1} ({where(index)})"
 
 
 def _features() -> Any:

@@ -260,7 +260,10 @@ def _batches_of_logits(
 def _generate(
     model: Any, tokenizer: Any, prompts: list[list[int]], ends: Sequence[int] = (), **limits: int
 ) -> list[list[int]]:
-    """Continue prompts greedily up to an end token. They are padded on the left, so that all end together."""
+    """Continue prompts greedily up to an end token.
+
+    Prompts are padded on the left, so that all end together.
+    """
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
