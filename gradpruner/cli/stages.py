@@ -113,6 +113,7 @@ def add_evaluate(commands: Any) -> None:
 def _training(options: argparse.Namespace, recipe: Any, revision: str | None = None) -> tuple[Any, Any, Any]:
     """Return the model, its tokenizer, and the rows of a training in order."""
     from gradpruner.data.tokens import tokenize
+    from gradpruner.run.preflight import training_line
     from gradpruner.training.schedule import schedule
 
     examples = given.examples(options)
@@ -124,9 +125,9 @@ def _training(options: argparse.Namespace, recipe: Any, revision: str | None = N
         train_on=options.train_on,
         too_long=options.too_long,
     )
-    logger.info(f"training: {rows.counts.line()}")
     if not len(rows):
         raise InvalidArgument(f"--data {options.data}: no example is left; {rows.counts.line()}")
+    logger.info(f"training: {training_line(rows, options.steps, recipe)}")
     return model, tokenizer, schedule(rows, options.steps, recipe)
 
 

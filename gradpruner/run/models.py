@@ -34,7 +34,8 @@ class RunModels:
         train_examples: what the models are trained on.
         stages: the folder of the run.
         identity: the content of the job's model that the run began with.
-        all_examples: all examples by their purpose, "training" or "test". They are checked before anything is trained.
+        all_examples: all examples by their purpose, "training", "held-out" or "test". They are checked before anything
+            is trained.
 
     `earlier_plan` is the plan that the job's model was pruned by before, if any. It is known once `load_probed` or
     `cut` was called.

@@ -23,9 +23,13 @@ from gradpruner.pruning.preflight import check_plan, check_save
 from gradpruner.report.plots import new_figure
 from gradpruner.run.auto_ratio import AUTO, candidates
 from gradpruner.training.evaluate import check_labels
+from gradpruner.training.schedule import schedule
 
 if TYPE_CHECKING:
+    from gradpruner.data.rows import Rows as DiskRows
+    from gradpruner.data.tokens import RowList
     from gradpruner.run.job import Job
+    from gradpruner.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +108,23 @@ def check_examples(job: Job, model: Any, tokenizer: Any, examples: Mapping[str, 
             check_labels(rows)
         except InvalidArgument as error:
             raise InvalidArgument(f"{purpose} examples: {error}") from None
-        logger.info(f"{purpose}: {rows.counts.line()}")
         if not len(rows):
             raise InvalidArgument(f"{purpose} examples: none is left; {rows.counts.line()}")
+        trained = purpose == "training"
+        logger.info(f"{purpose}: {training_line(rows, job.steps, job.recipe) if trained else rows.counts.line()}")
         check_rows(model, tokenizer, rows)
+
+
+def training_line(rows: RowList | DiskRows, steps: int, recipe: Recipe) -> str:
+    """Return one line on what is trained on: rows and tokens kept, cut and skipped, and the padding.
+
+    Args:
+        rows: what `tokenize` returned.
+        steps: optimizer steps of the training.
+        recipe: batch size and order of the rows.
+    """
+    share = schedule(rows, steps, recipe).padded(recipe.batch_size, Collator.multiple)
+    return f"{rows.counts.line()}; {share:.1%} of what a step computes is padding"
 
 
 def check_rows(model: Any, tokenizer: Any, rows: Rows) -> None:

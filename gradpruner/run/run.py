@@ -91,7 +91,8 @@ class Run:
             "data": hashlib.sha256(repr([*train_examples, *test_examples]).encode()).hexdigest()[:16],
         }
         self._stages = RunFolder(self.folder, settings, identity, job.save_steps)
-        examples = {"training": [*self._train, *self._held_out], "test": self._test}
+        examples = {"training": self._train, "held-out": self._held_out, "test": self._test}
+        examples = {purpose: some for purpose, some in examples.items() if len(some)}
         self.models = RunModels(job, self._train, self._stages, identity, examples)
 
     def everything(self, *, dense: bool = True) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from gradpruner.training.schedule import Row
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
 
 
 def watch(
@@ -147,6 +150,8 @@ def measure(
     collate = Collator(tokenizer)
     answered = tokenize(with_answer(examples), tokenizer, max_length=max_length, train_on="last", too_long=too_long)
     rows = tokenize(examples, tokenizer, max_length=max_length, train_on=train_on, too_long=too_long)
+    if rows.counts.cut or rows.counts.skipped:
+        logger.info(f"evaluated: {rows.counts.line()}")
     check_rows(model, tokenizer, rows)
     exact = rouge = None
     if len(answered):
