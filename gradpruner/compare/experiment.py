@@ -12,7 +12,6 @@ import gc
 import hashlib
 import logging
 import os
-import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from gradpruner.compare.scoring import tested
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
+from gradpruner.data.parts import shuffled
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods import Clues, Method, format_method, parse_method
 from gradpruner.model.decoder import Decoder
@@ -115,9 +115,8 @@ class Compare:
         self.job, self.folder = job, Path(folder)
         self.methods, self.seeds = _method_names(methods, job), list(dict.fromkeys(seeds))
         self.ratios, self.with_dense = ratios, dense
-        shuffled = list(train_examples)
-        random.Random(0).shuffle(shuffled)
-        self._held_out, self._train, self._test = shuffled[:held_out], shuffled[held_out:], list(test_examples)
+        mixed = shuffled(train_examples, 0)
+        self._held_out, self._train, self._test = mixed[:held_out], mixed[held_out:], test_examples
         before = recorded(self.folder, SETTINGS)
         self._identity = identify(
             job.source,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gradpruner.data.answered import with_answer
 from gradpruner.data.chat import is_chat
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
+from gradpruner.data.parts import with_answer
 from gradpruner.data.tokens import tokenize
 from gradpruner.model.loss import IGNORED
 from gradpruner.run.job import Job

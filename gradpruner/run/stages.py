@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradpruner.checkpoint.masks import Masks
-from gradpruner.data.answered import with_answer
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
+from gradpruner.data.parts import with_answer
 from gradpruner.data.tokens import tokenize
 from gradpruner.errors import GradPrunerError
 from gradpruner.probe.igia import Igia
