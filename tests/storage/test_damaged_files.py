@@ -25,12 +25,12 @@ from gradpruner.checkpoint import stored_model as stored
 from gradpruner.checkpoint.masks import Masks
 from gradpruner.compare.cells import finished
 from gradpruner.compare.results import Cost, Result, read_costs, read_results, write_costs, write_results
-from gradpruner.data import load as data
 from gradpruner.errors import CheckpointError, GradPrunerError
 from gradpruner.probe.igia import Igia
 from gradpruner.probe.importance import Factors
 from gradpruner.run import auto_ratio, page
 from gradpruner.storage import tensor_files as shards
+from gradpruner.data import load as data
 from gradpruner.training import resume as training_files
 from gradpruner.training.probe_batches import load_batches, save_batches
 
