@@ -127,7 +127,7 @@ def _training(options: argparse.Namespace, recipe: Any, revision: str | None = N
     )
     if not len(rows):
         raise InvalidArgument(f"--data {options.data}: no example is left; {rows.counts.line()}")
-    logger.info(f"training: {training_line(rows, options.steps, recipe)}")
+    logger.log(rows.counts.level, f"training: {training_line(rows, options.steps, recipe)}")
     return model, tokenizer, schedule(rows, options.steps, recipe)
 
 

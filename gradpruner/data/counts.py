@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 
@@ -30,6 +31,11 @@ class Counts:
     skipped: int = 0
     skipped_tokens: int = 0
     split: int = 0
+
+    @property
+    def level(self) -> int:
+        """The level to log `line` at: a warning if tokens were lost."""
+        return logging.WARNING if self.cut or self.skipped else logging.INFO
 
     def line(self) -> str:
         """Return one line that says it all."""

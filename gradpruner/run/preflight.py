@@ -111,7 +111,8 @@ def check_examples(job: Job, model: Any, tokenizer: Any, examples: Mapping[str, 
         if not len(rows):
             raise InvalidArgument(f"{purpose} examples: none is left; {rows.counts.line()}")
         trained = purpose == "training"
-        logger.info(f"{purpose}: {training_line(rows, job.steps, job.recipe) if trained else rows.counts.line()}")
+        line = training_line(rows, job.steps, job.recipe) if trained else rows.counts.line()
+        logger.log(rows.counts.level, f"{purpose}: {line}")
         check_rows(model, tokenizer, rows)
 
 

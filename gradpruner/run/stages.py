@@ -151,7 +151,7 @@ def measure(
     answered = tokenize(with_answer(examples), tokenizer, max_length=max_length, train_on="last", too_long=too_long)
     rows = tokenize(examples, tokenizer, max_length=max_length, train_on=train_on, too_long=too_long)
     if rows.counts.cut or rows.counts.skipped:
-        logger.info(f"evaluated: {rows.counts.line()}")
+        logger.warning(f"evaluated: {rows.counts.line()}")
     check_rows(model, tokenizer, rows)
     exact = rouge = None
     if len(answered):

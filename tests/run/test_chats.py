@@ -98,6 +98,7 @@ def test_what_was_lost_is_said(caplog):
     with caplog.at_level(logging.INFO, logger="gradpruner"):
         check_examples(job, model, tokenizer, {"training": [KNOWN, longer], "test": [KNOWN]})
     assert "training: 2 examples became 2 rows" in caplog.text and "1 too long and cut by" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]  # only what loses tokens warns
     assert "of what a step computes is padding" in caplog.text and "none is too long" in caplog.text
     job = Job("model", 4, Recipe(batch_size=2), max_length=10, probe_steps=1, too_long="skip")
     with pytest.raises(InvalidArgument, match="training examples: none is left; 1 examples became 0 rows"):
