@@ -116,7 +116,10 @@ class ChatTemplate:
         self._in_parts = self._wants_parts()
 
     def _wants_parts(self) -> bool:
-        """Return whether the template drops content that is text: those of vision models want a list of parts."""
+        """Return whether the template drops content that is text.
+
+        Templates of some vision models want a list of parts.
+        """
         for in_parts in (False, True):
             self._in_parts = in_parts
             try:
@@ -244,7 +247,10 @@ class ChatTemplate:
         return text.strip()
 
     def _common(self, one: str, other: str) -> int:
-        """Return how many characters two texts begin with alike, special tokens being one character."""
+        """Return how many characters two texts begin with alike.
+
+        No special token is divided.
+        """
         size = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
         for special in self._specials:
             for inside in range(1, min(len(special), size + 1)):

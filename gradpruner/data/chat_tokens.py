@@ -42,7 +42,7 @@ class ChatTokens:
         self._adds_space = adds_space(tokenizer)
 
     def written(self, conversation: Conversation) -> Written | Row:
-        """Write a conversation as text, or as tokens where the template itself marks what is learned.
+        """Write a conversation as text, or as tokens where the template marks what is learned.
 
         Args:
             conversation: its turns, and which of them are learned.

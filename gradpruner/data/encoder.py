@@ -127,7 +127,10 @@ class Encoder:
         return [Encoded(head + tail, labels, index, length - len(head) - len(tail))]
 
     def _windows(self, index: int, tokens: list[int]) -> list[Encoded]:
-        """Cut tokens into consecutive rows, each with the prefix. No token is lost, and each has a label."""
+        """Cut tokens into consecutive rows, each with the prefix.
+
+        No token is lost, and each has a label.
+        """
         prefix = self._frame.prefix
         room = self.max_length - len(prefix)
         if room + min(1, len(prefix)) < 2:
@@ -148,7 +151,10 @@ class Encoder:
         return " " + answer
 
     def _skips(self, length: int, what: str, *, splits: bool) -> bool:
-        """Return whether an example that is too long is left out. Raises InvalidArgument if it is refused."""
+        """Return whether an example that is too long is left out.
+
+        Raises InvalidArgument if it is refused.
+        """
         if self.too_long == "error" or (self.too_long == "split" and not splits):
             reason = "" if self.too_long == "error" else ", and only text without an answer can be split"
             raise InvalidArgument(

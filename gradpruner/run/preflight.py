@@ -117,7 +117,7 @@ def check_examples(job: Job, model: Any, tokenizer: Any, examples: Mapping[str, 
 
 
 def training_line(rows: RowList | DiskRows, steps: int, recipe: Recipe) -> str:
-    """Return one line on what is trained on: rows and tokens kept, cut and skipped, and the padding.
+    """Return one line on what is trained on: rows and tokens kept and lost, and the padding.
 
     Args:
         rows: what `tokenize` returned.
