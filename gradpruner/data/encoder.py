@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from gradpruner.checks import check_choice, check_int
+from gradpruner.checks import check_int
 from gradpruner.data.chat import Conversation, exchanges, is_chat, learned_turns, turns_of, without_oldest
 from gradpruner.data.chat_tokens import ChatTokens, adds_space, encode
 from gradpruner.data.examples import Example
@@ -51,9 +51,9 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, max_length: int, train_on: str, too_long: str | None) -> None:
-        check_choice("train_on", train_on, TRAIN_ON)
-        if too_long is not None:
-            check_choice("too_long", too_long, TOO_LONG)
+        for name, value, accepted in (("train_on", train_on, TRAIN_ON), ("too_long", too_long, (None, *TOO_LONG))):
+            if value not in accepted:
+                raise InvalidArgument(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
         check_int("max_length", max_length, 1, "a number of tokens")
         self.tokenizer, self.max_length, self.train_on, self.too_long = tokenizer, max_length, train_on, too_long
         self._frame = Frame.of(tokenizer)
