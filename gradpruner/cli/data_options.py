@@ -54,9 +54,7 @@ def add(parser: argparse.ArgumentParser, *, testing: bool) -> None:
     parser.add_argument(
         "--max-length", type=int, default=512, metavar="N", help="most tokens of an example (default 512)"
     )
-    parser.add_argument(
-        "--train-on", choices=("answer", "all"), default="answer", help="tokens that the loss counts (default answer)"
-    )
+    _add_rows(parser)
     if testing:
         parser.add_argument(
             "--test-data", nargs="+", metavar="D", help="test data, as --data (default: a share of --data is held out)"
@@ -66,6 +64,26 @@ def add(parser: argparse.ArgumentParser, *, testing: bool) -> None:
         parser.add_argument(
             "--held-out", type=float, default=0.1, metavar="P", help="share of --data held out (default 0.1)"
         )
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which tokens a row has, and which of them are learned."""
+    parser.add_argument(
+        "--train-on",
+        choices=("answer", "assistant", "last", "all"),
+        default="answer",
+        help="tokens that the loss counts: the answer (in a conversation, every turn of the assistant after the "
+        "prompt), every turn of the assistant, its last turn, or all (default answer)",
+    )
+    parser.add_argument(
+        "--too-long",
+        choices=("cut", "skip", "error", "split"),
+        help="what becomes of examples longer than --max-length (default: text without an answer is split into rows, "
+        "the rest loses its beginning)",
+    )
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="jinja file that writes messages as text (default: the tokenizer's)"
+    )
 
 
 def _add_formats(parser: argparse.ArgumentParser) -> None:

@@ -152,6 +152,8 @@ def job(options: argparse.Namespace, rows: Sequence[Any] | None = None) -> dict[
         "probe_steps": options.probe_steps,
         "max_length": options.max_length,
         "train_on": options.train_on,
+        "too_long": options.too_long,
+        "chat_template": chat_template(options),
         "dtype": options.dtype,
         "attention": options.attention,
         "trust_remote_code": options.trust_remote_code,
@@ -173,9 +175,25 @@ def load(options: argparse.Namespace, revision: str | None = None) -> Loaded:
         options.model,
         dtype=torch_dtype(options.dtype),
         attention=options.attention,
+        chat_template=chat_template(options),
         trust_remote_code=options.trust_remote_code,
         revision=revision,
     )
+
+
+def chat_template(options: argparse.Namespace) -> str | None:
+    """Read the file of --chat-template, if it is given."""
+    from pathlib import Path
+
+    from gradpruner.errors import InvalidArgument
+
+    file = getattr(options, "chat_template", None)  # not every command reads data
+    if file is None:
+        return None
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"--chat-template {file!r} cannot be read as text: {error}") from None
 
 
 def amount(options: argparse.Namespace) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from gradpruner.cli import data_options
 from gradpruner.cli import options as given
 from gradpruner.cli.recipe_options import recipe_of, recipe_options, steps_of
+from gradpruner.errors import InvalidArgument
 
 logger = logging.getLogger(__name__)
 
@@ -111,15 +112,26 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--rouge", type=int, metavar="TOKENS", help="generate up to TOKENS tokens, score ROUGE-L")
 
 
-def _training(options: argparse.Namespace, recipe: Any, revision: str | None = None) -> tuple[Any, Any, list[Any]]:
+def _training(options: argparse.Namespace, recipe: Any, revision: str | None = None) -> tuple[Any, Any, Any]:
     """Return the model, its tokenizer, and the rows of a training in order."""
     from gradpruner.data.tokens import tokenize
+    from gradpruner.run.preflight import training_line
     from gradpruner.training.schedule import schedule
 
     examples = data_options.examples(options)
     model, tokenizer = given.load(options, revision)
-    rows = tokenize(examples, tokenizer, max_length=options.max_length, train_on=options.train_on)
-    return model, tokenizer, schedule(rows, steps_of(options, rows), recipe)
+    rows = tokenize(
+        examples,
+        tokenizer,
+        max_length=options.max_length,
+        train_on=options.train_on,
+        too_long=options.too_long,
+    )
+    if not len(rows):
+        raise InvalidArgument(f"--data {' '.join(options.data)}: no example is left; {rows.counts.line()}")
+    steps = steps_of(options, rows)
+    logger.log(rows.counts.level, f"training: {training_line(rows, steps, recipe)}")
+    return model, tokenizer, schedule(rows, steps, recipe)
 
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
@@ -297,11 +309,12 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         examples,
         max_length=options.max_length,
         train_on=options.train_on,
+        too_long=options.too_long,
         batch_size=options.batch_size,
         rouge_tokens=options.rouge,
     ).to_dict()
     shown = [f"{name} {value:.4g}" for name, value in result.items() if value is not None and name != "examples"]
-    return {"json": result, "line": f"{options.model}: {', '.join(shown)} on {len(examples)} examples"}
+    return {"json": result, "line": f"{options.model}: {', '.join(shown)} on {result['examples']} examples"}
 
 
 def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: list[Any]) -> dict[str, Any]:

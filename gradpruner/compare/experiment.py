@@ -15,7 +15,6 @@ import dataclasses
 import gc
 import logging
 import os
-import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from gradpruner.compare.terms import LAYERS, begin_or_continue
 from gradpruner.compare.together import claimed, together, write_below
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example, digest_of_examples
-from gradpruner.data.tokens import tokenize
+from gradpruner.data.parts import shuffled
 from gradpruner.distributed.agreement import agree, need_shared, take_weights_of_first
 from gradpruner.distributed.launch import join, launched
 from gradpruner.distributed.processes import alone, first
@@ -56,7 +55,7 @@ from gradpruner.storage.provenance import MADE_FROM, digest, is_made
 from gradpruner.training.checkpoints import Checkpoints
 from gradpruner.training.finetune import check_comparable
 from gradpruner.training.recipe import Recipe
-from gradpruner.training.schedule import Row, schedule
+from gradpruner.training.schedule import Ordered, Row, schedule
 from gradpruner.training.shares import share_of
 from gradpruner.training.trackers import LOGS, Tracker, scores_of, tracked
 
@@ -64,7 +63,11 @@ logger = logging.getLogger(__name__)
 
 SETTINGS = COMPARISON_SETTINGS
 POLL = 2.0  # seconds between two looks whether the models of other processes are finished
-TERMS = ("source", "steps", "recipe", "probe_steps", "max_length", "train_on", "dtype", "attention")  # of a job
+# of a job
+TERMS = (
+    *("source", "steps", "recipe", "probe_steps", "max_length", "train_on", "too_long", "chat_template", "dtype"),
+    "attention",
+)
 
 
 class _Untrained(NamedTuple):
@@ -72,7 +75,7 @@ class _Untrained(NamedTuple):
 
     model: Any
     tokenizer: Any
-    rows: list[Row]
+    rows: Ordered
     recipe: Recipe
     masks: Masks | None
     about: dict[str, Any]  # entries of the cell's file
@@ -122,9 +125,8 @@ class Compare:
         self.job, self.folder = job, Path(folder)
         self.methods, self.seeds = _method_names(methods, job), list(dict.fromkeys(seeds))
         self.ratios, self.with_dense = ratios, dense
-        shuffled = list(train_examples)
-        random.Random(0).shuffle(shuffled)
-        self._held_out, self._train, self._test = shuffled[:held_out], shuffled[held_out:], list(test_examples)
+        mixed = shuffled(train_examples, 0)
+        self._held_out, self._train, self._test = mixed[:held_out], mixed[held_out:], test_examples
         before = first(lambda: recorded(self.folder, SETTINGS))
         self._identity = identify(
             job.source,
@@ -232,7 +234,7 @@ class Compare:
         """Return every model in the folder that is done."""
         return finished(self.folder)
 
-    def rows_of_dense(self) -> list[Row]:
+    def rows_of_dense(self) -> Ordered:
         """Return the rows of the dense run with the first seed, in order."""
         recipe = dataclasses.replace(self.job.recipe, seed=self.seeds[0])
         return self._rows(self._train, self._load()[1], recipe)
@@ -246,7 +248,7 @@ class Compare:
         A model that was trained for another cell is not trained again.
         """
         untrained = self._untrained(cell)
-        content = [content_of(untrained.model), untrained.rows, untrained.recipe.to_dict(), self.terms["data"]]
+        content = [content_of(untrained.model), untrained.rows.digest(), untrained.recipe.to_dict(), self.terms["data"]]
         key = digest_of(content if untrained.masks is None else [*content, "masked"])
         with together(self.folder / "locks" / key):
             path = self.folder / "trained" / f"{key}.json"
@@ -320,14 +322,14 @@ class Compare:
     def _tracked(self, recipe: Recipe, stage: str, step: int = 0) -> contextlib.AbstractContextManager[Tracker]:
         return tracked(recipe, self.folder / LOGS, stage, name=self.folder.resolve().name, first_step=step)
 
-    def _clues(self, method: Method, model: nn.Module, tokenizer: Any, rows: list[Row], seed: int) -> Clues:
+    def _clues(self, method: Method, model: nn.Module, tokenizer: Any, rows: Sequence[Row], seed: int) -> Clues:
         collate = Collator(tokenizer)
         size = self.job.recipe.batch_size
 
         def batches(rows: Sequence[Row]) -> list[Any]:
             return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
-        held_out = self._tokens(self._held_out, tokenizer)
+        held_out = self.job.tokenize(self._held_out, tokenizer)
 
         def igia() -> Igia:
             return Igia.load(self._probe(method, tokenizer, seed) / IGIA, lazy=True)
@@ -340,7 +342,7 @@ class Compare:
         recipe = self._probe_recipe(method, seed)
         examples = self._train[: max(1, round(method.share * len(self._train)))] if method.share else self._train
         rows = self._rows(examples, tokenizer, recipe)[: steps * recipe.rows_per_step]
-        path = self.folder / "probes" / digest_of([rows, recipe.to_dict(), self._identity.to_dict()])
+        path = self.folder / "probes" / digest_of([rows.digest(), recipe.to_dict(), self._identity.to_dict()])
         with together(self.folder / "locks" / path.name):
             if not first(lambda: is_made(path, self._made_from)):
                 first(lambda: path.parent.mkdir(exist_ok=True))
@@ -377,17 +379,15 @@ class Compare:
             self.job.source,
             dtype=torch_dtype(self.job.dtype),
             attention=self.job.attention,
+            chat_template=self.job.chat_template,
             trust_remote_code=self.job.trust_remote_code,
             revision=self._identity.revision,
         )
         refuse_masks(self.job.source, "compare", self._identity.revision)
         return loaded
 
-    def _tokens(self, examples: Sequence[Example], tokenizer: Any) -> list[dict[str, list[int]]]:
-        return tokenize(examples, tokenizer, max_length=self.job.max_length, train_on=self.job.train_on)  # type: ignore[arg-type]
-
-    def _rows(self, examples: Sequence[Example], tokenizer: Any, recipe: Recipe) -> list[Row]:
-        return schedule(self._tokens(examples, tokenizer), self.job.steps, recipe)
+    def _rows(self, examples: Sequence[Example], tokenizer: Any, recipe: Recipe) -> Ordered:
+        return schedule(self.job.tokenize(examples, tokenizer), self.job.steps, recipe)
 
 
 def _method_names(methods: Sequence[str], job: Job) -> list[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gradpruner.data.chat import is_chat
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
+from gradpruner.data.parts import with_answer
 from gradpruner.data.tokens import tokenize
 from gradpruner.model.loss import IGNORED
 from gradpruner.run.job import Job
@@ -31,9 +33,9 @@ def tested(model: Any, tokenizer: Any, examples: Sequence[Example], job: Job) ->
         how many there were.
     """
     collate, scores = Collator(tokenizer), dict[str, Any](exact_match=None, macro_f1=None, right="")
-    answered = [e for e in examples if e.answer]
-    rows = tokenize(answered, tokenizer, max_length=job.max_length)
-    judged = answers(model, rows, collate=collate, batch_size=EVALUATED_AT_ONCE) if rows else []
+    answered = with_answer(examples)
+    rows = tokenize(answered, tokenizer, max_length=job.max_length, train_on="last", too_long=job.too_long)
+    judged = answers(model, rows, collate=collate, batch_size=EVALUATED_AT_ONCE) if len(rows) else []
     if judged:
         scores["exact_match"] = sum(answer.right for answer in judged) / len(judged)
         scores["right"] = "".join(str(int(answer.right)) for answer in judged)
@@ -42,9 +44,10 @@ def tested(model: Any, tokenizer: Any, examples: Sequence[Example], job: Job) ->
         ]  # nothing predicts the first token
         if len(set(truth)) <= FEW:
             scores["macro_f1"] = macro_f1([answer.predicted for answer in judged], truth)
-    if job.train_on == "answer" and len(answered) == len(examples):
+    chats = any(map(is_chat, examples))  # of which more than the last turn may be learned
+    if job.train_on in ("answer", "last") and len(answered) == len(examples) and not chats:
         scores["perplexity"] = perplexity_of(sum(a.loss for a in judged) / sum(a.tokens for a in judged))
     else:
-        every = tokenize(examples, tokenizer, max_length=job.max_length, train_on=job.train_on)  # type: ignore[arg-type]
+        every = job.tokenize(examples, tokenizer)
         scores["perplexity"] = perplexity(model, every, collate=collate, batch_size=EVALUATED_AT_ONCE)
     return {**scores, "examples": len(examples)}

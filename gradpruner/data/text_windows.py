@@ -10,12 +10,22 @@ import torch
 from torch import Tensor
 
 from gradpruner.checks import check_int
+from gradpruner.data.chat import is_chat
 from gradpruner.data.examples import Example
 from gradpruner.errors import InvalidArgument
 
 
 def text_of(examples: Sequence[Example]) -> str:
-    """Return the examples as one text, with a blank line between them."""
+    """Return the examples as one text, with a blank line between them.
+
+    Raises:
+        InvalidArgument: an example has messages, which are no text.
+    """
+    if any(map(is_chat, examples)):
+        raise InvalidArgument(
+            "data: examples with messages cannot be joined to one text; expected text, or prompt and answer as text "
+            "(--prompt and --answer name the columns)"
+        )
     return "\n\n".join(f"{example.prompt} {example.answer}".strip() for example in examples)
 
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+from gradpruner.data.counts import Counts
+from gradpruner.data.encoder import Encoded, Encoder
 from gradpruner.data.examples import Example
-from gradpruner.errors import InvalidArgument
-from gradpruner.model.loss import IGNORED
+from gradpruner.data.row_facts import learned_tokens
+from gradpruner.data.rows import Rows, rows_of
+
+ROWS_AT_ONCE = 1000  # examples that are tokenised together
+
+
+class RowList(list[dict[str, list[int]]]):
+    """Tokenised rows in memory.
+
+    `counts` says what became of the examples.
+    """
+
+    counts: Counts
 
 
 def tokenize(
@@ -15,78 +28,68 @@ def tokenize(
     tokenizer: Any,
     *,
     max_length: int,
-    train_on: Literal["answer", "all"] = "answer",
-) -> list[dict[str, list[int]]]:
-    """Tokenise examples as [BOS] prompt answer EOS.
+    train_on: str = "answer",
+    too_long: str | None = None,
+) -> RowList | Rows:
+    """Tokenise examples as the model will read them.
 
-    Prompt and answer are tokenised apart, so that the answer's tokens do not depend on the prompt's end and
-    generation from the prompt can reproduce them. A prompt that is too long loses its beginning.
+    Text becomes [prefix] prompt answer [end]. The prefix is what the tokenizer itself puts before a text, and the end
+    is the token that ends an answer. Prompt and answer are tokenised apart, so that the answer's tokens do not depend
+    on the prompt's end and generation from the prompt can reproduce them. Messages become what the tokenizer's chat
+    template writes, and nothing is added but an end token where the template has no token that ends a turn.
 
     Args:
-        examples: what to tokenise.
-        tokenizer: the model's. It must have an end token.
-        max_length: the most tokens of an example.
-        train_on: "answer" for labels on the answer and the end token only, "all" for labels on every token. An example
-            without an answer has labels on every token.
+        examples: what to tokenise. Those of `load_examples` stay on disk, and so do their rows.
+        tokenizer: the model's. It must have an end token, and for messages a chat template.
+        max_length: the most tokens of a row.
+        train_on: the tokens that have labels. "answer": the answer and its end token; of messages, every turn of the
+            assistant after the prompt. "assistant": every turn of the assistant. "last": the last of them. "all":
+            every token. An example without an answer has labels on every token.
+        too_long: what becomes of an example that is longer. "cut": text loses its beginning, a conversation its oldest
+            exchanges; an answer is never cut. "skip": it is left out. "error": it is refused. "split": text
+            without an answer becomes several rows. Default: "split" for text without an answer, "cut" for the rest.
 
     Returns:
-        `input_ids` and `labels` of each example. Labels are -100 where nothing is learned.
+        `input_ids` and `labels` of each row. Labels are -100 where nothing is learned. Rows on disk (`Rows`) if the
+        examples are on disk, otherwise a list. `counts` says what was cut, skipped or split.
 
     Raises:
-        InvalidArgument: an answer does not fit or has no tokens, `train_on` is unknown, or the tokenizer has no end
-            token.
+        InvalidArgument: an answer does not fit or has no tokens, an argument is unknown, the tokenizer has no end
+            token, or the chat template cannot be used with these messages.
     """
-    if train_on not in ("answer", "all"):
-        raise InvalidArgument(f"train_on is {train_on!r}; accepted: 'answer', 'all'")
-    if tokenizer.eos_token_id is None:
-        raise InvalidArgument("tokenizer has no end token (eos_token), which marks where an answer ends")
-    examples = list(examples)
-    bos = _bos(tokenizer)
-    adds_space = _adds_space(tokenizer)
-    prompts = _encode(tokenizer, [example.prompt for example in examples])
-    answers = _encode(tokenizer, [_answer_text(example, adds_space) for example in examples])
-    rows = []
-    for number, (example, prompt_ids, answer_ids) in enumerate(zip(examples, prompts, answers, strict=True), 1):
-        if example.answer and not answer_ids:
-            raise InvalidArgument(
-                f"the answer of example {number} ({example.answer[:40]!r}) has no tokens: there is nothing to learn; "
-                "expected text that the tokenizer knows"
-            )
-        tail = [*answer_ids, tokenizer.eos_token_id]
-        # The first answer token is predicted from something: BOS, or at least one token of the prompt.
-        needed = len(tail) + min(1, len(bos) + len(prompt_ids))
-        if needed > max_length:
-            raise InvalidArgument(
-                f"max_length is {max_length}, but the answer of example {number} "
-                f"({example.answer[:40]!r}) needs {needed} tokens"
-            )
-        room = max_length - len(bos) - len(tail)
-        head = bos + prompt_ids[max(0, len(prompt_ids) - room) :]
-        learn_all = train_on == "all" or not example.answer
-        labels = (head if learn_all else [IGNORED] * len(head)) + tail
-        rows.append({"input_ids": head + tail, "labels": labels})
-    return rows
+    encoder = Encoder(tokenizer, max_length, train_on, too_long)
+    if getattr(examples, "fingerprint", None) is not None:
+        return rows_of(examples, encoder)
+    made, every = RowList(), list(examples)
+    encoded: list[Encoded] = []
+    for start in range(0, len(every), ROWS_AT_ONCE):
+        encoded += encoder(every[start : start + ROWS_AT_ONCE], start)
+    made += [{"input_ids": row.input_ids, "labels": row.labels} for row in encoded if row.input_ids]
+    made.counts = counts_of(encoded, len(every))
+    return made
 
 
-def _bos(tokenizer: Any) -> list[int]:
-    """Return the begin token as a list, empty if the tokenizer puts none before a text."""
-    first = tokenizer("a")["input_ids"][:1]
-    return first if first == [tokenizer.bos_token_id] else []
+def counts_of(encoded: Sequence[Encoded], examples: int) -> Counts:
+    """Count rows and tokens.
 
-
-def _adds_space(tokenizer: Any) -> bool:
-    """Return whether the tokenizer, like SentencePiece's, puts a space before every text."""
-    return tokenizer.tokenize("a")[0].startswith("\u2581")
-
-
-def _answer_text(example: Example, adds_space: bool) -> str:
-    prompt, answer = example.prompt, example.answer
-    if not prompt or not answer or prompt[-1].isspace() or answer[0].isspace() or adds_space:
-        return answer
-    return " " + answer
-
-
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    if not texts:  # a fast tokenizer takes an empty batch for a mistake
-        return []
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    Args:
+        encoded: what the examples became.
+        examples: how many there were.
+    """
+    kept = [row for row in encoded if row.input_ids]
+    cut = [row.lost for row in kept if row.lost]
+    skipped = [row.lost for row in encoded if not row.input_ids]
+    parts: dict[int, int] = {}
+    for row in kept:
+        parts[row.example] = parts.get(row.example, 0) + 1
+    return Counts(
+        examples=examples,
+        rows=len(kept),
+        tokens=sum(len(row.input_ids) for row in kept),
+        learned=sum(learned_tokens({"labels": row.labels}) for row in kept),
+        cut=len(cut),
+        cut_tokens=sum(cut),
+        skipped=len(skipped),
+        skipped_tokens=sum(skipped),
+        split=sum(count > 1 for count in parts.values()),
+    )

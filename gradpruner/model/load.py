@@ -36,6 +36,7 @@ def load_model(
     *,
     dtype: str | torch.dtype = "auto",
     attention: str | None = None,
+    chat_template: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> Loaded:
@@ -49,6 +50,7 @@ def load_model(
         dtype: dtype of the weights. Default "auto": as stored.
         attention: transformers' attn_implementation. "eager" is the fastest for short rows on a CPU. Default:
             transformers chooses.
+        chat_template: jinja text that becomes the tokenizer's chat template. Default: the tokenizer keeps its own.
         trust_remote_code: whether to run code that comes with the model.
         revision: for a hub id, the commit that model and tokenizer are both taken from. Default: the newest.
 
@@ -69,6 +71,8 @@ def load_model(
     if path is None and revision is not None:
         weights["revision"] = revision
     tokenizer = _load_tokenizer(where, trust_remote_code=trust_remote_code, **weights)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     if attention is not None:
         weights["attn_implementation"] = attention
     model = _load_weights(where, dtype=dtype, trust_remote_code=trust_remote_code, **weights)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from gradpruner.checks import check_choice, check_int, is_int, is_number
+from gradpruner.data.examples import Example
+from gradpruner.data.rows import Rows
+from gradpruner.data.tokens import RowList, tokenize
 from gradpruner.errors import InvalidArgument
 from gradpruner.presets import Preset
 from gradpruner.run.auto_ratio import AUTO, MAX_LOST
@@ -37,7 +41,11 @@ class Job:
             "default" or "paper", is accepted too and becomes that `Preset`.
         probe_steps: optimizer steps of the probe. Default: 1 % of the steps, at least 20 and at most half.
         max_length: the longest example, in tokens.
-        train_on: the tokens whose loss is trained, "answer" or "all".
+        train_on: the tokens whose loss is trained: "answer", "assistant", "last" or "all", see
+            `gradpruner.data.tokens.tokenize`.
+        too_long: what becomes of examples that are longer: "cut", "skip", "error" or "split". Default: text without an
+            answer is split, the rest is cut.
+        chat_template: the content of a jinja file that writes messages as text. Default: the tokenizer's own.
         dtype: dtype to load the model in: "auto" (as stored), "float32", "bfloat16" or "float16".
         attention: transformers' attn_implementation. Default: transformers chooses.
         trust_remote_code: whether to run code that comes with the model.
@@ -62,6 +70,8 @@ class Job:
     probe_steps: int | None = None
     max_length: int = 512
     train_on: str = "answer"
+    too_long: str | None = None
+    chat_template: str | None = None
     dtype: str = "auto"
     attention: str | None = None
     trust_remote_code: bool = False
@@ -117,6 +127,18 @@ class Job:
         if self.probe_steps is not None:
             return self.probe_steps
         return max(1, min(self.steps // 2, max(PROBE_LEAST, round(PROBE_SHARE * self.steps))))
+
+    def tokenize(self, examples: Sequence[Example], tokenizer: Any) -> RowList | Rows:
+        """Tokenise examples as the run trains on them.
+
+        Args:
+            examples: what to tokenise.
+            tokenizer: the model's.
+
+        Raises:
+            InvalidArgument: see `gradpruner.data.tokens.tokenize`.
+        """
+        return tokenize(examples, tokenizer, max_length=self.max_length, train_on=self.train_on, too_long=self.too_long)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that a resumed run must agree with, as JSON holds them."""

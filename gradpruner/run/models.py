@@ -10,7 +10,6 @@ from typing import Any
 from gradpruner.checkpoint.companions import carry_processor, plan_of, refuse_masks
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
-from gradpruner.data.tokens import tokenize
 from gradpruner.model.identity import Identity
 from gradpruner.model.load import Loaded, load_model
 from gradpruner.plan import Plan
@@ -23,7 +22,7 @@ from gradpruner.run.preflight import check_run
 from gradpruner.run.probe_folder import IGIA, load_probed_model
 from gradpruner.run.stages import measure
 from gradpruner.training.evaluate import Evaluation
-from gradpruner.training.schedule import Row, schedule
+from gradpruner.training.schedule import Ordered, schedule
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,8 @@ class RunModels:
         train_examples: what the models are trained on.
         stages: the folder of the run.
         identity: the content of the job's model that the run began with.
-        all_examples: all examples by their purpose, "training" or "test". They are checked before anything is trained.
+        all_examples: all examples by their purpose, "training", "held-out" or "test". They are checked before anything
+            is trained.
 
     `earlier_plan` is the plan that the job's model was pruned by before, if any. It is known once `load_probed` or
     `cut` was called.
@@ -68,6 +68,7 @@ class RunModels:
             source,
             dtype=torch_dtype(self.job.dtype),
             attention=self.job.attention,
+            chat_template=self.job.chat_template,
             trust_remote_code=self.job.trust_remote_code,
             revision=revision,
         )
@@ -119,12 +120,11 @@ class RunModels:
         )
         return Loaded(smaller, tokenizer)
 
-    def rows(self, tokenizer: Any) -> list[Row]:
+    def rows(self, tokenizer: Any) -> Ordered:
         """Return the training rows of the whole run, in order."""
-        rows = tokenize(self._train_examples, tokenizer, max_length=self.job.max_length, train_on=self.job.train_on)  # type: ignore[arg-type]
-        return schedule(rows, self.job.steps, self.job.recipe)
+        return schedule(self.job.tokenize(self._train_examples, tokenizer), self.job.steps, self.job.recipe)
 
-    def rows_of_probe(self, tokenizer: Any) -> list[Row]:
+    def rows_of_probe(self, tokenizer: Any) -> Ordered:
         """Return the training rows of the probe, in order: the first of the run."""
         return self.rows(tokenizer)[: self.job.probing * self.job.recipe.rows_per_step]
 
@@ -142,5 +142,6 @@ class RunModels:
             examples,
             max_length=self.job.max_length,
             train_on=self.job.train_on,
+            too_long=self.job.too_long,
             batch_size=self.job.recipe.batch_size,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import nn
 from gradpruner.checks import check_choice, exact_share
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
-from gradpruner.data.tokens import tokenize
+from gradpruner.data.row_facts import fact
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.full_precision import check_full_precision
@@ -22,9 +23,15 @@ from gradpruner.pruning.preflight import check_plan, check_save
 from gradpruner.report.plots import new_figure
 from gradpruner.run.auto_ratio import AUTO, candidates
 from gradpruner.training.evaluate import check_labels
+from gradpruner.training.schedule import schedule
 
 if TYPE_CHECKING:
+    from gradpruner.data.rows import Rows as DiskRows
+    from gradpruner.data.tokens import RowList
     from gradpruner.run.job import Job
+    from gradpruner.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -97,11 +104,28 @@ def check_examples(job: Job, model: Any, tokenizer: Any, examples: Mapping[str, 
     """
     for purpose, some in examples.items():
         try:
-            rows = tokenize(some, tokenizer, max_length=job.max_length, train_on=job.train_on)  # type: ignore[arg-type]
+            rows = job.tokenize(some, tokenizer)
             check_labels(rows)
         except InvalidArgument as error:
             raise InvalidArgument(f"{purpose} examples: {error}") from None
+        if not len(rows):
+            raise InvalidArgument(f"{purpose} examples: none is left; {rows.counts.line()}")
+        trained = purpose == "training"
+        line = training_line(rows, job.steps, job.recipe) if trained else rows.counts.line()
+        logger.log(rows.counts.level, f"{purpose}: {line}")
         check_rows(model, tokenizer, rows)
+
+
+def training_line(rows: RowList | DiskRows, steps: int, recipe: Recipe) -> str:
+    """Return one line on what is trained on: rows and tokens kept and lost, and the padding.
+
+    Args:
+        rows: what `tokenize` returned.
+        steps: optimizer steps of the training.
+        recipe: batch size and order of the rows.
+    """
+    share = schedule(rows, steps, recipe).padded(recipe.batch_size, Collator.multiple)
+    return f"{rows.counts.line()}; {share:.1%} of what a step computes is padding"
 
 
 def check_rows(model: Any, tokenizer: Any, rows: Rows) -> None:
@@ -124,7 +148,7 @@ def check_rows(model: Any, tokenizer: Any, rows: Rows) -> None:
                 f"{size - 1}; expected a padding token that the model knows (for example tokenizer.pad_token = "
                 "tokenizer.eos_token), or a model with more embeddings (model.resize_token_embeddings)"
             )
-        highest = max((max(row["input_ids"], default=0) for row in rows), default=0)
+        highest = int(fact(rows, "highest").max(initial=0))
         if highest >= size:
             token = tokenizer.convert_ids_to_tokens(highest)
             raise InvalidArgument(
@@ -150,7 +174,7 @@ def _check_positions(model: nn.Module, rows: Rows) -> None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
     multiple = Collator.multiple
-    longest = -(-max((len(row["input_ids"]) for row in rows), default=0) // multiple) * multiple
+    longest = -(-int(fact(rows, "length").max(initial=0)) // multiple) * multiple
     first = next(model.parameters())
     if not isinstance(positions, int) or longest <= positions or first.device.type != "cpu":
         return

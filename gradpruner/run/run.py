@@ -101,7 +101,8 @@ class Run:
             "data": digest_of_examples(train_examples, test_examples)[:16],
         }
         self._stages = RunFolder(self.folder, settings, identity, job.save_steps)
-        examples = {"training": [*self._train, *self._held_out], "test": self._test}
+        examples = {"training": self._train, "held-out": self._held_out, "test": self._test}
+        examples = {purpose: some for purpose, some in examples.items() if len(some)}
         self.models = RunModels(job, self._train, self._stages, identity, examples)
 
     def everything(self, *, dense: bool = True) -> dict[str, Any]:
@@ -383,7 +384,7 @@ class Run:
         self,
         name: str,
         loaded: Loaded,
-        rows: list[Row],
+        rows: Sequence[Row],
         folder: str,
         made_from: Mapping[str, str],
         plan: Plan | None = None,

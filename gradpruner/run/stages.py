@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradpruner.checkpoint.masks import Masks
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
+from gradpruner.data.parts import with_answer
 from gradpruner.data.tokens import tokenize
 from gradpruner.distributed.launch import wants_shards
 from gradpruner.errors import GradPrunerError, InvalidArgument
@@ -22,6 +24,8 @@ from gradpruner.training.schedule import Row
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
 
 
 def watch(
@@ -139,6 +143,7 @@ def measure(
     max_length: int,
     train_on: str,
     batch_size: int,
+    too_long: str | None = None,
     rouge_tokens: int | None = None,
 ) -> Evaluation:
     """Evaluate a model on examples.
@@ -148,8 +153,10 @@ def measure(
         tokenizer: its tokenizer.
         examples: what to evaluate on. Those without an answer count for perplexity alone.
         max_length: the longest row, in tokens.
-        train_on: "answer" or "all", the tokens that perplexity is taken of.
+        train_on: the tokens that perplexity is taken of, see `gradpruner.data.tokens.tokenize`. The exact match is
+            taken of the answer, and of a conversation's last turn of the assistant.
         batch_size: rows of one forward pass.
+        too_long: what becomes of examples that are longer. Default: text without an answer is split, the rest is cut.
         rouge_tokens: generate up to this many tokens per example and score ROUGE-L. Default: no ROUGE-L.
 
     Raises:
@@ -158,12 +165,15 @@ def measure(
     if rouge_tokens is not None:
         rouge_scorer()  # a missing package is reported before anything is measured
     collate = Collator(tokenizer)
-    answered = tokenize([e for e in examples if e.answer], tokenizer, max_length=max_length)
-    rows = tokenize(examples, tokenizer, max_length=max_length, train_on=train_on)  # type: ignore[arg-type]
+    answered = tokenize(with_answer(examples), tokenizer, max_length=max_length, train_on="last", too_long=too_long)
+    rows = tokenize(examples, tokenizer, max_length=max_length, train_on=train_on, too_long=too_long)
+    if rows.counts.cut or rows.counts.skipped:
+        logger.warning(f"evaluated: {rows.counts.line()}")
     check_rows(model, tokenizer, rows)
     exact = rouge = None
-    if answered:
+    if len(answered):
         exact = exact_match(model, answered, collate=collate, batch_size=batch_size)
-    if answered and rouge_tokens is not None:
+    if len(answered) and rouge_tokens is not None:
         rouge = rouge_l(model, answered, tokenizer, max_new_tokens=rouge_tokens, batch_size=batch_size)
-    return Evaluation(exact, perplexity(model, rows, collate=collate, batch_size=batch_size), rouge, len(examples))
+    evaluated = rows.counts.examples - rows.counts.skipped
+    return Evaluation(exact, perplexity(model, rows, collate=collate, batch_size=batch_size), rouge, evaluated)

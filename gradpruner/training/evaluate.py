@@ -18,9 +18,11 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gradpruner.data.row_facts import fact
 from gradpruner.distributed.processes import peers_of
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.loss import IGNORED, answer_logits, cross_entropy_sum
@@ -206,7 +208,8 @@ def rouge_l(model: Any, rows: Rows, tokenizer: Any, *, max_new_tokens: int, batc
     for indices in _own_batches(rows, batch_size):
         prompts = [_prompt(rows[index], index) for index in indices]
         references = [[token for token in rows[index]["labels"] if token != IGNORED] for index in indices]
-        generated = _generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+        ends = [reference[-1] for reference in references]  # a chat's turns may end with another token than a text
+        generated = _generate(model, tokenizer, prompts, ends=ends, max_new_tokens=max_new_tokens)
         for index, reference, tokens in zip(indices, references, generated, strict=True):
             pair = [tokenizer.decode(text, skip_special_tokens=True) for text in (reference, tokens)]
             scores[index] = scorer.score(*pair)["rougeL"].fmeasure
@@ -260,8 +263,13 @@ def _batches_of_logits(
         yield indices, *answer_logits(model, batch)
 
 
-def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], **limits: int) -> list[list[int]]:
-    """Continue prompts greedily. They are padded on the left, so that all end together."""
+def _generate(
+    model: Any, tokenizer: Any, prompts: list[list[int]], ends: Sequence[int] = (), **limits: int
+) -> list[list[int]]:
+    """Continue prompts greedily up to an end token.
+
+    Prompts are padded on the left, so that all end together.
+    """
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
@@ -275,7 +283,7 @@ def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], **limits: in
             repetition_penalty=1.0,  # greedy, whatever the model's own generation config prefers
             use_cache=True,
             pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted({tokenizer.eos_token_id, *ends}),
             **limits,
         )
     return sequences[:, longest:].tolist()
@@ -286,9 +294,9 @@ def _batches(rows: Rows, batch_size: int) -> Iterator[list[int]]:
 
     There is little padding then, and a batch that is too large for the memory fails at once.
     """
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+    order = np.argsort(-fact(rows, "length").astype(np.int64), kind="stable")
     for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+        yield order[start : start + batch_size].tolist()
 
 
 def _own_batches(rows: Rows, batch_size: int) -> Iterator[list[int]]:
@@ -309,7 +317,7 @@ def _of_all(results: Mapping[int, T]) -> list[T]:
 def _check(rows: Rows, batch_size: int) -> None:
     if batch_size < 1:
         raise InvalidArgument(f"batch_size is {batch_size}; accepted: 1 or more")
-    if not rows:
+    if not len(rows):
         raise InvalidArgument("rows is empty: there is nothing to evaluate")
     check_labels(rows)
 
@@ -320,9 +328,9 @@ def check_labels(rows: Rows) -> None:
     Raises:
         InvalidArgument: one has not. The message names the row.
     """
-    for index, row in enumerate(rows):
-        if all(label == IGNORED for label in row["labels"][1:]):
-            raise InvalidArgument(f"row {index} has no label after its first token: there is nothing to predict")
+    unlabelled = np.flatnonzero(fact(rows, "learned") == 0)
+    if len(unlabelled):
+        raise InvalidArgument(f"row {unlabelled[0]} has no label after its first token: there is nothing to predict")
 
 
 def _prompt(row: Mapping[str, list[int]], index: int) -> list[int]:

@@ -33,7 +33,7 @@ from gradpruner.training.checkpoints import Checkpoints, recorded_state
 from gradpruner.training.divergence import has_diverged
 from gradpruner.training.master_weights import float32_masters, trains_in_half
 from gradpruner.training.recipe import Recipe
-from gradpruner.training.schedule import Row
+from gradpruner.training.schedule import Row, digest_of_rows
 from gradpruner.training.shares import share_of
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def train(
     share = share_of(recipe, 1 if peers is None else peers.size)
     if sharded and prepare is not None:
         raise InvalidArgument("prepare is given, and the launcher asks for FSDP2; expected one of them")
-    agree("the rows or the recipe", [of_rows := digest(list(ordered)), recipe.to_dict(), of_steps])
+    agree("the rows or the recipe", [of_rows := digest_of_rows(ordered), recipe.to_dict(), of_steps])
     recorder, resumed = row_trainer.StepRecorder(steps), None
     if checkpoints is not None:
         checkpoints = checkpoints.also_from(rows=of_rows, recipe=digest([recipe.to_dict(), of_steps]))
@@ -206,7 +206,7 @@ def train(
         trainer = row_trainer.RowTrainer(
             model=twin(model) if sharded else model,
             args=arguments,
-            train_dataset=list(ordered),
+            train_dataset=ordered,
             data_collator=collate,
             callbacks=[recorder, *callbacks],
         )

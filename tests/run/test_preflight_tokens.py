@@ -81,7 +81,7 @@ def test_an_answer_without_a_token_is_refused():
 
         eos_token_id, bos_token_id = 2, 1
 
-        def __call__(self, texts, add_special_tokens=True):
+        def __call__(self, texts, add_special_tokens=True, verbose=True):
             one = isinstance(texts, str)
             ids = [[3 for c in text if not c.isdigit()] for text in ([texts] if one else texts)]
             return {"input_ids": ids[0] if one else ids}
