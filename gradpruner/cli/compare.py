@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from gradpruner.cli import options as given
+from gradpruner.cli.harness_options import harness, harness_options
 from gradpruner.compare.sensitivity_factors import FACTORS
 from gradpruner.methods.names import METHOD_NAMES
 
@@ -35,6 +36,7 @@ def add_compare(commands: Any) -> None:
         metavar="P",
         help="shares of the layers to remove (default 0.4)",
     )
+    harness_options(parser)
     parser.add_argument("--no-costs", action="store_true", help="do not measure time and memory at the end")
 
 
@@ -117,9 +119,10 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.compare.processes import work_in_processes
     from gradpruner.run.job import Job
 
+    job = Job(**given.job(options), harness=harness(options))
     train_examples, test_examples = given.split(options)
     comparison = Compare(
-        Job(**given.job(options)),
+        job,
         train_examples,
         test_examples,
         options.out,

@@ -54,14 +54,15 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
-def data_options(parser: argparse.ArgumentParser, *, testing: bool) -> None:
+def data_options(parser: argparse.ArgumentParser, *, testing: bool, required: bool = True) -> None:
     """Add the options that say which data is used and how it is read.
 
     Args:
         parser: of the command.
         testing: whether the command evaluates too.
+        required: whether the command needs data.
     """
-    parser.add_argument("--data", required=True, metavar="D", help="data file or hub id, see below")
+    parser.add_argument("--data", required=required, metavar="D", help="data file or hub id, see below")
     parser.add_argument("--split", default="train", help="split of a hub data set (default train)")
     parser.add_argument("--prompt", metavar="T", help="template of the prompt")
     parser.add_argument("--answer", metavar="T", help="template of the answer")

@@ -25,7 +25,7 @@ from gradpruner.checkpoint.companions import refuse_masks
 from gradpruner.checkpoint.masks import Masks
 from gradpruner.compare.analysis import DENSE
 from gradpruner.compare.cells import Cell, digest_of, finished
-from gradpruner.compare.scoring import tested
+from gradpruner.compare.scoring import EVALUATED_AT_ONCE, tested
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
@@ -109,6 +109,8 @@ class Compare:
             )
         if not methods or not ratios or not seeds:
             raise InvalidArgument("methods, ratios or seeds is empty; expected at least one of each")
+        if job.harness is not None:
+            job.harness.check()
         self.job, self.folder = job, Path(folder)
         self.methods, self.seeds = _method_names(methods, job), list(dict.fromkeys(seeds))
         self.ratios, self.with_dense = ratios, dense
@@ -139,6 +141,7 @@ class Compare:
             "test_examples": len(self._test),
             "data": digest_of([*self._held_out, *self._train, *self._test]),
             "held_out": len(self._held_out),
+            "harness": None if self.job.harness is None else self.job.harness.to_dict(),
             MODEL: self._identity.to_dict(),
         }
 
@@ -289,6 +292,8 @@ class Compare:
             checkpoints=checkpoints,
         )
         scores = tested(model, untrained.tokenizer, self._test, self.job)
+        if self.job.harness is not None:
+            scores["harness"] = self.job.harness.evaluate(model, untrained.tokenizer, batch_size=EVALUATED_AT_ONCE)
         decoder = Decoder(model)
         return {
             **scores,

@@ -11,6 +11,7 @@ from gradpruner.checks import check_choice, check_int, is_int, is_number
 from gradpruner.errors import InvalidArgument
 from gradpruner.presets import Preset
 from gradpruner.run.auto_ratio import AUTO, MAX_LOST
+from gradpruner.training.harness import Harness
 from gradpruner.training.recipe import Recipe
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -47,6 +48,7 @@ class Job:
         check_rows: with ratio "auto", training examples that are held out to try cuts on. Nothing is trained on them.
             Default: 10 %, at most 200.
         save_steps: optimizer steps between two checkpoints of a training. Default: see `Checkpoints`.
+        harness: tasks of lm-evaluation-harness that the trained models are scored on too. Default: none.
 
     Raises:
         InvalidArgument: a setting is not accepted.
@@ -69,6 +71,7 @@ class Job:
     check_steps: int | None = None
     check_rows: int | None = None
     save_steps: int | None = None
+    harness: Harness | None = None
 
     def __post_init__(self) -> None:
         """Check what would otherwise be checked only after time was spent."""
@@ -126,7 +129,7 @@ class Job:
             "preset": asdict(self.preset),
             "probe_steps": self.probing,
         }
-        del content["save_steps"]  # it does not change the result
+        del content["save_steps"], content["harness"]  # they do not change the models
         if self.ratio == AUTO:
             return {**content, "max_lost": self.bound, "check_steps": self.checking}
         return {name: value for name, value in content.items() if name not in OF_AUTO}
