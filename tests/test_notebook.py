@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,13 @@ def test_it_holds_no_outputs():
 
 
 @pytest.mark.slow
-def test_it_runs(tmp_path):
+def test_it_runs(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="needs the extra dev: nbclient")
     nbformat = pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel", reason="needs the extra dev: ipykernel")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
