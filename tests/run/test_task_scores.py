@@ -71,12 +71,12 @@ def test_a_comparison_scores_every_model_and_keeps_to_its_tasks(home):
 
     def compare(harness):
         job = job_of(str(home / "model"), harness=harness, steps=STEPS)
-        return Compare(job, TRAIN, TEST, home / "comparison", methods=["drop_last"], ratios=[0.5], held_out=4)
+        return Compare(job, TRAIN, TEST, home / "comparison", methods=["drop-last"], ratios=[0.5], held_out=4)
 
     comparison = compare(tasks)
     comparison.work()
     found = write(comparison, costs=False)
-    assert [row["method"] for row in found["json"]["tasks"]] == ["dense", "drop_last"]
+    assert [row["method"] for row in found["json"]["tasks"]] == ["dense", "drop-last"]
     assert "word_perplexity" in found["line"] and "Tasks of lm" in (home / "comparison/report.html").read_text()
     assert len((home / "comparison/tasks.csv").read_text().splitlines()) == 5
     assert json.loads((home / "comparison/compare.json").read_text())["harness"]["tasks"] == ["letters", "passages"]
