@@ -1,6 +1,6 @@
-"""Score a model on tasks of lm-evaluation-harness, the package that most published scores come from.
+"""Score a model on tasks of lm-evaluation-harness.
 
-The package `lm-eval` is an optional extra. Everything that can be refused without a model is refused by
+Most published scores come from this package, `lm-eval`. It is an optional extra. Everything that can be refused without a model is refused by
 `Harness.check`: a missing package, an unknown task, a data set that cannot be loaded.
 """
 
@@ -78,7 +78,9 @@ class Harness:
         return {**asdict(self), "tasks": list(self.tasks)}
 
     def check(self) -> None:
-        """Refuse what cannot be run, before a model is loaded. Data sets of the tasks are downloaded here.
+        """Refuse what cannot be run, before a model is loaded.
+
+        Data sets of the tasks are downloaded here.
 
         Raises:
             InvalidArgument: the package is missing, a task is unknown, its data cannot be loaded, it needs pictures or
@@ -193,7 +195,7 @@ def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
 
 
 def harness_rows(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a table of one or several models: one line per task and metric, one column per model.
+    """Return a table with a line per task and metric, and a column per model.
 
     Args:
         found: what `Harness.evaluate` returned, by the name of the model. The settings are the same for all.
