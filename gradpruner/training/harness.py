@@ -1,7 +1,7 @@
 """Score a model on tasks of lm-evaluation-harness.
 
-Most published scores come from this package, `lm-eval`. It is an optional extra. Everything that can be refused without a model is refused by
-`Harness.check`: a missing package, an unknown task, a data set that cannot be loaded.
+Most published scores come from this package, `lm-eval`. It is an optional extra. Everything that can be refused without
+a model is refused by `Harness.check`: a missing package, an unknown task, a data set that cannot be loaded.
 """
 
 from __future__ import annotations
