@@ -35,7 +35,8 @@ def task_lines(cells: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
 def task_rows(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a table with a line per method and count, and a column per task and metric.
 
-    The count is the number of removed layers. A value is a mean over the seeds. Of one seed, it stands before lm-eval's standard error.
+    The count is the number of removed layers. A value is a mean over the seeds. Of one seed, it stands before lm-eval's
+    standard error.
 
     Args:
         cells: finished models. Those without scores are left out.
