@@ -10,6 +10,7 @@ from small_runs import STEPS, TEST, TRAIN, job_of, run, write_model
 
 from gradpruner.compare.experiment import Compare
 from gradpruner.compare.outputs import write
+from gradpruner.compare.settings_file import COMPARISON_SETTINGS
 from gradpruner.compare.task_scores import task_lines, task_note, task_rows
 from gradpruner.errors import InvalidArgument
 from gradpruner.run.job import Job
@@ -79,6 +80,6 @@ def test_a_comparison_scores_every_model_and_keeps_to_its_tasks(home):
     assert [row["method"] for row in found["json"]["tasks"]] == ["dense", "drop-last"]
     assert "word_perplexity" in found["line"] and "Tasks of lm" in (home / "comparison/report.html").read_text()
     assert len((home / "comparison/tasks.csv").read_text().splitlines()) == 5
-    assert json.loads((home / "comparison/compare.json").read_text())["harness"]["tasks"] == ["letters", "passages"]
+    assert json.loads((home / "comparison" / COMPARISON_SETTINGS).read_text())["harness"]["tasks"] == ["letters", "passages"]
     with pytest.raises(InvalidArgument, match="harness"):
         compare(None)
