@@ -2,7 +2,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup test slow lint format docs serve demo lower-bounds ci
+.PHONY: help setup test slow lint format docs serve demo wheel lower-bounds ci
 
 help:           ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s%s\n", $$1, $$2}'
@@ -38,6 +38,13 @@ serve: setup    ## the documentation at http://127.0.0.1:8000, rebuilt when a pa
 
 demo: setup     ## prune SmolLM2-135M on the CPU: no network, no GPU
 	$(BIN)/gradpruner demo
+
+wheel: setup    ## a wheel for this version of Python in dist/, with the tag of the oldest Linux that can load it
+	rm -rf dist
+	$(BIN)/python -m build -q --outdir dist/unrepaired
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist dist/unrepaired/*.whl
+	mv dist/unrepaired/*.tar.gz dist
+	rm -r dist/unrepaired
 
 lower-bounds:   ## the default tests with the lowest versions that pyproject.toml names
 	.ci/lower-bounds .venv-lowest

@@ -8,6 +8,7 @@ from typing import Any
 from gradpruner.cli import data_options
 from gradpruner.cli import options as given
 from gradpruner.cli.config_file import record_of
+from gradpruner.cli.harness_options import harness, harness_options
 from gradpruner.cli.recipe_options import recipe_options
 from gradpruner.compare.sensitivity_factors import FACTORS
 from gradpruner.compare.settings_file import HELD_OUT
@@ -39,6 +40,7 @@ def add_compare(commands: Any) -> None:
         metavar="P",
         help="shares of the layers to remove (default 0.4)",
     )
+    harness_options(parser)
     parser.add_argument("--no-costs", action="store_true", help="do not measure time and memory at the end")
 
 
@@ -124,9 +126,10 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.run.command_record import record_command
     from gradpruner.run.job import Job
 
+    tasks = harness(options)
     train_examples, test_examples = data_options.split(options)
     comparison = Compare(
-        Job(**given.job(options, train_examples[HELD_OUT:])),
+        Job(**given.job(options, train_examples[HELD_OUT:]), harness=tasks),
         train_examples,
         test_examples,
         options.out,

@@ -26,15 +26,16 @@ SHARED = ("prompt", "answer", "format", "system", "as_chat", "delimiter", "encod
 logger = logging.getLogger(__name__)
 
 
-def add(parser: argparse.ArgumentParser, *, testing: bool) -> None:
+def add(parser: argparse.ArgumentParser, *, testing: bool, required: bool = True) -> None:
     """Add the options that say which data is read, and how.
 
     Args:
         parser: of the command.
         testing: whether the command evaluates too.
+        required: whether the command needs data.
     """
     parser.add_argument(
-        "--data", required=True, nargs="+", metavar="D", help="files, patterns, folders or hub ids, see below"
+        "--data", required=required, nargs="+", metavar="D", help="files, patterns, folders or hub ids, see below"
     )
     parser.add_argument(
         "--split",

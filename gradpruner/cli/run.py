@@ -10,6 +10,7 @@ from typing import Any
 from gradpruner.cli import data_options
 from gradpruner.cli import options as given
 from gradpruner.cli.config_file import record_of
+from gradpruner.cli.harness_options import harness, harness_options
 from gradpruner.cli.recipe_options import recipe_options
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS
 
@@ -60,6 +61,7 @@ def add_run(commands: Any) -> None:
         metavar="N",
         help="the adapters of the pruned model have N times the --rank (default: the preset's)",
     )
+    harness_options(parser)
     parser.add_argument("--no-dense", action="store_true", help="do not train the dense model for comparison")
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="folder for all results; the same command continues it"
@@ -105,6 +107,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         adapters=options.adapters,
         rank_factor=options.rank_factor,
     )
+    tasks = harness(options)
 
     def job_of(rows: Sequence[Any] | None) -> Job:
         return Job(
@@ -114,6 +117,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
             max_lost=options.max_lost,
             check_steps=options.check_steps,
             check_rows=options.check_rows,
+            harness=tasks,
         )
 
     job = None if options.epochs else job_of(None)  # without epochs, the settings are checked before data is read
@@ -139,12 +143,15 @@ def _results(results: dict[str, Any], folder: str) -> dict[str, Any]:
     from gradpruner.report.tables import table
     from gradpruner.run.auto_ratio import trial_rows
     from gradpruner.run.summary import comparison, notes
+    from gradpruner.training.harness import harness_note, harness_rows
 
     auto = results.get("auto")
     rows = results["rows"]
     failed = " ".join(row["failed"] for row in rows if row.get("failed"))
     why = f"{auto['reason']}\n\n{table(trial_rows(auto))}\n\n" if auto else ""
     beside = f"\n\n{notes(rows)}" if notes(rows) else ""
+    if "harness" in results:
+        beside += f"\n\n{table(harness_rows(results['harness']))}\n\n{harness_note(results['harness'])}"
     line = f"{why}{table(comparison(rows))}{beside}\n\ncheckpoint: {folder}/model    report: {folder}/report.html"
     return {"json": results, "line": line, "failed": failed}
 

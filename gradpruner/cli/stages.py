@@ -6,12 +6,16 @@ import argparse
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradpruner.cli import data_options
 from gradpruner.cli import options as given
+from gradpruner.cli.harness_options import harness, harness_options
 from gradpruner.cli.recipe_options import recipe_of, recipe_options, steps_of
 from gradpruner.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from gradpruner.training.harness import Harness
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +101,11 @@ def add_evaluate(commands: Any) -> None:
         commands,
         "evaluate",
         _evaluate,
-        "Measure exact match, perplexity and, if asked for, ROUGE-L of a checkpoint.",
-        "gradpruner evaluate --model tuned --data test.jsonl",
+        "Measure a checkpoint on your data (exact match, perplexity, ROUGE-L), on tasks of lm-eval, or on both.",
+        "gradpruner evaluate --model tuned --data test.jsonl --tasks arc_easy,hellaswag",
     )
     given.model_options(parser)
-    data_options.add(parser, testing=False)
+    data_options.add(parser, testing=False, required=False)
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="examples per batch (default 16)")
     parser.add_argument(
         "--window",
@@ -110,6 +114,7 @@ def add_evaluate(commands: Any) -> None:
         help="measure only perplexity: all text is joined and cut into windows of TOKENS tokens",
     )
     parser.add_argument("--rouge", type=int, metavar="TOKENS", help="generate up to TOKENS tokens, score ROUGE-L")
+    harness_options(parser)
 
 
 def _training(options: argparse.Namespace, recipe: Any, revision: str | None = None) -> tuple[Any, Any, Any]:
@@ -297,12 +302,28 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    tasks = harness(options)
+    if options.data is None and tasks is None:
+        raise InvalidArgument("neither --data nor --tasks is given; expected one of them, or both")
+    if options.data is None and (options.window is not None or options.rouge is not None):
+        raise InvalidArgument("--window and --rouge measure on --data, which is not given")
+    examples = None if options.data is None else data_options.examples(options)
+    model, tokenizer = given.load(options)
+    parts = []
+    if examples is not None:
+        measured = _windows if options.window is not None else _measured
+        parts.append(measured(options, model, tokenizer, examples))
+    if tasks is not None:
+        parts.append(_tasks(options, model, tokenizer, tasks))
+    return {
+        "json": {name: value for part in parts for name, value in part["json"].items()},
+        "line": "\n\n".join(part["line"] for part in parts),
+    }
+
+
+def _measured(options: argparse.Namespace, model: Any, tokenizer: Any, examples: list[Any]) -> dict[str, Any]:
     from gradpruner.run.stages import measure
 
-    examples = data_options.examples(options)
-    model, tokenizer = given.load(options)
-    if options.window is not None:
-        return _windows(options, model, tokenizer, examples)
     result = measure(
         model,
         tokenizer,
@@ -315,6 +336,15 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     ).to_dict()
     shown = [f"{name} {value:.4g}" for name, value in result.items() if value is not None and name != "examples"]
     return {"json": result, "line": f"{options.model}: {', '.join(shown)} on {result['examples']} examples"}
+
+
+def _tasks(options: argparse.Namespace, model: Any, tokenizer: Any, tasks: Harness) -> dict[str, Any]:
+    from gradpruner.report.tables import table
+    from gradpruner.training.harness import harness_note, harness_rows
+
+    result = tasks.evaluate(model, tokenizer, batch_size=options.batch_size)
+    found = {options.model: result}
+    return {"json": {"harness": result}, "line": f"{table(harness_rows(found))}\n\n{harness_note(found)}"}
 
 
 def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: list[Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from gradpruner.checkpoint.companions import refuse_masks
 from gradpruner.checkpoint.masks import Masks
 from gradpruner.compare.analysis import DENSE
 from gradpruner.compare.cells import Cell, content_of, digest_of, finished
-from gradpruner.compare.scoring import tested
+from gradpruner.compare.scoring import EVALUATED_AT_ONCE, tested
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS, HELD_OUT
 from gradpruner.compare.terms import LAYERS, begin_or_continue
 from gradpruner.compare.together import claimed, together, write_below
@@ -122,6 +122,8 @@ class Compare:
             )
         if not methods or not ratios or not seeds:
             raise InvalidArgument("methods, ratios or seeds is empty; expected at least one of each")
+        if job.harness is not None:
+            job.harness.check()
         self.job, self.folder = job, Path(folder)
         self.methods, self.seeds = _method_names(methods, job), list(dict.fromkeys(seeds))
         self.ratios, self.with_dense = ratios, dense
@@ -151,6 +153,7 @@ class Compare:
             "test_examples": len(self._test),
             "data": digest_of_examples(self._held_out, self._train, self._test),
             "held_out": len(self._held_out),
+            "harness": None if self.job.harness is None else self.job.harness.to_dict(),
             MODEL: self._identity.to_dict(),
         }
 
@@ -310,6 +313,8 @@ class Compare:
             scores = tested(model, untrained.tokenizer, self._test, self.job)
             fates = {f"gradpruner/fate/{layer:02d}": 1.0 for layer in untrained.about["removed"]}
             tracker.log({**fates, **{f"test_{measure}": value for measure, value in scores.items()}})
+        if self.job.harness is not None:
+            scores["harness"] = self.job.harness.evaluate(model, untrained.tokenizer, batch_size=EVALUATED_AT_ONCE)
         decoder = Decoder(model)
         return {
             **scores,

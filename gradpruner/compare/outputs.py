@@ -17,6 +17,8 @@ from gradpruner.compare.experiment import SETTINGS, Compare
 from gradpruner.compare.page import write_comparison
 from gradpruner.compare.results import Result, read_costs, write_costs, write_results
 from gradpruner.compare.sensitivity import scored
+from gradpruner.compare.task_scores import COLUMNS as TASK_COLUMNS
+from gradpruner.compare.task_scores import task_lines, task_note, task_rows
 from gradpruner.distributed.processes import first
 from gradpruner.errors import InvalidArgument, ProbeError
 from gradpruner.methods import GradPruner
@@ -110,6 +112,9 @@ def _rewritten(folder: Path) -> dict[str, Any]:
         ("method", "count", "difference", "low", "high"),
         [(*key, difference.mean, difference.low, difference.high) for key, difference in differences.items()],
     )
+    tasks = task_rows(cells)
+    if tasks:
+        write_lines(folder / "tasks.csv", TASK_COLUMNS, task_lines(cells))
     # 2. the page
     costs, tried = folder / "costs.csv", folder / "sensitivity.json"
     sensitivity = scored(read_json(tried, "sensitivity"), results) if tried.exists() else []
@@ -124,12 +129,19 @@ def _rewritten(folder: Path) -> dict[str, Any]:
         differences={key: difference for key, difference in differences.items() if key[0] not in apart},
         probe=_probe(folder, cells),
         sensitivity=sensitivity,
+        tasks=tasks,
+        tasks_note=task_note(cells),
         notes=[*failed, *_notes(terms)],
     )
     # 3. what the command prints
     rows = _rows(results, differences)
-    line = "\n\n".join([table(rows), *failed, f"report: {page}"])
-    return {"json": {"rows": rows, "failed": failed, "report": str(page)}, "line": line, "failed": " ".join(failed)}
+    shown = [table(rows), *([table(tasks), task_note(cells)] if tasks else [])]
+    line = "\n\n".join([*shown, *failed, f"report: {page}"])
+    return {
+        "json": {"rows": rows, "tasks": tasks, "failed": failed, "report": str(page)},
+        "line": line,
+        "failed": " ".join(failed),
+    }
 
 
 def _failures(cells: Sequence[Mapping[str, Any]]) -> list[str]:

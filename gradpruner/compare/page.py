@@ -37,6 +37,8 @@ def write_comparison(
     differences: Differences,
     probe: Mapping[str, Any] | None = None,
     sensitivity: Sequence[Mapping[str, Any]] = (),
+    tasks: Sequence[Mapping[str, Any]] = (),
+    tasks_note: str = "",
     notes: Sequence[str] = (),
 ) -> Path:
     """Write report.html and its plots. What there is no data for is left out.
@@ -52,6 +54,8 @@ def write_comparison(
         probe: what one probe found: "layer_scores" by kind, the "kind" that chose the layers, "stability" (the settled
             share of the removed layers after each probe step) and the "plan".
         sensitivity: rows with factor, value, exact_match, is_default, and dense, the dense model's exact match.
+        tasks: rows of the table of tasks, see `gradpruner.compare.task_scores.task_rows`.
+        tasks_note: what stands under this table.
         notes: sentences for the end of the page.
 
     Returns:
@@ -91,6 +95,8 @@ def write_comparison(
         "cost_rows": cost_rows(comparison, costs) if cost_shares(costs, comparison.main) else [],
         "cost_note": cost_note(comparison),
         "sensitivity": _sensitivity(pictures, sensitivity),
+        "tasks": tasks,
+        "tasks_note": tasks_note,
         "sentences": notes,
     }
     pictures.remove_others()

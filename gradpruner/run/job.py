@@ -15,6 +15,7 @@ from gradpruner.data.tokens import RowList, tokenize
 from gradpruner.errors import InvalidArgument
 from gradpruner.presets import Preset
 from gradpruner.run.auto_ratio import AUTO, MAX_LOST
+from gradpruner.training.harness import Harness
 from gradpruner.training.recipe import Recipe
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -55,6 +56,7 @@ class Job:
         check_rows: with ratio "auto", training examples that are held out to try cuts on. Nothing is trained on them.
             Default: 10 %, at most 200.
         save_steps: optimizer steps between two checkpoints of a training. Default: see `Checkpoints`.
+        harness: tasks of lm-evaluation-harness that the trained models are scored on too. Default: none.
 
     Raises:
         InvalidArgument: a setting is not accepted.
@@ -79,6 +81,7 @@ class Job:
     check_steps: int | None = None
     check_rows: int | None = None
     save_steps: int | None = None
+    harness: Harness | None = None
 
     def __post_init__(self) -> None:
         """Check what would otherwise be checked only after time was spent."""
@@ -148,7 +151,7 @@ class Job:
             "preset": asdict(self.preset),
             "probe_steps": self.probing,
         }
-        del content["save_steps"]  # it does not change the result
+        del content["save_steps"], content["harness"]  # they do not change the models
         if self.ratio == AUTO:
             return {**content, "max_lost": self.bound, "check_steps": self.checking}
         return {name: value for name, value in content.items() if name not in OF_AUTO}

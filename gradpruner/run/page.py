@@ -24,6 +24,7 @@ from gradpruner.report.plots import (
 from gradpruner.run.auto_ratio import trial_rows
 from gradpruner.run.summary import comparison, notes, outcome
 from gradpruner.storage.files import read_json, reading
+from gradpruner.training.harness import harness_note, harness_rows
 
 REPORT, SCORES = "report.html", "layer_scores.png"
 PROTECTED = 0  # the layer that no scored plan of a run removes
@@ -105,6 +106,8 @@ def _write(folder: Path) -> Path:
         results_title="Dense and pruned" if len(rows) > 1 else "The pruned model",
         results=comparison(rows),
         results_note=notes(rows),
+        tasks=harness_rows(results["harness"]) if "harness" in results else [],
+        tasks_note=harness_note(results["harness"]) if "harness" in results else "",
         trials=trials,
         trials_reason=auto["reason"] if auto else "",
         trials_chosen=next((row["layers removed"] for row in trials if row[""]), None),

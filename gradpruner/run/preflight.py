@@ -52,6 +52,8 @@ def check_run(job: Job, model: Any, tokenizer: Any, folder: Path, examples: Mapp
         CheckpointError: the model could not be written.
     """
     check_full_precision(model, job.source)
+    if job.harness is not None:
+        job.harness.check_tokenizer(tokenizer)
     preset, decoder = job.preset, Decoder(model)
     exact_share("top", preset.top)
     check_choice("kind", preset.kind, SCORES)
@@ -85,6 +87,8 @@ def check_comparison(job: Job, model: Any, tokenizer: Any, examples: Mapping[str
         UnsupportedModel: layers cannot be removed from the model.
     """
     check_full_precision(model, job.source)
+    if job.harness is not None:
+        job.harness.check_tokenizer(tokenizer)
     check_plan(Decoder(model), count=1, merge=0)
     check_examples(job, model, tokenizer, examples)
     new_figure(1, 1)  # the report has plots: fails where matplotlib is missing

@@ -39,6 +39,7 @@ from gradpruner.run.probe_folder import IGIA, save_probe
 from gradpruner.run.speeds import rows_with_speeds
 from gradpruner.run.stages import tune, watch
 from gradpruner.run.summary import OF_THE_MACHINE, comparison
+from gradpruner.run.task_scores import task_scores
 from gradpruner.storage.files import read_json, write_json
 from gradpruner.storage.locks import claim, holder
 from gradpruner.storage.provenance import MADE_FROM, RECORD, digest
@@ -84,6 +85,8 @@ class Run:
             raise InvalidArgument("no training or no test examples; expected at least one of each")
         join()
         share_of(job.recipe, launched())
+        if job.harness is not None:
+            job.harness.check()
         self.job, self.folder, self.quiet = job, Path(folder), quiet
         self.probe_folder = self.folder / "probe"
         self._plan_is_by_hand = False
@@ -143,6 +146,8 @@ class Run:
         rows.append(self.train_pruned(plan))
         rows = self._with_speeds(rows)
         results = {"rows": rows, "plan": plan.to_dict(), "probe": probe}
+        if self.job.harness is not None:
+            results["harness"] = self._task_scores(rows)
         return first(lambda: self._write_results(results, igia, kind))
 
     def _write_results(self, results: dict[str, Any], igia: Igia, kind: str) -> dict[str, Any]:
@@ -241,9 +246,21 @@ class Run:
 
     def _with_speeds(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return the results of the models, with how fast they generate."""
+        return first(lambda: rows_with_speeds(rows, self._folders(rows), self.folder / SPEEDS, self.models.load))
+
+    def _task_scores(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the scores of the models on the tasks of lm-evaluation-harness."""
+        assert self.job.harness is not None
+        made_from = {row["name"]: digest(row["training"]) for row in rows} | self._stages.settings
+        size, folders = self.job.recipe.batch_size, self._folders(rows)
+        return task_scores(
+            self.job.harness, folders, self.folder, self.models.load, batch_size=size, made_from=made_from
+        )
+
+    def _folders(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Path]:
+        """Return the checkpoint folders of the models that were trained."""
         folders = {"dense": self.folder / "dense", "pruned": self.folder / "model"}
-        folders = {row["name"]: folders[row["name"]] for row in rows}
-        return first(lambda: rows_with_speeds(rows, folders, self.folder / SPEEDS, self.models.load))
+        return {row["name"]: folders[row["name"]] for row in rows}
 
     def _write_card(self, rows: Sequence[Mapping[str, Any]], igia: Igia, kind: str) -> None:
         # a card is read on other machines, so it leaves out measurements of this one
