@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from gradpruner.cli import data_options
@@ -93,6 +94,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _trained_on(examples: Sequence[Any]) -> Sequence[Any]:
+    """Return the examples that a comparison trains on."""
+    from gradpruner.compare.terms import held_out_of
+
+    return held_out_of(examples, HELD_OUT)[1]
+
+
 def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.compare.experiment import SETTINGS, Compare
     from gradpruner.compare.outputs import write
@@ -102,7 +110,7 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.run.job import Job
 
     train_examples, test_examples = data_options.split(options)
-    job = Job(**given.job(options, train_examples[HELD_OUT:]))
+    job = Job(**given.job(options, _trained_on(train_examples)))
     factors = {factor: getattr(options, f"{option}_values") for factor, (option, _, _) in FACTORS.items()}
     rows = variants(factors, {"probe_steps": job.probing, "rank": job.recipe.rank, "share": 1.0})
     comparison = Compare(
@@ -129,7 +137,7 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
     tasks = harness(options)
     train_examples, test_examples = data_options.split(options)
     comparison = Compare(
-        Job(**given.job(options, train_examples[HELD_OUT:]), harness=tasks),
+        Job(**given.job(options, _trained_on(train_examples)), harness=tasks),
         train_examples,
         test_examples,
         options.out,

@@ -138,16 +138,16 @@ def checkpoint_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def job(options: argparse.Namespace, rows: Sequence[Any] | None = None) -> dict[str, Any]:
+def job(options: argparse.Namespace, examples: Sequence[Any] | None = None) -> dict[str, Any]:
     """Return the arguments of `Job` that the options of model, data and recipe give.
 
     Args:
         options: of the command.
-        rows: the examples that are trained on, which --epochs counts. Default: --steps is given.
+        examples: what is trained on, whose rows --epochs counts. Default: --steps is given.
     """
     return {
         "source": options.model,
-        "steps": options.steps if rows is None else steps_of(options, rows),
+        "steps": options.steps if examples is None else _steps(options, examples),
         "recipe": recipe_of(options),
         "probe_steps": options.probe_steps,
         "max_length": options.max_length,
@@ -159,6 +159,22 @@ def job(options: argparse.Namespace, rows: Sequence[Any] | None = None) -> dict[
         "trust_remote_code": options.trust_remote_code,
         "save_steps": options.save_steps,
     }
+
+
+def _steps(options: argparse.Namespace, examples: Sequence[Any]) -> int:
+    """Return --steps, or the steps of --epochs over the rows that examples become."""
+    if options.epochs is None:
+        return steps_of(options, examples)
+    from gradpruner.data.tokens import tokenize
+    from gradpruner.model.load import load_tokenizer
+
+    tokenizer = load_tokenizer(
+        options.model, chat_template=chat_template(options), trust_remote_code=options.trust_remote_code
+    )
+    rows = tokenize(
+        examples, tokenizer, max_length=options.max_length, train_on=options.train_on, too_long=options.too_long
+    )
+    return steps_of(options, rows)
 
 
 def load(options: argparse.Namespace, revision: str | None = None) -> Loaded:

@@ -28,16 +28,15 @@ from gradpruner.compare.analysis import DENSE
 from gradpruner.compare.cells import Cell, content_of, digest_of, finished
 from gradpruner.compare.scoring import EVALUATED_AT_ONCE, tested
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS, HELD_OUT
-from gradpruner.compare.terms import LAYERS, begin_or_continue
+from gradpruner.compare.terms import LAYERS, begin_or_continue, held_out_of, method_names
 from gradpruner.compare.together import claimed, together, write_below
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example, digest_of_examples
-from gradpruner.data.parts import shuffled
 from gradpruner.distributed.agreement import agree, need_shared, take_weights_of_first
 from gradpruner.distributed.launch import join, launched
 from gradpruner.distributed.processes import alone, first
 from gradpruner.errors import InvalidArgument
-from gradpruner.methods import Clues, Method, format_method, parse_method
+from gradpruner.methods import Clues, Method, parse_method
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.identity import identify
 from gradpruner.model.load import Loaded, load_model
@@ -125,10 +124,10 @@ class Compare:
         if job.harness is not None:
             job.harness.check()
         self.job, self.folder = job, Path(folder)
-        self.methods, self.seeds = _method_names(methods, job), list(dict.fromkeys(seeds))
+        self.methods, self.seeds = method_names(methods, job), list(dict.fromkeys(seeds))
         self.ratios, self.with_dense = ratios, dense
-        mixed = shuffled(train_examples, 0)
-        self._held_out, self._train, self._test = mixed[:held_out], mixed[held_out:], test_examples
+        self._held_out, self._train = held_out_of(train_examples, held_out)
+        self._test = test_examples
         before = first(lambda: recorded(self.folder, SETTINGS))
         self._identity = identify(
             job.source,
@@ -393,16 +392,3 @@ class Compare:
 
     def _rows(self, examples: Sequence[Example], tokenizer: Any, recipe: Recipe) -> Ordered:
         return schedule(self.job.tokenize(examples, tokenizer), self.job.steps, recipe)
-
-
-def _method_names(methods: Sequence[str], job: Job) -> list[str]:
-    """Return every method once, by its full name.
-
-    Raises InvalidArgument if a probe takes all the steps.
-    """
-    parsed = {format_method(method): method for method in map(parse_method, methods)}
-    for name, method in parsed.items():
-        probing = method.probe_steps or job.probing
-        if probing >= job.steps:
-            raise InvalidArgument(f"{name}: {probing} steps to probe of {job.steps}; expected fewer")
-    return list(parsed)

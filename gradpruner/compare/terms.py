@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS as SETTINGS
+from gradpruner.data.examples import Example
+from gradpruner.data.parts import shuffled
 from gradpruner.errors import InvalidArgument
+from gradpruner.methods import format_method, parse_method
 from gradpruner.run.folder import named, recorded
+from gradpruner.run.job import Job
 from gradpruner.storage.files import write_json
 
 LAYERS = "model.json"  # of the dense model; written once everything that can be checked beforehand was checked
@@ -58,3 +62,27 @@ def _continue(folder: Path, terms: Mapping[str, Any], before: Mapping[str, Any])
             f"{', '.join(named(changed, before, terms))}; expected a new folder, or the same terms, model "
             "and package versions to go on or to add methods, ratios and seeds"
         )
+
+
+def held_out_of(examples: Sequence[Example], count: int) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Return the examples that nothing is trained on, and those that are trained on.
+
+    Args:
+        examples: all training examples.
+        count: how many are held out. They are the same in every comparison of these examples.
+    """
+    mixed = shuffled(examples, 0)
+    return mixed[:count], mixed[count:]
+
+
+def method_names(methods: Sequence[str], job: Job) -> list[str]:
+    """Return every method once, by its full name.
+
+    Raises InvalidArgument if a probe takes all the steps.
+    """
+    parsed = {format_method(method): method for method in map(parse_method, methods)}
+    for name, method in parsed.items():
+        probing = method.probe_steps or job.probing
+        if probing >= job.steps:
+            raise InvalidArgument(f"{name}: {probing} steps to probe of {job.steps}; expected fewer")
+    return list(parsed)

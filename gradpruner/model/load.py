@@ -61,26 +61,55 @@ def load_model(
         InvalidArgument: there is no such model, it has no safetensors or no tokenizer, or a package is missing.
         CheckpointError: a symbolic link in the folder leads out of it.
     """
-    path = located(source)
-    weights: dict[str, Any] = {}
-    if path is not None and path.is_file():
-        _need_gguf_package()
-        where, weights = str(path.parent), {"gguf_file": path.name}
-    else:
-        where = str(source)
-    if path is None and revision is not None:
-        weights["revision"] = revision
-    tokenizer = _load_tokenizer(where, trust_remote_code=trust_remote_code, **weights)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
+    tokenizer = load_tokenizer(
+        source, chat_template=chat_template, trust_remote_code=trust_remote_code, revision=revision
+    )
+    where, weights = _place(source, revision)
     if attention is not None:
         weights["attn_implementation"] = attention
     model = _load_weights(where, dtype=dtype, trust_remote_code=trust_remote_code, **weights)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return Loaded(model, tokenizer)
+
+
+def load_tokenizer(
+    source: str | os.PathLike[str],
+    *,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Any:
+    """Load the tokenizer of a model.
+
+    Args:
+        source: as for `load_model`.
+        chat_template: jinja text that becomes its chat template. Default: it keeps its own.
+        trust_remote_code: whether to run code that comes with the model.
+        revision: the commit of a hub id. Default: the newest.
+
+    Returns:
+        The tokenizer. If it has no padding token, its end token becomes the padding token.
+
+    Raises:
+        InvalidArgument: there is no such model, it has no tokenizer, or a package is missing.
+    """
+    where, options = _place(source, revision)
+    tokenizer = _load_tokenizer(where, trust_remote_code=trust_remote_code, **options)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _place(source: str | os.PathLike[str], revision: str | None) -> tuple[str, dict[str, Any]]:
+    """Return what transformers calls a model, and the options that belong to it."""
+    path = located(source)
+    if path is not None and path.is_file():
+        _need_gguf_package()
+        return str(path.parent), {"gguf_file": path.name}
+    return str(source), {} if path is not None or revision is None else {"revision": revision}
 
 
 def located(source: str | os.PathLike[str]) -> Path | None:

@@ -24,7 +24,6 @@ from gradpruner.distributed.agreement import take_weights_of_first
 from gradpruner.distributed.launch import join, launched
 from gradpruner.distributed.processes import alone, first
 from gradpruner.errors import InvalidArgument
-from gradpruner.model.decoder import Decoder
 from gradpruner.model.identity import identify
 from gradpruner.model.load import Loaded
 from gradpruner.plan import Plan
@@ -37,18 +36,17 @@ from gradpruner.run.page import write_report
 from gradpruner.run.plan_file import check_made_by_run, with_parameter_ratio
 from gradpruner.run.probe_folder import IGIA, save_probe
 from gradpruner.run.speeds import rows_with_speeds
-from gradpruner.run.stages import tune, watch
+from gradpruner.run.stages import watch
 from gradpruner.run.summary import OF_THE_MACHINE, comparison
 from gradpruner.run.task_scores import task_scores
+from gradpruner.run.trainings import Trainings
 from gradpruner.storage.files import read_json, write_json
 from gradpruner.storage.locks import claim, holder
 from gradpruner.storage.provenance import MADE_FROM, RECORD, digest
-from gradpruner.training.divergence import why_failed
 from gradpruner.training.evaluate import Evaluation
 from gradpruner.training.finetune import check_comparable, finish
-from gradpruner.training.schedule import Row
 from gradpruner.training.shares import share_of
-from gradpruner.training.trackers import LOGS, Tracker, figures_of, tracked
+from gradpruner.training.trackers import figures_of
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +105,7 @@ class Run:
         examples = {"training": self._train, "held-out": self._held_out, "test": self._test}
         examples = {purpose: some for purpose, some in examples.items() if len(some)}
         self.models = RunModels(job, self._train, self._stages, identity, examples)
+        self._trainings = Trainings(job, self.models, self._stages, quiet=quiet)
 
     def everything(self, *, dense: bool = True) -> dict[str, Any]:
         """Run all stages.
@@ -166,7 +165,7 @@ class Run:
             logger.info(f"probe: {self.job.probing} steps")
             model, tokenizer = self.models.load_dense()
             check_comparable(model, self.job.recipe)
-            with self._tracked("probe") as tracker:
+            with self._trainings.tracked("probe") as tracker:
                 watched, igia = watch(
                     model,
                     tokenizer,
@@ -223,7 +222,7 @@ class Run:
         self._stages.forget_results()
         smaller, tokenizer = self.models.cut(plan)
         igia = Igia.load(self.probe_folder / IGIA, lazy=True)
-        with self._tracked("cut", self.job.probing) as tracker:
+        with self._trainings.tracked("cut", self.job.probing) as tracker:
             tracker.log(figures_of(plan, igia, self.models.patches, kind=self._kind(plan)))
 
         def beside(inside: Path) -> None:
@@ -278,11 +277,6 @@ class Run:
     def _kind(self, plan: Plan) -> str:
         """Return the layer score that a plan is judged by. A plan by hand may name any other."""
         return plan.kind if plan.kind in SCORES else self.job.preset.kind
-
-    def _tracked(self, stage: str, first_step: int = 0) -> contextlib.AbstractContextManager[Tracker]:
-        """Report a stage to the trackers of the recipe."""
-        logs, name = self.folder / LOGS, self.folder.resolve().name
-        return tracked(self.job.recipe, logs, stage, name=name, first_step=first_step)
 
     # checks of what the folder holds already
 
@@ -362,23 +356,10 @@ class Run:
                 model, tokenizer = self.models.load_probed()
                 model = finish(model)  # as the cut does with what the probe trained
         take_weights_of_first(model)
-        size = self.job.recipe.rows_per_step
-        rows = self.models.rows(tokenizer)[self.job.probing * size : (self.job.probing + self.job.checking) * size]
-        recipe = self.job.recipe.widened(self.job.preset.rank_factor if count else 1)
-        checkpoints = self._stages.checkpoints(f"check-{count}", self._made_from_probe())
-        with self._tracked(f"auto-{count}", self.job.probing) as tracker:
-            model, _ = tune(
-                model,
-                tokenizer,
-                rows,
-                recipe,
-                quiet=self.quiet,
-                checkpoints=checkpoints,
-                callbacks=tracker.callbacks,
-            )
-            evaluation = self.models.score(model, tokenizer, self._held_out)
-            tracker.log({f"eval_{measure}": value for measure, value in evaluation.to_dict().items()})
-        checkpoints.discard()
+        widening = self.job.preset.rank_factor if count else 1
+        evaluation = self._trainings.trial(
+            str(count), Loaded(model, tokenizer), widening, self._held_out, self._made_from_probe()
+        )
         del model
         gc.collect()
         return evaluation
@@ -388,58 +369,13 @@ class Run:
     def _fine_tune_dense(self) -> dict[str, Any]:
         logger.info(f"dense: {self.job.steps} steps")
         loaded = self.models.load_dense()
-        return self._fine_tune("dense", loaded, self.models.rows(loaded.tokenizer), "dense", self._stages.settings)
+        rows = self.models.rows(loaded.tokenizer)
+        return self._trainings.fine_tune("dense", loaded, rows, self._test, "dense", self._stages.settings)
 
     def _fine_tune_pruned(self, plan: Plan) -> dict[str, Any]:
         logger.info(f"pruned: {self.job.steps - self.job.probing} steps")
         loaded = self.models.load(str(self.folder / "cut"))
         plan = plan_of(str(self.folder / "cut"), loaded.model) or plan
         rows = self.models.rows(loaded.tokenizer)[self.job.probing * self.job.recipe.rows_per_step :]
-        return self._fine_tune("pruned", loaded, rows, "model", self._made_from_plan(plan), plan)
-
-    def _fine_tune(
-        self,
-        name: str,
-        loaded: Loaded,
-        rows: Sequence[Row],
-        folder: str,
-        made_from: Mapping[str, str],
-        plan: Plan | None = None,
-    ) -> dict[str, Any]:
-        """Fine-tune, save and evaluate one model. Return its row of the results."""
-        model, tokenizer = loaded
-        recipe = self.job.recipe.widened(1 if plan is None else self.job.preset.rank_factor)
-        checkpoints = self._stages.checkpoints(name, made_from)
-        with self._tracked(name, 0 if plan is None else self.job.probing) as tracker:
-            model, training = tune(
-                model,
-                tokenizer,
-                rows,
-                recipe,
-                quiet=self.quiet,
-                checkpoints=checkpoints,
-                callbacks=tracker.callbacks,
-            )
-            logger.info(f"{name}: evaluating {len(self._test)} examples")
-            saved = save(
-                model,
-                self.folder / folder,
-                tokenizer=tokenizer,
-                plan=plan,
-                overwrite=True,
-                beside=lambda inside: self.models.carry_processor(model, inside),
-            )
-            evaluation = self.models.score(model, tokenizer, self._test)
-            tracker.log({f"test_{measure}": value for measure, value in evaluation.to_dict().items()})
-        decoder = Decoder(model)
-        return {
-            "name": name,
-            "layers": len(decoder.layers),
-            "parameters": decoder.total_parameters(),
-            **evaluation.to_dict(),
-            "step_seconds": training.step_seconds,
-            "peak_bytes": training.peak_bytes,
-            "checkpoint_bytes": sum(f.stat().st_size for f in saved.glob("*.safetensors")),
-            "failed": why_failed(f"the {name} run", training.losses, evaluation.perplexity),
-            "training": training.to_dict(),
-        }
+        made_from = self._made_from_plan(plan)
+        return self._trainings.fine_tune("pruned", loaded, rows, self._test, "model", made_from, plan)

@@ -19,7 +19,7 @@ from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.model.load import Loaded
 from gradpruner.probe.igia import Igia
 from gradpruner.run import models, stages
-from gradpruner.run import run as pipeline
+from gradpruner.run import trainings as pipeline
 from gradpruner.run.auto_ratio import Trial, choose, hold_out, search
 from gradpruner.run.job import Job
 from gradpruner.run.models import RunModels
