@@ -75,7 +75,8 @@ def resharding(model: nn.Module) -> Iterator[None]:
 def twin(model: nn.Module) -> nn.Module:
     """Return a copy of a model's modules, which share the weights of the model.
 
-    The copy can be sharded. Sharding replaces the weights of the modules that it is applied to. The model itself stays as it is.
+    The copy can be sharded. Sharding replaces the weights of the modules that it is applied to. The model itself stays
+    as it is.
     """
     weights = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(weight): weight for weight in weights})

@@ -149,7 +149,8 @@ class RowTrainer(Trainer):
 def _share_of_tokens(labels: torch.Tensor, processes: int, accelerator: Any) -> float:
     """Return the weight of this process's mean loss.
 
-    With it, the mean over the processes is that of all tokens. It is for a model that takes the mean over its own batch, whatever other batches the step has.
+    With it, the mean over the processes is that of all tokens. It is for a model that takes the mean over its own
+    batch, whatever other batches the step has.
     """
     tokens = (labels[:, 1:] != IGNORED).sum()
     total = accelerator.reduce(tokens.clone(), reduction="sum")
