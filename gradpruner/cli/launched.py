@@ -1,4 +1,4 @@
-"""Run a command in several processes that a launcher started. The first process speaks for all."""
+"""Run a command in all processes of a launch. The first process speaks for all."""
 
 from __future__ import annotations
 
@@ -63,5 +63,8 @@ def complain(error: object) -> None:
 
 
 def linger() -> None:
-    """Wait a little before a silent end: the launcher ends all processes as soon as one has ended with an error."""
+    """Wait a little before a silent end.
+
+    The launcher ends all processes as soon as one has ended with an error, and the first one may not have spoken yet.
+    """
     time.sleep(LINGER)

@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not launched_rank():
         print(json.dumps(result["json"], indent=2) if options.json else result["line"])
     failed = result.get("failed")  # the result is written, but it is not a success
+    if failed and launched_rank():  # the first process says why
+        linger()
+        return 1
     return _fail(failed, 1) if failed else 0
 
 

@@ -14,14 +14,14 @@ from gradpruner.storage.locks import claim, lock
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """As `claim`, for all processes that make each model together: the first one has the lock for all."""
+    """As `claim`, for all processes of a launch: the first one has the lock for all."""
     with contextlib.ExitStack() as stack:
         yield first(lambda: stack.enter_context(claim(path)))
 
 
 @contextlib.contextmanager
 def together(path: Path) -> Iterator[None]:
-    """As `lock`, for all processes that make each model together."""
+    """As `lock`, for all processes of a launch: the first one has the lock for all."""
     with contextlib.ExitStack() as stack:
         first(lambda: stack.enter_context(lock(path)))
         yield

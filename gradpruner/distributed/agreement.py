@@ -86,9 +86,9 @@ def _appears(file: Path, peers: Peers) -> bool:
 
 
 def take_weights_of_first(model: nn.Module) -> None:
-    """Give a model that every process made for itself the weights of the first process, bit for bit.
+    """Give a model the weights that it has in the first process, bit for bit.
 
-    Another processor may round otherwise.
+    Every process made the model for itself. Another processor may round otherwise.
 
     Args:
         model: a model that is not sharded, with the same parameters in every process.

@@ -73,16 +73,19 @@ def resharding(model: nn.Module) -> Iterator[None]:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """Return a copy of a model's modules with the same weights, not copied. The copy can be sharded.
+    """Return a copy of a model's modules, which share the weights of the model.
 
-    Sharding replaces the weights of the modules that it is applied to. The model itself stays as it is.
+    The copy can be sharded. Sharding replaces the weights of the modules that it is applied to. The model itself stays
+    as it is.
     """
     weights = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(weight): weight for weight in weights})
 
 
 def take_back(model: nn.Module, sharded: nn.Module) -> None:
-    """Give a model the weights that its sharded twin has trained. This is a collective, one weight at a time.
+    """Give a model the weights that its sharded twin has trained.
+
+    This is a collective, one weight at a time.
 
     Args:
         model: what `twin` was called with.

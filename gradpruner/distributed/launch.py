@@ -1,4 +1,4 @@
-"""Join the processes that a launcher started: torchrun, accelerate launch, or another that sets their variables.
+"""Join the processes that a launcher started, such as torchrun or accelerate launch.
 
 Nothing heavy is imported before it is known that there are several processes.
 """
@@ -39,12 +39,12 @@ def launched_rank() -> int:
 
 
 def wants_shards() -> bool:
-    """Whether the launcher asks for FSDP2, as `accelerate launch --use_fsdp --fsdp_version 2` does."""
+    """Whether the launcher asks for FSDP2: `accelerate launch --use_fsdp --fsdp_version 2`."""
     return launched() > 1 and _is_set("ACCELERATE_USE_FSDP")
 
 
 def refuse_unknown_engines() -> None:
-    """Refuse an engine that the launcher asks for and that gradpruner's own training cannot use.
+    """Refuse an engine that the launcher asks for and that cannot be used.
 
     Raises:
         UnsupportedModel: it is DeepSpeed, FSDP1, Megatron-LM, or parallelism within a layer.
@@ -68,7 +68,9 @@ def refuse_unknown_engines() -> None:
 
 
 def refuse_mpi() -> None:
-    """Refuse processes of mpirun or of srun with MPI: accelerate would take them for one training on CPUs.
+    """Refuse processes of mpirun, or of srun with MPI.
+
+    On CPUs, accelerate would take them for one training.
 
     Raises:
         InvalidArgument: this process is one of several, and torchrun or accelerate launch did not start it.
@@ -83,7 +85,9 @@ def refuse_mpi() -> None:
 
 
 def join() -> None:
-    """Connect to the other processes of this launch. Without a launcher, or a second time, nothing happens.
+    """Connect to the other processes of this launch.
+
+    Without a launcher, or a second time, nothing happens.
 
     Raises:
         UnsupportedModel: the launcher asks for an engine that cannot be used.
@@ -120,7 +124,10 @@ def join() -> None:
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """Disconnect from the other processes after a success. After an error, leave at once, so that they notice."""
+    """Disconnect from the other processes after a success.
+
+    After an error, this process leaves at once, so that the others notice.
+    """
     yield
     distributed: Any = sys.modules.get("torch.distributed")  # not imported: not joined
     if launched() > 1 and distributed is not None and distributed.is_available() and distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""Locks between processes that work in one folder, on one machine or on several that share it.
+"""Locks between processes that work in one folder, on one machine or on several.
 
 A lock is a file that its holder makes, and touches again and again while it works (`filelock.SoftFileLease`). It needs
 nothing of the file system but that a file can be made by one process only. The system's own locks (flock) are not used,
@@ -78,7 +78,10 @@ def _lease_of(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _holding(held: Any) -> Iterator[None]:
-    """Release a lock at the end. Raises GradPrunerError if another process has taken it over meanwhile."""
+    """Release a lock at the end.
+
+    Raises GradPrunerError if another process has taken it over meanwhile.
+    """
     try:
         yield
     finally:

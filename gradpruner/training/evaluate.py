@@ -256,7 +256,10 @@ def generation_speed(model: Any, tokenizer: Any, *, new_tokens: int = 64, runs: 
 def _batches_of_logits(
     model: Any, rows: Rows, collate: Collate, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Yield row indices of this process's batches, and logits and labels as `answer_logits` returns them."""
+    """Yield row indices of this process's batches, their logits and their labels.
+
+    Logits and labels are as `answer_logits` returns them.
+    """
     _check(rows, batch_size)
     for indices in _own_batches(rows, batch_size):
         batch = to_device(collate([rows[index] for index in indices]), model.device)

@@ -1,4 +1,4 @@
-"""The state of an optimizer as one process has it: read from shards, and divided into shards again.
+"""The state of an optimizer as one process has it, gathered from shards and divided again.
 
 A checkpoint holds the same file whatever engine wrote it, so that any engine and any number of processes can go on
 from it.
@@ -14,7 +14,9 @@ from gradpruner.distributed.sharding import is_sharded, whole
 
 
 def gathered_state(optimizer: Any, *, keep: bool) -> dict[str, Any]:
-    """Return the state of an optimizer with whole tensors in host memory. This is a collective for sharded ones.
+    """Return the state of an optimizer with whole tensors in host memory.
+
+    This is a collective for sharded ones.
 
     Args:
         optimizer: a torch optimizer, or one that accelerate has wrapped.
@@ -50,7 +52,9 @@ def divided_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def divided(value: Any, like: torch.Tensor) -> Any:
-    """Return this process's shard of a whole tensor, as `like` is sharded. Anything else is returned as it is.
+    """Return this process's shard of a whole tensor, as `like` is sharded.
+
+    Anything else is returned as it is.
 
     Args:
         value: a tensor in host memory, the same in every process.

@@ -43,7 +43,10 @@ class RowTrainer(Trainer):
     _divides_batches = False  # whether the processes share every forward pass
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make the accelerator. On CPUs, shard where the launcher asks for it; accelerate would take DDP there."""
+        """Make the accelerator, which shards where the launcher asks for it.
+
+        On CPUs, accelerate would take DDP whatever it is asked for.
+        """
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         if wants_shards() and not self.is_fsdp_enabled:
@@ -145,9 +148,10 @@ class RowTrainer(Trainer):
 
 
 def _share_of_tokens(labels: torch.Tensor, processes: int, accelerator: Any) -> float:
-    """Return the weight of this process's mean loss, so that the mean over the processes is that of all tokens.
+    """Return the weight of this process's mean loss.
 
-    It is for a model that takes the mean over its own batch, whatever other batches the step has.
+    With it, the mean over the processes is that of all tokens. It is for a model that takes the mean over its own
+    batch, whatever other batches the step has.
     """
     tokens = (labels[:, 1:] != IGNORED).sum()
     total = accelerator.reduce(tokens.clone(), reduction="sum")

@@ -1,4 +1,4 @@
-"""Divide the rows of an optimizer step over processes, so that it sees the same rows as in one process."""
+"""Divide the rows of an optimizer step over processes, so that it sees the same rows."""
 
 from __future__ import annotations
 

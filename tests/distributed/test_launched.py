@@ -58,9 +58,8 @@ def test_two_processes_do_what_one_does(name, engine, home, alone, tmp_path):
     assert sharded(tmp_path / "notes") == (engine == "fsdp2")
     together = result_of(name, tmp_path / "out", done.stdout)
     assert losses_apart(losses, together[0]) < 2e-3 and together[1] == plan
-    assert (
-        0 < weights_apart(model, together[2]) < ROUNDING < weights_apart(home / "model", together[2]) or name == "run"
-    )
+    assert 0 < weights_apart(model, together[2]) < ROUNDING
+    assert name == "run" or weights_apart(home / "model", together[2]) > ROUNDING  # training has changed it by more
     assert not list(tmp_path.glob("out-checkpoints")) and not list((tmp_path / "out").glob("checkpoints"))
 
 

@@ -15,7 +15,11 @@ from gradpruner.cli.main import main
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A checkpoint, data, an igia and a plan, made by the commands themselves."""
-    folder = tmp_path_factory.mktemp("home")
+    return make_home(tmp_path_factory.mktemp("home"))
+
+
+def make_home(folder):
+    """Fill a folder as `home` does."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     config = LlamaConfig(

@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from cli_home import make_home
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,14 +112,8 @@ def result_of(name: str, out: Path, said: str) -> tuple[list[float], Any, Path]:
 
 
 def print_table(folder: Path) -> None:
-    from cli_home import home
-
-    class Folders:
-        def mktemp(self, name: str) -> Path:
-            (folder / name).mkdir(parents=True)
-            return folder / name
-
-    inputs = home.__wrapped__(Folders())
+    (folder / "home").mkdir(parents=True)
+    inputs = make_home(folder / "home")
     print(
         "| command | engine | sharded | steps with the same rows | rows of the two processes | plan equal | losses: "
         "largest difference | weights: largest difference |\n|---|---|---|---|---|---|---|---|"
