@@ -80,9 +80,7 @@ def test_a_comparison_scores_every_model_and_keeps_to_its_tasks(home):
     assert [row["method"] for row in found["json"]["tasks"]] == ["dense", "drop-last"]
     assert "word_perplexity" in found["line"] and "Tasks of lm" in (home / "comparison/report.html").read_text()
     assert len((home / "comparison/tasks.csv").read_text().splitlines()) == 5
-    assert json.loads((home / "comparison" / COMPARISON_SETTINGS).read_text())["harness"]["tasks"] == [
-        "letters",
-        "passages",
-    ]
+    terms = json.loads((home / "comparison" / COMPARISON_SETTINGS).read_text())
+    assert terms["harness"]["tasks"] == ["letters", "passages"]
     with pytest.raises(InvalidArgument, match="harness"):
         compare(None)
