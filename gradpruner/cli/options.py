@@ -210,6 +210,7 @@ def load(options: argparse.Namespace, revision: str | None = None) -> Loaded:
         attention=options.attention,
         trust_remote_code=options.trust_remote_code,
         revision=revision,
+        load_in_4bit=getattr(options, "load_in_4bit", False),
     )
 
 

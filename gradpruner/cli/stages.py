@@ -10,6 +10,7 @@ from typing import Any
 
 from gradpruner.cli import options as given
 from gradpruner.cli.recipe_options import recipe_of, recipe_options, steps_of
+from gradpruner.errors import InvalidArgument
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,11 @@ def add_probe(commands: Any) -> None:
     given.model_options(parser)
     given.data_options(parser, testing=False)
     recipe_options(parser)
+    parser.add_argument(
+        "--load-in-4bit",
+        action="store_true",
+        help="probe the model in 4 bits (bitsandbytes); apply the plan to the full-precision checkpoint",
+    )
     parser.add_argument(
         "--of-steps",
         type=int,
@@ -129,6 +135,10 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.training.trackers import scores_of, tracked
 
     recipe = recipe_of(options)
+    if options.load_in_4bit and not recipe.rank:
+        raise InvalidArgument(
+            "load_in_4bit with rank = 0: weights of 4 bits do not train; expected a rank of 1 or more"
+        )
     need_writable(options.out)
     model, tokenizer, ordered = _training(options, recipe)
     with tracked(recipe, Path(f"{options.out}-logs"), "probe", name=Path(options.out).stem) as tracker:
