@@ -194,6 +194,7 @@ def load(options: argparse.Namespace, revision: str | None = None) -> Loaded:
         chat_template=chat_template(options),
         trust_remote_code=options.trust_remote_code,
         revision=revision,
+        load_in_4bit=getattr(options, "load_in_4bit", False),
     )
 
 

