@@ -71,7 +71,7 @@ def load_model(
     if attention is not None:
         weights["attn_implementation"] = attention
     if load_in_4bit:
-        weights["quantization_config"] = _four_bits(path)
+        weights["quantization_config"] = _four_bits(located(source))
     model = _load_weights(where, dtype=dtype, trust_remote_code=trust_remote_code, **weights)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
