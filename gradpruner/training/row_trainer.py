@@ -55,6 +55,8 @@ class RowTrainer(Trainer):
 
             state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            if state.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
             self.is_fsdp_enabled = True
 
     def check_divisible(self, recipe: Recipe, share: Share) -> None:

@@ -96,6 +96,15 @@ def test_killed_in_one_process_and_resumed_by_two(home, alone, tmp_path):
     assert weights_apart(model, tmp_path / "out") < ROUNDING
 
 
+def test_adapters_in_float32_on_a_model_in_bfloat16_are_sharded(home, tmp_path):
+    """FSDP2 computes all of it in bfloat16; one process leaves some of it in float32."""
+    arguments = [*command(home, "finetune", tmp_path / "out"), "--dtype", "bfloat16"]
+    alone = launched(None, tmp_path / "one", [*command(home, "finetune", tmp_path / "alone"), "--dtype", "bfloat16"])
+    done = launched("fsdp2", tmp_path / "two", arguments)
+    assert alone.returncode == done.returncode == 0, done.stderr
+    assert losses_apart(json.loads(alone.stdout)["losses"], json.loads(done.stdout)["losses"]) < 0.05
+
+
 def as_in_one_process(out, alone):
     _, losses, plan, model = alone["run"]
     again = result_of("run", out, "")
