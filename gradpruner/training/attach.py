@@ -145,7 +145,7 @@ def attach(
 class PruneCallback(TrainerCallback):
     """What `attach` adds to a Trainer.
 
-    `plan` and `igia` can be read after the cut. Both are None before.
+    `plan`, `igia` and `base` can be read after the cut. They are None before.
 
     Args:
         trainer: the Trainer. Its `train`, `_load_from_checkpoint` and `_save_checkpoint` are replaced by `attach`.
@@ -170,6 +170,11 @@ class PruneCallback(TrainerCallback):
     def plan(self) -> Plan | None:
         """The plan of the cut, None before it."""
         return None if self._cut is None else self._cut.plan
+
+    @property
+    def base(self) -> Path | None:
+        """The folder of the cut base model, which adapters belong to. None before the cut, and without adapters."""
+        return None if self._cut is None else self._cut.base
 
     def _is_cut(self, model: nn.Module) -> bool:
         return self._cut is not None and len(Decoder(model).layers) == len(self._cut.plan.kept)
