@@ -63,7 +63,8 @@ def _check_kind(name: str, model: nn.Module) -> None:
     """Refuse a module that only contains a transformers model: its own files would describe the dense one."""
     base = unwrap(model)
     inner = [path for path, module in base.named_modules() if path and isinstance(module, PreTrainedModel)]
-    if inner and not isinstance(base, PreTrainedModel) and getattr(base, "config", None) is None:
+    alien = isinstance(base, nn.Sequential) or getattr(base, "config", None) is None
+    if inner and alien and not isinstance(base, PreTrainedModel):
         raise UnsupportedModel(
             f"trainer is a {name}, whose model is a {type(base).__name__} around a transformers model ({inner[0]!r}): "
             "its checkpoints cannot be verified. Train the inner model with a transformers.Trainer, or prune it before"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from torch import nn
-from training_runs import PROBE, lora, trainer
+from training_runs import PROBE, trainer
 from transformers import Trainer, TrainerCallback
 
 import gradpruner
