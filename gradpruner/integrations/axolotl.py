@@ -77,7 +77,9 @@ class GradPrunerPlugin(BasePlugin):
         self._attached: PruneCallback | None = None
 
     def register(self, cfg: Any) -> None:
-        """Refuse options that do not exist, which Axolotl would ignore, and leave its fused MLP off.
+        """Refuse options that do not exist, and leave the fused MLP off.
+
+        Axolotl would ignore such options.
 
         Args:
             cfg: Axolotl's configuration as it was read, before it is checked.

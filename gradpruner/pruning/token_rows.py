@@ -1,4 +1,4 @@
-"""Which tokens of a batch count, and which sequence each belongs to, where batches may be packed."""
+"""Which tokens of a batch count, and which sequence each belongs to."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ class PruneCallback(TrainerCallback):
 
     @property
     def base(self) -> Path | None:
-        """The folder of the cut base model, which adapters belong to. None before the cut, and without adapters."""
+        """The folder of the cut base model of adapters, None before the cut."""
         return None if self._cut is None else self._cut.base
 
     def _is_cut(self, model: nn.Module) -> bool:

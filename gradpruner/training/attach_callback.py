@@ -1,4 +1,4 @@
-"""`AttachCallback`: `attach` for programs that accept callbacks and do not hand out their Trainer."""
+"""`AttachCallback`: `attach` for programs that only accept callbacks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ class AttachCallback(TrainerCallback):
 
 
 def _calling_trainer(callback: TrainerCallback) -> Trainer:
-    """Return the Trainer that is calling a callback: a `self` among the callers that has the callback.
+    """Return the Trainer that is calling a callback.
+
+    It is the `self` of a caller, and it has the callback.
 
     Raises InvalidArgument if there is none.
     """

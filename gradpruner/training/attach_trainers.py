@@ -1,4 +1,4 @@
-"""Trainers whose loss or generation needs a second model: which of them a cut would make silently wrong."""
+"""Refuse Trainers with a second model that a cut would make wrong."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ def check_other_models(trainer: Trainer, model: nn.Module) -> None:
 
 
 def _check_kind(name: str, model: nn.Module) -> None:
-    """Refuse a module that only contains a transformers model: its own files would describe the dense one."""
+    """Refuse a module that only contains a transformers model.
+
+    Its own files would describe the dense one.
+    """
     base = unwrap(model)
     inner = [path for path, module in base.named_modules() if path and isinstance(module, PreTrainedModel)]
     alien = isinstance(base, nn.Sequential) or getattr(base, "config", None) is None
@@ -72,7 +75,10 @@ def _check_kind(name: str, model: nn.Module) -> None:
 
 
 def _check_reference(trainer: Trainer, name: str, model: nn.Module) -> None:
-    """Refuse a reference that is the trained model without its adapters, or with others: a cut changes it too."""
+    """Refuse a reference that is the trained model with other adapters, or none.
+
+    A cut would change it too.
+    """
     peft = peft_of(model)
     if peft is None:
         return

@@ -88,7 +88,7 @@ def _tensors(batch: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
 
 
 def _positional_names(module: nn.Module) -> list[str]:
-    """Return the names of a model's positional arguments, which wrappers hand on by their place."""
+    """Return the names of a model's positional arguments."""
     for wrapper in wrappers(module):
         parameters = inspect.signature(wrapper.forward).parameters.values()
         names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
