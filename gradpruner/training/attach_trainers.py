@@ -109,7 +109,8 @@ def _uses_reference(trainer: Trainer) -> bool:
 
 def _beta(trainer: Trainer) -> Any:
     """The weight of the reference in the loss. A Trainer without one has no reference."""
-    return getattr(trainer, "beta", None) or getattr(trainer.args, "beta", None)
+    beta = getattr(trainer.args, "beta", None)
+    return getattr(trainer, "beta", None) if beta is None else beta
 
 
 def _ways_out(trainer: Trainer) -> str:

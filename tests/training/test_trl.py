@@ -87,9 +87,8 @@ def test_a_trainer_that_would_go_wrong_is_refused(what, tmp_path):
     with pytest.raises(gradpruner.UnsupportedModel, match=reason):
         gradpruner.attach(made, steps=PROBE, count=2)
     callback = gradpruner.AttachCallback(steps=PROBE, count=2)  # it comes before TRL's constructor has ended
-    again = trainer(name, tmp_path, callbacks=[callback], **options)
     with pytest.raises(gradpruner.UnsupportedModel, match=reason):
-        again.train()
+        trainer(name, tmp_path, callbacks=[callback], **options).train()
 
 
 @pytest.mark.parametrize("step", [3, 6])
