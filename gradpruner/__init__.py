@@ -36,10 +36,12 @@ if TYPE_CHECKING:
     from gradpruner.pruning.patch import fit_patches
     from gradpruner.run.oneshot import prune
     from gradpruner.training.attach import attach
+    from gradpruner.training.attach_callback import AttachCallback
     from gradpruner.training.probe_callback import ProbeCallback
 
 # Public name to the module that defines it. The block above says the same to type checkers.
 _MODULES = {
+    "AttachCallback": "gradpruner.training.attach_callback",
     "CheckpointError": "gradpruner.errors",
     "GradPrunerError": "gradpruner.errors",
     "Igia": "gradpruner.probe.igia",
@@ -67,6 +69,7 @@ _MODULES = {
 _PUBLIC_MODULES = ("errors", "methods", "ops", "sparsity")
 
 __all__ = [
+    "AttachCallback",
     "CheckpointError",
     "GradPrunerError",
     "Igia",

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "gradpruner"
 ROOMS = (
     *("version", "errors", "checks", "memory", "named_options", "storage", "kernels", "ops", "distributed", "model"),
     *("plan", "presets", "report", "data", "probe", "checkpoint", "pruning", "sparsity", "methods", "training", "run"),
-    *("compare", "cli"),
+    *("integrations", "compare", "cli"),
 )
 FACES = {"ops", "methods", "sparsity", "probe/estimators", "sparsity/criteria", "cli"}  # they hand names on
 LONGEST_FILE = 400  # lines

@@ -7,6 +7,7 @@ the least-squares change that brings the output of its layer closest to what lef
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -100,16 +101,19 @@ def fit_patches(
     peers, ends = peers_of(group), gaps(plan)
     called, device = _called(decoder.given), next(decoder.base.parameters()).device
 
+    # logits are not needed, and those of all tokens may take more memory than the model
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(decoder.base.forward).parameters else {}
+
     def forward(batch: Mapping[str, Any]) -> None:
-        called(**to_device(batch, device, labels=False), use_cache=False)
+        called(**{**to_device(batch, device, labels=False), **few, "use_cache": False})
 
     with evaluating(decoder.given), resharding(called), _uncompiled(called):
-        # 1. One row of the first batch finds the linear that each gap's patch is added to.
+        # 1. A part of the first batch finds the linear that each gap's patch is added to.
         remaining = iter(_in_step(batches, peers))
         first = next(remaining, None)
         if first is None:
             raise InvalidArgument("batches is empty; expected at least one")
-        one_row = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in first.items()}
+        one_row = _one_row(first)
         writers = {layer: find_writer(decoder, layer, lambda: forward(one_row)) for layer in ends}
         fitted = {layer: writer for layer, writer in writers.items() if writer is not None}
         # 2. Divide the gaps into passes. All processes fit the same gaps in the same passes.
@@ -187,6 +191,19 @@ def _called(model: nn.Module) -> nn.Module:
     )
 
 
+def _one_row(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first row of a batch, or all of it where its tensors are not one entry per row.
+
+    Image patches, the lengths of packed sequences and position ids of several axes are not.
+    """
+    rows = {len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim}
+    other = any(name.startswith(("cu_seq", "pixel_values")) for name in batch)
+    positions = batch.get("position_ids")
+    if len(rows) > 1 or other or (isinstance(positions, Tensor) and positions.ndim > 2):
+        return batch
+    return {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
+
+
 def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Run compiled code uncompiled: it would not call hooks that came after it was compiled."""
     compiled = any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
@@ -242,7 +259,7 @@ def _sum_up(
     try:
         for batch in batches:
             for fit in fits:
-                fit.begin(batch.get("attention_mask"))
+                fit.begin(batch)
             forward(batch)
     finally:
         for fit in fits:

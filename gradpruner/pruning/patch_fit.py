@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from gradpruner.distributed.processes import Peers, summed, together
 from gradpruner.model.decoder import Decoder, Weight
 from gradpruner.model.hidden_states import leaving_state
+from gradpruner.pruning.token_rows import tokens_and_sequences
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean square of an input
-HELD_OUT = 5  # every fifth row chooses the ridge, and is fitted with it afterwards
+HELD_OUT = 5  # every fifth sequence chooses the ridge, and is fitted with it afterwards
 
 
 @dataclass
@@ -94,9 +96,9 @@ class GapFit:
     def __init__(self, decoder: Decoder, weight: Weight, linear: nn.Module, end: int) -> None:
         self.weight, self.end = weight, end
         self.fitted: Sums | None = None
-        self.held_out: Sums | None = None  # the rows that choose the ridge
-        self._rows = 0
-        self._mask: Tensor | None = None
+        self.held_out: Sums | None = None  # the sequences that choose the ridge
+        self._sequences = 0
+        self._batch: Mapping[str, Any] = {}
         self._input = self._output = torch.empty(0)  # of the linear; of the layer before the gap
         layer, last = decoder.layers[weight.layer], decoder.layers[end]
         self._handles = [
@@ -105,9 +107,9 @@ class GapFit:
             last.register_forward_hook(self._on_end),
         ]
 
-    def begin(self, mask: Tensor | None) -> None:
-        """Set, before each batch, which tokens count. None means all."""
-        self._mask = mask
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """Set, before each forward, the batch: it tells which tokens count."""
+        self._batch = batch
 
     def stop(self) -> None:
         """Remove the hooks. The sums stay."""
@@ -128,10 +130,9 @@ class GapFit:
 
     def add(self, target: Tensor) -> None:
         """Add a batch: `target` is the state at the gap's end, shape (rows, tokens, h)."""
-        rows = torch.arange(self._rows, self._rows + len(target), device=target.device)
-        self._rows += len(target)
-        is_held_out = (rows % HELD_OUT == HELD_OUT - 1)[:, None].expand(target.shape[:2])
-        counts = torch.ones_like(is_held_out) if self._mask is None else self._mask.bool().to(target.device)
+        counts, sequence = tokens_and_sequences(self._batch, target)
+        is_held_out = (self._sequences + sequence) % HELD_OUT == HELD_OUT - 1
+        self._sequences += int(sequence[-1, -1]) + 1
         entering, leaving = (state.to(target.device) for state in (self._input, self._output))  # layers may be spread
         if self.fitted is None or self.held_out is None:
             width, outputs = entering.shape[-1], target.shape[-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -24,7 +24,7 @@ from gradpruner.probe.probe import Probe
 from gradpruner.pruning.cut import check_wrappers, cut
 from gradpruner.pruning.patch import Patch, fit_patches
 from gradpruner.training.attach_checks import PruneOptions, check_trainer_and_model
-from gradpruner.training.probe_batches import ProbeBatches, load_batches, save_batches
+from gradpruner.training.probe_batches import Batch, ProbeBatches, load_batches, save_batches
 from gradpruner.training.resume import (
     SNAPSHOT,
     CutState,
@@ -146,7 +146,7 @@ def attach(
 class PruneCallback(TrainerCallback):
     """What `attach` adds to a Trainer.
 
-    `plan` and `igia` can be read after the cut. Both are None before.
+    `plan`, `igia` and `base` can be read after the cut. They are None before.
 
     Args:
         trainer: the Trainer. Its `train`, `_load_from_checkpoint` and `_save_checkpoint` are replaced by `attach`.
@@ -161,7 +161,7 @@ class PruneCallback(TrainerCallback):
         self._batches: ProbeBatches | None = None
         # of a checkpoint within the probe, until training begins again
         self._resumed_igia: Igia | None = None
-        self._resumed_batches: list[dict[str, Tensor]] = []
+        self._resumed_batches: list[Batch] = []
         # the Trainer's own methods, which ours call
         self._trainer_train = trainer.train
         self._trainer_load_from_checkpoint = trainer._load_from_checkpoint
@@ -171,6 +171,11 @@ class PruneCallback(TrainerCallback):
     def plan(self) -> Plan | None:
         """The plan of the cut, None before it."""
         return None if self._cut is None else self._cut.plan
+
+    @property
+    def base(self) -> Path | None:
+        """The folder of the cut base model of adapters, None before the cut."""
+        return None if self._cut is None else self._cut.base
 
     def _is_cut(self, model: nn.Module) -> bool:
         return self._cut is not None and len(Decoder(model).layers) == len(self._cut.plan.kept)
@@ -251,13 +256,16 @@ class PruneCallback(TrainerCallback):
             self._batches.stop()
         self._probe = self._batches = None
 
-    def _fit_patches(self, model: nn.Module, plan: Plan, batches: list[dict[str, Tensor]]) -> list[Patch]:
+    def _fit_patches(self, model: nn.Module, plan: Plan, batches: list[Batch]) -> list[Patch]:
         """Fit a patch for each gap of the plan, on the batches of the probe."""
         peers = peers_of()
         if not self._options.preset.patch:
             return []
         if not batches if peers is None else peers.any(not batches):
-            logger.warning("gaps are not patched: the Trainer's model was not called with keyword arguments")
+            logger.warning(
+                "gaps are not patched: no call of the Trainer's model could be recorded, because its arguments have no "
+                "known names, or its attention mask is no tensor"
+            )
             return []
         patches = fit_patches(model, plan, batches)
         shares = ", ".join(f"{patch.unexplained:.3f} after layer {patch.weight.layer}" for patch in patches)

@@ -21,6 +21,7 @@ from gradpruner.probe.igia import SCORES
 from gradpruner.probe.probe import Probe
 from gradpruner.pruning.adapters import check_adapters
 from gradpruner.pruning.preflight import check_plan, check_save
+from gradpruner.training.attach_trainers import check_other_models
 from gradpruner.training.resume import full_precision, is_quantised
 
 logger = logging.getLogger(__name__)
@@ -76,11 +77,13 @@ def check_trainer_and_model(trainer: Trainer, model: Any, options: PruneOptions)
 
     Raises:
         InvalidArgument: an argument does not fit this Trainer or model.
-        UnsupportedModel: the model or the way in which it is distributed cannot be cut.
+        UnsupportedModel: the model or the way in which it is distributed cannot be cut, or this kind of Trainer would
+            go on with a wrong second model.
         ProbeError: the layers cannot be compared by what the probe would watch.
     """
     peft = peft_of(model)
     _check_distribution(trainer)
+    check_other_models(trainer, model)
     _check_arguments(trainer, options, has_adapters=peft is not None)
     altered = altered_base(model)
     if altered is not None:

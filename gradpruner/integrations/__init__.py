@@ -1,0 +1,1 @@
+"""Plugins for programs that make the Trainer themselves."""
