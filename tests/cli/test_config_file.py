@@ -162,7 +162,7 @@ def test_the_example_is_a_run():
 def test_the_example_runs_on_a_tiny_model(home, tmp_path, monkeypatch, capsys):
     pytest.importorskip("tensorboard")
     monkeypatch.chdir(tmp_path)
-    words = ["--model", str(home / "model"), "--data", str(home / "data.jsonl"), "--steps", "6", "--probe-steps", "2"]
+    words = ["--model", str(home / "model"), "--data", str(home / "data.jsonl"), "--steps", "6", "--probe-steps", "3"]
     assert main(["run", "--config", str(ROOT / "examples" / "run.yaml"), *words, "--json"]) == 0
     assert {folder.name for folder in (tmp_path / "units" / "logs").iterdir()} == {"probe", "dense", "cut", "pruned"}
     recorded = json.loads((tmp_path / "units" / "run.json").read_text())

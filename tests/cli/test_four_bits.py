@@ -19,8 +19,9 @@ def test_the_plan_of_a_probe_in_4_bits_cuts_the_full_precision_checkpoint(home, 
     assert main(["probe", *words, "--load-in-4bit", "--out", igia]) == 0
     usual = str(tmp_path / "usual.safetensors")
     assert main(["probe", *words, "--out", usual]) == 0
-    four, full = Igia.load(igia).layer_scores(), Igia.load(usual).layer_scores()
-    assert not torch.equal(four, full) and torch.allclose(four, full, rtol=0.5)  # the same model, quantised
+    four, full = Igia.load(igia), Igia.load(usual)
+    assert four.steps == full.steps == 3 and four.watched == full.watched
+    assert not torch.equal(four.layer_scores(), full.layer_scores())  # the weights were rounded to 4 bits
     assert main(["plan", igia, "--ratio", "0.5", "--out", plan]) == 0
     assert main(["apply", "--model", model, "--plan", plan, "--out", out]) == 0
     small, dense = (AutoModelForCausalLM.from_pretrained(place) for place in (out, model))
