@@ -106,6 +106,7 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.compare.outputs import write
     from gradpruner.compare.processes import work_in_processes
     from gradpruner.compare.sensitivity import variants
+    from gradpruner.distributed.processes import first
     from gradpruner.run.command_record import record_command
     from gradpruner.run.job import Job
 
@@ -122,7 +123,7 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, Any]:
         seeds=options.seeds,
         methods=list(dict.fromkeys(row["method"] for row in rows)),
     )
-    record_command(comparison.folder / SETTINGS, record_of(options))
+    first(lambda: record_command(comparison.folder / SETTINGS, record_of(options)))
     work_in_processes(comparison, options.processes)
     return write(comparison, costs=False, sensitivity=rows)
 
@@ -131,6 +132,7 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.compare.experiment import SETTINGS, Compare
     from gradpruner.compare.outputs import write
     from gradpruner.compare.processes import work_in_processes
+    from gradpruner.distributed.processes import first
     from gradpruner.run.command_record import record_command
     from gradpruner.run.job import Job
 
@@ -145,6 +147,6 @@ def _compare(options: argparse.Namespace) -> dict[str, Any]:
         ratios=options.ratios,
         seeds=options.seeds,
     )
-    record_command(comparison.folder / SETTINGS, record_of(options))
+    first(lambda: record_command(comparison.folder / SETTINGS, record_of(options)))
     work_in_processes(comparison, options.processes)
     return write(comparison, costs=not options.no_costs)

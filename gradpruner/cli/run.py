@@ -93,6 +93,7 @@ def add_report(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.distributed.processes import first
     from gradpruner.presets import Preset
     from gradpruner.run.auto_ratio import AUTO, hold_out
     from gradpruner.run.command_record import record_command
@@ -128,7 +129,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
             rows = hold_out(train_examples, options.check_rows, options.seed)[0]
         job = job_of(rows)
     run = Run(job, train_examples, test_examples, options.out, quiet=options.json)
-    record_command(run.folder / SETTINGS, record_of(options))
+    first(lambda: record_command(run.folder / SETTINGS, record_of(options)))
     return _results(run.everything(dense=not options.no_dense), options.out)
 
 

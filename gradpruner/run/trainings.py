@@ -1,4 +1,4 @@
-"""The trainings of a run: of the dense model, of the pruned one, and of cuts that are tried."""
+"""Trains and evaluates the models of a run."""
 
 from __future__ import annotations
 
