@@ -78,7 +78,12 @@ def held_out_of(examples: Sequence[Example], count: int) -> tuple[Sequence[Examp
 def method_names(methods: Sequence[str], job: Job) -> list[str]:
     """Return every method once, by its full name.
 
-    Raises InvalidArgument if a probe takes all the steps.
+    Args:
+        methods: as `parse_method` reads them.
+        job: how many steps there are.
+
+    Raises:
+        InvalidArgument: a probe takes all the steps.
     """
     parsed = {format_method(method): method for method in map(parse_method, methods)}
     for name, method in parsed.items():

@@ -65,8 +65,12 @@ def write_page(path: str | os.PathLike[str], template: str, **content: Any) -> N
 
     Raises:
         CheckpointError: the file cannot be written.
+        ValueError: a value is missing, or of another kind than the template needs.
     """
-    text = PAGES.get_template(template).render(content)
+    try:
+        text = PAGES.get_template(template).render(content)
+    except jinja2.UndefinedError as error:  # a value is missing, or of another kind
+        raise ValueError(f"{template} cannot be filled: {error}") from error
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

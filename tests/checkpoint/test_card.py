@@ -238,6 +238,7 @@ def test_help_of_push_teaches_it(capsys):
 
 
 def test_a_run_leaves_a_card(pruned, tmp_path, monkeypatch):
+    from gradpruner.data.examples import Example
     from gradpruner.model.identity import Identity
     from gradpruner.presets import Preset
     from gradpruner.run import run as pipeline
@@ -250,8 +251,8 @@ def test_a_run_leaves_a_card(pruned, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "identify", lambda source, **options: Identity(source, {"commit": "a" * 40}, {}))
     run = Run(
         Job("acme/dense-1B", 4, Recipe(), preset=Preset.of(kind="squared")),
-        [("a", "b")],
-        [("a", "b")],
+        [Example("a", "b")],
+        [Example("a", "b")],
         tmp_path / "out",
     )
     gradpruner.save(model, run.folder / "model", plan=plan)

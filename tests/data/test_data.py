@@ -8,6 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -334,6 +335,7 @@ def test_code_of_a_model_runs_only_on_request(monkeypatch):
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda where, **options: tiny_model().config)
     load_model("owner/model")
     load_model("owner/model", trust_remote_code=True)
     assert asked == [False, False, True, True]

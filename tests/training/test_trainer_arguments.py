@@ -227,7 +227,7 @@ def test_adapters_need_a_rank(field):
 def test_epochs():
     assert steps_of_epochs(range(30), 1, RECIPE) == 15 and steps_of_epochs(range(31), 0.5, RECIPE) == 8
     assert steps_of_epochs(range(30), 0.1, Recipe(batch_size=1)) == 3  # not 4: 0.1 * 30 is 3.0000000000000004
-    with pytest.raises(InvalidArgument, match="epochs = 0"):
+    with pytest.raises(InvalidArgument, match="epochs is 0"):
         steps_of_epochs(range(30), 0, RECIPE)
 
 
