@@ -190,4 +190,4 @@ def test_the_run_that_a_run_records(home, tmp_path, capsys):
     other = tmp_path / "other-name.jsonl"
     other.write_bytes((home / "data.jsonl").read_bytes())
     assert main(["run", "--config", str(config), "--data", str(other), "--json"]) == 0
-    assert json.loads((first / "run.json").read_text())["command"]["options"]["data"] == str(other)
+    assert json.loads((first / "run.json").read_text())["command"]["options"]["data"] == [str(other)]
