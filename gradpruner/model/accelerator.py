@@ -32,7 +32,8 @@ def to_accelerator(model: nn.Module, *, trains: bool = False, room: int = 0) -> 
     device = accelerator()
     if device is None or (trains and wants_shards()) or not _is_in_host_memory(model):
         return
-    needed, free = sum(_sizes(model).values()) + room, _free(device)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    needed, free = size + room, _free(device)
     if free is not None and needed >= free:
         logger.warning(
             f"the model needs {needed / 1e9:.3g} GB, and the {device.type} device has {free / 1e9:.3g} GB left: it "
@@ -47,11 +48,6 @@ def _is_in_host_memory(model: nn.Module) -> bool:
     if getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False):
         return False
     return all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
-
-
-def _sizes(model: nn.Module) -> dict[int, int]:
-    """Return the bytes of each tensor of a model. Shared tensors count once."""
-    return {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
 
 
 def _free(device: torch.device) -> int | None:

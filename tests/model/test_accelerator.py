@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_llama import llama
 from torch import nn
+from word_tokenizers import make_tokenizer
 
 from gradpruner.cli.main import main
+from gradpruner.errors import InvalidArgument
 from gradpruner.model import accelerator as module
 from gradpruner.model.accelerator import accelerator, to_accelerator
 
@@ -90,3 +94,38 @@ def test_evaluate_measures_on_the_gpu(gpu, monkeypatch, tmp_path, capsys):
     data.write_text(json.dumps({"text": "a text"}) + "\n")
     assert main(["evaluate", "--model", "any", "--data", str(data)]) == 0, capsys.readouterr().err
     assert seen == [META]
+
+
+@pytest.mark.parametrize(("method", "moved"), [("wanda", False), ("gblm", True)])
+def test_sparsify_computes_on_the_gpu_and_moves_the_model_for_gradients_alone(
+    method, moved, gpu, monkeypatch, tmp_path
+):
+    from gradpruner.cli import options
+    from gradpruner.sparsity import zero_weights
+
+    seen = []
+
+    def sparsify(model, *_, device, **__):
+        seen.append((device, next(model.parameters()).device == META))
+        raise InvalidArgument("seen")
+
+    tokenizer, model = make_tokenizer(), llama()
+    model.resize_token_embeddings(len(tokenizer))
+    monkeypatch.setattr(options, "load", lambda _: (model, tokenizer))
+    monkeypatch.setattr(zero_weights, "sparsify", sparsify)
+    (tmp_path / "text.txt").write_text("red green blue " * 40)
+    given = ["--model", str(tmp_path), "--data", str(tmp_path / "text.txt"), "--max-length", "8", "--samples", "2"]
+    assert main(["sparsify", *given, "--method", method, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert main(["sparsify", *given, "--method", method, "--out", str(tmp_path / "out")]) == 2
+    assert seen == [("cpu", False), (META, moved)]
+
+
+def test_a_cut_is_made_on_the_gpu(gpu, monkeypatch):
+    from gradpruner.run import models
+    from gradpruner.run.models import RunModels
+
+    monkeypatch.setattr(models, "apply", lambda model, *_, **__: model)
+    preset = SimpleNamespace(patch=False, top=1.0, weight=1.0, adapters="keep")
+    run = SimpleNamespace(job=SimpleNamespace(preset=preset), load_probed=lambda: (nn.Linear(2, 2), None))
+    model, _ = RunModels.cut(run, SimpleNamespace(merge=None))
+    assert device_of(model) == META
