@@ -37,7 +37,7 @@ def call(options: argparse.Namespace) -> dict[str, Any] | None:
         if launched_rank():
             return None
         if launched() > 1:
-            logger.info(f"{options.command} works in one process; the other {launched() - 1} have nothing to do")
+            logger.info(f"{options.command} works in one of the {launched()} processes; the others have nothing to do")
         result: dict[str, Any] = options.call(options)
         return result
     refuse_mpi()

@@ -44,7 +44,9 @@ def add_sparsify(commands: Any) -> None:
     parser.add_argument("--samples", type=int, default=128, metavar="N", help="windows to calibrate on (default 128)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed that draws the windows (default 0)")
     parser.add_argument(
-        "--device", metavar="D", help="device that runs one layer at a time, for example cuda (default: the model's)"
+        "--device",
+        metavar="D",
+        help="device that runs one layer at a time, for example cpu (default: the GPU, if there is one)",
     )
     parser.add_argument("--igia", metavar="FILE", help="igia.safetensors of a probe, for method igia")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="checkpoint folder to write, with the masks")
@@ -55,6 +57,7 @@ def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint.companions import plan_of, refuse_masks, save_from
     from gradpruner.checkpoint.save_sparse import MASKS
     from gradpruner.data.text_windows import consecutive, sampled, text_of, tokens_of
+    from gradpruner.model.accelerator import accelerator, to_accelerator
     from gradpruner.probe.igia import Igia
     from gradpruner.pruning.preflight import check_save
     from gradpruner.run.preflight import check_rows
@@ -62,7 +65,7 @@ def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.storage.files import need_free
 
     need_free(options.out, options.overwrite)
-    criterion_and_pattern(options.method, options.pattern, options.ratio, options.allocation)
+    criterion, _ = criterion_and_pattern(options.method, options.pattern, options.ratio, options.allocation)
     text = text_of(data_options.examples(options))
     model, tokenizer = given.load(options)
     refuse_masks(options.model, "sparsify")
@@ -71,6 +74,9 @@ def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
     check_rows(model, tokenizer, consecutive(tokens, options.max_length))
     check_save(model, tokenizer, Path(options.out))
     batches = sampled(tokens, options.max_length, options.samples, options.seed)
+    device = accelerator() if options.device is None else options.device
+    if criterion.gradients and options.device is None:  # of the whole model, with a float32 norm of each entry
+        to_accelerator(model, room=4 * sum(weight.numel() for weight in model.parameters()))
     masks = sparsify(
         model,
         batches,
@@ -78,7 +84,7 @@ def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
         pattern=options.pattern,
         ratio=options.ratio,
         allocation=options.allocation,
-        device=options.device,
+        device=device,
         igia=Igia.load(options.igia) if options.igia else None,
     )
     folder = save_from(

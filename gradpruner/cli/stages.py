@@ -16,6 +16,7 @@ from gradpruner.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from gradpruner.training.harness import Harness
+    from gradpruner.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def add_evaluate(commands: Any) -> None:
     harness_options(parser)
 
 
-def _training(options: argparse.Namespace, recipe: Any, revision: str | None = None) -> tuple[Any, Any, Any]:
+def _training(options: argparse.Namespace, recipe: Recipe, revision: str | None = None) -> tuple[Any, Any, Any]:
     """Return the model, its tokenizer, and the rows of a training in order."""
     from gradpruner.data.tokens import tokenize
     from gradpruner.run.preflight import training_line
@@ -145,14 +146,9 @@ def _training(options: argparse.Namespace, recipe: Any, revision: str | None = N
 
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.checkpoint.companions import masks_of
     from gradpruner.distributed.launch import launched
-    from gradpruner.distributed.processes import first
-    from gradpruner.probe.igia import DEFAULT_KIND
-    from gradpruner.run.stages import watch
-    from gradpruner.storage.files import need_writable
+    from gradpruner.run.only_worker import only_worker
     from gradpruner.training.shares import share_of
-    from gradpruner.training.trackers import scores_of, tracked
 
     recipe = recipe_of(options)
     if options.load_in_4bit and not recipe.rank:
@@ -160,6 +156,18 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
             "load_in_4bit with rank = 0: weights of 4 bits do not train; expected a rank of 1 or more"
         )
     share_of(recipe, launched())
+    with only_worker(options.out):
+        return _probe_by(recipe, options)
+
+
+def _probe_by(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.checkpoint.companions import masks_of
+    from gradpruner.distributed.processes import first
+    from gradpruner.probe.igia import DEFAULT_KIND
+    from gradpruner.run.stages import watch
+    from gradpruner.storage.files import need_writable
+    from gradpruner.training.trackers import scores_of, tracked
+
     first(lambda: need_writable(options.out))
     model, tokenizer, ordered = _training(options, recipe)
     with tracked(recipe, Path(f"{options.out}-logs"), "probe", name=Path(options.out).stem) as tracker:
@@ -254,9 +262,19 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.distributed.launch import launched
+    from gradpruner.run.only_worker import only_worker
+    from gradpruner.training.shares import share_of
+
+    recipe = recipe_of(options)
+    share_of(recipe, launched())
+    with only_worker(options.out):
+        return _finetune_by(recipe, options)
+
+
+def _finetune_by(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint.companions import masks_of, plan_of, save_from
     from gradpruner.distributed.agreement import agree, need_shared
-    from gradpruner.distributed.launch import launched
     from gradpruner.distributed.processes import first
     from gradpruner.model.identity import identify
     from gradpruner.pruning.preflight import check_save
@@ -265,11 +283,8 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.storage.files import need_free
     from gradpruner.training.checkpoints import checkpoints_beside
     from gradpruner.training.divergence import explained
-    from gradpruner.training.shares import share_of
     from gradpruner.training.trackers import tracked
 
-    recipe = recipe_of(options)
-    share_of(recipe, launched())
     first(lambda: need_free(options.out, options.overwrite))
     need_shared(Path(options.out).absolute().parent)
     masks = Masks.load(options.masks) if options.masks else None
@@ -311,6 +326,8 @@ def _finetune(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    from gradpruner.model.accelerator import to_accelerator
+
     tasks = harness(options)
     if options.data is None and tasks is None:
         raise InvalidArgument("neither --data nor --tasks is given; expected one of them, or both")
@@ -318,6 +335,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         raise InvalidArgument("--window and --rouge measure on --data, which is not given")
     examples = None if options.data is None else data_options.examples(options)
     model, tokenizer = given.load(options)
+    to_accelerator(model)
     parts = []
     if examples is not None:
         measured = _windows if options.window is not None else _measured

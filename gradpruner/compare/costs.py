@@ -18,6 +18,7 @@ from gradpruner.compare.operations import training_operations
 from gradpruner.compare.results import Cost
 from gradpruner.data.collator import Collator
 from gradpruner.memory import peak_memory, reset_peak_memory
+from gradpruner.model.accelerator import to_accelerator
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.load import load_model
 from gradpruner.plan import Plan
@@ -106,8 +107,7 @@ def _measured(loading: dict[str, Any], count: int, rows: Sequence[Row], recipe: 
     model, tokenizer = load_model(**loading)
     layers, parameters = len(Decoder(model).layers), {id(p): p for p in model.parameters()}
     stored = sum(p.numel() * p.element_size() for p in parameters.values())
-    if torch.cuda.is_available():
-        model.to("cuda")
+    to_accelerator(model)
     reset_peak_memory()
     speed = generation_speed(model, tokenizer, new_tokens=NEW_TOKENS)
     generating = peak_memory() - before

@@ -37,6 +37,7 @@ from gradpruner.distributed.launch import join, launched
 from gradpruner.distributed.processes import alone, first
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods import Clues, Method, parse_method
+from gradpruner.model.accelerator import to_accelerator
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.identity import identify
 from gradpruner.model.load import Loaded, load_model
@@ -282,6 +283,7 @@ class Compare:
             if method.probed or keeps_adapters:
                 about["probe"] = self._probe(method, tokenizer, cell.seed).name
             logger.info(f"{cell.title}: choosing")
+            to_accelerator(model, trains=True)
             with alone():  # every process makes the same model
                 if keeps_adapters:
                     model = load_probed_model(model, self.folder / "probes" / about["probe"])

@@ -38,6 +38,11 @@ def launched_rank() -> int:
     return int(os.environ["RANK"]) if launched() > 1 else 0
 
 
+def uses_cpu() -> bool:
+    """Whether the launcher asks for the CPU where there are GPUs: `accelerate launch --cpu`."""
+    return _is_set("ACCELERATE_USE_CPU")
+
+
 def wants_shards() -> bool:
     """Whether the launcher asks for FSDP2: `accelerate launch --use_fsdp --fsdp_version 2`."""
     return launched() > 1 and _is_set("ACCELERATE_USE_FSDP")
@@ -103,7 +108,7 @@ def join() -> None:
     import torch
 
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.accelerator.is_available() and not _is_set("ACCELERATE_USE_CPU"):
+    if torch.accelerator.is_available() and not uses_cpu():
         count = torch.accelerator.device_count()
         if local >= count:
             raise InvalidArgument(

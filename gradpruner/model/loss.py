@@ -54,5 +54,5 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> float:
     total = 0.0
     for part, targets in zip(logits.split(tokens_at_once), labels.split(tokens_at_once), strict=True):
         losses = cross_entropy(part.float(), targets, ignore_index=IGNORED, reduction="none")
-        total += float(losses.double().sum())
+        total += float(losses.cpu().double().sum())  # not every device has float64
     return total

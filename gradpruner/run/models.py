@@ -10,6 +10,7 @@ from typing import Any
 from gradpruner.checkpoint.companions import carry_processor, plan_of, refuse_masks
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
+from gradpruner.model.accelerator import to_accelerator
 from gradpruner.model.identity import Identity
 from gradpruner.model.load import Loaded, load_model
 from gradpruner.plan import Plan
@@ -106,6 +107,7 @@ class RunModels:
         """
         preset = self.job.preset
         model, tokenizer = self.load_probed()
+        to_accelerator(model, trains=True)
         self.patches = patches = list[Patch]()
         if preset.patch:
             collate, rows, size = Collator(tokenizer), self.rows_of_probe(tokenizer), self.job.recipe.batch_size

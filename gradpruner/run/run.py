@@ -7,7 +7,6 @@ something else is refused. A stage that trains goes on from its newest checkpoin
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import logging
@@ -32,6 +31,7 @@ from gradpruner.run.auto_ratio import AUTO, Choice, choose, hold_out
 from gradpruner.run.folder import SETTINGS, SPEEDS, RunFolder, known_model, recorded
 from gradpruner.run.job import Job
 from gradpruner.run.models import RunModels
+from gradpruner.run.only_worker import only_worker
 from gradpruner.run.page import write_report
 from gradpruner.run.plan_file import check_made_by_run, with_parameter_ratio
 from gradpruner.run.probe_folder import IGIA, save_probe
@@ -41,7 +41,6 @@ from gradpruner.run.summary import OF_THE_MACHINE, comparison
 from gradpruner.run.task_scores import task_scores
 from gradpruner.run.trainings import Trainings
 from gradpruner.storage.files import read_json, write_json
-from gradpruner.storage.locks import claim, holder
 from gradpruner.storage.provenance import MADE_FROM, RECORD, digest
 from gradpruner.training.evaluate import Evaluation
 from gradpruner.training.finetune import check_comparable, finish
@@ -116,14 +115,7 @@ class Run:
         Returns:
             The results, as `results.json` holds them.
         """
-        with contextlib.ExitStack() as stack:
-            place = self.folder / "run"
-            if not first(lambda: stack.enter_context(claim(place))):
-                who = first(lambda: holder(place))
-                raise InvalidArgument(
-                    f"folder {str(self.folder)!r}: {who or 'another process'} is working in it; expected another "
-                    "folder, or the same command once it has ended"
-                )
+        with only_worker(self.folder, self.folder / "run"):
             return self._everything(dense)
 
     def _everything(self, dense: bool) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from gradpruner.model.accelerator import to_accelerator
 from gradpruner.model.load import Loaded
 from gradpruner.run.summary import TURNS
 from gradpruner.storage.files import read_json, write_json
@@ -41,8 +40,7 @@ def speeds_in_turns(
     for _ in range(turns):
         for name, folder in folders.items():
             model, tokenizer = load(str(folder))
-            if torch.accelerator.is_available():
-                model.to(torch.accelerator.current_accelerator())
+            to_accelerator(model)
             speeds[name].append(generation_speed(model, tokenizer, runs=1))
             del model
             gc.collect()

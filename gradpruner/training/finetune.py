@@ -22,6 +22,7 @@ from gradpruner.distributed.launch import wants_shards
 from gradpruner.distributed.processes import Peers, peers_of
 from gradpruner.errors import InvalidArgument
 from gradpruner.memory import reset_peak_memory
+from gradpruner.model.accelerator import to_accelerator
 from gradpruner.model.adapter_targets import adapted_weights, as_named, check_adapted
 from gradpruner.model.decoder import Decoder
 from gradpruner.model.parameter_counts import count_parameters
@@ -220,7 +221,7 @@ def train(
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         if sharded:
             take_back(model, cast(nn.Module, trainer.model))
-            _place(model, arguments.device)
+            to_accelerator(model)  # as the Trainer does with a model that is not sharded
     return _record(recorder, steps, peers)
 
 
@@ -235,13 +236,6 @@ def _check_launcher(arguments: TrainingArguments, peers: Peers | None) -> None:
             f"transformers finds {arguments.world_size} processes in the environment, and {shared} share this "
             "training; expected torchrun or accelerate launch for one training in several processes"
         )
-
-
-def _place(model: nn.Module, device: torch.device) -> None:
-    """Move a model to a GPU, as the Trainer does with one that is not sharded, if it fits."""
-    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0]:
-        model.to(device)
 
 
 def _record(recorder: StepRecorder, steps: int, peers: Peers | None) -> Training:

@@ -25,6 +25,7 @@ import torch
 
 from gradpruner.checks import check_int, is_number
 from gradpruner.errors import InvalidArgument
+from gradpruner.model.accelerator import to_accelerator
 from gradpruner.model.modes import evaluating
 
 logger = logging.getLogger(__name__)
@@ -131,8 +132,7 @@ class Harness:
         """
         self.check()
         self.check_tokenizer(tokenizer)
-        if torch.accelerator.is_available():
-            model.to(torch.accelerator.current_accelerator())
+        to_accelerator(model)
         with _keeping_random_states(), evaluating(model), _heard_warnings() as heard:
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -113,7 +114,8 @@ def result_of(name: str, out: Path, said: str) -> tuple[list[float], Any, Path]:
 
 def print_table(folder: Path) -> None:
     (folder / "home").mkdir(parents=True)
-    inputs = make_home(folder / "home")
+    with contextlib.redirect_stdout(sys.stderr):
+        inputs = make_home(folder / "home")
     print(
         "| command | engine | sharded | steps with the same rows | rows of the two processes | plan equal | losses: "
         "largest difference | weights: largest difference |\n|---|---|---|---|---|---|---|---|"
