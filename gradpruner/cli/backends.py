@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 from typing import Any
 
 from gradpruner.cli import options as given
@@ -27,4 +29,11 @@ def _backends(options: argparse.Namespace) -> dict[str, Any]:
     note = build_note()
     if note is not None:
         states["cpp build"] = note
+    if states["triton"] == "available" and not _finds_c_compiler():
+        states["triton on a GPU"] = "needs a C compiler, as Triton does: install gcc or clang, or name one in CC"
     return {"json": states, "line": "\n".join(f"{name}: {state}" for name, state in states.items())}
+
+
+def _finds_c_compiler() -> bool:
+    """Look where Triton looks, which compiles a small C file before the first kernel on a GPU."""
+    return "CC" in os.environ or any(map(shutil.which, ("gcc", "clang")))

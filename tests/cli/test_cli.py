@@ -143,6 +143,17 @@ def test_backends_names_the_instruction_set(capsys, monkeypatch):
     assert "cpp instruction set: avx2" in capsys.readouterr().out
 
 
+def test_backends_says_what_triton_lacks_on_a_gpu(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert main(["backends"]) == 0
+    assert "triton on a GPU: needs a C compiler" in capsys.readouterr().out
+    (tmp_path / "gcc").touch(0o755)
+    assert main(["backends"]) == 0
+    assert "C compiler" not in capsys.readouterr().out
+
+
 def wrong_calls(home):
     model, data = ["--model", str(home / "model")], ["--data", str(home / "data.jsonl")]
     igia, plan = str(home / "igia.safetensors"), str(home / "plan.json")

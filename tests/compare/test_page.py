@@ -153,3 +153,16 @@ def test_names_are_escaped(tmp_path, figures):
     assert page.text.count(evil) >= 8
     assert evil in page.images[0]["alt"]
     assert evil in [text.get_text() for text in figures["accuracy"].legends[0].get_texts()]
+
+
+def test_tasks_of_the_harness_have_a_table_below_the_accuracy(tmp_path):
+    rows = [
+        {"method": "dense", "layers removed": 0, "letters\nacc": "0.750 ± 0.100", "seeds": 1},
+        {"method": "gradpruner", "layers removed": 4, "letters\nacc": "0.375 ± 0.177", "seeds": 2},
+    ]
+    data = {**BARE, "results": RESULTS, "tasks": rows, "tasks_note": "± is <its> standard error"}
+    page = Page(write_comparison(tmp_path, **data))
+    assert "Tasks of lm-evaluation-harness" in page.headings and "± is <its> standard error" in page.text
+    head, *found = next(table for table in page.tables if table[0][-1] == "seeds" and "lettersacc" in table[0])
+    assert head[:2] == ["method", "layers removed"]
+    assert found == [["dense", "0", "0.750 ± 0.100", "1"], ["gradpruner", "4", "0.375 ± 0.177", "2"]]

@@ -110,3 +110,27 @@ def test_the_sentence_of_other_cases():
     better = [{**ROW, "exact_match": 0.5}, PRUNED]
     assert "reaches 0.760 exact match, the dense model 0.500 (+52.0 %)" in outcome(better, PLAN)
     assert "was not scored" in outcome([{**PRUNED, "exact_match": None, "perplexity": None}], PLAN)
+
+
+def scores_of(accuracy: float, *, limit: int | None = None, truncated: int = 0) -> dict:
+    """What `Harness.evaluate` returns."""
+    metrics = [
+        {"name": "acc", "filter": "none", "value": accuracy, "stderr": 0.02, "higher_is_better": True},
+        {"name": "exact<match", "filter": "strict", "value": 3.0, "stderr": None, "higher_is_better": False},
+    ]
+    task = {"version": 1, "num_fewshot": 5, "samples": 12, "of": 12, "metrics": metrics}
+    return {"tasks": {"letters": task}, "settings": {"limit": limit}, "lm_eval": "0.4.13", "truncated": truncated}
+
+
+def test_tasks_of_the_harness_have_a_table_of_both_models(tmp_path):
+    harness = {"dense": scores_of(0.75, limit=3), "pruned": scores_of(0.5, limit=3, truncated=2)}
+    page = page_of(tmp_path, harness=harness)
+    section = page[page.index("Tasks of lm-evaluation-harness") :]
+    first, second = re.findall(r"<tr>(.*?)</tr>", section[: section.index("</table>")], re.DOTALL)[1:]
+    cells = [re.sub(r"\s*<.*?>\s*", "|", row).strip("|").replace("||", "|").split("|") for row in (first, second)]
+    assert cells[0] == ["letters", "acc", "higher", "5", "12", "0.750 ± 0.020", "0.500 ± 0.020"]
+    assert cells[1] == ["letters", "exact&lt;match, strict", "lower", "5", "12", "3.000", "3.000"]
+    assert "lm-evaluation-harness 0.4.13; ± is its standard error" in section
+    assert "so these are no scores to publish" in section
+    assert "pruned: inputs longer than the model can read were cut (2 warnings)" in section
+    assert "dense: inputs longer" not in section
