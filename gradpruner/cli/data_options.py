@@ -159,7 +159,10 @@ def split(options: argparse.Namespace) -> tuple[Sequence[Any], Sequence[Any]]:
 
 
 def _say_unused_test_splits(options: argparse.Namespace) -> None:
-    """Say that a folder has a test split, which a held-out share of its training split stands in for."""
+    """Name the folders with a test split that is not used.
+
+    A held-out share of the training split stands in for it.
+    """
     from gradpruner.data.load import sources
     from gradpruner.data.sources import test_split_of
 

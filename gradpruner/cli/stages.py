@@ -359,7 +359,7 @@ def _tasks(options: argparse.Namespace, model: Any, tokenizer: Any, tasks: Harne
 
 
 def _refuse_beside_window(options: argparse.Namespace) -> None:
-    """Refuse the options that say which rows are made of the examples: windows are cut of all text."""
+    """Refuse options that say which rows examples become: windows are cut of all text."""
     rows = {"--train-on": options.train_on != "answer", "--too-long": options.too_long, "--rouge": options.rouge}
     given_too = [name for name, is_given in rows.items() if is_given]
     if given_too:

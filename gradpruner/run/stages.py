@@ -201,7 +201,10 @@ def measure_sets(
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
-    """Return a name of each source: its last part if that tells them apart, else all of it, numbered if need be."""
+    """Return a short name of each source.
+
+    It is the last part of the source if that tells them apart, else all of it, numbered if it is there twice.
+    """
     last = [Path(source).name or source for source in sources]
     names = last if len(set(last)) == len(last) else list(sources)
     return [
