@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from gradpruner.data.formats import FORMATS
@@ -26,13 +27,14 @@ SHARED = ("prompt", "answer", "format", "system", "as_chat", "delimiter", "encod
 logger = logging.getLogger(__name__)
 
 
-def add(parser: argparse.ArgumentParser, *, testing: bool, required: bool = True) -> None:
+def add(parser: argparse.ArgumentParser, *, testing: bool, required: bool = True, rows: bool = True) -> None:
     """Add the options that say which data is read, and how.
 
     Args:
         parser: of the command.
         testing: whether the command evaluates too.
         required: whether the command needs data.
+        rows: whether the command learns or scores the answers of examples, or else reads all text.
     """
     parser.add_argument(
         "--data", required=required, nargs="+", metavar="D", help="files, patterns, folders or hub ids, see below"
@@ -53,9 +55,17 @@ def add(parser: argparse.ArgumentParser, *, testing: bool, required: bool = True
     parser.add_argument("--limit", type=int, metavar="N", help="use only N examples of --data, after shuffling")
     parser.add_argument("--data-seed", type=int, default=0, metavar="N", help="seed that shuffles the data (default 0)")
     parser.add_argument(
-        "--max-length", type=int, default=512, metavar="N", help="most tokens of an example (default 512)"
+        "--max-length",
+        type=int,
+        default=512,
+        metavar="N",
+        help=f"{'most tokens of an example' if rows else 'tokens of a window'} (default 512)",
     )
-    _add_rows(parser)
+    if rows:
+        _add_rows(parser)
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="jinja file that writes messages as text (default: the tokenizer's)"
+    )
     if testing:
         parser.add_argument(
             "--test-data", nargs="+", metavar="D", help="test data, as --data (default: a share of --data is held out)"
@@ -81,9 +91,6 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         choices=("cut", "skip", "error", "split"),
         help="what becomes of examples longer than --max-length (default: text without an answer is split into rows, "
         "the rest loses its beginning)",
-    )
-    parser.add_argument(
-        "--chat-template", metavar="FILE", help="jinja file that writes messages as text (default: the tokenizer's)"
     )
 
 
@@ -143,11 +150,25 @@ def split(options: argparse.Namespace) -> tuple[Sequence[Any], Sequence[Any]]:
 
     train_examples = examples(options)
     if not options.test_data:
+        _say_unused_test_splits(options)
         train_examples, test_examples = split_examples(train_examples, options.held_out, options.data_seed)
         test_examples = test_examples[: options.test_limit]
     else:
         test_examples = _test_examples(options)
     return without_copies(train_examples, test_examples), test_examples
+
+
+def _say_unused_test_splits(options: argparse.Namespace) -> None:
+    """Name the folders with a test split that is not used.
+
+    A held-out share of the training split stands in for it.
+    """
+    from gradpruner.data.load import sources
+    from gradpruner.data.sources import test_split_of
+
+    for source in sources(options.data):
+        if Path(source).is_dir() and test_split_of(source) == "test":
+            logger.warning("data: the split 'test' of %s is not used; --test-data %s tests on it", source, source)
 
 
 def _test_examples(options: argparse.Namespace) -> Any:

@@ -21,7 +21,7 @@ def add_sparsify(commands: Any) -> None:
         "gradpruner sparsify --model M --data text.txt --method gblm --pattern 2:4 --out sparse",
     )
     given.model_options(parser)
-    data_options.add(parser, testing=False)
+    data_options.add(parser, testing=False, rows=False)
     parser.add_argument(
         "--method",
         default="wanda",
@@ -66,11 +66,11 @@ def _sparsify(options: argparse.Namespace) -> dict[str, Any]:
 
     need_free(options.out, options.overwrite)
     criterion, _ = criterion_and_pattern(options.method, options.pattern, options.ratio, options.allocation)
-    text = text_of(data_options.examples(options))
+    examples = data_options.examples(options)
     model, tokenizer = given.load(options)
     refuse_masks(options.model, "sparsify")
     plan = plan_of(options.model, model)
-    tokens = tokens_of(text, tokenizer, options.max_length)
+    tokens = tokens_of(text_of(examples, tokenizer), tokenizer, options.max_length)
     check_rows(model, tokenizer, consecutive(tokens, options.max_length))
     check_save(model, tokenizer, Path(options.out))
     batches = sampled(tokens, options.max_length, options.samples, options.seed)

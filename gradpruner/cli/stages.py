@@ -333,6 +333,8 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         raise InvalidArgument("neither --data nor --tasks is given; expected one of them, or both")
     if options.data is None and (options.window is not None or options.rouge is not None):
         raise InvalidArgument("--window and --rouge measure on --data, which is not given")
+    if options.window is not None:
+        _refuse_beside_window(options)
     examples = None if options.data is None else data_options.examples(options)
     model, tokenizer = given.load(options)
     to_accelerator(model)
@@ -374,13 +376,24 @@ def _tasks(options: argparse.Namespace, model: Any, tokenizer: Any, tasks: Harne
     return {"json": {"harness": result}, "line": f"{table(harness_rows(found))}\n\n{harness_note(found)}"}
 
 
+def _refuse_beside_window(options: argparse.Namespace) -> None:
+    """Refuse options that say which rows examples become: windows are cut of all text."""
+    rows = {"--train-on": options.train_on != "answer", "--too-long": options.too_long, "--rouge": options.rouge}
+    given_too = [name for name, is_given in rows.items() if is_given]
+    if given_too:
+        raise InvalidArgument(
+            f"--window takes the perplexity of all text, cut into windows; {' and '.join(given_too)} would change "
+            "nothing: expected --window without them"
+        )
+
+
 def _windows(options: argparse.Namespace, model: Any, tokenizer: Any, examples: list[Any]) -> dict[str, Any]:
     from gradpruner.data.collator import Collator
     from gradpruner.data.text_windows import consecutive, text_of, tokens_of
     from gradpruner.run.preflight import check_rows
     from gradpruner.training.evaluate import perplexity
 
-    rows = consecutive(tokens_of(text_of(examples), tokenizer, options.window), options.window)
+    rows = consecutive(tokens_of(text_of(examples, tokenizer), tokenizer, options.window), options.window)
     check_rows(model, tokenizer, rows)
     value = perplexity(model, rows, collate=Collator(tokenizer), batch_size=options.batch_size)
     return {

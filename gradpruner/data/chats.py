@@ -35,7 +35,10 @@ def chat(messages: list[Message], system: str | None, tools: Any = None) -> Exam
         messages = [Message("system", system), *messages]
     first = next((i for i, message in enumerate(messages) if message.role == ASSISTANT), None)
     if first is None:
-        raise RowError(" has no turn of the assistant: there is nothing to learn")
+        roles = listed(dict.fromkeys(message.role for message in messages))
+        raise RowError(
+            f" has no turn of the assistant: there is nothing to learn; the roles are {roles}, expected {ASSISTANT!r}"
+        )
     if not any(message.role not in ("system", "developer") for message in messages[:first]):
         raise RowError(" begins with the assistant; expected a turn of the user before it")
     return Example(tuple(messages[:first]), tuple(messages[first:]), _tools(tools))
@@ -58,7 +61,8 @@ def _message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RowError(f"{where}: not an object with a 'role' and a 'content'")
     more = {k: v for k, v in message.items() if k not in ("role", "content") and v is not None}
-    if more.pop("weight", 1) != 1 or more.pop("train", True) is not True or more.pop("training", True) is not True:
+    marks = [more.pop(name) for name in ("weight", "train", "training") if name in more]
+    if message["role"] == ASSISTANT and any(mark not in (1, True) for mark in marks):
         raise RowError(
             f"{where} is marked as not to be learned, which is not supported; remove the mark, and choose the turns "
             "that are learned with train_on"

@@ -123,8 +123,6 @@ def _pairs(name: str, pairs: tuple[tuple[str, str], ...]) -> Callable[[Row, Chat
                 return _conversational(row, prompt, answer, chatting)
             if not is_blank(row.get("tools")):
                 raise RowError(" has tools, which need messages as prompt and answer")
-            if name == "prompt-completion" and isinstance(row.get("label"), bool):
-                raise RowError(" has a label True or False beside the completion, as preference data has; see chosen")
             return chatting.pair(cell(row, prompt), cell(row, answer), _system(row))
 
         loses = {*CONTEXT, *MEDIA, "input", "history", "choices", "options"} - {*pair}
@@ -210,6 +208,17 @@ def _choice(row: Row, chatting: Chatting) -> Format | None:
     return Format("multiple-choice", convert, uses, frozenset({*MEDIA, *CONTEXT, *SYSTEM} - {*uses}))
 
 
+def _remedy(row: Row) -> str:
+    """Say what to do about columns that no format has."""
+    if "input_ids" in row:
+        return "these are tokens; expected the text that they were made of"
+    usual = {column.strip().lower(): value for column, value in row.items()}
+    if any(find(usual, Chatting()) for find in _FINDERS.values()):
+        return f"only spaces or capitals make the names differ from known ones; rename them to {listed(usual)}"
+    column = next((name for name, value in row.items() if isinstance(value, str)), "column")
+    return f"give templates of prompt and answer, such as prompt '{{{column}}}'; a .csv file begins with the names"
+
+
 # In the order of preference, if a row fits several.
 _FINDERS: dict[str, Callable[[Row, Chatting], Format | None]] = {
     "messages": _messages,
@@ -251,7 +260,7 @@ def find_format(row: Row, name: str | None, chatting: Chatting) -> Format:
     if not fitting:
         raise InvalidArgument(
             f"prompt is missing, and the columns {listed(row)} hold no known pair and no other known format "
-            f"({', '.join(FORMATS)}); give templates of prompt and answer, such as prompt '{{column}}'"
+            f"({', '.join(FORMATS)}); {_remedy(row)}"
         )
     if fitting[0] in CHATS and len(fitting) > 1:  # a table has all columns, also those that no row fills
         fitting = [name for name in fitting if _FINDERS[name](filled, Chatting())]

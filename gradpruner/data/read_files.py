@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -18,6 +19,7 @@ from gradpruner.errors import InvalidArgument
 from gradpruner.storage.files import decode_json, decode_json_at
 
 LONGEST_CELL = 1 << 30  # characters; the csv module's own limit is 128 KiB
+CHATS = ("messages", "conversations", "conversation")  # names of lists that are one row
 BATCH = 1000  # rows of an Arrow table that are turned into Python objects at a time
 
 
@@ -93,8 +95,14 @@ def _object(line: str, where: str) -> Row | Broken:
     try:
         row = decode_json(line)
     except (ValueError, RecursionError) as error:
-        return Broken(f"{where}: broken JSON: {getattr(error, 'msg', error)}")
-    return row if isinstance(row, dict) else Broken(f"{where}: {type(row).__name__} instead of an object of columns")
+        return Broken(f"{where}: broken JSON: {_reason(error)}{_hint(line)}")
+    if isinstance(row, dict):
+        return row
+    return Broken(f"{where}: {type(row).__name__} instead of an object of columns{_hint(line)}")
+
+
+def _hint(line: str) -> str:
+    return "; a file that is one JSON list needs a name that ends in .json" if line.lstrip().startswith("[") else ""
 
 
 _SPACE = re.compile(r"\s*")
@@ -105,54 +113,122 @@ def _read_json(text: str, path: Path) -> Iterator[Read]:
     start = _after_space(text, 0)
     if start == len(text):
         return
-    try:
-        if text[start] == "[":
-            yield from _read_json_list(text, start, path)
-            return
-        content, end = decode_json_at(text, start)
-    except json.JSONDecodeError as error:
-        raise InvalidArgument(f"{path}, line {error.lineno}: broken JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidArgument(f"{path}: broken JSON: {error}") from None
-    if isinstance(content, dict) and text[end:].strip():
-        yield from _read_lines(io.StringIO(text), path)
+    if text[start] == "[":
+        yield from _read_json_list(text, start, path)
         return
-    lists = [k for k, v in content.items() if _is_table(v)] if isinstance(content, dict) else []
+    lists: dict[str, int] = {}
+    end = start
+    if text[start] == "{":
+        with _json_errors(path):
+            lists, end = _lists_in(text, start)
+        if text[end:].strip():
+            yield from _read_lines(io.StringIO(text), path)
+            return
+        if lists.keys() & {*CHATS}:  # the list is not the rows: the object is one conversation
+            yield 1, decode_json(text)
+            return
     if len(lists) != 1:
         several = f"; it holds several: {', '.join(lists)}" if lists else ""
         raise InvalidArgument(
             f"{path} is not a JSON list of objects, nor an object with one such list, nor one object a line{several}"
         )
-    for row in content[lists[0]]:
-        yield None, row if isinstance(row, dict) else Broken(f"{path}: {type(row).__name__} instead of an object")
+    (start,) = lists.values()
+    yield from _read_json_list(text, start, path)
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(row, dict) for row in value)
+@contextlib.contextmanager
+def _json_errors(path: Path) -> Iterator[None]:
+    """Say of what is raised inside that the JSON of a file is broken, and where."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise InvalidArgument(f"{path}, line {error.lineno}: broken JSON: {_reason(error)}") from None
+    except InvalidArgument:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{path}: broken JSON: {error}") from None
+
+
+def _lists_in(text: str, start: int) -> tuple[dict[str, int], int]:
+    """Find the lists of objects in an object.
+
+    Returns where each begins, by its name, and where the object ends. What is decoded is not kept: all at once would take much memory.
+    """
+    places: dict[str, int] = {}
+    tables: dict[str, int] = {}
+    place = _after_space(text, start + 1)
+    while text[place : place + 1] != "}" or places:
+        if text[place : place + 1] != '"':
+            raise json.JSONDecodeError("Expecting property name enclosed in double quotes", text, place)
+        name, end = decode_json_at(text, place)
+        if name in places:
+            raise json.JSONDecodeError(f"the object has the name {name!r} twice", text, place)
+        colon = _after_space(text, end)
+        if text[colon : colon + 1] != ":":
+            raise json.JSONDecodeError("Expecting ':' delimiter", text, colon)
+        places[name] = value = _after_space(text, colon + 1)
+        if text[value : value + 1] == "[":
+            end = _after_space(text, value + 1)
+            for _, element, after in _elements(text, value):
+                end = after
+                if isinstance(element, dict):
+                    tables[name] = value
+            end = _after_space(text, end) + 1  # behind the bracket
+        else:
+            end = decode_json_at(text, value)[1]
+        place = _after_space(text, end)
+        mark = text[place : place + 1]
+        if mark not in (",", "}"):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+        if mark == "}":
+            break
+        place = _after_space(text, place + 1)
+    return tables, place + 1
+
+
+def _elements(text: str, start: int) -> Iterator[tuple[int, Any, int]]:
+    """Decode one element of a list after the other: all at once would take much memory.
+
+    Args:
+        text: a text with a list.
+        start: where the list begins.
+
+    Yields:
+        Where an element begins, the element, and where it ends. The list ends with the bracket after the last one.
+    """
+    place = _after_space(text, start + 1)
+    while text[place : place + 1] != "]":
+        element, end = decode_json_at(text, place)
+        yield place, element, end
+        end = _after_space(text, end)
+        mark = text[end : end + 1]
+        if mark == "]":
+            return
+        if mark != ",":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        place = _after_space(text, end + 1)
+        if text[place : place + 1] == "]":
+            raise json.JSONDecodeError("Expecting value", text, place)
 
 
 def _read_json_list(text: str, start: int, path: Path) -> Iterator[Read]:
-    """Decode one object of a list after the other: all at once would take much memory."""
-    line, counted = 1, 0
-    first = end = place = _after_space(text, start + 1)
-    mark = text[place : place + 1]
-    while mark != "]":
-        row, end = decode_json_at(text, place)
-        line, counted = line + text.count("\n", counted, place), place
-        if isinstance(row, dict):
-            yield line, row
-        elif place == first:
-            raise InvalidArgument(f"{path} is not a JSON list of objects, but one of {type(row).__name__}")
-        else:
-            yield line, Broken(f"{path}, line {line}: {type(row).__name__} instead of an object of columns")
-        end = _after_space(text, end)
-        mark = text[end : end + 1]
-        if mark not in (",", "]"):
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-        place = _after_space(text, end + 1)
-    end = _after_space(text, end + 1)
-    if end < len(text):
-        raise json.JSONDecodeError("Extra data", text, end)
+    """Read the objects of a list. If the list is all of the text, nothing may follow it."""
+    whole = not text[:start].strip()
+    line, counted, end, first = 1, 0, _after_space(text, start + 1), True
+    with _json_errors(path):
+        for place, row, after in _elements(text, start):
+            end = after
+            line, counted = line + text.count("\n", counted, place), place
+            if isinstance(row, dict):
+                yield line, row
+            elif whole and first:
+                raise InvalidArgument(f"{path} is not a JSON list of objects, but one of {type(row).__name__}")
+            else:
+                yield line, Broken(f"{path}, line {line}: {type(row).__name__} instead of an object of columns")
+            first = False
+        end = _after_space(text, _after_space(text, end) + 1)
+        if whole and end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
 
 
 def _after_space(text: str, start: int) -> int:
@@ -262,6 +338,13 @@ def _without_nothing(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nothing(inner) for key, inner in value.items() if inner is not None}
     return [_without_nothing(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong with a JSON text, and where in its line."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at character {error.colno}"
+    return str(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ from gradpruner.data.formats import CHATS, FORMATS, MEDIA, Chatting, Format, fin
 from gradpruner.data.templates import Row, RowError, is_blank
 from gradpruner.errors import InvalidArgument
 
+JUDGEMENTS = ("label", "kto_tag")  # columns that say whether an answer is good, if they are True or False
 TEXT_ROWS = ("file", "line", "paragraph")
 
 
@@ -103,6 +104,12 @@ class Converter:
         for column in self._lost[columns]:
             if not is_blank(row[column]):
                 raise LostColumn(_lost(column, self._format.name))
+        for column in JUDGEMENTS:
+            if isinstance(row.get(column), bool) and column not in self._format.uses:
+                raise LostColumn(
+                    f" has a {column!r} True or False beside the answer, as preference data has: answers that were "
+                    "judged bad would be learned; keep the rows that are True, and remove the column"
+                )
         return self._format.convert(row)
 
     def _find(self, row: Row) -> Format:

@@ -231,8 +231,8 @@ def _hub(name: str, options: HubOptions) -> Place:
         validate_repo_id(name)
     except HFValidationError:
         raise InvalidArgument(
-            f"source {name!r} is neither a {', '.join(FILE_TYPES)} file, nor a folder, nor a hub id ('name' or "
-            "'owner/name')"
+            f"source {name!r} does not exist, and is no hub id ('name' or 'owner/name'); accepted: a "
+            f"{', '.join(FILE_TYPES)} file, a pattern of files, a folder, or a hub id"
         ) from None
     import datasets
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -10,23 +11,32 @@ import torch
 from torch import Tensor
 
 from gradpruner.checks import check_int
-from gradpruner.data.chat import is_chat
+from gradpruner.data.chat import ChatTemplate, is_chat, turns_of
 from gradpruner.data.examples import Example
+from gradpruner.data.special_tokens import around
 from gradpruner.errors import InvalidArgument
 
 
-def text_of(examples: Sequence[Example]) -> str:
-    """Return the examples as one text, with a blank line between them.
+def text_of(examples: Sequence[Example], tokenizer: Any) -> str:
+    """Return the examples as one text, with a blank line after each text.
+
+    Conversations follow each other as the chat template writes them.
+
+    Args:
+        examples: texts, pairs of texts, or conversations.
+        tokenizer: the model's. Its chat template writes the conversations.
 
     Raises:
-        InvalidArgument: an example has messages, which are no text.
+        InvalidArgument: an example has messages, and the tokenizer has no chat template or it refuses them.
     """
-    if any(map(is_chat, examples)):
-        raise InvalidArgument(
-            "data: examples with messages cannot be joined to one text; expected text, or prompt and answer as text "
-            "(--prompt and --answer name the columns)"
-        )
-    return "\n\n".join(f"{example.prompt} {example.answer}".strip() for example in examples)
+    template = ChatTemplate(tokenizer) if any(map(is_chat, examples)) else None
+    parts: list[str] = []
+    for example in examples:
+        if template is not None and is_chat(example):
+            parts.append(template.render(turns_of(example)[0], json.loads(example.tools) if example.tools else None))
+        else:
+            parts += [f"{example.prompt} {example.answer}".strip(), "\n\n"]
+    return "".join(parts).removesuffix("\n\n")
 
 
 def tokens_of(text: str, tokenizer: Any, length: int) -> list[int]:
@@ -42,6 +52,9 @@ def tokens_of(text: str, tokenizer: Any, length: int) -> list[int]:
     """
     check_int("length", length, 2, "a number of tokens")
     tokens: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    prefix = around(tokenizer)[0]
+    if prefix and tokens[len(prefix) : 2 * len(prefix)] == prefix:  # a chat template has written it, too
+        tokens = tokens[len(prefix) :]
     if len(tokens) < length:
         raise InvalidArgument(f"data has {len(tokens)} tokens; expected {length} or more, one window")
     return tokens

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from gradpruner.data.examples import Example, fingerprints, taken
 from gradpruner.distributed.processes import first
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.probe.selection import lowest_first, margin
@@ -29,8 +30,6 @@ MAX_LOST = 0.01
 LEAST, MOST, HANDFUL = Fraction(1, 10), Fraction(6, 10), 5  # shares of the layers, and counts to try between them
 CHECK_ROWS, CHECK_SHARE = 200, Fraction(1, 10)  # examples held out for the check: at most, and of all
 EXACT, PERPLEXITY = "exact match", "1 / perplexity"
-
-H = TypeVar("H", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,7 @@ def _known(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def hold_out(examples: Sequence[H], rows: int | None, seed: int) -> tuple[list[H], list[H]]:
+def hold_out(examples: Sequence[Example], rows: int | None, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
     """Hold examples out, each with all its copies.
 
     Args:
@@ -259,22 +258,25 @@ def hold_out(examples: Sequence[H], rows: int | None, seed: int) -> tuple[list[H
         seed: of the choice.
 
     Returns:
-        The examples to train on, and those that are held out.
+        The examples to train on, and those that are held out. Parts of a table are tables, else they are lists.
 
     Raises:
         InvalidArgument: one of the two would be empty.
     """
-    different = list(dict.fromkeys(examples))
+    prints = fingerprints(examples)
+    firsts: dict[bytes, int] = {}  # the first place of each different example
+    for place, print_ in enumerate(prints):
+        firsts.setdefault(print_, place)
     if rows is None:
-        rows = max(1, min(CHECK_ROWS, math.floor(CHECK_SHARE * len(different))))
-    if not 0 < rows < len(different):
+        rows = max(1, min(CHECK_ROWS, math.floor(CHECK_SHARE * len(firsts))))
+    if not 0 < rows < len(firsts):
         raise InvalidArgument(
-            f"check_rows = {rows} of {len(different)} different training examples; expected at least one to hold out "
+            f"check_rows = {rows} of {len(firsts)} different training examples; expected at least one to hold out "
             "and one to train on"
         )
-    held = random.Random(seed).sample(different, rows)
-    gone = set(held)
-    return [example for example in examples if example not in gone], held
+    held = random.Random(seed).sample(list(firsts.values()), rows)
+    gone = {prints[place] for place in held}
+    return taken(examples, [place for place, print_ in enumerate(prints) if print_ not in gone]), taken(examples, held)
 
 
 def trial_rows(choice: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from gradpruner.run.folder import RunFolder
 from gradpruner.run.job import Job, torch_dtype
 from gradpruner.run.preflight import check_run
 from gradpruner.run.probe_folder import IGIA, load_probed_model
-from gradpruner.run.stages import measure
+from gradpruner.run.stages import measure_sets
 from gradpruner.training.evaluate import Evaluation
 from gradpruner.training.schedule import Ordered, schedule
 
@@ -130,15 +130,18 @@ class RunModels:
         """Return the training rows of the probe, in order: the first of the run."""
         return self.rows(tokenizer)[: self.job.probing * self.job.recipe.rows_per_step]
 
-    def score(self, model: Any, tokenizer: Any, examples: Sequence[Example]) -> Evaluation:
+    def score(self, model: Any, tokenizer: Any, examples: Sequence[Example]) -> tuple[Evaluation, list[dict[str, Any]]]:
         """Evaluate a model with the settings of the job.
 
         Args:
             model: the model.
             tokenizer: its tokenizer.
             examples: what to evaluate on.
+
+        Returns:
+            The scores of all examples, and those of each set if there are several, see `measure_sets`.
         """
-        return measure(
+        return measure_sets(
             model,
             tokenizer,
             examples,

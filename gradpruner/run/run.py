@@ -89,7 +89,8 @@ class Run:
         self._plan_is_by_hand = False
         self._probe_digest: str | None = None
         # ratio = "auto" holds some training examples out, to try cuts on
-        self._train, self._held_out, self._test = train_examples, list[Example](), test_examples
+        self._train, self._test = train_examples, test_examples
+        self._held_out: Sequence[Example] = []
         if job.ratio == AUTO:
             self._train, self._held_out = hold_out(train_examples, job.check_rows, job.recipe.seed)
         known = first(lambda: known_model(recorded(self.folder, SETTINGS), job.source))

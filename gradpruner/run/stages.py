@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradpruner.checkpoint.masks import Masks
 from gradpruner.data.collator import Collator
@@ -17,7 +19,7 @@ from gradpruner.probe.igia import Igia
 from gradpruner.run.preflight import check_rows
 from gradpruner.training.checkpoints import Checkpoints
 from gradpruner.training.divergence import explained
-from gradpruner.training.evaluate import Evaluation, exact_match, perplexity, rouge_l, rouge_scorer
+from gradpruner.training.evaluate import Evaluation, exact_match, perplexity, perplexity_of, rouge_l, rouge_scorer
 from gradpruner.training.finetune import Training, add_adapters, finish, train
 from gradpruner.training.recipe import Recipe
 from gradpruner.training.schedule import Row
@@ -162,6 +164,75 @@ def measure(
     Raises:
         InvalidArgument: an example does not fit, or the rouge-score package is missing.
     """
+    settings: dict[str, Any] = dict(max_length=max_length, train_on=train_on, batch_size=batch_size, too_long=too_long)
+    return _measured(model, tokenizer, examples, **settings, rouge_tokens=rouge_tokens).evaluation
+
+
+def measure_sets(
+    model: Any, tokenizer: Any, examples: Sequence[Example], **settings: Any
+) -> tuple[Evaluation, list[dict[str, Any]]]:
+    """Evaluate a model on examples that may be joined from several sets.
+
+    Args:
+        model: a transformers model or a PEFT model.
+        tokenizer: its tokenizer.
+        examples: what to evaluate on. Those of `load_examples` say which sets they are joined from.
+        settings: see `measure`.
+
+    Returns:
+        The scores of all examples together, and those of each set with its name and source. Of a single set, there are
+        no scores of sets.
+
+    Raises:
+        InvalidArgument: see `measure`.
+    """
+    sets: Sequence[tuple[str, int]] = getattr(examples, "sets", ())
+    if len(sets) < 2:
+        return measure(model, tokenizer, examples, **settings), []
+    names, start, parts = short_names([source for source, _ in sets]), 0, []
+    for _, size in sets:
+        parts.append(_measured(model, tokenizer, examples[start : start + size], **settings, of_several=True))
+        start += size
+    found = [
+        {"name": name, "source": source, **part.evaluation.to_dict()}
+        for name, (source, _), part in zip(names, sets, parts, strict=True)
+    ]
+    return _joint(parts), found
+
+
+def short_names(sources: Sequence[str]) -> list[str]:
+    """Return a short name of each source.
+
+    It is the last part of the source if that tells them apart, else all of it, numbered if it is there twice.
+    """
+    last = [Path(source).name or source for source in sources]
+    names = last if len(set(last)) == len(last) else list(sources)
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[:place].count(name) + 1})"
+        for place, name in enumerate(names)
+    ]
+
+
+class _Measured(NamedTuple):
+    """The evaluation of a set, with the numbers of what its means are taken of."""
+
+    evaluation: Evaluation
+    answers: int
+    tokens: int
+
+
+def _measured(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_length: int,
+    train_on: str,
+    batch_size: int,
+    too_long: str | None = None,
+    rouge_tokens: int | None = None,
+    of_several: bool = False,
+) -> _Measured:
     if rouge_tokens is not None:
         rouge_scorer()  # a missing package is reported before anything is measured
     collate = Collator(tokenizer)
@@ -176,4 +247,24 @@ def measure(
     if len(answered) and rouge_tokens is not None:
         rouge = rouge_l(model, answered, tokenizer, max_new_tokens=rouge_tokens, batch_size=batch_size)
     evaluated = rows.counts.examples - rows.counts.skipped
-    return Evaluation(exact, perplexity(model, rows, collate=collate, batch_size=batch_size), rouge, evaluated)
+    if not len(rows) and of_several:
+        return _Measured(Evaluation(None, None, None, 0), 0, 0)  # all were too long and skipped
+    loss = perplexity(model, rows, collate=collate, batch_size=batch_size)
+    return _Measured(Evaluation(exact, loss, rouge, evaluated), len(answered), rows.counts.learned)
+
+
+def _joint(parts: Sequence[_Measured]) -> Evaluation:
+    """Return the evaluation of several sets together."""
+    answered, read = [p for p in parts if p.answers], [p for p in parts if p.tokens]
+
+    def mean(name: str) -> float | None:
+        values = [getattr(part.evaluation, name) for part in answered]
+        if not values or None in values:
+            return None
+        return math.fsum(v * p.answers for v, p in zip(values, answered, strict=True)) / sum(
+            p.answers for p in answered
+        )
+
+    losses = (math.log(part.evaluation.perplexity or math.nan) * part.tokens for part in read)
+    joint = perplexity_of(math.fsum(losses) / sum(part.tokens for part in read)) if read else None
+    return Evaluation(mean("exact_match"), joint, mean("rouge_l"), sum(part.evaluation.examples for part in parts))

@@ -62,7 +62,7 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the results as a table: one line per measure, one column per model.
 
     Of two models, the last column is pruned over dense. What was measured in turns is a median, with the lowest and the
-    highest turn in brackets.
+    highest turn in brackets. Of several test sets, each has its scores below those of all.
     """
     table = []
     for label, (key, unit, style) in MEASURES.items():
@@ -71,11 +71,20 @@ def comparison(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if key == "tokens_per_second" and all(row.get(TURNS) for row in rows):
             table.append({"": label, **_in_turns(rows, style)})
             continue
-        line: dict[str, Any] = {"": label, **{row["name"]: style.format(row[key] / unit) for row in rows}}
-        if len(rows) == 2:
-            line["pruned / dense"] = f"{rows[1][key] / rows[0][key]:.1%}" if rows[0][key] else "-"
-        table.append(line)
+        names, values = [row["name"] for row in rows], [row[key] / unit for row in rows]
+        table.append({"": label, **_line(names, values, style)})
+        for found in zip(*(row.get("test_sets", ()) for row in rows), strict=True):  # one test set, of each model
+            values = [scores.get(key) for scores in found]
+            if None not in values:
+                table.append({"": f"{label}: {found[0]['name']}", **_line(names, values, style)})
     return table
+
+
+def _line(names: Sequence[str], values: Sequence[float], style: str) -> dict[str, str]:
+    line = {name: style.format(value) for name, value in zip(names, values, strict=True)}
+    if len(values) == 2:
+        line["pruned / dense"] = f"{values[1] / values[0]:.1%}" if values[0] else "-"
+    return line
 
 
 def _in_turns(rows: Sequence[Mapping[str, Any]], style: str) -> dict[str, str]:
@@ -99,15 +108,26 @@ def spread(values: Sequence[float], style: str) -> str:
 
 def notes(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return what must be known to read the table of `comparison` right; "" for one model."""
+    sets = _of_sets(rows)
     if len(rows) < 2:
-        return _of_processes(rows)
+        return " ".join(note for note in (_of_processes(rows), sets) if note)
     turns = rows[0].get(TURNS)
     generation = f"Generation: the models took {len(turns)} turns; median (lowest to highest). " if turns else ""
     return (
         f"{generation}Training step and peak memory were measured in each model's own run. The runs follow each other "
         "in one process: what else the machine did then is in the numbers, and on a CPU memory of the first run can be "
         "in the second run's peak. gradpruner compare measures costs apart and in turns."
-        f"{' ' if _of_processes(rows) else ''}{_of_processes(rows)}"
+        f"{' ' if _of_processes(rows) else ''}{_of_processes(rows)}{' ' if sets else ''}{sets}"
+    )
+
+
+def _of_sets(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say how large the test sets are; "" if there is one."""
+    sizes = ", ".join(f"{one['name']} {one['examples']:,}" for one in rows[0].get("test_sets", ()))
+    return (
+        f"Scores without the name of a test set are of all test examples. Examples of each set: {sizes}."
+        if sizes
+        else ""
     )
 
 

@@ -74,7 +74,7 @@ class Trainings:
                 checkpoints=checkpoints,
                 callbacks=tracker.callbacks,
             )
-            evaluation = self._models.score(model, tokenizer, held_out)
+            evaluation, _ = self._models.score(model, tokenizer, held_out)
             tracker.log({f"eval_{measure}": value for measure, value in evaluation.to_dict().items()})
         checkpoints.discard()
         return evaluation
@@ -125,14 +125,17 @@ class Trainings:
                 overwrite=True,
                 beside=lambda inside: self._models.carry_processor(model, inside),
             )
-            evaluation = self._models.score(model, tokenizer, test)
+            evaluation, sets = self._models.score(model, tokenizer, test)
             tracker.log({f"test_{measure}": value for measure, value in evaluation.to_dict().items()})
+            for one in sets:
+                tracker.log({f"test_{one['name']}_{measure}": one[measure] for measure in evaluation.to_dict()})
         decoder = Decoder(model)
         return {
             "name": name,
             "layers": len(decoder.layers),
             "parameters": decoder.total_parameters(),
             **evaluation.to_dict(),
+            **({"test_sets": sets} if sets else {}),
             "step_seconds": training.step_seconds,
             "peak_bytes": training.peak_bytes,
             "checkpoint_bytes": sum(f.stat().st_size for f in saved.glob("*.safetensors")),

@@ -198,6 +198,18 @@ def test_training_and_test_examples_of_a_command(tmp_path, caplog):
     assert [message.role for message in trained[0].prompt] == ["system", "user"]
 
 
+def test_a_test_split_that_is_not_used_is_named(tmp_path, caplog):
+    for name, word in (("train", "a"), ("test", "b")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{word} {n}"}) + "\n" for n in range(4)))
+    options = command_line("--data", str(tmp_path), "--held-out", "0.5")
+    trained, tested = data_options.split(options)
+    assert {example.prompt[0] for example in (*trained, *tested)} == {"a"}
+    assert f"the split 'test' of {tmp_path} is not used" in caplog.text
+    caplog.clear()
+    _, tested = data_options.split(command_line("--data", str(tmp_path), "--test-data", str(tmp_path)))
+    assert {example.prompt[0] for example in tested} == {"b"} and "not used" not in caplog.text
+
+
 def test_options_of_the_hub_reach_it(monkeypatch):
     asked = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from word_tokenizers import make_tokenizer
 
 from gradpruner.cli.main import main
 from gradpruner.data.examples import Example
+from gradpruner.data.load import load_examples
+from gradpruner.data.table import Examples
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.model.load import Loaded
 from gradpruner.probe.igia import Igia
@@ -134,16 +137,30 @@ def test_what_was_checked_is_not_checked_again(tmp_path):
 
 
 def test_what_is_held_out_goes_with_its_copies():
-    examples = [n % 40 for n in range(100)]
+    def questions(numbers):
+        return [Example(str(n)) for n in numbers]
+
+    examples = questions(n % 40 for n in range(100))
     rest, held = hold_out(examples, 7, seed=3)
-    assert len(set(held)) == len(held) == 7 and set(rest) == set(range(40)) - set(held)
+    assert len(set(held)) == len(held) == 7 and set(rest) == set(examples) - set(held)
     assert rest == [n for n in examples if n not in held]
     assert hold_out(examples, 7, seed=3) == (rest, held) != hold_out(examples, 7, seed=4)
-    sizes = [len(hold_out(range(n), None, 0)[1]) for n in (2, 40, 57, 5000)]
+    sizes = [len(hold_out(questions(range(n)), None, 0)[1]) for n in (2, 40, 57, 5000)]
     assert sizes == [1, 4, 5, 200]
     for rows, of in ((0, 5), (5, 5), (None, 1)):
         with pytest.raises(InvalidArgument, match=f"check_rows = .* of {of} different"):
-            hold_out([1] * 9 + list(range(of)) if of > 1 else [1] * 9, rows, 0)
+            hold_out(questions([1] * 9 + list(range(of)) if of > 1 else [1] * 9), rows, 0)
+
+
+def test_what_is_held_out_of_a_table_stays_a_table(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": str(n % 40)}) + "\n" for n in range(100)))
+    table = load_examples(file)
+    parts, lists = hold_out(table, 7, seed=3), hold_out(list(table), 7, seed=3)
+    assert all(isinstance(part, Examples) for part in parts)
+    assert parts == lists
+    different = list(dict.fromkeys(table))  # in the order of their first copies
+    assert list(parts[1]) == random.Random(3).sample(different, 7)
 
 
 class Watched:
@@ -151,7 +168,7 @@ class Watched:
 
     def __init__(self, monkeypatch, exact=None):
         self.trained, self.scored, self.stop_at = [], [], None
-        train, measure = stages.train, models.measure
+        train, measure = stages.train, models.measure_sets
 
         def watched_train(model, ordered, *args, **options):
             if len(self.trained) == self.stop_at:
@@ -164,10 +181,10 @@ class Watched:
             self.scored.append((layers, list(examples)))
             if exact is None:
                 return measure(model, tokenizer, examples, **options)
-            return Evaluation(exact[layers], 2.0, None, len(examples))
+            return Evaluation(exact[layers], 2.0, None, len(examples)), []
 
         monkeypatch.setattr(stages, "train", watched_train)
-        monkeypatch.setattr(models, "measure", watched_measure)
+        monkeypatch.setattr(models, "measure_sets", watched_measure)
 
     @property
     def layers(self):

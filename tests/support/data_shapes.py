@@ -130,6 +130,19 @@ SHAPES = [
     Shape("JSON list", {"a.json": json.dumps(PAIRS, indent=1)}, PAIR_EXAMPLES),
     Shape("JSON lines named .json", {"a.json": lines(PAIRS)}, PAIR_EXAMPLES),
     Shape('{"version": ..., "data": [...]}', {"a.json": json.dumps({"version": 2, "data": PAIRS})}, PAIR_EXAMPLES),
+    Shape(
+        "JSON object with a list among others",
+        {
+            "a.json": '{"about": {"a": [1]}, "n": [1, 2], "data": \n['
+            + ",\n".join(map(json.dumps, PAIRS))
+            + '\n], "z": ""}'
+        },
+        PAIR_EXAMPLES,
+    ),
+    Shape("JSON object, broken list", {"a.json": '{"data": [{"text": "a"},\n{"text" 1}]}'}, ("line 2", "character 9")),
+    Shape("JSON object, short row", {"a.json": '{"data": [\n{"text": "a"},\n{"b": "a"}]}'}, ("row 2", "line 3")),
+    Shape("JSON of one conversation", {"a.json": json.dumps({"messages": CHAT}, indent=1)}, [CHAT_EXAMPLE]),
+    Shape("JSON list named .jsonl", {"a.jsonl": json.dumps(PAIRS, indent=1)}, ("line 1", "ends in .json")),
     Shape("JSON with two lists", {"a.json": json.dumps({"a": PAIRS, "b": PAIRS})}, ("several: a, b",)),
     Shape("JSON list with a comma too much", {"a.json": '[{"text": "a"},\n]'}, ("line 2", "broken JSON")),
     Shape("JSON list with something after it", {"a.json": '[{"text": "a"}]\n7'}, ("line 2", "Extra data")),
@@ -157,6 +170,8 @@ SHAPES = [
     Shape("CSV with ;", {"a.csv": cells(PAIRS, ";")}, ("';'", "delimiter")),
     Shape("CSV with ;, told", {"a.csv": cells(PAIRS, ";")}, PAIR_EXAMPLES, {"delimiter": ";"}),
     Shape("CSV with a name twice", {"a.csv": "a,b,a\n1,2,3\n"}, ("'a' twice",)),
+    Shape("CSV with spaces in its names", {"a.csv": "Question, Answer\nq,a\n"}, ("rename", "'question', 'answer'")),
+    Shape("CSV without names", {"a.csv": "one,two\nthree,four\n"}, ("'one', 'two'", "begins with the names")),
     Shape("TSV", {"a.tsv": cells(PAIRS, "\t")}, PAIR_EXAMPLES),
     Shape("Latin-1", {"a.csv": "text\nfine\ncafé\n".encode("latin-1")}, ("line 3", "not UTF-8", "encoding")),
     Shape(
@@ -315,6 +330,25 @@ SHAPES = [
         [Example("c How much is 0 and one?", "1")],
         {"prompt": "{context} {question}", "answer": "{answer}"},
     ),
+    Shape("tokens", {"a.jsonl": lines([{"input_ids": [1], "labels": [1]}])}, ("tokens", "expected the text")),
+    Shape(
+        "messages, roles with capitals",
+        {"a.jsonl": lines([{"messages": [{"role": "User", "content": "a"}, {"role": "Bot", "content": "b"}]}])},
+        ("'User', 'Bot'", "expected 'assistant'"),
+    ),
+    Shape(
+        "messages, the user's marked as not learned",
+        {"a.jsonl": lines([{"messages": [{**CHAT[0], "train": False}, {**CHAT[1], "train": True}]}])},
+        [CHAT_EXAMPLE],
+    ),
+    Shape(
+        "messages, the assistant's marked as not learned",
+        {"a.jsonl": lines([{"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}])},
+        ("message 2", "not to be learned"),
+    ),
+    Shape("messages, judged", {"a.jsonl": lines([{"messages": CHAT, "label": False}])}, ("'label'", "preference data")),
+    Shape("Alpaca, judged", {"a.jsonl": lines([{**ALPACA[0], "kto_tag": True}])}, ("'kto_tag'", "preference data")),
+    Shape("a label True or False", {"a.jsonl": lines([{"text": "Fine", "label": True}])}, [Example("Fine", "True")]),
     Shape("preferences", {"a.jsonl": lines([{"prompt": "p", "chosen": "a", "rejected": "b"}])}, ("preference data",)),
     Shape(
         "one broken row",
