@@ -88,6 +88,7 @@ def tune(
     masks: Masks | None = None,
     checkpoints: Checkpoints | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    base: Any = None,
 ) -> tuple[Any, Training]:
     """Fine-tune on `ordered`.
 
@@ -100,6 +101,7 @@ def tune(
         masks: weights that stay zero: in every step if all weights train, and after adapters were added to the weights.
         checkpoints: where the training is saved while it runs, see `train`.
         callbacks: more callbacks for the Trainer.
+        base: the same model in full precision, if `model` is in 4 bits. The adapters are added to its weights.
 
     Returns:
         The plain model, with its adapters added to the weights, and the record of the training.
@@ -115,7 +117,7 @@ def tune(
         callbacks=[*_mask_callbacks(masks, recipe), *callbacks],
         checkpoints=checkpoints,
     )
-    plain = finish(trained)
+    plain = finish(trained, base)
     if masks is not None:
         masks.apply_(plain)
     return plain, training
