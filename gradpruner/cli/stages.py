@@ -153,12 +153,15 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.run.four_bits import check_four_bits
     from gradpruner.run.stages import watch
     from gradpruner.storage.files import need_writable
+    from gradpruner.training.probe_length import check_probe_length
     from gradpruner.training.shares import share_of
     from gradpruner.training.trackers import scores_of, tracked
 
     recipe = recipe_of(options)
     if options.load_in_4bit:
         check_four_bits(options.model, recipe)
+    if options.steps is not None:
+        check_probe_length(recipe, options.steps, options.of_steps or options.steps)
     share_of(recipe, launched())
     first(lambda: need_writable(options.out))
     model, tokenizer, ordered = _training(options, recipe, load_in_4bit=options.load_in_4bit)

@@ -46,6 +46,7 @@ from gradpruner.storage.locks import claim, holder
 from gradpruner.storage.provenance import MADE_FROM, RECORD, digest
 from gradpruner.training.evaluate import Evaluation
 from gradpruner.training.finetune import check_comparable, finish
+from gradpruner.training.probe_length import check_probe_length
 from gradpruner.training.shares import share_of
 from gradpruner.training.trackers import figures_of
 
@@ -84,6 +85,7 @@ class Run:
             raise InvalidArgument("no training or no test examples; expected at least one of each")
         join()
         share_of(job.recipe, launched())
+        check_probe_length(job.recipe, job.probing, job.steps)
         if job.load_in_4bit:
             check_one_process(launched())
         if job.harness is not None:

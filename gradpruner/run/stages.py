@@ -19,6 +19,7 @@ from gradpruner.training.checkpoints import Checkpoints
 from gradpruner.training.divergence import explained
 from gradpruner.training.evaluate import Evaluation, exact_match, perplexity, rouge_l, rouge_scorer
 from gradpruner.training.finetune import Training, add_adapters, finish, train
+from gradpruner.training.probe_length import check_probe_length
 from gradpruner.training.recipe import Recipe
 from gradpruner.training.schedule import Row
 
@@ -56,14 +57,17 @@ def watch(
         The trained model, inside its adapters if there are any, and the accumulated gradients.
 
     Raises:
-        InvalidArgument: a row has a token that the model has no embedding of.
+        InvalidArgument: a row has a token that the model has no embedding of, or the steps are too few, see
+            `check_probe_length`.
         GradPrunerError: the loss rose, see `has_diverged`.
     """
     from gradpruner.training.probe_callback import ProbeCallback
 
+    steps = len(ordered) // recipe.rows_per_step
+    check_probe_length(recipe, steps, of_steps or steps)
     check_rows(model, tokenizer, ordered)
     watched = add_adapters(model, recipe) if recipe.rank else model
-    probe = ProbeCallback(len(ordered) // recipe.rows_per_step)
+    probe = ProbeCallback(steps)
     training = train(
         watched,
         ordered,
