@@ -54,6 +54,7 @@ def test_an_evaluation_leaves_the_gradients_of_4_bit_weights_as_they_are(inputs)
     assert torch.equal(gradient_below(model.train()), before) and before.any()
 
 
+@pytest.mark.slow
 def test_a_model_of_the_users_own(inputs):
     from transformers import BitsAndBytesConfig
 
