@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from gradpruner.errors import InvalidArgument
 from gradpruner.version import __version__
 
 RECORD = "command"  # as gradpruner.run.command_record names the entry of run.json
+WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+DECIMAL = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 NOT_RECORDED = ("config", "json", "help")
 # what other tools call an option, and its name here
 ELSEWHERE = {
@@ -174,9 +177,8 @@ def read_config(file: Path, command: str) -> tuple[dict[str, Any], str | None]:
     """
     content = _content(file)
     if not isinstance(content, dict):
-        raise InvalidArgument(
-            f"{file} holds {type(content).__name__}; expected a mapping of options, such as steps: 100"
-        )
+        holds = {list: "holds a list", type(None): "is empty"}.get(type(content), "holds one value")
+        raise InvalidArgument(f"{file} {holds}; expected a mapping of options, such as steps: 100")
     record = content.get(RECORD)
     if isinstance(record, dict) and isinstance(record.get("options"), dict):
         if record.get("name") != command:
@@ -226,11 +228,16 @@ def _content(file: Path) -> Any:
     try:
         return yaml.load(text, Loader=_strict_loader())
     except yaml.YAMLError as error:
-        raise InvalidArgument(f"config {str(file)!r} is no YAML: {' '.join(str(error).split())}") from None
+        why = " ".join(str(error).replace(' in "<unicode string>",', ",").split())
+        tabs = "; YAML is indented by spaces, not by tabs" if "'\\t'" in why else ""
+        raise InvalidArgument(f"config {str(file)!r} is no YAML: {why}{tabs}") from None
 
 
 def _strict_loader() -> Any:
-    """Return a safe YAML loader that refuses a key that is there twice."""
+    """Return a safe YAML loader that refuses a key that is there twice, and reads numbers as they look.
+
+    YAML 1.1 reads 010 as 8, 1:30 as 90, and 1e-3 as text.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -243,11 +250,23 @@ def _strict_loader() -> Any:
                     )
             return super().construct_mapping(node, deep)
 
+    def number(loader: Any, node: Any) -> Any:
+        text = loader.construct_scalar(node)
+        if WHOLE.fullmatch(text):
+            return int(text)
+        return float(text) if DECIMAL.fullmatch(text) else text
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", DECIMAL, list("-+.0123456789"))
+    for kind in ("int", "float"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", number)
+    Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: loader.construct_scalar(node))
     return Loader
 
 
 def _unknown(key: str, known: Mapping[str, Any]) -> str:
     """Return what is wrong with a key that is no option."""
+    if name_of(key) in NOT_RECORDED:
+        return f"{key} cannot stand in a file; expected it on the command line"
     other = ELSEWHERE.get(name_of(key))
     near = [other] if other in known else difflib.get_close_matches(name_of(key), known, n=1, cutoff=0.6)
     if other not in known and "training_arguments" in known:
@@ -283,6 +302,11 @@ def _one(action: Any, value: Any, where: str) -> Any:
         more = "; put a word such as yes or no into quotes" if isinstance(value, bool) else ""
         raise InvalidArgument(f"{where} = {value!r}; expected one value, a number or text{more}")
     text = str(value)
+    if text.startswith(("~", "$")):
+        raise InvalidArgument(
+            f"{where} = {text!r}; ~ and environment variables are not expanded in a file: expected the path itself, "
+            "whole or from the working directory"
+        )
     try:
         read = action.type(text) if action.type else text
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
@@ -294,4 +318,4 @@ def _one(action: Any, value: Any, where: str) -> Any:
 
 
 def _kind(kind: Any) -> str:
-    return {int: "a whole number", float: "a number"}.get(kind, "another value")
+    return {int: "a whole number, in digits", float: "a number"}.get(kind, "another value")

@@ -55,6 +55,16 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
+def four_bits_option(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the option that quantises the model while it loads.
+
+    Args:
+        parser: of the command.
+        what: what the command does with the model then, for the help.
+    """
+    parser.add_argument("--load-in-4bit", action="store_true", help=f"{what} (QLoRA, needs bitsandbytes)")
+
+
 def plan_options(parser: argparse.ArgumentParser, *, auto: bool = False) -> None:
     """Add the options that say how many layers are removed, and which.
 
@@ -177,12 +187,13 @@ def _steps(options: argparse.Namespace, examples: Sequence[Any]) -> int:
     return steps_of(options, rows)
 
 
-def load(options: argparse.Namespace, revision: str | None = None) -> Loaded:
+def load(options: argparse.Namespace, revision: str | None = None, *, load_in_4bit: bool = False) -> Loaded:
     """Load --model and its tokenizer.
 
     Args:
         options: with those of `model_options`.
         revision: the commit of a hub id. Default: the newest.
+        load_in_4bit: whether its weights are quantised to 4 bits.
     """
     from gradpruner.model.load import load_model
     from gradpruner.run.job import torch_dtype
@@ -194,7 +205,7 @@ def load(options: argparse.Namespace, revision: str | None = None) -> Loaded:
         chat_template=chat_template(options),
         trust_remote_code=options.trust_remote_code,
         revision=revision,
-        load_in_4bit=getattr(options, "load_in_4bit", False),
+        load_in_4bit=load_in_4bit,
     )
 
 

@@ -28,6 +28,9 @@ def add_run(commands: Any) -> None:
     data_options.add(parser, testing=True)
     given.plan_options(parser, auto=True)
     recipe_options(parser)
+    given.four_bits_option(
+        parser, "train adapters beside weights of 4 bits; the cut and all results are in full precision"
+    )
     given.checkpoint_options(parser)
     parser.add_argument(
         "--max-lost",
@@ -115,6 +118,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
             **given.job(options, rows),
             **given.amount(options),
             preset=preset,
+            load_in_4bit=options.load_in_4bit,
             max_lost=options.max_lost,
             check_steps=options.check_steps,
             check_rows=options.check_rows,

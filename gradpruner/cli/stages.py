@@ -33,11 +33,7 @@ def add_probe(commands: Any) -> None:
     given.model_options(parser)
     data_options.add(parser, testing=False)
     recipe_options(parser)
-    parser.add_argument(
-        "--load-in-4bit",
-        action="store_true",
-        help="probe the model in 4 bits (bitsandbytes); apply the plan to the full-precision checkpoint",
-    )
+    given.four_bits_option(parser, "probe the model in 4 bits; the plan is for the full-precision checkpoint")
     parser.add_argument(
         "--of-steps",
         type=int,
@@ -91,6 +87,9 @@ def add_finetune(commands: Any) -> None:
     given.model_options(parser)
     data_options.add(parser, testing=False)
     recipe_options(parser)
+    given.four_bits_option(
+        parser, "train adapters beside weights of 4 bits; in the end they are added to the full-precision weights"
+    )
     given.checkpoint_options(parser)
     parser.add_argument(
         "--masks",
@@ -123,14 +122,16 @@ def add_evaluate(commands: Any) -> None:
     harness_options(parser)
 
 
-def _training(options: argparse.Namespace, recipe: Recipe, revision: str | None = None) -> tuple[Any, Any, Any]:
+def _training(
+    options: argparse.Namespace, recipe: Recipe, revision: str | None = None, *, load_in_4bit: bool = False
+) -> tuple[Any, Any, Any]:
     """Return the model, its tokenizer, and the rows of a training in order."""
     from gradpruner.data.tokens import tokenize
     from gradpruner.run.preflight import training_line
     from gradpruner.training.schedule import schedule
 
     examples = data_options.examples(options)
-    model, tokenizer = given.load(options, revision)
+    model, tokenizer = given.load(options, revision, load_in_4bit=load_in_4bit)
     rows = tokenize(
         examples,
         tokenizer,
@@ -147,14 +148,16 @@ def _training(options: argparse.Namespace, recipe: Recipe, revision: str | None 
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.distributed.launch import launched
+    from gradpruner.run.four_bits import check_four_bits
     from gradpruner.run.only_worker import only_worker
+    from gradpruner.training.probe_length import check_probe_length
     from gradpruner.training.shares import share_of
 
     recipe = recipe_of(options)
-    if options.load_in_4bit and not recipe.rank:
-        raise InvalidArgument(
-            "load_in_4bit with rank = 0: weights of 4 bits do not train; expected a rank of 1 or more"
-        )
+    if options.load_in_4bit:
+        check_four_bits(options.model, recipe)
+    if options.steps is not None:
+        check_probe_length(recipe, options.steps, options.of_steps or options.steps)
     share_of(recipe, launched())
     with only_worker(options.out):
         return _probe_by(recipe, options)
@@ -169,7 +172,7 @@ def _probe_by(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.training.trackers import scores_of, tracked
 
     first(lambda: need_writable(options.out))
-    model, tokenizer, ordered = _training(options, recipe)
+    model, tokenizer, ordered = _training(options, recipe, load_in_4bit=options.load_in_4bit)
     with tracked(recipe, Path(f"{options.out}-logs"), "probe", name=Path(options.out).stem) as tracker:
         _, igia = watch(
             model,
@@ -263,17 +266,23 @@ def _apply(options: argparse.Namespace) -> dict[str, Any]:
 
 def _finetune(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.distributed.launch import launched
+    from gradpruner.run.four_bits import check_four_bits, check_one_process
     from gradpruner.run.only_worker import only_worker
     from gradpruner.training.shares import share_of
 
     recipe = recipe_of(options)
     share_of(recipe, launched())
+    if options.load_in_4bit:
+        check_four_bits(options.model, recipe)
+        check_one_process(launched())
+        if options.masks:
+            raise InvalidArgument("--masks does not go with --load-in-4bit: zeros are not held in weights of 4 bits")
     with only_worker(options.out):
         return _finetune_by(recipe, options)
 
 
 def _finetune_by(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
-    from gradpruner.checkpoint.companions import masks_of, plan_of, save_from
+    from gradpruner.checkpoint.companions import masks_of, plan_of, refuse_masks, save_from
     from gradpruner.distributed.agreement import agree, need_shared
     from gradpruner.distributed.processes import first
     from gradpruner.model.identity import identify
@@ -290,7 +299,13 @@ def _finetune_by(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     masks = Masks.load(options.masks) if options.masks else None
     identity = identify(options.model, trust_remote_code=options.trust_remote_code, say=logger.info)
     checkpoints = checkpoints_beside(
-        options.out, options.save_steps, identity, dtype=options.dtype, attention=options.attention, masks=options.masks
+        options.out,
+        options.save_steps,
+        identity,
+        dtype=options.dtype,
+        attention=options.attention,
+        masks=options.masks,
+        load_in_4bit=options.load_in_4bit,
     )
     agree("the model", identity.to_dict())
     model, tokenizer, ordered = _training(options, recipe, identity.revision)
@@ -299,7 +314,10 @@ def _finetune_by(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         masks.apply_(model)
     else:
         masks = masks_of(options.model, model, identity.revision)
-    plan = plan_of(options.model, model, identity.revision)
+    plan, base = plan_of(options.model, model, identity.revision), None
+    if options.load_in_4bit:
+        refuse_masks(options.model, "finetune --load-in-4bit", identity.revision)
+        base, model = model, given.load(options, identity.revision, load_in_4bit=True).model
     with tracked(recipe, Path(f"{options.out}-logs"), "finetune", name=Path(options.out).name) as tracker:
         tuned, training = tune(
             model,
@@ -310,6 +328,7 @@ def _finetune_by(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
             masks=masks,
             checkpoints=checkpoints,
             callbacks=tracker.callbacks,
+            base=base,
         )
     save_from(
         options.model, tuned, options.out, tokenizer=tokenizer, plan=plan, masks=masks, overwrite=options.overwrite

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from gradpruner.errors import InvalidArgument
+from gradpruner.model.four_bits import never_rearrange
 from gradpruner.storage.links import check_links
 
 DEMO_MODEL = "smollm2"
@@ -64,15 +65,16 @@ def load_model(
         InvalidArgument: there is no such model, it has no safetensors or no tokenizer, or a package is missing.
         CheckpointError: a symbolic link in the folder leads out of it.
     """
+    packing = {"quantization_config": four_bits(source)} if load_in_4bit else {}
     tokenizer = load_tokenizer(
         source, chat_template=chat_template, trust_remote_code=trust_remote_code, revision=revision
     )
     where, weights = _place(source, revision)
     if attention is not None:
         weights["attn_implementation"] = attention
+    model = _load_weights(where, dtype=dtype, trust_remote_code=trust_remote_code, **weights, **packing)
     if load_in_4bit:
-        weights["quantization_config"] = _four_bits(located(source))
-    model = _load_weights(where, dtype=dtype, trust_remote_code=trust_remote_code, **weights)
+        never_rearrange(model)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return Loaded(model, tokenizer)
@@ -213,8 +215,12 @@ def _demo_gguf() -> Path:
     )
 
 
-def _four_bits(path: Path | None) -> Any:
-    """Return the settings that quantise a model while it is loaded. Raises InvalidArgument."""
+def four_bits(source: str | os.PathLike[str]) -> Any:
+    """Return the settings that quantise a model to 4 bits while it is loaded.
+
+    Raises InvalidArgument if the source cannot be quantised, or bitsandbytes is missing.
+    """
+    path = located(source)
     if path is not None and path.is_file():
         raise InvalidArgument("load_in_4bit does not go with a .gguf file; expected a folder or a hub id")
     if importlib.util.find_spec("bitsandbytes") is None:

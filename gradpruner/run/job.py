@@ -15,6 +15,7 @@ from gradpruner.data.tokens import RowList, tokenize
 from gradpruner.errors import InvalidArgument
 from gradpruner.presets import Preset
 from gradpruner.run.auto_ratio import AUTO, MAX_LOST
+from gradpruner.run.four_bits import check_four_bits
 from gradpruner.training.harness import Harness
 from gradpruner.training.recipe import Recipe
 
@@ -50,6 +51,8 @@ class Job:
         dtype: dtype to load the model in: "auto" (as stored), "float32", "bfloat16" or "float16".
         attention: transformers' attn_implementation. Default: transformers chooses.
         trust_remote_code: whether to run code that comes with the model.
+        load_in_4bit: train adapters beside weights of 4 bits (QLoRA). The cut and the results are in full precision.
+            Default False.
         max_lost: with ratio "auto", the share of the dense model's score that may be lost, 0 to 1. Default 0.01.
         check_steps: with ratio "auto", extra steps that the dense model and every cut that is tried are trained for.
             Default: as many as the probe.
@@ -77,6 +80,7 @@ class Job:
     dtype: str = "auto"
     attention: str | None = None
     trust_remote_code: bool = False
+    load_in_4bit: bool = False
     max_lost: float | None = None
     check_steps: int | None = None
     check_rows: int | None = None
@@ -92,6 +96,8 @@ class Job:
         if not isinstance(self.preset, Preset):
             object.__setattr__(self, "preset", Preset.of(self.preset))
         self._check_auto()
+        if self.load_in_4bit:
+            check_four_bits(self.source, self.recipe, merge=self.preset.merge)
         if self.save_steps is not None:
             check_int("save_steps", self.save_steps, 1, "a number of optimizer steps")
 

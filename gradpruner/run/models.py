@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gradpruner.checkpoint.companions import carry_processor, plan_of, refuse_masks
+from gradpruner.checkpoint.save import save
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example
 from gradpruner.model.accelerator import to_accelerator
@@ -58,12 +60,13 @@ class RunModels:
         self._stages, self._identity = stages, identity
         self._probe_folder = stages.path / "probe"
 
-    def load(self, source: str, revision: str | None = None) -> Loaded:
+    def load(self, source: str, revision: str | None = None, *, load_in_4bit: bool = False) -> Loaded:
         """Load a model as the job says.
 
         Args:
             source: the job's model, or a folder of the run.
             revision: the commit of a hub id. Default: the newest.
+            load_in_4bit: whether its weights are quantised to 4 bits.
         """
         return load_model(
             source,
@@ -72,7 +75,24 @@ class RunModels:
             chat_template=self.job.chat_template,
             trust_remote_code=self.job.trust_remote_code,
             revision=revision,
+            load_in_4bit=load_in_4bit,
         )
+
+    def packed(self, loaded: Loaded, source: str | None = None) -> Loaded:
+        """Return a model as it is trained: in 4 bits, if the job says so.
+
+        Args:
+            loaded: the model in full precision, and its tokenizer.
+            source: the job's model, or the folder of the run that it was loaded from. Default: it was made in memory.
+        """
+        if not self.job.load_in_4bit:
+            return loaded
+        if source is not None:
+            revision = self._identity.revision if source == self.job.source else None
+            return self.load(source, revision, load_in_4bit=True)
+        with tempfile.TemporaryDirectory(prefix=".gradpruner-", dir=self._stages.path) as place:
+            save(loaded.model, Path(place) / "model", tokenizer=loaded.tokenizer)
+            return self.load(str(Path(place) / "model"), load_in_4bit=True)
 
     def load_dense(self) -> Loaded:
         """Load the job's model. Before anything was trained, check the whole run on it."""

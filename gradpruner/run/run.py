@@ -29,6 +29,7 @@ from gradpruner.plan import Plan
 from gradpruner.probe.igia import SCORES, Igia
 from gradpruner.run.auto_ratio import AUTO, Choice, choose, hold_out
 from gradpruner.run.folder import SETTINGS, SPEEDS, RunFolder, known_model, recorded
+from gradpruner.run.four_bits import check_one_process
 from gradpruner.run.job import Job
 from gradpruner.run.models import RunModels
 from gradpruner.run.only_worker import only_worker
@@ -44,6 +45,7 @@ from gradpruner.storage.files import read_json, write_json
 from gradpruner.storage.provenance import MADE_FROM, RECORD, digest
 from gradpruner.training.evaluate import Evaluation
 from gradpruner.training.finetune import check_comparable, finish
+from gradpruner.training.probe_length import check_probe_length
 from gradpruner.training.shares import share_of
 from gradpruner.training.trackers import figures_of
 
@@ -82,6 +84,9 @@ class Run:
             raise InvalidArgument("no training or no test examples; expected at least one of each")
         join()
         share_of(job.recipe, launched())
+        check_probe_length(job.recipe, job.probing, job.steps)
+        if job.load_in_4bit:
+            check_one_process(launched())
         if job.harness is not None:
             job.harness.check()
         self.job, self.folder, self.quiet = job, Path(folder), quiet
@@ -158,6 +163,7 @@ class Run:
             logger.info(f"probe: {self.job.probing} steps")
             model, tokenizer = self.models.load_dense()
             check_comparable(model, self.job.recipe)
+            model, tokenizer = self.models.packed(Loaded(model, tokenizer), self.job.source)
             with self._trainings.tracked("probe") as tracker:
                 watched, igia = watch(
                     model,
@@ -363,7 +369,9 @@ class Run:
         logger.info(f"dense: {self.job.steps} steps")
         loaded = self.models.load_dense()
         rows = self.models.rows(loaded.tokenizer)
-        return self._trainings.fine_tune("dense", loaded, rows, self._test, "dense", self._stages.settings)
+        return self._trainings.fine_tune(
+            "dense", loaded, rows, self._test, "dense", self._stages.settings, source=self.job.source
+        )
 
     def _fine_tune_pruned(self, plan: Plan) -> dict[str, Any]:
         logger.info(f"pruned: {self.job.steps - self.job.probing} steps")
@@ -371,4 +379,6 @@ class Run:
         plan = plan_of(str(self.folder / "cut"), loaded.model) or plan
         rows = self.models.rows(loaded.tokenizer)[self.job.probing * self.job.recipe.rows_per_step :]
         made_from = self._made_from_plan(plan)
-        return self._trainings.fine_tune("pruned", loaded, rows, self._test, "model", made_from, plan)
+        return self._trainings.fine_tune(
+            "pruned", loaded, rows, self._test, "model", made_from, plan, source=str(self.folder / "cut")
+        )

@@ -21,6 +21,7 @@ from gradpruner.training.checkpoints import Checkpoints
 from gradpruner.training.divergence import explained
 from gradpruner.training.evaluate import Evaluation, exact_match, perplexity, perplexity_of, rouge_l, rouge_scorer
 from gradpruner.training.finetune import Training, add_adapters, finish, train
+from gradpruner.training.probe_length import check_probe_length
 from gradpruner.training.recipe import Recipe
 from gradpruner.training.schedule import Row
 
@@ -58,14 +59,17 @@ def watch(
         The trained model, inside its adapters if there are any, and the accumulated gradients.
 
     Raises:
-        InvalidArgument: a row has a token that the model has no embedding of.
+        InvalidArgument: a row has a token that the model has no embedding of, or the steps are too few, see
+            `check_probe_length`.
         GradPrunerError: the loss rose, see `has_diverged`.
     """
     from gradpruner.training.probe_callback import ProbeCallback
 
+    steps = len(ordered) // recipe.rows_per_step
+    check_probe_length(recipe, steps, of_steps or steps)
     check_rows(model, tokenizer, ordered)
     watched = add_adapters(model, recipe) if recipe.rank else model
-    probe = ProbeCallback(len(ordered) // recipe.rows_per_step)
+    probe = ProbeCallback(steps)
     training = train(
         watched,
         ordered,
@@ -90,6 +94,7 @@ def tune(
     masks: Masks | None = None,
     checkpoints: Checkpoints | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    base: Any = None,
 ) -> tuple[Any, Training]:
     """Fine-tune on `ordered`.
 
@@ -102,6 +107,7 @@ def tune(
         masks: weights that stay zero: in every step if all weights train, and after adapters were added to the weights.
         checkpoints: where the training is saved while it runs, see `train`.
         callbacks: more callbacks for the Trainer.
+        base: the same model in full precision, if `model` is in 4 bits. The adapters are added to its weights.
 
     Returns:
         The plain model, with its adapters added to the weights, and the record of the training.
@@ -117,7 +123,7 @@ def tune(
         callbacks=[*_mask_callbacks(masks, recipe), *callbacks],
         checkpoints=checkpoints,
     )
-    plain = finish(trained)
+    plain = finish(trained, base)
     if masks is not None:
         masks.apply_(plain)
     return plain, training

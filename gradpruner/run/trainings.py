@@ -48,6 +48,10 @@ class Trainings:
         folder = self._stages.path
         return tracked(self.job.recipe, folder / LOGS, stage, name=folder.resolve().name, first_step=first_step)
 
+    def _base(self, loaded: Loaded) -> Any:
+        """Return the model that adapters are added to in the end, if they are trained beside weights of 4 bits."""
+        return loaded.model if self.job.load_in_4bit else None
+
     def trial(
         self, name: str, loaded: Loaded, widening: int, held_out: Sequence[Example], made_from: Mapping[str, str]
     ) -> Evaluation:
@@ -60,7 +64,7 @@ class Trainings:
             held_out: what it is evaluated on.
             made_from: digests of what the trial is made from.
         """
-        model, tokenizer = loaded
+        (model, tokenizer), base = self._models.packed(loaded), self._base(loaded)
         size = self.job.recipe.rows_per_step
         rows = self._models.rows(tokenizer)[self.job.probing * size : (self.job.probing + self.job.checking) * size]
         checkpoints = self._stages.checkpoints(f"check-{name}", made_from)
@@ -73,6 +77,7 @@ class Trainings:
                 quiet=self.quiet,
                 checkpoints=checkpoints,
                 callbacks=tracker.callbacks,
+                base=base,
             )
             evaluation, _ = self._models.score(model, tokenizer, held_out)
             tracker.log({f"eval_{measure}": value for measure, value in evaluation.to_dict().items()})
@@ -88,6 +93,8 @@ class Trainings:
         folder: str,
         made_from: Mapping[str, str],
         plan: Plan | None = None,
+        *,
+        source: str,
     ) -> dict[str, Any]:
         """Fine-tune, save and evaluate one model.
 
@@ -99,11 +106,12 @@ class Trainings:
             folder: its name in the folder of the run.
             made_from: digests of what the training is made from.
             plan: which layers the model lacks. Default: it is the dense model.
+            source: what the model was loaded from: the job's model, or a folder of the run.
 
         Returns:
             Its row of the results.
         """
-        model, tokenizer = loaded
+        (model, tokenizer), base = self._models.packed(loaded, source), self._base(loaded)
         recipe = self.job.recipe.widened(1 if plan is None else self.job.preset.rank_factor)
         checkpoints = self._stages.checkpoints(name, made_from)
         with self.tracked(name, 0 if plan is None else self.job.probing) as tracker:
@@ -115,6 +123,7 @@ class Trainings:
                 quiet=self.quiet,
                 checkpoints=checkpoints,
                 callbacks=tracker.callbacks,
+                base=base,
             )
             logger.info(f"{name}: evaluating {len(test)} examples")
             saved = save(

@@ -132,6 +132,7 @@ def checkpoints_beside(
     dtype: str,
     attention: str | None,
     masks: str | os.PathLike[str] | None,
+    load_in_4bit: bool = False,
 ) -> Checkpoints:
     """Return where a training keeps its checkpoints: beside the folder of its model.
 
@@ -142,11 +143,12 @@ def checkpoints_beside(
         dtype: what it is loaded in.
         attention: what it computes attention with.
         masks: a file of masks that the training keeps to. Those in the model's own folder are in its identity.
+        load_in_4bit: whether the adapters are trained beside weights of 4 bits. Default False.
     """
     made_from = {
         "model": digest(identity.content),
         "package versions": digest(identity.versions),
-        "dtype or attention": digest([dtype, attention]),
+        "dtype or attention": digest([dtype, attention, *(["4 bits"] if load_in_4bit else [])]),
         "masks": "none" if masks is None else sha256_of(Path(masks)),
     }
     return Checkpoints(Path(f"{Path(out)}-checkpoints"), every, made_from)

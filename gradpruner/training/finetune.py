@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -191,6 +191,7 @@ def train(
     with (
         tempfile.TemporaryDirectory() as scratch,
         float32_masters(model),
+        _keeping_cache(model),
         _narrow_inputs(model) if bf16 else contextlib.nullcontext(),
     ):
         if checkpoints is not None:
@@ -256,6 +257,20 @@ def _computes_in_bfloat16(model: nn.Module) -> bool:
     )
 
 
+@contextlib.contextmanager
+def _keeping_cache(model: nn.Module) -> Iterator[None]:
+    """Give the config its `use_cache` back, which the Trainer switches off for good."""
+    config: Any = getattr(model, "config", None)
+    there, before = hasattr(config, "use_cache"), getattr(config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if there:
+            config.use_cache = before
+        elif hasattr(config, "use_cache"):
+            del config.use_cache
+
+
 def _narrow_inputs(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Keep peft from widening activations to float32, which autocast would narrow again."""
     from peft.helpers import disable_input_dtype_casting
@@ -263,6 +278,20 @@ def _narrow_inputs(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     return disable_input_dtype_casting(model) if is_peft(model) else contextlib.nullcontext()
 
 
-def finish(model: nn.Module) -> nn.Module:
-    """Return the plain model after a training, with its adapters added to the weights."""
-    return merged(model) if is_peft(model) else model
+def finish(model: nn.Module, base: nn.Module | None = None) -> nn.Module:
+    """Return the plain model after a training, with its adapters added to the weights.
+
+    Args:
+        model: the model that was trained.
+        base: the same model in full precision, if the adapters were trained on quantised weights. They are added to its
+            weights. Default: they are added to the weights beside them.
+    """
+    if base is None:
+        return merged(model) if is_peft(model) else model
+    from peft import PeftModel
+
+    with tempfile.TemporaryDirectory() as folder, as_named():
+        model.save_pretrained(folder)  # type: ignore[operator]
+        plain = merged(PeftModel.from_pretrained(cast(Any, base), folder))
+    to_accelerator(plain)
+    return plain

@@ -100,6 +100,10 @@ class Recipe:
         """Examples that one optimizer step sees."""
         return self.batch_size * self.accumulation
 
+    def warmup_steps(self, steps: int) -> int:
+        """Return in how many of the steps of a training the learning rate rises."""
+        return round(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
+
     def widened(self, factor: int) -> Recipe:
         """Return the recipe with `factor` times the rank and sqrt(`factor`) times alpha.
 

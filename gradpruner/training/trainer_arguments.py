@@ -58,7 +58,7 @@ def training_arguments(
         "gradient_accumulation_steps": share.accumulation,
         "learning_rate": recipe.learning_rate,
         "weight_decay": recipe.weight_decay,
-        "warmup_steps": round(recipe.warmup * schedule_steps) if recipe.warmup < 1 else int(recipe.warmup),
+        "warmup_steps": recipe.warmup_steps(schedule_steps),
         "max_grad_norm": recipe.max_grad_norm,
         "save_strategy": "no" if save_steps is None else "steps",
         "save_steps": 1 if save_steps is None else save_steps,

@@ -49,6 +49,20 @@ def test_of_options_that_exclude_each_other_the_command_line_wins(parsed):
     assert (options.steps, options.epochs, options.ratio, options.count) == (None, 2.0, None, 3)
 
 
+def test_numbers_are_read_as_they_look(parsed):
+    """YAML 1.1 reads 010 as 8, and 1e-3 as text."""
+    text = BASE + "steps: 010\nrun_name: 2026-01-02\ntraining_arguments:\n  lr_scheduler_kwargs: {min_lr: 1e-3}\n"
+    options = parsed(text)
+    assert (options.steps, options.run_name) == (10, "2026-01-02")
+    assert options.training_arguments == {"lr_scheduler_kwargs": {"min_lr": 0.001}}
+
+
+def test_a_file_without_options(parsed):
+    for text, said in (("", "is empty"), ("# nothing\n", "is empty"), ("- a\n", "holds a list"), ("a", "one value")):
+        with pytest.raises(InvalidArgument, match=said):
+            parsed(text)
+
+
 def test_lists(parsed):
     text = BASE + "steps: 8\nratios: [0.2, 0.4]\nseeds: 3\nmethods:\n- gradpruner\n- 'laco:interval=2'\n"
     options = parsed(text, command="compare")
@@ -73,7 +87,12 @@ def test_a_byte_order_mark_and_an_empty_value(parsed):
         ("base_model: x", "did you mean model?"),
         ("lora_r: 4", "did you mean rank?"),
         ("adam_beta1: 0.9", "it belongs under the key training_arguments"),
-        ("config: x.yaml", "config is no option"),
+        ("config: x.yaml", "config cannot stand in a file"),
+        ("chat_template: ~/chat.jinja", "~ and environment variables are not expanded"),
+        ("chat_template: $HOME/chat.jinja", "~ and environment variables are not expanded"),
+        ("accumulation: 1e3", "accumulation = 1000.0; expected a whole number, in digits"),
+        ("accumulation: 1:30", "accumulation = '1:30'; expected a whole number"),
+        ("\trank: 2", "by spaces, not by tabs"),
         ("batch_size: four", "batch_size = 'four'; expected a whole number"),
         ("batch_size: [4, 8]", "expected one value"),
         ("split: no", "put a word such as yes or no into quotes"),

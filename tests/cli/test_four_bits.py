@@ -11,6 +11,7 @@ from gradpruner.cli.main import main
 from gradpruner.probe.igia import Igia
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_probe_in_4_bits_cuts_the_full_precision_checkpoint(home, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     igia, plan, out = (str(tmp_path / name) for name in ("igia.safetensors", "plan.json", "small"))

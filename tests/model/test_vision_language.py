@@ -37,6 +37,7 @@ def llava(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_fine_tune_on_text_keeps_the_vision_tower(llava, home, tmp_path):
     words = ["--steps", "2", "--batch-size", "2", "--lr", "1e-2", "--out", str(tmp_path / "out"), "--json"]
     assert main(["finetune", "--model", str(llava), "--data", str(home / "data.jsonl"), *words]) == 0

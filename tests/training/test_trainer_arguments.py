@@ -115,6 +115,7 @@ def test_every_field_of_a_run_is_decided_or_left_to_the_user(tmp_path):
     assert differing - {"disable_tqdm", *of_cpu} <= DECIDED.keys()
 
 
+@pytest.mark.slow
 def test_the_cosine_schedule():
     rates = tuned(recipe(lr_scheduler_type="cosine"))[2].rates
     assert rates == pytest.approx([1e-2 * (1 + math.cos(math.pi * step / STEPS)) / 2 for step in range(STEPS)])
@@ -136,12 +137,14 @@ def test_a_probe_under_gradient_checkpointing_sees_the_same(rank):
 
 
 @pytest.mark.parametrize("optim", ["adafactor", "sgd"])
+@pytest.mark.slow
 def test_another_optimizer_with_a_probe(optim):
     igia = probed(recipe(optim=optim))[1]
     assert igia.steps == STEPS and torch.isfinite(igia.layer_scores()).all()
     assert tuned(recipe(optim=optim))[2].optimizer.lower() == optim
 
 
+@pytest.mark.slow
 def test_label_smoothing_counts_all_labels():
     """The loss of the first step, written out. Logits are not skipped, which would pair them with other labels."""
     ordered = plain(schedule(rows(), STEPS, RECIPE))
@@ -167,6 +170,7 @@ def test_label_smoothing_is_refused_where_transformers_would_not_shift():
         tuned(recipe(label_smoothing_factor=0.3), model)
 
 
+@pytest.mark.slow
 def test_neftune_adds_noise_only_in_training():
     usual, noisy = tuned(RECIPE), tuned(recipe(neftune_noise_alpha=50))
     assert usual[1].losses[0] != noisy[1].losses[0]
@@ -202,6 +206,7 @@ def test_layers_that_adapters_leave_out_are_not_compared():
     check_comparable(llama(), dataclasses.replace(RECIPE, target_modules=("q_proj",)))
 
 
+@pytest.mark.slow
 def test_dora_rslora_and_dropout_are_trained_and_merged():
     made = dataclasses.replace(RECIPE, dora=True, rslora=True, dropout=0.1, target_modules=("q_proj", "down_proj"))
     model = add_adapters(llama(), made)

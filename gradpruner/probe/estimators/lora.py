@@ -20,6 +20,7 @@ from gradpruner.distributed.processes import Peers
 from gradpruner.distributed.sharding import whole
 from gradpruner.errors import ProbeError
 from gradpruner.model.decoder import Decoder, Weight, base_name
+from gradpruner.model.four_bits import check_gradients_pass
 from gradpruner.probe.host_copies import joined, to_host
 from gradpruner.probe.importance import Dense, Factors, shared
 
@@ -52,6 +53,7 @@ class LoraReader:
 
     Raises:
         ProbeError: the decoder layers hold no LoRA adapter that trains, or one of a kind that cannot be read.
+        InvalidArgument: no gradient passes through a 4-bit weight, because it was used for inference on a CPU.
     """
 
     name = "lora"
@@ -59,6 +61,7 @@ class LoraReader:
     def __init__(
         self, decoder: Decoder, *, importance: bool, factor_dtype: torch.dtype, peers: Peers | None = None
     ) -> None:
+        check_gradients_pass(decoder.base)
         self._importance, self._dtype, self._peers = importance, factor_dtype, peers
         known = {(w.layer, w.name): w for w in decoder.weights}
         adapted = []
