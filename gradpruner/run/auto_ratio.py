@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gradpruner.data.examples import fingerprints, taken
 from gradpruner.distributed.processes import first
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.probe.selection import lowest_first, margin
@@ -250,7 +251,7 @@ def _known(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def hold_out(examples: Sequence[H], rows: int | None, seed: int) -> tuple[list[H], list[H]]:
+def hold_out(examples: Sequence[H], rows: int | None, seed: int) -> tuple[Sequence[H], Sequence[H]]:
     """Hold examples out, each with all its copies.
 
     Args:
@@ -259,12 +260,17 @@ def hold_out(examples: Sequence[H], rows: int | None, seed: int) -> tuple[list[H
         seed: of the choice.
 
     Returns:
-        The examples to train on, and those that are held out.
+        The examples to train on, and those that are held out. Parts of a table are tables, else they are lists.
 
     Raises:
         InvalidArgument: one of the two would be empty.
     """
-    different = list(dict.fromkeys(examples))
+    # a table is not decoded: its examples may be more than the memory holds
+    keys: list[Any] = fingerprints(examples) if hasattr(examples, "records") else list(examples)  # type: ignore[arg-type]
+    firsts: dict[Any, int] = {}
+    for place, key in enumerate(keys):
+        firsts.setdefault(key, place)
+    different = list(firsts.values())
     if rows is None:
         rows = max(1, min(CHECK_ROWS, math.floor(CHECK_SHARE * len(different))))
     if not 0 < rows < len(different):
@@ -273,8 +279,10 @@ def hold_out(examples: Sequence[H], rows: int | None, seed: int) -> tuple[list[H
             "and one to train on"
         )
     held = random.Random(seed).sample(different, rows)
-    gone = set(held)
-    return [example for example in examples if example not in gone], held
+    gone = {keys[place] for place in held}
+    left = [place for place, key in enumerate(keys) if key not in gone]
+    rest: Any = examples  # `taken` is for examples, and needs no more of them than their places
+    return taken(rest, left), taken(rest, held)  # type: ignore[return-value]
 
 
 def trial_rows(choice: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gradpruner.checkpoint.card import model_card, write_card
 from gradpruner.checkpoint.companions import plan_of
@@ -90,7 +90,7 @@ class Run:
         self._plan_is_by_hand = False
         self._probe_digest: str | None = None
         # ratio = "auto" holds some training examples out, to try cuts on
-        self._train, self._held_out, self._test = train_examples, list[Example](), test_examples
+        self._train, self._held_out, self._test = train_examples, cast(Sequence[Example], []), test_examples
         if job.ratio == AUTO:
             self._train, self._held_out = hold_out(train_examples, job.check_rows, job.recipe.seed)
         known = first(lambda: known_model(recorded(self.folder, SETTINGS), job.source))

@@ -15,6 +15,8 @@ from word_tokenizers import make_tokenizer
 
 from gradpruner.cli.main import main
 from gradpruner.data.examples import Example
+from gradpruner.data.load import load_examples
+from gradpruner.data.table import Examples
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.model.load import Loaded
 from gradpruner.probe.igia import Igia
@@ -139,11 +141,24 @@ def test_what_is_held_out_goes_with_its_copies():
     assert len(set(held)) == len(held) == 7 and set(rest) == set(range(40)) - set(held)
     assert rest == [n for n in examples if n not in held]
     assert hold_out(examples, 7, seed=3) == (rest, held) != hold_out(examples, 7, seed=4)
+    answers = [Example(f"q{n}", "a") for n in examples]
+    rest_of, held_of = hold_out(answers, 7, seed=3)
+    assert [[int(e.prompt[1:]) for e in part] for part in (rest_of, held_of)] == [rest, held]
     sizes = [len(hold_out(range(n), None, 0)[1]) for n in (2, 40, 57, 5000)]
     assert sizes == [1, 4, 5, 200]
     for rows, of in ((0, 5), (5, 5), (None, 1)):
         with pytest.raises(InvalidArgument, match=f"check_rows = .* of {of} different"):
             hold_out([1] * 9 + list(range(of)) if of > 1 else [1] * 9, rows, 0)
+
+
+def test_what_is_held_out_of_a_table_stays_on_disk(tmp_path):
+    """The examples may be more than the memory holds."""
+    rows = [{"messages": [{"role": r, "content": str(n % 20)} for r in ("user", "assistant")]} for n in range(50)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = load_examples(tmp_path / "a.jsonl")
+    rest, held = hold_out(table, 5, seed=3)
+    assert isinstance(rest, Examples) and isinstance(held, Examples)
+    assert (rest, held) == hold_out(list(table), 5, seed=3) and not set(rest) & set(held)
 
 
 class Watched:
