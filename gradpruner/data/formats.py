@@ -230,6 +230,11 @@ FORMATS = tuple(_FINDERS)
 CHATS = ("messages", "sharegpt")
 
 
+def fitting_formats(row: Row) -> list[str]:
+    """Return the formats whose columns a row has, in the order of preference."""
+    return [name for name, find in _FINDERS.items() if find(row, Chatting())]
+
+
 def find_format(row: Row, name: str | None, chatting: Chatting) -> Format:
     """Return the format of a row.
 
@@ -252,7 +257,7 @@ def find_format(row: Row, name: str | None, chatting: Chatting) -> Format:
             "the columns 'chosen' and 'rejected' are preference data, which fine-tuning cannot use; train on it with a "
             "preference trainer such as trl.DPOTrainer, or keep the chosen answers alone as prompt and completion"
         )
-    fitting = [name for name, find in _FINDERS.items() if find(row, Chatting())]
+    fitting = fitting_formats(row)
     if not fitting:
         raise InvalidArgument(
             f"prompt is missing, and the columns {listed(row)} hold no known pair and no other known format "

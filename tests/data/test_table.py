@@ -307,3 +307,48 @@ def test_a_row_with_more_choices_than_the_first_keeps_them(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     short, long = load_examples(tmp_path / "a.jsonl")
     assert short.prompt == "Q\nA. x\nB. y\nAnswer:" and long.prompt == "Q\nA. x\nB. y\nC. z\nAnswer:"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": "x", "label": "a"}, {"text": "y", "label": 1}],
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": "u", "name": "Ann"},
+                    {"role": "assistant", "content": "v", "tool_calls": [{"function": {"arguments": {key: 1}}}]},
+                ],
+                "tools": [{"name": key, "parameters": {key: None}}],
+            }
+            for key in "ab"
+        ],
+    ],
+)
+def test_values_of_several_types_are_as_in_the_file(tmp_path, rows):
+    """`datasets` 5 keeps them as JSON texts, with quotes around text."""
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    table.save_to_disk(str(tmp_path / "saved"))
+    expected = list(load_examples(file))
+    assert expected == load_examples(tmp_path / "saved") and expected == load_examples(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"text": "x"}, {"label": "a"}),
+        ({"instruction": "i", "output": "o"}, {"messages": [{"role": "user", "content": "x"}]}),
+        ({"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}, {"prompt": "p", "answer": "a"}),
+    ],
+)
+def test_a_later_row_of_another_format_is_refused(tmp_path, first, second):
+    file = tmp_path / "a.jsonl"
+    rows = [first, {**first, "id": 1}, {**first, **second}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InvalidArgument, match=r"row 3 .*line 3.* further columns .*the first row is .*\(format\)"):
+        load_examples(file)
+    meant = {"text": "text", "instruction": "alpaca", "messages": "messages"}[next(iter(first))]
+    assert len(load_examples(file, format=meant)) == 3
