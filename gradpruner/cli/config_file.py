@@ -84,10 +84,13 @@ class CommandParser(argparse.ArgumentParser):
         """
         file = self._config_of(args)
         if file is None:
-            return super().parse_known_args(args, namespace)
+            without = super().parse_known_args(args, namespace)
+            self._check_config(without[0], None)
+            return without
         values, note = self._read(Path(file))
         defaults = {action.dest: action.default for action in self._actions if action.default != argparse.SUPPRESS}
         given, rest = self._given(args)
+        self._check_config(given, file)
         explicit = vars(given)
         for group in self._mutually_exclusive_groups:
             members = [action.dest for action in group._group_actions]
@@ -114,6 +117,11 @@ class CommandParser(argparse.ArgumentParser):
         finder.add_argument("--config")
         config: str | None = finder.parse_known_args(args)[0].config
         return config
+
+    def _check_config(self, found: Any, read: str | None) -> None:
+        """Refuse --config under a shorter name, which argparse takes for it, and whose file would not be read."""
+        if getattr(found, "config", read) != read:
+            self.error(f"write --config in full: the file {found.config} would not be read")
 
     def _given(self, args: Any) -> tuple[argparse.Namespace, list[str]]:
         """Return what the words say themselves, without defaults."""

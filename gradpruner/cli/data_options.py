@@ -176,13 +176,15 @@ def _test_examples(options: argparse.Namespace) -> Any:
     from gradpruner.data.sources import test_split_of
     from gradpruner.data.table import join
 
-    several = sources(options.test_data)
+    several, trained_on = sources(options.test_data), set(map(str, sources(options.data)))
+    of_hub = {"config": options.data_config, "revision": options.revision}
     sets = [
         load_examples(
             source,
             split=options.test_split or test_split_of(source),
             limit=options.test_limit,
             seed=options.data_seed,
+            **(of_hub if str(source) in trained_on else {}),  # the same data set is not read at another commit
             **_shared(options),
         )
         for source in several

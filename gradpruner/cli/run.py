@@ -125,7 +125,9 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
             harness=tasks,
         )
 
-    job = None if options.epochs else job_of(None)  # without epochs, the settings are checked before data is read
+    job = (
+        job_of(None) if options.epochs is None else None
+    )  # without epochs, the settings are checked before data is read
     train_examples, test_examples = data_options.split(options)
     if job is None:
         rows = train_examples

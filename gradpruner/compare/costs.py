@@ -17,6 +17,7 @@ from gradpruner.checkpoint.save import save
 from gradpruner.compare.operations import training_operations
 from gradpruner.compare.results import Cost
 from gradpruner.data.collator import Collator
+from gradpruner.distributed.launch import work_apart
 from gradpruner.memory import peak_memory, reset_peak_memory
 from gradpruner.model.accelerator import to_accelerator
 from gradpruner.model.decoder import Decoder
@@ -93,6 +94,7 @@ def _median(costs: Sequence[Cost]) -> Cost:
 
 def _write(loading: dict[str, Any], plan: Plan | None, folder: str) -> None:
     """Write the model of `loading`, cut by `plan`, as a checkpoint."""
+    work_apart()
     model, tokenizer = load_model(**loading)
     if plan is not None:
         model = apply(model, plan)
@@ -102,6 +104,7 @@ def _write(loading: dict[str, Any], plan: Plan | None, folder: str) -> None:
 
 def _measured(loading: dict[str, Any], count: int, rows: Sequence[Row], recipe: Recipe) -> Cost:
     """Measure the costs of a model from which `count` layers were removed before."""
+    work_apart()
     reset_peak_memory()
     before = 0 if torch.cuda.is_available() else peak_memory()
     model, tokenizer = load_model(**loading)

@@ -153,7 +153,7 @@ class Compare:
             "test_examples": len(self._test),
             "data": digest_of_examples(self._held_out, self._train, self._test),
             "held_out": len(self._held_out),
-            "harness": None if self.job.harness is None else self.job.harness.to_dict(),
+            "harness": None if self.job.harness is None else self.job.harness.identity(),
             MODEL: self._identity.to_dict(),
         }
 

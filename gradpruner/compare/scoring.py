@@ -46,8 +46,9 @@ def tested(model: Any, tokenizer: Any, examples: Sequence[Example], job: Job) ->
             scores["macro_f1"] = macro_f1([answer.predicted for answer in judged], truth)
     chats = any(map(is_chat, examples))  # of which more than the last turn may be learned
     if job.train_on in ("answer", "last") and len(answered) == len(examples) and not chats:
+        every = rows
         scores["perplexity"] = perplexity_of(sum(a.loss for a in judged) / sum(a.tokens for a in judged))
     else:
         every = job.tokenize(examples, tokenizer)
         scores["perplexity"] = perplexity(model, every, collate=collate, batch_size=EVALUATED_AT_ONCE)
-    return {**scores, "examples": len(examples)}
+    return {**scores, "examples": every.counts.examples - every.counts.skipped}

@@ -20,6 +20,10 @@ SHAREGPT_ROLES = {
 }
 
 
+# Keys by which OpenAI, Axolotl and ms-swift say whether a message, or a part of it, is learned.
+MARKS = ("weight", "train", "training", "loss", "train_detail", "training_detail")
+
+
 def chat(messages: list[Message], system: str | None, tools: Any = None) -> Example:
     """Return a conversation as an example: the assistant's first turn begins the answer.
 
@@ -61,7 +65,7 @@ def _message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RowError(f"{where}: not an object with a 'role' and a 'content'")
     more = {k: v for k, v in message.items() if k not in ("role", "content") and v is not None}
-    marks = [more.pop(name) for name in ("weight", "train", "training") if name in more]
+    marks = [more.pop(name) for name in MARKS if name in more]
     if message["role"] == ASSISTANT and any(mark not in (1, True) for mark in marks):
         raise RowError(
             f"{where} is marked as not to be learned, which is not supported; remove the mark, and choose the turns "
@@ -70,7 +74,12 @@ def _message(message: Any, where: str) -> Message:
     content = _text(message.get("content"), where)
     if message["role"] == ASSISTANT and not content.strip() and not more.get("tool_calls"):
         raise EmptyRow(f"{where}: an empty turn of the assistant")
-    return Message(message["role"], content, json.dumps(more, ensure_ascii=False) if more else "")
+    return Message(message["role"], content, _plain_json(more))
+
+
+def _plain_json(more: Mapping[str, Any]) -> str:
+    """Return other keys of a message, in one order. So messages are equal however a file orders their keys."""
+    return json.dumps(dict(sorted(more.items())), ensure_ascii=False) if more else ""
 
 
 def _text(content: Any, where: str) -> str:

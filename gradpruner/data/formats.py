@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from gradpruner.data.chats import ASSISTANT, chat, messages_of, sharegpt_messages
-from gradpruner.data.choices import choice_columns, choice_texts
+from gradpruner.data.choices import LETTERS, choice_columns, choice_texts
 from gradpruner.data.examples import Example, Message
 from gradpruner.data.templates import EmptyRow, Row, RowError, cell, fill, is_blank, listed, parse_template
 from gradpruner.errors import InvalidArgument
@@ -164,9 +165,10 @@ def _alpaca(row: Row, chatting: Chatting) -> Format | None:
 def _history(value: object) -> list[Message]:
     if is_blank(value):
         return []
-    if not isinstance(value, list) or not all(isinstance(v, list) and len(v) == 2 for v in value):
-        raise RowError(", column 'history': accepted: a list of [prompt, answer] pairs")
-    return [Message(role, str(text)) for pair in value for role, text in zip(("user", ASSISTANT), pair, strict=True)]
+    pairs: list[Any] = value if isinstance(value, list) else [None]
+    if not all(isinstance(v, list) and len(v) == 2 and all(isinstance(text, str) for text in v) for v in pairs):
+        raise RowError(", column 'history': accepted: a list of [prompt, answer] pairs of text")
+    return [Message(role, text) for pair in pairs for role, text in zip(("user", ASSISTANT), pair, strict=True)]
 
 
 def _messages(row: Row, chatting: Chatting) -> Format | None:
@@ -202,9 +204,12 @@ def _choice(row: Row, chatting: Chatting) -> Format | None:
     context = next((name for name in CONTEXT if name in row), None)
 
     def convert(row: Row) -> Example:
-        return chatting.pair(*choice_texts(row, (question, context, choices, answer)))
+        lettered = (
+            tuple(letter for letter in LETTERS if letter in row) if len(choices) > 1 else ()
+        )  # a row may have more
+        return chatting.pair(*choice_texts(row, (question, context, lettered or choices, answer)))
 
-    uses = (question, *choices, answer, *((context,) if context else ()))
+    uses = (question, *(LETTERS if len(choices) > 1 else choices), answer, *((context,) if context else ()))
     return Format("multiple-choice", convert, uses, frozenset({*MEDIA, *CONTEXT, *SYSTEM} - {*uses}))
 
 
@@ -234,6 +239,11 @@ FORMATS = tuple(_FINDERS)
 CHATS = ("messages", "sharegpt")
 
 
+def fitting_formats(row: Row) -> list[str]:
+    """Return the formats whose columns a row has, in the order of preference."""
+    return [name for name, find in _FINDERS.items() if find(row, Chatting())]
+
+
 def find_format(row: Row, name: str | None, chatting: Chatting) -> Format:
     """Return the format of a row.
 
@@ -256,7 +266,7 @@ def find_format(row: Row, name: str | None, chatting: Chatting) -> Format:
             "the columns 'chosen' and 'rejected' are preference data, which fine-tuning cannot use; train on it with a "
             "preference trainer such as trl.DPOTrainer, or keep the chosen answers alone as prompt and completion"
         )
-    fitting = [name for name, find in _FINDERS.items() if find(row, Chatting())]
+    fitting = fitting_formats(row)
     if not fitting:
         raise InvalidArgument(
             f"prompt is missing, and the columns {listed(row)} hold no known pair and no other known format "

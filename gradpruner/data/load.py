@@ -11,8 +11,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from gradpruner.data.examples import CHAT, TEXT
 from gradpruner.data.read_files import Broken
 from gradpruner.data.reading import Converter, LostColumn, Reading
+from gradpruner.data.rows_key import code_of_room
 from gradpruner.data.sources import Found, HubOptions, Place, Source, find
 from gradpruner.data.table import Examples, TableWriter, join
 from gradpruner.data.templates import EmptyRow, RowError, listed
@@ -88,6 +90,7 @@ def load_examples(
     sets = [(str(one), _load(find(one, options), str(one), reading, quiet)) for one in sources(source)]
     examples = join(sets)
     _say(examples, [name for name, _ in sets])
+    _name_mixture(sets)
     if seed is not None:
         examples = examples.shuffled(seed)
     return examples if limit is None else examples[:limit]
@@ -179,9 +182,8 @@ def _cache_folder() -> Path:
 
 def _key(places: Iterable[Place], reading: Reading) -> str:
     """Return a digest of names and bytes of files, of the settings, and of this code."""
-    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     content = [(place.name, place.digest() if place.digest else None) for place in places]
-    return hashlib.sha256(json.dumps([content, reading.to_dict()]).encode() + code).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([content, reading.to_dict(), code_of_room()]).encode()).hexdigest()[:32]
 
 
 def _write(sink: Any, places: list[Place], reading: Reading, quiet: bool) -> _Account:
@@ -260,6 +262,18 @@ def _sliced(examples: Examples, part: str, name: str) -> Examples:
     if not len(chosen):
         raise InvalidArgument(f"split: the slice {part} leaves none of the {len(examples)} examples of {name}")
     return chosen
+
+
+def _name_mixture(sets: Sequence[tuple[str, Examples]]) -> None:
+    """Warn if some sources are chats and others are text, which the model reads without a chat template."""
+    kinds = {name: examples.kinds() for name, examples in sets}
+    of_chats, of_text = ([name for name, found in kinds.items() if found == {kind}] for kind in (CHAT, TEXT))
+    if of_chats and of_text:
+        logger.warning(
+            "data: chats from %s, plain text from %s, which gets no chat template; --as-chat makes chats of pairs",
+            ", ".join(of_chats),
+            ", ".join(of_text),
+        )
 
 
 def _say(examples: Examples, names: list[str]) -> None:

@@ -304,11 +304,14 @@ def _arrow_stream(source: Any) -> Any:
 def rows_of_batches(batches: Iterable[Any], schema: Any) -> Iterator[Read]:
     """Return the rows of Arrow batches, with names of class labels for their numbers.
 
+    `datasets` keeps a column as JSON texts if its values are of several types: objects with other keys in each row, or
+    numbers beside text. They are decoded, as they stood in the file that it read.
+
     Args:
         batches: Arrow record batches or tables.
         schema: theirs, with what `datasets` has noted there.
     """
-    names = {}
+    names, as_json = {}, {field.name: field.type for field in schema if _holds_json(field.type)}
     if b"huggingface" in (schema.metadata or {}):
         import datasets
 
@@ -317,7 +320,38 @@ def rows_of_batches(batches: Iterable[Any], schema: Any) -> Iterator[Read]:
     for batch in batches:
         for start in range(0, batch.num_rows, BATCH):
             for row in batch.slice(start, BATCH).to_pylist():
-                yield None, plain_row(row, names)
+                plain = plain_row(row, names)
+                yield None, {**plain, **{column: _decoded(plain[column], kind) for column, kind in as_json.items()}}
+
+
+def _holds_json(kind: Any) -> bool:
+    """Return whether values of an Arrow type are JSON texts, or hold some."""
+    if _is_json(kind):
+        return True
+    inner = [kind.value_type] if hasattr(kind, "value_type") else []
+    return any(_holds_json(one) for one in inner) or any(_holds_json(field.type) for field in _fields(kind))
+
+
+def _is_json(kind: Any) -> bool:
+    return getattr(kind, "extension_name", "") == "arrow.json"
+
+
+def _fields(kind: Any) -> list[Any]:
+    import pyarrow as pa
+
+    return [kind.field(place) for place in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+
+
+def _decoded(value: Any, kind: Any) -> Any:
+    """Return a value of an Arrow type with what its JSON texts say."""
+    if isinstance(value, str) and _is_json(kind):
+        return json.loads(value)
+    if isinstance(value, list) and hasattr(kind, "value_type"):
+        return [_decoded(inner, kind.value_type) for inner in value]
+    if isinstance(value, dict):
+        types = {field.name: field.type for field in _fields(kind)}
+        return {name: _decoded(inner, types[name]) for name, inner in value.items()}
+    return value
 
 
 def plain_row(row: Row, names: dict[str, list[str]]) -> Row:

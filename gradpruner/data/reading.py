@@ -7,8 +7,17 @@ from typing import Any
 
 from gradpruner.checks import check_choice, is_number
 from gradpruner.data.examples import Example
-from gradpruner.data.formats import CHATS, FORMATS, MEDIA, Chatting, Format, find_format, template_format
-from gradpruner.data.templates import Row, RowError, is_blank
+from gradpruner.data.formats import (
+    CHATS,
+    FORMATS,
+    MEDIA,
+    Chatting,
+    Format,
+    find_format,
+    fitting_formats,
+    template_format,
+)
+from gradpruner.data.templates import Row, RowError, is_blank, listed
 from gradpruner.errors import InvalidArgument
 
 JUDGEMENTS = ("label", "kto_tag")  # columns that say whether an answer is good, if they are True or False
@@ -81,6 +90,8 @@ class Converter:
         self._reading = reading
         self._format: Format | None = None
         self._lost: dict[tuple[str, ...], list[str]] = {}
+        self._first: frozenset[str] = frozenset()  # columns of the first row
+        self._same: set[tuple[str, ...]] = set()  # columns that are known to hold the format of the first row
         self.unused: dict[str, None] = {}  # columns that no example is made of, in the order of their appearance
 
     @property
@@ -96,7 +107,8 @@ class Converter:
             InvalidArgument: the format of the first row is unknown.
         """
         if self._format is None:
-            self._format = self._find(row)
+            self._format, self._first = self._find(row), frozenset(row)
+        self._check_same_format(row, self._format.name)
         columns = tuple(row)
         if columns not in self._lost:
             self._lost[columns] = [column for column in columns if column in self._format.loses]
@@ -111,6 +123,21 @@ class Converter:
                     "judged bad would be learned; keep the rows that are True, and remove the column"
                 )
         return self._format.convert(row)
+
+    def _check_same_format(self, row: Row, name: str) -> None:
+        """Refuse a row whose further columns make another format of it: they would be left out."""
+        if self._reading.prompt is not None or self._reading.format is not None or row.keys() <= self._first:
+            return
+        filled = {column: value for column, value in row.items() if not is_blank(value)}
+        if (columns := tuple(filled)) in self._same:
+            return
+        found = fitting_formats(filled)
+        if found and (found[0] != name or (name in CHATS and len(found) > 1)):
+            raise LostColumn(
+                f" has further columns ({listed(row.keys() - self._first)}), by which its format is "
+                f"{' or '.join(found)}, while that of the first row is {name}; say which one is meant (format)"
+            )
+        self._same.add(columns)
 
     def _find(self, row: Row) -> Format:
         reading = self._reading

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from gradpruner.data.encoder import Encoder
 from gradpruner.version import __version__
 
-FORMAT = 1  # raise it when the same examples become other rows
+
+def code_of_room() -> str:
+    """Return a digest of the code that reads and tokenises examples. Other code may make something else of them."""
+    code = (path.name.encode() + path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(b"".join(code)).hexdigest()
 
 
 def rows_key(examples: str, encoder: Encoder) -> str | None:
@@ -23,7 +28,7 @@ def rows_key(examples: str, encoder: Encoder) -> str | None:
     if tokenizer is None:
         return None
     parts = [
-        FORMAT,
+        code_of_room(),
         __version__,
         examples,
         tokenizer,
@@ -37,23 +42,24 @@ def rows_key(examples: str, encoder: Encoder) -> str | None:
 def tokenizer_content(tokenizer: Any) -> list[Any] | None:
     """Return everything that decides which tokens a tokenizer makes of a text.
 
-    What a tokenizer without a Rust backend does is not known: None.
+    What a tokenizer does in Python is not known: None. That is one without a Rust backend, or of a class that is not of
+    transformers.
     """
     import tokenizers
     import transformers
 
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not hasattr(backend, "to_str"):
+    backend, kind = getattr(tokenizer, "backend_tokenizer", None), type(tokenizer)
+    if backend is None or not hasattr(backend, "to_str") or kind.__module__.partition(".")[0] != "transformers":
         return None
     settings = json.loads(backend.to_str())
     settings.pop("truncation", None)  # of the last call
     settings.pop("padding", None)
     inside = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    kind = type(tokenizer)
     return [
         f"{kind.__module__}.{kind.__qualname__}",
         inside,
         tokenizer.chat_template,
+        bool(getattr(tokenizer, "split_special_tokens", False)),  # not in the settings of the backend
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         transformers.__version__,
         tokenizers.__version__,

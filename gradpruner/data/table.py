@@ -85,6 +85,10 @@ class Examples(Sequence[Example]):
             return self._table
         return self._table.select(self._places, keep_in_memory=True)
 
+    def kinds(self) -> set[str]:
+        """Return which kinds of examples the table has: "text", "chat" or both."""
+        return set(self._table.unique("kind"))
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Digest of the content of the examples, in their order."""

@@ -18,6 +18,8 @@ from gradpruner.errors import InvalidArgument, UnsupportedModel
 TIMEOUT = datetime.timedelta(hours=6)  # the longest that one process works alone, e.g. to write a checkpoint
 PATIENCE = datetime.timedelta(seconds=3)  # until the first process has said what went wrong
 FAILED = "gradpruner/failed"  # the key under which the first process says so
+# by which torchrun and accelerate launch say what a process is one of
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
 MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # what accelerate looks at
 QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -41,6 +43,12 @@ def launched_rank() -> int:
 def uses_cpu() -> bool:
     """Whether the launcher asks for the CPU where there are GPUs: `accelerate launch --cpu`."""
     return _is_set("ACCELERATE_USE_CPU")
+
+
+def work_apart() -> None:
+    """Make this process no part of the launch of its parent, whose variables it has inherited."""
+    for name in (*PLACE, "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_FSDP"):
+        os.environ.pop(name, None)
 
 
 def wants_shards() -> bool:

@@ -46,7 +46,7 @@ def task_scores(
         InvalidArgument: the folder of a model is gone, or see `Harness.evaluate`.
     """
     path = folder / TASK_SCORES
-    same = {"settings": harness.to_dict(), "made_from": dict(made_from)}
+    same = {"settings": harness.identity(), "made_from": dict(made_from)}
     kept = read_json(path, "task scores") if path.exists() else {}
     scores = kept["scores"] if {name: kept.get(name) for name in same} == same else {}
     for name, checkpoint in folders.items():

@@ -26,7 +26,9 @@ import torch
 from gradpruner.checks import check_int, is_number
 from gradpruner.errors import InvalidArgument
 from gradpruner.model.accelerator import to_accelerator
+from gradpruner.model.identity import sha256_of
 from gradpruner.model.modes import evaluating
+from gradpruner.storage.provenance import digest
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,20 @@ class Harness:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
         return {**asdict(self), "tasks": list(self.tasks)}
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the scores of a model: the settings, the task files of one's own, and lm-eval's version.
+
+        Every file of the folder counts, because task files name data and code beside them.
+        """
+        folder = None if self.folder is None else Path(self.folder)
+        files = [] if folder is None else sorted(path for path in folder.rglob("*") if path.is_file())
+        seen = [
+            [str(path.relative_to(folder)), sha256_of(path)]
+            for path in files
+            if folder is not None and "__pycache__" not in path.parts
+        ]
+        return {**self.to_dict(), "files": digest(seen), "lm_eval": importlib.metadata.version(PACKAGE)}
 
     def check(self) -> None:
         """Refuse what cannot be run, before a model is loaded.

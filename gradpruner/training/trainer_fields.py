@@ -50,6 +50,7 @@ DECIDED = {
     "local_rank": _PROCESSES,
     "deepspeed": "DeepSpeed hides the gradients from a run; use gradpruner.attach in a script of your own",
     "accelerator_config": _PROCESSES,
+    "average_tokens_across_devices": "the loss of a step is the mean over all its tokens, whichever process has them",
     "parallelism_config": _PROCESSES,
     "fsdp": "use: accelerate launch",
     "fsdp_config": "use: accelerate launch",

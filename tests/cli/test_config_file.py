@@ -63,6 +63,17 @@ def test_a_file_without_options(parsed):
             parsed(text)
 
 
+def test_a_shorter_name_of_config_is_refused(parsed, tmp_path, capsys):
+    """argparse takes --conf for --config, and the file would not be read."""
+    (tmp_path / "other.yaml").write_text("rank: 2\n")
+    words = ("--model", "m", "--data", "d", "--steps", "8", "--out", "o")
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["run", *words, "--conf", str(tmp_path / "other.yaml")])
+    with pytest.raises(SystemExit):
+        parsed(BASE + "steps: 8\n", "--conf", str(tmp_path / "other.yaml"))
+    assert capsys.readouterr().err.count("write --config in full") == 2
+
+
 def test_lists(parsed):
     text = BASE + "steps: 8\nratios: [0.2, 0.4]\nseeds: 3\nmethods:\n- gradpruner\n- 'laco:interval=2'\n"
     options = parsed(text, command="compare")

@@ -17,6 +17,8 @@ from tiny_llama import llama
 from word_tokenizers import make_tokenizer
 
 from gradpruner.data import rows as module
+from gradpruner.data import rows_key
+from gradpruner.data.encoder import Encoder
 from gradpruner.data.examples import Example, Message
 from gradpruner.data.row_facts import FACTS, fact
 from gradpruner.data.rows import Rows
@@ -116,6 +118,24 @@ def test_the_content_of_a_tokenizer():
     assert tokenizer_content(one) == tokenizer_content(other)
     other.pad_token = "</s>"
     assert tokenizer_content(one) != tokenizer_content(other)
+    split = make_tokenizer()
+    split.split_special_tokens = True
+    assert tokenizer_content(split) != tokenizer_content(one)
+
+    class Own(type(one)):
+        """Its code could do anything."""
+
+    own = make_tokenizer()
+    own.__class__ = Own
+    assert tokenizer_content(own) is None
+
+
+def test_other_code_makes_other_rows(monkeypatch):
+    encoder = Encoder(make_tokenizer(), 64, "answer", None)
+    before = rows_key.rows_key("content", encoder)
+    assert before == rows_key.rows_key("content", encoder)
+    monkeypatch.setattr(rows_key, "code_of_room", lambda: "other")
+    assert before != rows_key.rows_key("content", encoder)
 
 
 def test_a_tokenizer_that_cannot_be_identified(cache, monkeypatch):

@@ -252,3 +252,115 @@ def test_wrong_options_are_named(tmp_path, options, words):
         load_examples(write(tmp_path / "a.jsonl", EXAMPLES), **options)
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_chats_from_one_source_and_text_from_another_are_named(tmp_path, caplog):
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}) + "\n")
+    pairs = write(tmp_path / "pairs.jsonl", EXAMPLES)
+    load_examples([chats, pairs], as_chat=True)
+    load_examples([pairs, pairs])
+    assert "plain text" not in caplog.text
+    load_examples([chats, pairs])
+    assert f"chats from {chats}, plain text from {pairs}, which gets no chat template" in caplog.text
+
+
+def test_the_same_data_set_is_tested_at_the_commit_that_is_trained_on(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append((path, options.get("name"), options.get("revision"), options["split"]))
+        return datasets.Dataset.from_dict({"text": [f"{path} {options['split']} {n}" for n in range(3)]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub = ("--data-config", "easy", "--revision", "abc", "--test-data", "owner/name", "owner/other")
+    data_options.split(command_line("--data", "owner/name", *hub))
+    assert asked == [
+        ("owner/name", "easy", "abc", "train"),
+        ("owner/name", "easy", "abc", "test"),
+        ("owner/other", None, None, "test"),
+    ]
+
+
+def test_messages_are_equal_whatever_the_order_of_their_keys(tmp_path):
+    def example(*keys):
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+        turns[1] |= {key: "x" for key in keys}
+        (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+        return load_examples(tmp_path / "a.jsonl")[0]
+
+    assert example("name", "thinking") == example("thinking", "name") != example("name")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss": False}]},
+            ["message 2", "not to be learned"],
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train_detail": []}]},
+            ["message 2", "not to be learned"],
+        ),
+        ({"instruction": "a", "output": "b", "history": [["Hi", None]]}, ["history", "pairs of text"]),
+    ],
+)
+def test_what_would_be_learned_by_mistake_is_refused(tmp_path, row, words):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InvalidArgument) as caught:
+        load_examples(tmp_path / "a.jsonl")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_row_with_more_choices_than_the_first_keeps_them(tmp_path):
+    two = {"question": "Q", "A": "x", "B": "y", "answer": "A"}
+    rows = [two, {**two, "C": "z"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short, long = load_examples(tmp_path / "a.jsonl")
+    assert short.prompt == "Q\nA. x\nB. y\nAnswer:" and long.prompt == "Q\nA. x\nB. y\nC. z\nAnswer:"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": "x", "label": "a"}, {"text": "y", "label": 1}],
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": "u", "name": "Ann"},
+                    {"role": "assistant", "content": "v", "tool_calls": [{"function": {"arguments": {key: 1}}}]},
+                ],
+                "tools": [{"name": key, "parameters": {key: None}}],
+            }
+            for key in "ab"
+        ],
+    ],
+)
+def test_values_of_several_types_are_as_in_the_file(tmp_path, rows):
+    """`datasets` 5 keeps them as JSON texts, with quotes around text."""
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    table.save_to_disk(str(tmp_path / "saved"))
+    expected = list(load_examples(file))
+    assert expected == load_examples(tmp_path / "saved") and expected == load_examples(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"text": "x"}, {"label": "a"}),
+        ({"instruction": "i", "output": "o"}, {"messages": [{"role": "user", "content": "x"}]}),
+        ({"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]}, {"prompt": "p", "answer": "a"}),
+    ],
+)
+def test_a_later_row_of_another_format_is_refused(tmp_path, first, second):
+    file = tmp_path / "a.jsonl"
+    rows = [first, {**first, "id": 1}, {**first, **second}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InvalidArgument, match=r"row 3 .*line 3.* further columns .*the first row is .*\(format\)"):
+        load_examples(file)
+    meant = {"text": "text", "instruction": "alpaca", "messages": "messages"}[next(iter(first))]
+    assert len(load_examples(file, format=meant)) == 3

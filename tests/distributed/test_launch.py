@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import distributed_equality
 import launched_jobs
 import pytest
@@ -73,3 +75,10 @@ def test_without_a_launcher(monkeypatch):
 @pytest.mark.in_ci
 def test_processes_decide_together(tmp_path):
     distributed_equality.check(launched_jobs.decide_together, 2, tmp_path)
+
+
+def test_a_process_of_its_own_is_no_part_of_the_launch(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "HOME": "x"})
+    assert launch.launched() == 2 and launch.wants_shards()
+    launch.work_apart()
+    assert launch.launched() == 1 and not launch.wants_shards() and os.environ == {"HOME": "x"}

@@ -39,6 +39,18 @@ def test_tasks_do_not_change_what_a_run_makes():
     assert with_tasks.to_dict() == Job("model", 10).to_dict()
 
 
+def test_scores_belong_to_the_content_of_the_task_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "0.4.9")
+    tasks = Harness(("letters",), folder=write_tasks(tmp_path))
+    before = tasks.identity()
+    assert before == tasks.identity() and before["lm_eval"] == "0.4.9"
+    rows = tmp_path / "letters.jsonl"
+    rows.write_text(rows.read_text().replace("word 1", "word 2"))
+    assert tasks.identity() != before
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "0.4.10")
+    assert Harness(("letters",)).identity()["lm_eval"] == "0.4.10"
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     pytest.importorskip("lm_eval", reason="needs the extra harness: lm-eval")
