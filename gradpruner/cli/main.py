@@ -18,11 +18,12 @@ from collections.abc import Iterator, Sequence
 from gradpruner.cli.backends import add_backends
 from gradpruner.cli.compare import add_compare, add_sensitivity
 from gradpruner.cli.config_file import CommandParser
+from gradpruner.cli.evaluate import add_evaluate
 from gradpruner.cli.hub import add_push
 from gradpruner.cli.launched import call, complain, linger
 from gradpruner.cli.run import add_demo, add_report, add_run
 from gradpruner.cli.sparsify import add_sparsify
-from gradpruner.cli.stages import add_apply, add_evaluate, add_finetune, add_plan, add_probe
+from gradpruner.cli.stages import add_apply, add_finetune, add_plan, add_probe
 from gradpruner.distributed.launch import launched_rank, silence_others
 from gradpruner.errors import GradPrunerError, InvalidArgument
 from gradpruner.version import __version__
