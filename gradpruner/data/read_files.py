@@ -152,7 +152,8 @@ def _json_errors(path: Path) -> Iterator[None]:
 def _lists_in(text: str, start: int) -> tuple[dict[str, int], int]:
     """Find the lists of objects in an object.
 
-    Returns where each begins, by its name, and where the object ends. What is decoded is not kept: all at once would take much memory.
+    Returns where each begins, by its name, and where the object ends. What is decoded is not kept: all at once would
+    take much memory.
     """
     places: dict[str, int] = {}
     tables: dict[str, int] = {}
