@@ -80,9 +80,12 @@ class Reporting(TrainerCallback):
         """End the run in every tracker."""
         for tracker in self._trackers:
             tracker.on_train_end(self._args, self._state, self._control)
-            for name in ("_wandb", "_trackio"):  # their callbacks leave the run open, and the next would go into it
-                if getattr(getattr(tracker, name, None), "run", True) is not None and hasattr(tracker, name):
-                    getattr(tracker, name).finish()
+            # where a callback leaves its run open, the next training would go into it; some versions close trackio's
+            wandb, trackio = getattr(tracker, "_wandb", None), getattr(tracker, "_trackio", None)
+            if wandb is not None and wandb.run is not None:
+                wandb.finish()
+            if trackio is not None and tracker._initialized:
+                trackio.finish()
         self._trackers = []
 
     def _hand_on(self, logs: dict[str, Any], **kwargs: Any) -> None:

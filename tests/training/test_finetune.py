@@ -351,3 +351,12 @@ def test_rows_that_do_not_fill_a_step_are_refused():
 def test_a_run_shorter_than_its_beginning_is_refused():
     with pytest.raises(InvalidArgument, match="of_steps = 3; expected 4 or more"):
         train(llama(), plain(rows(8)), Collator(make_tokenizer()), RECIPE, of_steps=3, quiet=True)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_cache_of_the_config_stays_as_it_was(use_cache):
+    """The Trainer switches it off for good. A saved model would then generate without a cache."""
+    model = llama()
+    model.config.use_cache = use_cache
+    train(model, plain(schedule(rows(), 1, RECIPE)), Collator(make_tokenizer()), RECIPE, quiet=True)
+    assert model.config.use_cache is use_cache
