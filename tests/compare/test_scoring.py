@@ -18,5 +18,7 @@ def test_examples_that_were_skipped_are_not_counted():
     model = AutoModelForCausalLM.from_config(config)
     examples = [Example("q", "a"), Example("q" * 80, "a"), Example("r", "b")]
     for train_on in ("answer", "all"):
-        scores = scores_of(model, tokenizer, examples, Job("model", 4, max_length=32, train_on=train_on, too_long="skip"))
+        scores = scores_of(
+            model, tokenizer, examples, Job("model", 4, max_length=32, train_on=train_on, too_long="skip")
+        )
         assert scores["examples"] == len(scores["right"]) == 2
