@@ -119,7 +119,10 @@ class CommandParser(argparse.ArgumentParser):
         return config
 
     def _check_config(self, found: Any, read: str | None) -> None:
-        """Refuse --config under a shorter name, which argparse takes for it, and whose file would not be read."""
+        """Refuse --config under a shorter name.
+
+        argparse takes the name for --config, and the file would not be read.
+        """
         if getattr(found, "config", read) != read:
             self.error(f"write --config in full: the file {found.config} would not be read")
 

@@ -78,7 +78,10 @@ def _message(message: Any, where: str) -> Message:
 
 
 def _plain_json(more: Mapping[str, Any]) -> str:
-    """Return other keys of a message, in one order. So messages are equal however a file orders their keys."""
+    """Return other keys of a message as JSON, in alphabetical order.
+
+    So messages are equal, however a file orders their keys.
+    """
     return json.dumps(dict(sorted(more.items())), ensure_ascii=False) if more else ""
 
 

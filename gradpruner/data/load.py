@@ -265,7 +265,10 @@ def _sliced(examples: Examples, part: str, name: str) -> Examples:
 
 
 def _name_mixture(sets: Sequence[tuple[str, Examples]]) -> None:
-    """Warn if some sources are chats and others are text, which the model reads without a chat template."""
+    """Warn if some sources are chats and others are text.
+
+    The model reads the text without a chat template.
+    """
     kinds = {name: examples.kinds() for name, examples in sets}
     of_chats, of_text = ([name for name, found in kinds.items() if found == {kind}] for kind in (CHAT, TEXT))
     if of_chats and of_text:

@@ -12,7 +12,10 @@ from gradpruner.version import __version__
 
 
 def code_of_room() -> str:
-    """Return a digest of the code that reads and tokenises examples. Other code may make something else of them."""
+    """Return a digest of the code that reads and tokenises examples.
+
+    Other code may make something else of them.
+    """
     code = (path.name.encode() + path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(b"".join(code)).hexdigest()
 

@@ -81,9 +81,10 @@ class Harness:
         return {**asdict(self), "tasks": list(self.tasks)}
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the scores of a model: the settings, the task files of one's own, and lm-eval's version.
+        """Return what decides the scores of a model, ready for JSON.
 
-        Every file of the folder counts, because task files name data and code beside them.
+        That is the settings, the content of the folder, and the version of lm-eval. Every file of the folder counts,
+        because task files name data and code beside them.
         """
         folder = None if self.folder is None else Path(self.folder)
         files = [] if folder is None else sorted(path for path in folder.rglob("*") if path.is_file())
