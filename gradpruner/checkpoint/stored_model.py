@@ -46,7 +46,7 @@ class Role:
 class StoredModel:
     """The model of a checkpoint folder, without values, and the tensors that are stored.
 
-    The model is built by its transformers class on the meta device.
+    The model is built on the meta device, by the transformers class that config.json names.
 
     Attributes:
         folder: the folder.
@@ -284,5 +284,20 @@ def config_of(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _class_of(folder: Path, config: Any, trust_remote_code: bool) -> type[nn.Module]:
+    """Return the class of the whole model: a classifier or a reward model if the folder holds one."""
     with refusing("model", str(folder), {}), torch.device("meta"):
-        return type(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
+        named = None if trust_remote_code and getattr(config, "auto_map", None) else _named_class(config)
+        return named or type(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
+
+
+def _named_class(config: Any) -> type[nn.Module] | None:
+    """Return the transformers class with a head that the config names, None if it names none of its own type."""
+    import transformers
+
+    for name in config.architectures or ():
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and getattr(kind, "config_class", None) is type(config):
+            headless = transformers.AutoModel._model_mapping.get(type(config), ())
+            # a base model is stored for the whole model to be made of
+            return None if kind in (headless if isinstance(headless, tuple) else (headless,)) else kind
+    return None

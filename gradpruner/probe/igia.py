@@ -116,9 +116,8 @@ class Igia:
         check_choice("kind", kind, SCORES)
         squares = self.square_norms[:steps]
         if not bool((squares > 0).any()):
-            raise ProbeError(
-                f"the probe saw no usable step ({self.steps} steps, {self.skipped} skipped as not finite): no scores"
-            )
+            counts = f"{self.steps} steps, {self.skipped} skipped as not finite"
+            raise ProbeError(f"the probe saw no usable step ({counts}): no scores{self._why_zero() if self.steps else ''}")
         layer_of = torch.tensor([weight.layer for weight in self.weights])
 
         def by_layer(values: Tensor) -> Tensor:
@@ -131,6 +130,13 @@ class Igia:
             return totals.mean(0)
         usable = totals[totals.sum(1) > 0]
         return (usable / usable.sum(1, keepdim=True)).mean(0)
+
+    def _why_zero(self) -> str:
+        """Say what makes every gradient zero, as the end of an error."""
+        causes = ["a teacher or reference that equals the model", "rewards that are all the same", "labels all masked"]
+        if self.estimator == "lora":  # it multiplies by B, which is 0 at first
+            causes.append("adapters that are still as they began, as with a learning rate of 0")
+        return f", because every gradient was zero: look at the loss ({', '.join(causes)})"
 
     def plan(
         self,

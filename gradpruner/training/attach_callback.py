@@ -21,7 +21,8 @@ class AttachCallback(TrainerCallback):
     callers of its first event: the end of the Trainer's constructor, or else the beginning of training.
 
     Most faults of the options or of the model are raised in the Trainer's constructor, the others when training begins.
-    If the callback is added to a finished Trainer, it cannot resume, and a run that resumes is refused.
+    If the callback is added to a finished Trainer, it cannot resume, and a run that resumes is refused. Each Trainer
+    needs a callback of its own: a second Trainer that gets the same one is refused.
 
     Args:
         steps: optimizer steps of the probe. Default 40.
@@ -37,6 +38,7 @@ class AttachCallback(TrainerCallback):
     def __init__(self, steps: int = 40, ratio: float | None = 0.4, **options: Any) -> None:
         self._steps, self._ratio, self._options = steps, ratio, options
         self._attached: PruneCallback | None = None
+        self._trainer: Trainer | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -54,7 +56,7 @@ class AttachCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach to the Trainer that begins, if this callback came after its constructor."""
-        if self._attached is not None:
+        if self._is_attached(_calling_trainer(self)):
             return
         if state.global_step:
             raise InvalidArgument(
@@ -65,7 +67,19 @@ class AttachCallback(TrainerCallback):
         self._attach()
 
     def _attach(self) -> None:
-        self._attached = attach(_calling_trainer(self), self._steps, self._ratio, **self._options)
+        trainer = _calling_trainer(self)
+        if not self._is_attached(trainer):
+            self._attached = attach(trainer, self._steps, self._ratio, **self._options)
+            self._trainer = trainer
+
+    def _is_attached(self, trainer: Trainer) -> bool:
+        """Return whether this callback is attached to a Trainer. Raises InvalidArgument if it is to another one."""
+        if self._trainer is not None and self._trainer is not trainer:
+            raise InvalidArgument(
+                "AttachCallback belongs to another Trainer already, whose plan it holds; expected a new AttachCallback "
+                "for each Trainer"
+            )
+        return self._trainer is not None
 
 
 def _calling_trainer(callback: TrainerCallback) -> Trainer:
@@ -78,8 +92,10 @@ def _calling_trainer(callback: TrainerCallback) -> Trainer:
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer) and any(c is callback for c in caller.callback_handler.callbacks):
-            return caller
+        if isinstance(caller, Trainer):  # one that is still being made may have no callbacks yet
+            handler = getattr(caller, "callback_handler", None)
+            if handler is not None and any(c is callback for c in handler.callbacks):
+                return caller
         frame = frame.f_back  # type: ignore[assignment]
     raise InvalidArgument(
         "AttachCallback found no transformers.Trainer among its callers; expected to be one of a Trainer's callbacks "

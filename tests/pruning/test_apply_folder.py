@@ -13,7 +13,7 @@ from model_families import generate, igia_of
 from safetensors.torch import load_file, save_file
 from stored_models import DROP, MERGE, content, dense, load, same_checkpoint, tensors, through_memory
 from thinned import every, thinned
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 import gradpruner
 from gradpruner.cli.main import main
@@ -101,6 +101,16 @@ def test_a_checkpoint_of_the_base_class_gets_the_names_of_the_whole_model(name, 
     assert not any(k.startswith(("h.", "layers.")) for k in tensors(tmp_path / "stream"))
     ours, theirs = tensors(tmp_path / "stream"), tensors(tmp_path / "memory")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("kind", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_a_classifier_stays_one_and_keeps_its_head(kind, tmp_path):
+    model = kind.from_config(model_families.CONFIGS["llama"](), dtype=torch.float32)
+    model.save_pretrained(tmp_path / "dense")
+    gradpruner.apply_folder(tmp_path / "dense", tmp_path / "stream", DROP)
+    again, info = kind.from_pretrained(tmp_path / "stream", output_loading_info=True)
+    assert not info["missing_keys"] and torch.equal(again.score.weight, model.score.weight)
+    assert len(Decoder(again).layers) == model_families.LAYERS - len(DROP.removed)
 
 
 def test_dropped_layers_are_never_read(tmp_path, monkeypatch):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from training_runs import LAYERS, PROBE, STEPS, same, tensors, trainer
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 import gradpruner
 from gradpruner.model.decoder import Decoder
@@ -20,6 +21,7 @@ def run(out, *, late=False, resume=None):
     return callback, made
 
 
+@pytest.mark.slow  # the test of two Trainers shows as much, but for resuming
 def test_a_callback_of_the_constructor_does_what_attach_does(finished, tmp_path):
     _, attached, made, final = finished("lora")
     callback, again = run(tmp_path)
@@ -58,3 +60,44 @@ def test_without_a_trainer_it_says_so():
     callback = gradpruner.AttachCallback()
     with pytest.raises(gradpruner.InvalidArgument, match=r"found no transformers\.Trainer among its callers"):
         callback.on_init_end(None, TrainerState(), TrainerControl())
+
+
+def test_two_trainers_that_live_at_once_each_have_their_own(finished, tmp_path):
+    _, attached, _, final = finished("lora")
+    callbacks = [gradpruner.AttachCallback(steps=PROBE, ratio=share) for share in (0.4, 0.2)]
+    first, second = (
+        trainer(tmp_path / str(i), attached=False, callbacks=[callback])[0] for i, callback in enumerate(callbacks)
+    )
+    first.train()
+    assert callbacks[0].plan == attached.plan and same(tensors(first.model), final)
+    assert callbacks[1].plan is None and len(Decoder(second.model).layers) == LAYERS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, PROBE + 2])
+def test_a_trainer_inside_of_anothers_callback(step, finished, tmp_path):
+    """As in a sweep: an inner run begins and ends within the outer one's probe, or after its cut."""
+    _, attached, _, final = finished("lora")
+    outer, inner = gradpruner.AttachCallback(steps=PROBE, ratio=0.4), gradpruner.AttachCallback(steps=PROBE, ratio=0.2)
+
+    class Inside(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                with torch.random.fork_rng():
+                    made, _ = trainer(tmp_path / "inner", attached=False, callbacks=[inner])
+                    made.train()
+
+    made, _ = trainer(tmp_path / "outer", attached=False, callbacks=[outer, Inside()])
+    made.train()
+    assert len(inner.plan.removed) == 1
+    assert outer.plan == attached.plan and same(tensors(made.model), final)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_callback_of_another_trainer_is_refused(late, tmp_path):
+    callback = gradpruner.AttachCallback(steps=PROBE, ratio=0.4)
+    trainer(tmp_path, attached=False, callbacks=[callback])
+    with pytest.raises(gradpruner.InvalidArgument, match="belongs to another Trainer already"):
+        made, _ = trainer(tmp_path, attached=False, callbacks=[] if late else [callback])
+        made.add_callback(callback)
+        made.train()

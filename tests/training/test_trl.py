@@ -92,7 +92,7 @@ def test_a_trainer_that_would_go_wrong_is_refused(what, tmp_path):
 
 
 @pytest.mark.parametrize("step", [3, 6])
-@pytest.mark.parametrize("what", ["packed (bfd)", "padding-free", "streamed"])
+@pytest.mark.parametrize("what", ["packed (bfd)", "padding-free", "streamed", "rewards"])
 def test_a_run_resumes_as_if_it_had_never_stopped(what, step, tmp_path):
     name, options = WORKING[what]
 
