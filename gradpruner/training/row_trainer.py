@@ -5,6 +5,7 @@ This module is imported when a training begins, because transformers.Trainer and
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, trainer_pt_utils
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from gradpruner.distributed.fsdp import resharding
@@ -90,7 +91,8 @@ class RowTrainer(Trainer):
         """
         peers = peers_of()
         if self._skips_logits is None and self.label_smoother is not None:
-            check_smoothed(self.accelerator.unwrap_model(model))
+            passes = self.args.gradient_accumulation_steps * self.args.world_size
+            check_smoothed(self.accelerator.unwrap_model(model), passes)
             self._skips_logits = False  # the smoothed loss is not the model's own: it pairs all logits with all labels
         if self._skips_logits is None:
             plain = self.accelerator.unwrap_model(model)
@@ -160,8 +162,13 @@ def _share_of_tokens(labels: torch.Tensor, processes: int, accelerator: Any) -> 
     return float(tokens) * processes / float(total)
 
 
-def check_smoothed(model: Any) -> None:
-    """Raise InvalidArgument if transformers would smooth this model's loss wrongly."""
+def check_smoothed(model: Any, passes: int) -> None:
+    """Raise InvalidArgument if transformers would smooth this model's loss wrongly.
+
+    Args:
+        model: the model, not wrapped by accelerate.
+        passes: forward passes of an optimizer step, in all processes.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     plain = model.get_base_model() if is_peft(model) else model
@@ -169,6 +176,13 @@ def check_smoothed(model: Any) -> None:
         raise InvalidArgument(
             f"label_smoothing_factor: transformers smooths the loss of a {type(plain).__name__} at the wrong tokens; "
             "expected 0 for this model"
+        )
+    whole = "num_items_in_batch" in inspect.signature(trainer_pt_utils.LabelSmoother.__call__).parameters
+    if passes > 1 and not whole:
+        raise InvalidArgument(
+            f"label_smoothing_factor with {passes} forward passes in a step: this transformers takes the mean "
+            "of each of them and does not divide by their number; expected a newer transformers, accumulation = 1 in "
+            "one process, or label_smoothing_factor 0"
         )
 
 

@@ -171,3 +171,19 @@ def test_costs_are_measured_once_a_size(base, copied, home, monkeypatch):
     before = (copied / "costs.csv").read_bytes()
     outputs.write(made, costs=False)  # what was measured before is shown again
     assert (copied / "costs.csv").read_bytes() == before and "costs" in (copied / "report.html").read_text().lower()
+
+
+@pytest.mark.slow
+def test_costs_are_measured_in_one_process_under_a_launcher(home, tmp_path, monkeypatch):
+    """The processes that measure inherit the launcher's variables, and are no part of its training."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    (found,) = costs.measure(
+        loading(home, "eager"),
+        [None],
+        schedule(tokenize(TRAIN, make_tokenizer(), max_length=64), 8, Recipe(batch_size=2, rank=2)),
+        Recipe(batch_size=2, rank=2),
+        beside=tmp_path,
+        rounds=1,
+    )
+    assert found.layers == LAYERS and found.train_step_seconds > 0

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from training_rows import plain, rows
 from training_runs import llama
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 from word_tokenizers import make_tokenizer
 
 from gradpruner.data.collator import Collator
@@ -158,6 +159,16 @@ def test_label_smoothing_counts_all_labels():
     loss = tuned(recipe(label_smoothing_factor=0.3))[1].losses[0]
     assert loss == pytest.approx(expected.item(), rel=1e-4)
     assert loss != pytest.approx(-right.mean().item(), rel=1e-4)
+
+
+def test_label_smoothing_of_an_older_transformers_is_refused_with_accumulation(monkeypatch):
+    class Older(LabelSmoother):
+        def __call__(self, model_output, labels, shift_labels=False):
+            raise AssertionError
+
+    monkeypatch.setattr("transformers.trainer_pt_utils.LabelSmoother", Older)
+    with pytest.raises(InvalidArgument, match="label_smoothing_factor with 2 forward passes"):
+        tuned(dataclasses.replace(recipe(label_smoothing_factor=0.3), batch_size=1, accumulation=2))
 
 
 def test_label_smoothing_is_refused_where_transformers_would_not_shift():
