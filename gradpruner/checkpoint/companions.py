@@ -121,6 +121,7 @@ def save_from(
     plan: Plan | None,
     masks: Masks | None,
     overwrite: bool,
+    revision: str | None = None,
 ) -> Path:
     """Save a model made from another checkpoint, with what must not be lost on the way.
 
@@ -133,6 +134,7 @@ def save_from(
         plan: the plan that the model was pruned by, None if it was not.
         masks: the masks that it keeps to, None if there are none.
         overwrite: see `save`.
+        revision: the commit of the source, if it is a hub id. Default: the newest.
 
     Returns:
         The folder.
@@ -146,7 +148,7 @@ def save_from(
         masks.check(model)
 
     def beside(inside: Path) -> None:
-        carry_processor(source, model, inside)
+        carry_processor(source, model, inside, revision)
         if masks is not None:
             masks.save(inside / MASKS)
         if Path(source).is_dir():

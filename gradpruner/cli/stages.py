@@ -307,7 +307,14 @@ def _finetune_by(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
             base=base,
         )
     save_from(
-        options.model, tuned, options.out, tokenizer=tokenizer, plan=plan, masks=masks, overwrite=options.overwrite
+        options.model,
+        tuned,
+        options.out,
+        tokenizer=tokenizer,
+        plan=plan,
+        masks=masks,
+        overwrite=options.overwrite,
+        revision=identity.revision,
     )
     checkpoints.discard()
     sparsity = None if masks is None else masks.sparsity()

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS as SETTINGS
-from gradpruner.data.examples import Example
-from gradpruner.data.parts import shuffled
+from gradpruner.data.examples import Example, split_examples
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods import format_method, parse_method
 from gradpruner.run.folder import named, recorded
@@ -69,10 +68,11 @@ def held_out_of(examples: Sequence[Example], count: int) -> tuple[Sequence[Examp
 
     Args:
         examples: all training examples.
-        count: how many are held out. They are the same in every comparison of these examples.
+        count: how many are held out. They are the same in every comparison of these examples. It can be fewer, because
+            all copies of an example go to the same part.
     """
-    mixed = shuffled(examples, 0)
-    return mixed[:count], mixed[count:]
+    trained, held = split_examples(examples, count, 0)
+    return held, trained
 
 
 def method_names(methods: Sequence[str], job: Job) -> list[str]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
-
 from disk_examples import on_disk
 
 from gradpruner.data.examples import Example
-from gradpruner.data.parts import shuffled, with_answer
+from gradpruner.data.parts import with_answer
 
 EXAMPLES = [Example("a", "b"), Example("text"), Example("c", "d"), Example("e", "f")]
 
@@ -24,9 +22,3 @@ def test_those_with_an_answer():
     assert with_answer(answered) is answered
     part = with_answer(Selecting(EXAMPLES))
     assert isinstance(part, Selecting) and part == with_answer(EXAMPLES)
-
-
-def test_the_order_is_that_of_a_shuffled_list():
-    expected = list(EXAMPLES)
-    random.Random(3).shuffle(expected)
-    assert shuffled(EXAMPLES, 3) == expected and isinstance(shuffled(Selecting(EXAMPLES), 3), Selecting)
