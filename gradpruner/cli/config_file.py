@@ -245,7 +245,7 @@ def _content(file: Path) -> Any:
 
 
 def _strict_loader() -> Any:
-    """Return a safe YAML loader that refuses a key that is there twice, and reads numbers as they look.
+    """Return a safe YAML loader that refuses a key twice, and reads numbers as they look.
 
     YAML 1.1 reads 010 as 8, 1:30 as 90, and 1e-3 as text.
     """

@@ -36,7 +36,7 @@ def not_rearranging(model: nn.Module) -> Iterator[None]:
 
 
 def check_gradients_pass(model: nn.Module) -> None:
-    """Raise InvalidArgument if bitsandbytes has rearranged a weight, through which no gradient passes."""
+    """Raise InvalidArgument if no gradient passes through a weight that was rearranged."""
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):

@@ -1,4 +1,4 @@
-"""What cannot be done with a model that is trained in 4 bits. It is refused before time is spent."""
+"""What cannot be done with a model in 4 bits. It is refused before time is spent."""
 
 from __future__ import annotations
 

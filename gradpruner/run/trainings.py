@@ -49,7 +49,7 @@ class Trainings:
         return tracked(self.job.recipe, folder / LOGS, stage, name=folder.resolve().name, first_step=first_step)
 
     def _base(self, loaded: Loaded) -> Any:
-        """Return the model that adapters are added to in the end, if they are trained beside weights of 4 bits."""
+        """Return the model that adapters trained beside 4-bit weights are added to, or None."""
         return loaded.model if self.job.load_in_4bit else None
 
     def trial(
