@@ -117,7 +117,9 @@ class Igia:
         squares = self.square_norms[:steps]
         if not bool((squares > 0).any()):
             counts = f"{self.steps} steps, {self.skipped} skipped as not finite"
-            raise ProbeError(f"the probe saw no usable step ({counts}): no scores{self._why_zero() if self.steps else ''}")
+            raise ProbeError(
+                f"the probe saw no usable step ({counts}): no scores{self._why_zero() if self.steps else ''}"
+            )
         layer_of = torch.tensor([weight.layer for weight in self.weights])
 
         def by_layer(values: Tensor) -> Tensor:

@@ -212,7 +212,9 @@ def test_a_loss_without_gradients_is_named_as_the_reason():
     with gradpruner.Probe(model).watching(optimizer, 2) as probe:
         for i in range(2):
             step(model, optimizer, i, scale=0.0)
-    with pytest.raises(gradpruner.ProbeError, match=r"no usable step \(2 steps.*every gradient was zero: look at the loss"):
+    with pytest.raises(
+        gradpruner.ProbeError, match=r"no usable step \(2 steps.*every gradient was zero: look at the loss"
+    ):
         probe.igia.plan(0.4)
 
 
