@@ -284,14 +284,14 @@ def config_of(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _class_of(folder: Path, config: Any, trust_remote_code: bool) -> type[nn.Module]:
-    """Return the class of the whole model: a classifier or a reward model if the folder holds one."""
+    """Return the class of the whole model. It may be a classifier or a reward model."""
     with refusing("model", str(folder), {}), torch.device("meta"):
         named = None if trust_remote_code and getattr(config, "auto_map", None) else _named_class(config)
         return named or type(auto_class(config).from_config(config, trust_remote_code=trust_remote_code))
 
 
 def _named_class(config: Any) -> type[nn.Module] | None:
-    """Return the transformers class with a head that the config names, None if it names none of its own type."""
+    """Return the class with a head that the config names, or None."""
     import transformers
 
     for name in config.architectures or ():

@@ -73,7 +73,10 @@ class AttachCallback(TrainerCallback):
             self._trainer = trainer
 
     def _is_attached(self, trainer: Trainer) -> bool:
-        """Return whether this callback is attached to a Trainer. Raises InvalidArgument if it is to another one."""
+        """Return whether this callback is attached to a Trainer.
+
+        Raises InvalidArgument if it is attached to another one.
+        """
         if self._trainer is not None and self._trainer is not trainer:
             raise InvalidArgument(
                 "AttachCallback belongs to another Trainer already, whose plan it holds; expected a new AttachCallback "

@@ -187,37 +187,6 @@ def test_a_step_with_a_bad_gradient_is_left_out_counted_and_does_not_poison(esti
         torch.testing.assert_close(igia.importance[key].dense().f, kept.dense().f, rtol=1e-6, atol=0)
 
 
-def test_no_usable_step_refuses_to_score():
-    model = lora(llama())
-    optimizer = torch.optim.SGD(trainable(model), lr=1e-3)
-    with gradpruner.Probe(model).watching(optimizer, 2) as probe:
-        for i in range(2):
-            step(model, optimizer, i, scale=float("nan"))
-    with pytest.raises(gradpruner.ProbeError, match=r"no usable step \(0 steps, 2 skipped as not finite\): no scores$"):
-        probe.igia.layer_scores()
-    with pytest.raises(gradpruner.ProbeError):
-        probe.igia.plan(0.4)
-    with pytest.raises(gradpruner.ProbeError, match="has seen no optimizer step"):
-        _ = gradpruner.Probe(lora(llama())).igia
-
-
-def test_first_lora_step_alone_is_not_usable():
-    with pytest.raises(gradpruner.ProbeError, match="no usable step.*every gradient was zero.*still as they began"):
-        run(lora(llama()), steps=1).plan(0.4)
-
-
-def test_a_loss_without_gradients_is_named_as_the_reason():
-    model = llama()
-    optimizer = torch.optim.SGD(trainable(model), lr=1e-3)
-    with gradpruner.Probe(model).watching(optimizer, 2) as probe:
-        for i in range(2):
-            step(model, optimizer, i, scale=0.0)
-    with pytest.raises(
-        gradpruner.ProbeError, match=r"no usable step \(2 steps.*every gradient was zero: look at the loss"
-    ):
-        probe.igia.plan(0.4)
-
-
 def test_record_for_loops_without_hooks_equals_the_hooks():
     with_hooks, without = run(lora(llama())), lora(llama())
     optimizer, probe = torch.optim.AdamW(trainable(without), lr=1e-3), gradpruner.Probe(without)

@@ -89,7 +89,7 @@ def test_a_trainer_inside_of_anothers_callback(step, finished, tmp_path):
 
     made, _ = trainer(tmp_path / "outer", attached=False, callbacks=[outer, Inside()])
     made.train()
-    assert len(inner.plan.removed) == 1
+    assert len(inner.plan.removed) == 2
     assert outer.plan == attached.plan and same(tensors(made.model), final)
 
 
