@@ -156,7 +156,15 @@ def _load_weights(where: str, **options: Any) -> Any:
         if "gguf_file" not in options:
             known = {name: options[name] for name in ("trust_remote_code", "revision") if name in options}
             kind = auto_class(transformers.AutoConfig.from_pretrained(where, **known))
-        return kind.from_pretrained(where, **options)
+        model, found = kind.from_pretrained(where, output_loading_info=True, **options)
+    absent = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if absent:  # transformers makes random ones, and says so in its log alone
+        raise InvalidArgument(
+            f"source {where!r} has no weights for {', '.join(absent[:3])}{' and others' if len(absent) > 3 else ''} of "
+            f"{type(model).__name__}; expected the checkpoint of a whole language model, not of a classifier or of a "
+            "model without a head"
+        )
+    return model
 
 
 def auto_class(config: Any) -> Any:

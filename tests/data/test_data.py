@@ -13,6 +13,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 from word_tokenizers import make_tokenizer
@@ -331,7 +332,8 @@ def test_code_of_a_model_runs_only_on_request(monkeypatch):
 
     def from_pretrained(where, **options):
         asked.append(options["trust_remote_code"])
-        return tiny_model() if len(asked) % 2 == 0 else make_tokenizer()
+        found = {"missing_keys": set(), "mismatched_keys": set()}
+        return (tiny_model(), found) if len(asked) % 2 == 0 else make_tokenizer()
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
@@ -339,6 +341,16 @@ def test_code_of_a_model_runs_only_on_request(monkeypatch):
     load_model("owner/model")
     load_model("owner/model", trust_remote_code=True)
     assert asked == [False, False, True, True]
+
+
+def test_a_classifier_is_no_language_model(tmp_path):
+    """transformers would give it a random head."""
+    config = tiny_model().config
+    config.num_labels = 2
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InvalidArgument, match=r"no weights for lm_head\.weight of LlamaForCausalLM"):
+        load_model(tmp_path)
 
 
 def test_wrong_model_sources_are_one_line(tmp_path, monkeypatch):
