@@ -124,8 +124,10 @@ def _training(
 
 def _probe(options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.distributed.launch import launched
+    from gradpruner.distributed.processes import first
     from gradpruner.run.four_bits import check_four_bits
     from gradpruner.run.only_worker import only_worker
+    from gradpruner.storage.files import need_writable
     from gradpruner.training.probe_length import check_probe_length
     from gradpruner.training.shares import share_of
 
@@ -135,19 +137,17 @@ def _probe(options: argparse.Namespace) -> dict[str, Any]:
     if options.steps is not None:
         check_probe_length(recipe, options.steps, options.of_steps or options.steps)
     share_of(recipe, launched())
+    first(lambda: need_writable(options.out))  # the claim would make a folder that is misspelt
     with only_worker(options.out):
         return _probe_by(recipe, options)
 
 
 def _probe_by(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.checkpoint.companions import masks_of
-    from gradpruner.distributed.processes import first
     from gradpruner.probe.igia import DEFAULT_KIND
     from gradpruner.run.stages import watch
-    from gradpruner.storage.files import need_writable
     from gradpruner.training.trackers import scores_of, tracked
 
-    first(lambda: need_writable(options.out))
     model, tokenizer, ordered = _training(options, recipe, load_in_4bit=options.load_in_4bit)
     with tracked(recipe, Path(f"{options.out}-logs"), "probe", name=Path(options.out).stem) as tracker:
         _, igia = watch(

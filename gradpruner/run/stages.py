@@ -66,8 +66,8 @@ def watch(
     from gradpruner.training.probe_callback import ProbeCallback
 
     steps = len(ordered) // recipe.rows_per_step
-    check_probe_length(recipe, steps, of_steps or steps)
     check_rows(model, tokenizer, ordered)
+    check_probe_length(recipe, steps, of_steps or steps)
     watched = add_adapters(model, recipe) if recipe.rank else model
     probe = ProbeCallback(steps)
     training = train(
