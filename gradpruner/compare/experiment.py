@@ -28,7 +28,7 @@ from gradpruner.compare.analysis import DENSE
 from gradpruner.compare.cells import Cell, content_of, digest_of, finished
 from gradpruner.compare.scoring import EVALUATED_AT_ONCE, tested
 from gradpruner.compare.settings_file import COMPARISON_SETTINGS, HELD_OUT
-from gradpruner.compare.terms import LAYERS, begin_or_continue, held_out_of, method_names
+from gradpruner.compare.terms import LAYERS, begin_or_continue, counts_of, held_out_of, method_names
 from gradpruner.compare.together import claimed, together, write_below
 from gradpruner.data.collator import Collator
 from gradpruner.data.examples import Example, digest_of_examples
@@ -43,7 +43,6 @@ from gradpruner.model.identity import identify
 from gradpruner.model.load import Loaded, load_model
 from gradpruner.plan import Plan
 from gradpruner.probe.igia import Igia
-from gradpruner.probe.selection import how_many
 from gradpruner.run.folder import MODEL, known_model, recorded
 from gradpruner.run.job import Job, torch_dtype
 from gradpruner.run.preflight import check_comparison
@@ -162,8 +161,11 @@ class Compare:
 
         Args:
             layers: decoder layers of the dense model.
+
+        Raises:
+            InvalidArgument: a ratio, or an option of a method, does not fit the model.
         """
-        counts = list(dict.fromkeys(how_many(layers, ratio) for ratio in self.ratios))
+        counts = counts_of(layers, self.ratios, self.methods)
         dense = [Cell(DENSE, 0, seed) for seed in self.seeds] if self.with_dense else []
         return dense + [Cell(m, count, seed) for seed in self.seeds for count in counts for m in self.methods]
 

@@ -10,6 +10,7 @@ from gradpruner.compare.settings_file import COMPARISON_SETTINGS as SETTINGS
 from gradpruner.data.examples import Example, split_examples
 from gradpruner.errors import InvalidArgument
 from gradpruner.methods import format_method, parse_method
+from gradpruner.probe.selection import how_many
 from gradpruner.run.folder import named, recorded
 from gradpruner.run.job import Job
 from gradpruner.storage.files import write_json
@@ -91,3 +92,24 @@ def method_names(methods: Sequence[str], job: Job) -> list[str]:
         if probing >= job.steps:
             raise InvalidArgument(f"{name}: {probing} steps to probe of {job.steps}; expected fewer")
     return list(parsed)
+
+
+def counts_of(layers: int, ratios: Sequence[float], methods: Sequence[str]) -> list[int]:
+    """Return how many layers each ratio removes, every number once.
+
+    Args:
+        layers: decoder layers of the dense model.
+        ratios: shares of the layers.
+        methods: full names of methods, whose options must fit each number.
+
+    Raises:
+        InvalidArgument: a ratio, or an option of a method, does not fit the model.
+    """
+    counts = list(dict.fromkeys(how_many(layers, ratio) for ratio in ratios))
+    for name in methods:
+        for count in counts:
+            try:
+                parse_method(name).check_count(layers, count)
+            except InvalidArgument as error:
+                raise InvalidArgument(f"{name}, {count} of {layers} layers removed: {error}") from None
+    return counts

@@ -124,6 +124,17 @@ class Method(abc.ABC):
         """
         return getattr(self, option)
 
+    def check_count(self, layers: int, count: int) -> None:  # noqa: B027 (most methods fit any number)
+        """Refuse options that do not fit a number of removed layers, before anything is trained.
+
+        Args:
+            layers: decoder layers of the model.
+            count: how many are removed.
+
+        Raises:
+            InvalidArgument: an option does not fit.
+        """
+
     def masks(self, model: nn.Module) -> Masks | None:
         """Which weights of the smaller model stay zero while it is trained.
 

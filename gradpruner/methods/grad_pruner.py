@@ -13,6 +13,7 @@ from gradpruner.methods.patched_gaps import KINDS, plan_gaps
 from gradpruner.plan import Plan
 from gradpruner.presets import PRESETS, Preset
 from gradpruner.probe.igia import SCORES
+from gradpruner.probe.selection import number_to_merge
 from gradpruner.pruning.apply import apply
 from gradpruner.pruning.patch import fit_patches
 
@@ -118,6 +119,18 @@ class GradPruner(Method):
             return sum(value is not None for value in vars(method).values())
 
         return min(spellings, key=lambda method: (length(method), method.preset))
+
+    def check_count(self, layers: int, count: int) -> None:
+        """Refuse to merge more layers than are removed.
+
+        Args:
+            layers: decoder layers of the model.
+            count: how many are removed.
+
+        Raises:
+            InvalidArgument: more would be merged.
+        """
+        number_to_merge(self.settings.merge, count, layers)
 
     def plan(self, clues: Clues, count: int) -> Plan:
         """Choose the layers with the lowest scores, or the stretches that patches replace best.

@@ -73,7 +73,7 @@ def select(
             f"{number} of {total} layers to remove; accepted are 1 to {most} (protected: {sorted(protected)})"
         )
     removed = order[:number]
-    merged = removed[number - _number_to_merge(merge, number, total) :]
+    merged = removed[number - number_to_merge(merge, number, total) :]
     kept = sorted(set(range(total)) - set(removed))
     targets: dict[int, int] = {}
     for layer in merged:
@@ -197,8 +197,17 @@ def _number_to_remove(
     )
 
 
-def _number_to_merge(merge: str | int, removed: int, total: int) -> int:
-    """Turn `merge` of `select` into a number of layers."""
+def number_to_merge(merge: str | int, removed: int, total: int) -> int:
+    """Turn `merge` of `select` into a number of layers.
+
+    Args:
+        merge: "auto" or a number of layers.
+        removed: how many layers are removed.
+        total: decoder layers of the model.
+
+    Raises:
+        InvalidArgument: more would be merged than are removed.
+    """
     if merge == "auto":
         return removed - min(removed, round(DROPPED_OUTRIGHT * total))
     if not is_int(merge) or not 0 <= merge <= removed:

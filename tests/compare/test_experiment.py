@@ -193,6 +193,13 @@ def test_what_cannot_be_compared_is_refused_first(home, tmp_path, options, messa
     assert not (tmp_path / "out").exists()
 
 
+def test_options_that_do_not_fit_the_model_are_refused_before_anything_is_trained(home, tmp_path):
+    compared = comparison(home, tmp_path / "out", methods=["drop-last", "gradpruner:merge=3"], ratios=[0.4])
+    with pytest.raises(InvalidArgument, match=r"gradpruner:merge=3, 2 of 6 layers removed: merge = 3; accepted"):
+        compared.work()
+    assert not (tmp_path / "out" / "cells").exists() and not (tmp_path / "out" / "probes").exists()
+
+
 @pytest.mark.parametrize("train_on", ["answer", "all"])
 def test_tested(home, train_on):
     model, tokenizer = gradpruner.model.load.load_model(home / "model")
