@@ -22,7 +22,7 @@ from gradpruner.report.plots import (
     png_of,
 )
 from gradpruner.run.auto_ratio import trial_rows
-from gradpruner.run.summary import comparison, notes, outcome
+from gradpruner.run.summary import comparison, notes, outcome, share_of_dense
 from gradpruner.storage.files import read_json, reading
 from gradpruner.training.harness import harness_note, harness_rows
 
@@ -147,8 +147,9 @@ def _figures(rows: Sequence[Mapping[str, Any]], plan: Plan) -> list[Tile]:
         ("generation speed", "tokens_per_second"),
         ("checkpoint size", "checkpoint_bytes"),
     ):
-        if pruned.get(field) is not None and dense.get(field):
-            figures.append(Tile(name, f"{pruned[field] / dense[field]:.2f}", "of dense"))
+        ratio = share_of_dense(field, dense, pruned)
+        if ratio is not None:
+            figures.append(Tile(name, f"{ratio:.2f}", "of dense"))
     return figures
 
 

@@ -90,9 +90,30 @@ def _line(names: Sequence[str], values: Sequence[float], style: str) -> dict[str
 def _in_turns(rows: Sequence[Mapping[str, Any]], style: str) -> dict[str, str]:
     line = {row["name"]: spread(row[TURNS], style) for row in rows}
     if len(rows) == 2:  # within each turn: what slows both models down is not in the ratio
-        ratios = [pruned / dense for dense, pruned in zip(rows[0][TURNS], rows[1][TURNS], strict=True)]
-        line["pruned / dense"] = spread(ratios, "{:.1%}")
+        line["pruned / dense"] = spread(_ratios(*rows), "{:.1%}")
     return line
+
+
+def _ratios(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> list[float]:
+    return [of_pruned / of_dense for of_dense, of_pruned in zip(dense[TURNS], pruned[TURNS], strict=True)]
+
+
+def share_of_dense(field: str, dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> float | None:
+    """Return a figure of the pruned model over that of the dense one, as `comparison` shows it.
+
+    Args:
+        field: the figure, such as "step_seconds".
+        dense: the results of the dense model.
+        pruned: those of the pruned one.
+
+    Returns:
+        The share. Of what was measured in turns, the median over the turns. None if a figure is missing.
+    """
+    if field == "tokens_per_second" and dense.get(TURNS) and pruned.get(TURNS):
+        return statistics.median(_ratios(dense, pruned))
+    if pruned.get(field) is None or not dense.get(field):
+        return None
+    return float(pruned[field] / dense[field])
 
 
 def spread(values: Sequence[float], style: str) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from gradpruner.run import speeds
 from gradpruner.run.speeds import speeds_in_turns
-from gradpruner.run.summary import TURNS, comparison, notes, spread
+from gradpruner.run.summary import TURNS, comparison, notes, share_of_dense, spread
 
 ROW = dict.fromkeys(
     ("exact_match", "perplexity", "step_seconds", "peak_bytes", "layers", "parameters", "checkpoint_bytes"), 1.0
@@ -48,11 +48,15 @@ def test_models_take_turns(monkeypatch):
 def test_the_ratio_is_within_a_turn():
     assert spread([3.0, 1.0, 2.0], "{:.1f}") == "2.0 (1.0 to 3.0)"
     rows = [
-        {**ROW, "name": "dense", "tokens_per_second": 10.0, TURNS: [10.0, 20.0, 5.0]},
-        {**ROW, "name": "pruned", "tokens_per_second": 12.0, TURNS: [12.0, 30.0, 5.0]},
+        {**ROW, "name": "dense", "tokens_per_second": 10.0, TURNS: [10.0, 20.0, 4.0]},
+        {**ROW, "name": "pruned", "tokens_per_second": 12.0, TURNS: [12.0, 30.0, 4.4]},
     ]
     (line,) = [line for line in comparison(rows) if line[""] == "generation (tokens/s)"]
-    assert line["pruned / dense"] == "120.0% (100.0% to 150.0%)"
+    assert line["pruned / dense"] == "120.0% (110.0% to 150.0%)"
+    rows[1]["tokens_per_second"] = 11.0  # of another median; the report shows the ratio of the table
+    assert share_of_dense("tokens_per_second", *rows) == pytest.approx(1.2)
+    assert share_of_dense("step_seconds", {"step_seconds": 4.0}, {"step_seconds": 3.0}) == 0.75
+    assert share_of_dense("step_seconds", {"step_seconds": None}, {"step_seconds": 1.0}) is None
     assert "the models took 3 turns" in notes(rows) and "Training step and peak memory" in notes(rows)
     assert notes(rows[:1]) == ""
 
