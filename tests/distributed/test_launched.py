@@ -42,7 +42,7 @@ def alone(home, tmp_path_factory):
     ("name", "engine"),
     [
         pytest.param("finetune", "ddp", marks=pytest.mark.in_ci),
-        pytest.param("finetune", "fsdp2", marks=pytest.mark.in_ci),
+        ("finetune", "fsdp2"),
         ("run", "ddp"),
         ("run", "fsdp2"),
     ],

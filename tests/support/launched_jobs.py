@@ -28,6 +28,7 @@ def decide_together(folder):
         agreement.agree("the data", {"rows": rank})
     # a folder that only the first machine sees
     agreement.need_shared(folder / "shared" / "run")
+    distributed.barrier()  # the first process deletes what it wrote once all have seen it
     assert list((folder / "shared" / "run").iterdir()) == []
     agreement.PATIENCE = 0.5
     with pytest.raises(InvalidArgument, match="expected a folder that all machines share"):
