@@ -10,6 +10,7 @@ import random
 
 import datasets
 import pytest
+from packaging.version import Version
 
 from gradpruner.cli import data_options
 from gradpruner.cli.main import build_parser
@@ -321,6 +322,10 @@ def test_a_row_with_more_choices_than_the_first_keeps_them(tmp_path):
     assert short.prompt == "Q\nA. x\nB. y\nAnswer:" and long.prompt == "Q\nA. x\nB. y\nC. z\nAnswer:"
 
 
+@pytest.mark.skipif(
+    Version(datasets.__version__) < Version("5"),
+    reason="older datasets refuse such values, or write null into the keys that a row has not",
+)
 @pytest.mark.parametrize(
     "rows",
     [
