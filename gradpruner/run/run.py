@@ -105,6 +105,8 @@ class Run:
             "train_examples": len(train_examples),
             "test_examples": len(test_examples),
             "data": digest_of_examples(train_examples, test_examples)[:16],
+            # how the test examples are divided; the names of the files are no part of the content
+            "test_sets": [size for _, size in getattr(test_examples, "sets", ())],
         }
         self._stages = RunFolder(self.folder, settings, identity, job.save_steps)
         examples = {"training": self._train, "held-out": self._held_out, "test": self._test}

@@ -81,3 +81,16 @@ def test_a_run_shows_the_scores_of_each_set(source, tmp_path, capsys):
         for one in row["test_sets"]:
             assert f"perplexity: {one['name']}" in text and f"{one['perplexity']:.3f}" in text
     assert "Examples of each set: a.jsonl 3, b.jsonl 5." in printed and str(tmp_path) not in card
+
+
+def test_a_folder_goes_on_only_with_the_same_test_sets(source, tmp_path, capsys):
+    """Scores of sets are kept, so other sets of the same examples are another run."""
+    rows = pairs("word", 5)
+    train = write(tmp_path / "train.jsonl", pairs("who", 8))
+    options = ["--steps", "4", "--batch-size", "2", "--count", "2", "--no-dense", "--out", str(tmp_path / "out")]
+    for name, first, code in (("one", 2, 0), ("renamed", 2, 0), ("other", 3, 2)):
+        tests = [
+            write(tmp_path / name / f"{part}.jsonl", some) for part, some in enumerate((rows[:first], rows[first:]))
+        ]
+        assert main(["run", "--model", source, "--data", train, "--test-data", *tests, *options]) == code
+    assert "test_sets; expected" in capsys.readouterr().err
